@@ -1,0 +1,404 @@
+"""One experiment = one `Config`: a `ml_collections.ConfigDict` at the edge, frozen dataclasses inside.
+
+The dataclasses below are the only place where options, defaults and their meaning are written down; the config reference in
+`docs/config.md` is generated from them. A config *file* is Python and is executed: run only your own. What a run directory
+keeps is JSON and is never executed.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+
+import ml_collections
+from ml_collections import config_dict
+
+from saejax.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+NORMALIZATIONS = ("mean_sq_norm_D", "mean_norm_sqrt_D", "mean_sq_norm_1", "none")
+
+
+def opt(default, doc, **rules):
+    """A dataclass field with its documentation and its rules (`ge`, `gt`, `le`, `lt`, `choices`)."""
+    return field(default=default, metadata={"doc": doc, **rules})
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """The device mesh ("data", "dict"): batch rows are split over `data`, dictionary features over `dict`."""
+
+    data: int = opt(1, "devices along the batch axis; -1 takes what `dict` leaves", ge=-1)
+    dict: int = opt(-1, "devices along the dictionary axis; -1 takes what `data` leaves", ge=-1)
+
+
+@dataclass(frozen=True)
+class LMOptions:
+    """The language model whose activations are harvested."""
+
+    model: str = opt("smollm2-135m", "preset name, .gguf file, local Hugging Face directory, or hub id")
+    revision: str | None = opt(None, "hub revision (a commit hash pins the weights)")
+    dtype: str = opt("float32", "compute dtype of the forward pass", choices=("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class TextOptions:
+    """Where documents come from and how they become rows of tokens."""
+
+    source: tuple[str, ...] = opt(
+        ("shakespeare", "python-stdlib"), "presets, local text/jsonl/parquet/arrow files, globs or directories, or hub ids")
+    split: str = opt("train", "split of a hub dataset")
+    field: str = opt("text", "name of the text column")
+    streaming: bool = opt(False, "stream a hub dataset or large local files instead of materialising them")
+    shuffle: bool = opt(True, "shuffle documents with the config seed (a buffer of 10,000 when streaming)")
+    context: int = opt(128, "tokens of a packed row (the language model's context)", ge=2)
+    bos: str = opt("row", "where the BOS token goes: first token of every row, of every document, or nowhere",
+                   choices=("row", "doc", "none"))
+    separator: str = opt("eos", "token between packed documents", choices=("eos", "none"))
+    holdout: float = opt(0.02, "share of documents (by hash of their text) kept for evaluation", ge=0.0, lt=1.0)
+
+
+@dataclass(frozen=True)
+class HarvestOptions:
+    """Language model -> activation store."""
+
+    store: str = opt("", "store directory; empty: `<run_dir>/store`")
+    hookpoints: tuple[str, ...] = opt(("blocks.9.hook_resid_post",), "hookpoints written in the one pass")
+    tokens: int = opt(1_000_000, "tokens to harvest (rounded up to whole shards; less where the text ends)", gt=0)
+    batch_contexts: int = opt(16, "contexts in one forward pass", gt=0)
+    shard_contexts: int = opt(512, "contexts in one shard file, the unit of resuming", gt=0)
+    chunk_rows: int = opt(256, "activation rows in one checksummed chunk", gt=0)
+    mask_special: bool = opt(True, "mask BOS, EOS, pad and the tokenizer's other special tokens")
+
+
+@dataclass(frozen=True)
+class StreamOptions:
+    """Store -> deterministic shuffled batches, each row exactly once per epoch."""
+
+    block_contexts: int = opt(4, "contexts in one block, the unit of the global permutation", gt=0)
+    window_rows: int = opt(65_536, "rows shuffled together in host memory (two windows are held)", gt=0)
+    mask_outliers: bool = opt(False, "leave out rows whose norm exceeds 10 x the median norm")
+
+
+@dataclass(frozen=True)
+class SAEOptions:
+    """The sparse autoencoder. `default_config(kind)` fills in the published recipe of a kind."""
+
+    kind: str = opt("topk", "activation function and objective", choices=("relu", "topk"))
+    hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it is trained on; one of `harvest.hookpoints`")
+    d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
+    d_sae: int = opt(4608, "number of features", gt=0)
+    k: int = opt(32, "active features per token (topk)", gt=0)
+    l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu)", ge=0.0)
+    normalize: str = opt("mean_sq_norm_D", "scalar normalisation of the inputs; lambda and thresholds only carry over "
+                         "inside one convention", choices=NORMALIZATIONS)
+    unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
+    pre_bias: bool = opt(True, "subtract b_dec from the input of the encoder")
+    b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
+                          choices=("zeros", "mean", "geometric_median"))
+    decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
+    aux_k: int = opt(256, "dead features asked to explain the residual error (topk); 0 turns AuxK off", ge=0)
+    aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
+    aux_dead_tokens: int = opt(10_000_000, "tokens without firing after which AuxK treats a feature as dead", gt=0)
+
+
+@dataclass(frozen=True)
+class ResampleOptions:
+    """Resampling of dead features ("Towards Monosemanticity"), schedule and window counted in tokens."""
+
+    every_tokens: int = opt(0, "tokens between resampling steps; 0 turns resampling off", ge=0)
+    until_tokens: int = opt(0, "no resampling after this many tokens; 0: never stop", ge=0)
+    dead_tokens: int = opt(1_000_000, "a feature is resampled when it has not fired for this many tokens", gt=0)
+    sample_rows: int = opt(819_200, "rows whose loss is measured to draw replacements from, p ~ loss^2", gt=0)
+    encoder_scale: float = opt(0.2, "norm of a new encoder row over the mean norm of the alive ones", gt=0.0)
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Optimisation of the SAE."""
+
+    tokens: int = opt(10_000_000, "rows to train on, repeating epochs of the store as needed", gt=0)
+    batch: int = opt(4096, "rows of a step; a multiple of the mesh's device count", gt=0)
+    lr: float = opt(1e-4, "peak learning rate", gt=0.0)
+    beta1: float = opt(0.9, "Adam's first-moment decay", ge=0.0, lt=1.0)
+    beta2: float = opt(0.999, "Adam's second-moment decay", ge=0.0, lt=1.0)
+    eps: float = opt(6.25e-10, "Adam's epsilon", gt=0.0)
+    clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
+    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0", ge=0.0, le=1.0)
+    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls linearly to 0", ge=0.0, le=1.0)
+    l1_warmup: float = opt(0.05, "share of the steps over which lambda rises from 0 (relu)", ge=0.0, le=1.0)
+    compute_dtype: str = opt("float32", "dtype of the matrix products; parameters and optimizer stay float32",
+                             choices=("float32", "bfloat16"))
+    init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
+    resample: ResampleOptions = field(default_factory=ResampleOptions)
+
+
+@dataclass(frozen=True)
+class CheckpointOptions:
+    """Whole-state checkpoints (orbax, asynchronous)."""
+
+    every_tokens: int = opt(1_000_000, "tokens between checkpoints", gt=0)
+    keep: int = opt(2, "newest checkpoints kept", gt=0)
+    keep_every_tokens: int = opt(0, "also keep the checkpoints that cross a multiple of this; 0: none", ge=0)
+    strict: bool = opt(False, "stop at a checkpoint that does not verify instead of falling back to an older one")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Measurements on held-out text."""
+
+    contexts: int = opt(128, "held-out contexts", gt=0)
+    batch_contexts: int = opt(16, "contexts in one forward pass", gt=0)
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What is written while training."""
+
+    every_steps: int = opt(20, "steps between metric lines", gt=0)
+    tensorboard: bool = opt(True, "write TensorBoard event files to `<run_dir>/tensorboard`")
+    wandb: str = opt("", "Weights & Biases project; empty: off (needs the `wandb` extra)")
+    progress: bool = opt(True, "show progress bars")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole experiment."""
+
+    name: str = opt("run", "a short name, used for the default run directory")
+    run_dir: str = opt("", "where the run lives; empty: `runs/<name>`")
+    seed: int = opt(0, "seed of the text shuffle, the row order, the initialisation and the resampling", ge=0)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+    lm: LMOptions = field(default_factory=LMOptions)
+    text: TextOptions = field(default_factory=TextOptions)
+    harvest: HarvestOptions = field(default_factory=HarvestOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    sae: SAEOptions = field(default_factory=SAEOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    eval: EvalOptions = field(default_factory=EvalOptions)
+    log: LogOptions = field(default_factory=LogOptions)
+
+
+# Published recipes, as differences from the defaults above. relu: Transformer Circuits update April 2024 (learning rate for
+# ~200k steps; short runs need a larger one, see configs/demo_relu.py). topk: Gao et al. 2024, official training code.
+RECIPES = {
+    "relu": {
+        "sae.kind": "relu", "sae.unit_decoder": False, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
+        "sae.decoder_init_norm": 0.1, "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
+        "train.lr": 5e-5, "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
+        "train.l1_warmup": 0.05, "train.lr_decay": 0.2,
+    },
+    "topk": {"sae.kind": "topk", "sae.normalize": "mean_sq_norm_1"},
+}
+
+# Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh")
+
+
+def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
+    """The locked default config with the recipe of an SAE kind ("relu" or "topk"), for a config file to change and return."""
+    if kind not in RECIPES:
+        raise ConfigError(f"default_config: no recipe for kind {kind!r}; choose one of {', '.join(RECIPES)}")
+    config = _to_config_dict(Config())
+    for path, value in RECIPES[kind].items():
+        node = config
+        *parents, leaf = path.split(".")
+        for parent in parents:
+            node = node[parent]
+        node[leaf] = value
+    return config.lock()
+
+
+def _to_config_dict(node) -> ml_collections.ConfigDict:
+    out = ml_collections.ConfigDict()
+    hints = typing.get_type_hints(type(node))
+    for f in dataclasses.fields(node):
+        value = getattr(node, f.name)
+        if dataclasses.is_dataclass(value):
+            out[f.name] = _to_config_dict(value)
+        elif value is None:
+            out[f.name] = config_dict.placeholder(_base_type(hints[f.name]))
+        else:
+            out[f.name] = value
+    return out
+
+
+def _base_type(hint):
+    """`int` from `int | None`."""
+    if isinstance(hint, types.UnionType):
+        return next(a for a in typing.get_args(hint) if a is not type(None))
+    return hint
+
+
+def resolve(config: ml_collections.ConfigDict) -> Config:
+    """ConfigDict -> frozen `Config`, once. Raises one `ConfigError` that lists every wrong key, type and value."""
+    plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    problems: list[str] = []
+    resolved = _build(Config, plain, "", problems)
+    if not problems:
+        problems = _contradictions(resolved)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return dataclasses.replace(
+        resolved,
+        run_dir=resolved.run_dir or f"runs/{resolved.name}",
+        harvest=dataclasses.replace(
+            resolved.harvest,
+            store=resolved.harvest.store or f"{resolved.run_dir or f'runs/{resolved.name}'}/store"))
+
+
+def _build(cls, values, path: str, problems: list[str]):
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        problems.append(f"config.{path}: expected a section with keys {', '.join(known)}, got {values!r}")
+        return cls()
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {_join(path, near[0])!r}?" if near else f"; known: {', '.join(known)}"
+            problems.append(f"config: unknown key {_join(path, key)!r}{hint}")
+    kwargs = {}
+    for name, f in known.items():
+        if name not in values:
+            continue
+        here = _join(path, name)
+        if dataclasses.is_dataclass(hints[name]):
+            kwargs[name] = _build(hints[name], values[name], here, problems)
+        else:
+            kwargs[name] = _checked(values[name], hints[name], f.metadata, here, problems)
+    return cls(**kwargs)
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key
+
+
+def _checked(value, hint, rules, path: str, problems: list[str]):
+    base = _base_type(hint)
+    if value is None and base is not hint:
+        return None
+    if typing.get_origin(base) is tuple:
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value) or not value:
+            problems.append(f"config.{path}: expected a non-empty tuple of strings, got {value!r}")
+            return ()
+        return tuple(value)
+    if base is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
+        problems.append(f"config.{path}: expected {base.__name__}, got {type(value).__name__} {value!r}")
+        return value
+    if "choices" in rules and value not in rules["choices"]:
+        problems.append(f"config.{path}: {value!r} is not one of {', '.join(rules['choices'])}")
+    for rule, ok, words in (("ge", lambda a, b: a >= b, "at least"), ("gt", lambda a, b: a > b, "greater than"),
+                            ("le", lambda a, b: a <= b, "at most"), ("lt", lambda a, b: a < b, "less than")):
+        if rule in rules and not ok(value, rules[rule]):
+            problems.append(f"config.{path}: {value!r} must be {words} {rules[rule]}")
+    return value
+
+
+def _contradictions(c: Config) -> list[str]:
+    out = []
+    if c.sae.hookpoint not in c.harvest.hookpoints:
+        out.append(f"config.sae.hookpoint: {c.sae.hookpoint!r} is not harvested; add it to config.harvest.hookpoints "
+                   f"({', '.join(c.harvest.hookpoints)})")
+    if c.sae.kind == "topk" and c.sae.k > c.sae.d_sae:
+        out.append(f"config.sae.k: {c.sae.k} active features of config.sae.d_sae = {c.sae.d_sae}; lower k")
+    if c.sae.kind == "relu" and c.sae.unit_decoder and c.sae.decoder_init_norm != 1.0:
+        out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
+    if c.sae.kind == "relu" and c.sae.aux_k:
+        out.append(f"config.sae.aux_k: {c.sae.aux_k}, but AuxK belongs to kind 'topk'; set it to 0")
+    rows = c.harvest.shard_contexts * c.text.context
+    if rows % c.harvest.chunk_rows:
+        out.append(f"config.harvest.chunk_rows: {c.harvest.chunk_rows} does not divide the rows of a shard "
+                   f"(harvest.shard_contexts x text.context = {rows})")
+    if c.harvest.shard_contexts % c.stream.block_contexts:
+        out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
+                   f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
+    if c.stream.window_rows < c.stream.block_contexts * c.text.context:
+        out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
+                   f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")
+    if c.train.lr_warmup + c.train.lr_decay > 1.0:
+        out.append("config.train.lr_warmup + config.train.lr_decay: together more than the whole run; lower one")
+    if c.mesh.data == -1 and c.mesh.dict == -1:
+        out.append("config.mesh: only one of data and dict can be -1")
+    if 0 in (c.mesh.data, c.mesh.dict):
+        out.append("config.mesh: data and dict are device counts or -1, not 0")
+    return out
+
+
+def to_json(config: Config) -> dict:
+    """Plain JSON of a resolved config, with the schema version."""
+    return {"schema_version": SCHEMA_VERSION, **json.loads(json.dumps(dataclasses.asdict(config)))}
+
+
+def from_json(values: dict, where: str = "config.json") -> Config:
+    """A resolved `Config` from what `to_json` wrote. Raises `ConfigError` for a newer schema or any unknown key."""
+    values = dict(values)
+    version = values.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise ConfigError(f"{where}: config schema version {version!r}, this saejax reads {SCHEMA_VERSION}; use the "
+                          "saejax that wrote it")
+    return resolve(values)
+
+
+def flat(config: Config) -> dict[str, object]:
+    """{"train.lr": 1e-4, ...} of a resolved config."""
+    out: dict[str, object] = {}
+
+    def walk(node, path):
+        for f in dataclasses.fields(node):
+            value = getattr(node, f.name)
+            if dataclasses.is_dataclass(value):
+                walk(value, _join(path, f.name))
+            else:
+                out[_join(path, f.name)] = value
+
+    walk(config, "")
+    return out
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """Lines "key: old -> new" of every difference that would change what a run computes (`NEUTRAL` keys are left out)."""
+    a, b = flat(old), flat(new)
+    skip = tuple(NEUTRAL)
+    return [f"{key}: {a[key]!r} -> {b[key]!r}" for key in a
+            if a[key] != b[key] and not any(key == s or key.startswith(s + ".") for s in skip)]
+
+
+def reference() -> str:
+    """The config reference as Markdown, generated from the dataclasses (`python -m saejax.config > docs/config.md`)."""
+    lines = ["# Config reference", "", "Generated by `python -m saejax.config > docs/config.md`. Every key can be set in the "
+             "config file or on the command line as `--config.key=value`.", ""]
+
+    def walk(cls, path):
+        hints = typing.get_type_hints(cls)
+        lines.extend([f"## `config{'.' + path if path else ''}`", "", cls.__doc__.strip(), "",
+                      "| key | type | default | meaning |", "|---|---|---|---|"])
+        nested = []
+        for f in dataclasses.fields(cls):
+            if dataclasses.is_dataclass(hints[f.name]):
+                nested.append((hints[f.name], _join(path, f.name)))
+                continue
+            doc = f.metadata["doc"]
+            if "choices" in f.metadata:
+                doc += " (" + ", ".join(f"`{c}`" for c in f.metadata["choices"]) + ")"
+            kind = getattr(hints[f.name], "__name__", None) if isinstance(hints[f.name], type) else str(hints[f.name])
+            lines.append(f"| `{_join(path, f.name)}` | `{kind}` | `{f.default!r}` | {doc} |".replace(" | None`", " or none`"))
+        lines.append("")
+        for child, where in nested:
+            walk(child, where)
+
+    walk(Config, "")
+    lines.extend(["## Recipes", "", "`default_config(kind)` starts from these values:", ""])
+    for kind, values in RECIPES.items():
+        lines.append(f"- `{kind}`: " + ", ".join(f"`{k}={v!r}`" for k, v in values.items()))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(reference())

@@ -1,0 +1,61 @@
+"""Typed errors. Every message is one line: the config key or file, the values, the fix."""
+
+
+class SaejaxError(Exception):
+    """Base of every error that a user can cause or repair. The command line prints it as one line and exits with code 2."""
+
+
+class ConfigError(SaejaxError):
+    """A config key is unknown, has the wrong type, or its value contradicts another; names the key path."""
+
+
+class AssetError(SaejaxError):
+    """An embedded model or text could not be fetched or does not verify."""
+
+
+class LMError(SaejaxError):
+    """The language model's config asks for something the decoder does not compute."""
+
+
+class WeightsError(LMError):
+    """Missing, extra or mis-shaped weight tensors; lists all of them."""
+
+
+class TokenizerError(LMError):
+    """The tokenizer cannot be read or does not fit the model's vocabulary."""
+
+
+class HookpointError(LMError):
+    """The hookpoint does not exist in this model; names the closest ones."""
+
+
+class TextError(SaejaxError):
+    """The text source is empty, unreadable, or shorter than one context."""
+
+
+class StoreError(SaejaxError):
+    """The activation store does not fit the config (model, hookpoint, width, context)."""
+
+
+class StoreCorruptError(StoreError):
+    """A shard or manifest of an activation store is missing, truncated, swapped or altered; names the file."""
+
+
+class NonFiniteError(SaejaxError):
+    """NaN or Inf in activations or in the loss; names the rows or the step."""
+
+
+class CheckpointError(SaejaxError):
+    """No usable checkpoint, or the run directory belongs to another config."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A checkpoint does not verify against its fingerprints; names the step and the leaf."""
+
+
+class FormatError(SaejaxError):
+    """A release or foreign SAE file is not what its format promises; names file and tensor."""
+
+
+class DiskError(SaejaxError):
+    """Writing failed (disk full, read-only, permission); names the path, nothing half-written is left."""

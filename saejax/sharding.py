@@ -1,0 +1,81 @@
+"""The device mesh ("data", "dict"), the one table of logical axes, and placement without a host ever holding the whole."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from saejax.config import MeshOptions
+from saejax.errors import ConfigError
+
+# Logical axis of an array -> mesh axis. Rows of a batch rest over all devices and are gathered along `dict` inside the step.
+AXES: dict[str, str | tuple[str, str] | None] = {
+    "rows": "data",
+    "rows_at_rest": ("data", "dict"),
+    "features": "dict",
+    "d_in": None,
+    "k": None,
+}
+
+
+def spec(*logical: str | None) -> PartitionSpec:
+    """PartitionSpec of an array whose dimensions carry these logical axes (None: replicated)."""
+    return PartitionSpec(*(AXES[a] if a else None for a in logical))
+
+
+def make_mesh(options: MeshOptions, devices=None) -> Mesh:
+    """Mesh ("data", "dict") with explicit axis types over all devices. Raises `ConfigError` when the sizes do not fit."""
+    devices = list(jax.devices() if devices is None else devices)
+    n, data, dict_ = len(devices), options.data, options.dict
+    if data == -1:
+        data = max(1, n // dict_)
+    if dict_ == -1:
+        dict_ = max(1, n // data)
+    if data * dict_ != n:
+        fits = ", ".join(f"{d}x{n // d}" for d in range(1, n + 1) if n % d == 0)
+        raise ConfigError(f"config.mesh: data x dict = {data} x {dict_} does not use the {n} devices here; choose one of {fits}")
+    return Mesh(np.array(devices).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def single_device_mesh(device=None) -> Mesh:
+    """The 1 x 1 mesh, so that code for one device and for a pod is the same code."""
+    return make_mesh(MeshOptions(1, 1), [device or jax.local_devices()[0]])
+
+
+def check_batch(batch: int, mesh: Mesh, key: str = "config.train.batch") -> None:
+    """Raises `ConfigError` unless `batch` rows can rest over all devices of the mesh; names the nearest valid sizes."""
+    n = mesh.size
+    if batch % n:
+        below, above = batch // n * n, math.ceil(batch / n) * n
+        near = f"{above}" if below == 0 else f"{below} or {above}"
+        raise ConfigError(f"{key}: {batch} rows cannot be split over the {mesh.shape['data']} x {mesh.shape['dict']} mesh; "
+                          f"the nearest valid value is {near}")
+
+
+def check_features(d_sae: int, mesh: Mesh) -> None:
+    """Raises `ConfigError` unless the dictionary divides over the mesh's `dict` axis."""
+    n = mesh.shape["dict"]
+    if d_sae % n:
+        raise ConfigError(f"config.sae.d_sae: {d_sae} features cannot be split over mesh.dict = {n}; the nearest valid "
+                          f"value is {math.ceil(d_sae / n) * n}")
+
+
+def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:
+    """NamedSharding of an array whose dimensions carry these logical axes."""
+    return NamedSharding(mesh, spec(*logical))
+
+
+def place(value: np.ndarray, where: NamedSharding) -> jax.Array:
+    """A host array onto devices; each device receives its own piece only, in every process."""
+    if where.is_fully_addressable:
+        return jax.device_put(value, where)
+    return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def to_host(x: jax.Array) -> np.ndarray:
+    """The whole array in every process's host memory (a collective where it spans processes: all must call it)."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(jax.device_get(x))
+    from jax.experimental import multihost_utils
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
