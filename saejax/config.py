@@ -102,16 +102,16 @@ class SAEOptions:
     decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
     aux_k: int = opt(256, "dead features asked to explain the residual error (topk); 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
-    aux_dead_tokens: int = opt(10_000_000, "tokens without firing after which AuxK treats a feature as dead", gt=0)
+    dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
+                           "and in the log", gt=0)
 
 
 @dataclass(frozen=True)
 class ResampleOptions:
-    """Resampling of dead features ("Towards Monosemanticity"), schedule and window counted in tokens."""
+    """Resampling of dead features ("Towards Monosemanticity"); the schedule is counted in tokens."""
 
     every_tokens: int = opt(0, "tokens between resampling steps; 0 turns resampling off", ge=0)
     until_tokens: int = opt(0, "no resampling after this many tokens; 0: never stop", ge=0)
-    dead_tokens: int = opt(1_000_000, "a feature is resampled when it has not fired for this many tokens", gt=0)
     sample_rows: int = opt(819_200, "rows whose loss is measured to draw replacements from, p ~ loss^2", gt=0)
     encoder_scale: float = opt(0.2, "norm of a new encoder row over the mean norm of the alive ones", gt=0.0)
 

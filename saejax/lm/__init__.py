@@ -1,0 +1,14 @@
+"""Language models: a Flax NNX decoder with hookpoints, its weights and its tokenizer.
+
+    lm = saejax.lm.load("smollm2-135m")
+    acts = capture(lm.model, tokens_BT, ["blocks.9.hook_resid_post"])
+"""
+
+from saejax.lm.arch import LMConfig
+from saejax.lm.hookpoints import check_hookpoint, hookpoints, layer_of, width_of
+from saejax.lm.load import LM, load
+from saejax.lm.model import Decoder, capture, cross_entropy
+from saejax.lm.tokenizer import Tokenizer
+
+__all__ = ["LM", "Decoder", "LMConfig", "Tokenizer", "capture", "check_hookpoint", "cross_entropy", "hookpoints", "layer_of",
+           "load", "width_of"]

@@ -1,0 +1,102 @@
+"""`load`: a language model by preset name, GGUF file, Hugging Face directory or hub id."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from jax.sharding import Mesh
+
+from saejax import assets
+from saejax.errors import LMError
+from saejax.lm import arch, tokenizer, weights
+from saejax.lm.arch import LMConfig
+from saejax.lm.gguf_file import GGUFFile
+from saejax.lm.model import DTYPES, Decoder
+from saejax.lm.tokenizer import Tokenizer
+
+_HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
+              "vocab.json", "merges.txt", "added_tokens.json"]
+
+
+@dataclass(frozen=True)
+class LM:
+    """A loaded language model.
+
+    `digest` is sha256 over the weight files' bytes and the config, the same on every machine; `revision` is the hub commit, None
+    for local files and presets.
+    """
+
+    model: Decoder
+    cfg: LMConfig
+    tokenizer: Tokenizer
+    name: str
+    digest: str
+    revision: str | None = None
+
+
+def load(model: str, *, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> LM:
+    """Loads `model`: a preset of `saejax.assets`, a `.gguf` file, a Hugging Face directory, or a hub id `owner/name`.
+
+    `dtype` is "float32" or "bfloat16". With a `mesh`, weights are replicated over it, or split over its "model" axis if it has one.
+    Raises LMError (unknown model, config not computed), WeightsError (all tensor problems at once), TokenizerError, AssetError.
+    """
+    if dtype not in DTYPES:
+        raise LMError(f"lm.dtype={dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    if model in assets.MODELS:
+        return _load_gguf(assets.model_path(model), model, dtype, mesh)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise LMError(f"lm.name={model!r}: there is no such GGUF file")
+        return _load_gguf(path, path.stem, dtype, mesh)
+    if path.is_dir():
+        return _load_folder(path, path.resolve().name, None, dtype, mesh)
+    if re.fullmatch(r"[\w.\-]+/[\w.\-]+", model):
+        folder = _download(model, revision)
+        return _load_folder(folder, model, folder.name, dtype, mesh)
+    raise LMError(f"lm.name={model!r} is not a preset ({', '.join(assets.MODELS)}), a .gguf file, a directory or a hub id owner/name")
+
+
+def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
+    file = GGUFFile(path)
+    cfg = arch.from_gguf(file.fields(), file.shapes())
+    tok = tokenizer.from_gguf(file)
+    tokenizer.check_fits(tok, cfg.vocab_size)
+    model = weights.from_gguf_file(cfg, file, dtype=DTYPES[dtype], mesh=mesh)
+    return LM(model, cfg, tok, name, _digest(cfg, [path]))
+
+
+def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh: Mesh | None) -> LM:
+    config = folder / "config.json"
+    try:
+        raw = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LMError(f"{config}: no readable model config ({error})") from None
+    if not isinstance(raw, dict):
+        raise LMError(f"{config}: a model config is a JSON object, this is {type(raw).__name__}")
+    cfg = arch.from_hf(raw)
+    tok = tokenizer.from_pretrained(folder)
+    tokenizer.check_fits(tok, cfg.vocab_size)
+    model = weights.from_safetensors(cfg, folder, dtype=DTYPES[dtype], mesh=mesh)
+    return LM(model, cfg, tok, name, _digest(cfg, weights.weight_files(folder)), revision)
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise LMError(f"lm.name={model!r}, revision={revision!r}: cannot be downloaded ({reason}); use a local directory") from None
+
+
+def _digest(cfg: LMConfig, files: Iterable[Path]) -> str:
+    total = hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()

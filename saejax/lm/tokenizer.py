@@ -1,0 +1,106 @@
+"""A small face for a fast tokenizer, the same whether it came from a Hugging Face directory or from a GGUF file."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import pre_tokenizers
+
+from saejax.errors import TokenizerError
+from saejax.lm.gguf_file import GGUFFile
+
+# GGUF pre-tokenizers that are GPT-2's split as it stands; transformers knows the other spellings it supports.
+_GPT2_SPLITS = frozenset({"gpt-2"})
+_CONTROL = 3
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to token ids and back. Ids of special tokens are None when the model has none; 0 is an id like any other."""
+
+    backend: Backend = field(repr=False)
+    special_ids: frozenset[int]
+    bos_id: int | None
+    eos_id: int | None
+    pad_id: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included: one more than the largest id."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; adds no BOS or EOS."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of many texts, in parallel threads; adds no BOS or EOS."""
+        return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`, special tokens written out."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def token_strings(self, ids: Iterable[int]) -> list[str]:
+        """Text of each id by itself; bytes that are not whole characters show as U+FFFD."""
+        return [self.decode([i]) for i in ids]
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the tokenizer's serialised rules and vocabulary."""
+        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
+
+
+def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Raises TokenizerError when the tokenizer can produce an id that the model has no embedding for."""
+    if tokenizer.vocab_size > vocab_size:
+        raise TokenizerError(f"tokenizer has ids up to {tokenizer.vocab_size - 1} but the model's vocab_size is {vocab_size}: "
+                             "use the tokenizer that belongs to the model")
+
+
+def from_pretrained(name: str | Path, *, revision: str | None = None) -> Tokenizer:
+    """Tokenizer of a Hugging Face directory or hub id. Raises TokenizerError when there is none or it has no fast version."""
+    from transformers import AutoTokenizer
+    try:
+        found = AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise TokenizerError(f"{name}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+    backend = getattr(found, "backend_tokenizer", None)
+    if backend is None:
+        raise TokenizerError(f"{name}: {type(found).__name__} has no fast version: convert it to tokenizer.json")
+    return _wrap(backend, found.bos_token_id, found.eos_token_id, found.pad_token_id)
+
+
+def from_gguf(file: GGUFFile) -> Tokenizer:
+    """Tokenizer stored in a GGUF file. Raises TokenizerError for a kind that cannot be rebuilt without guessing."""
+    from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+    found = {ours: file.field(f"tokenizer.{key}") for key, ours in GGUF_TOKENIZER_MAPPING["tokenizer"].items()}
+    found = {key: value for key, value in found.items() if value is not None}
+    if "tokens" not in found:
+        raise TokenizerError(f"{file.path}: the GGUF file has no tokenizer.ggml.tokens: use one that holds its tokenizer")
+    pre = found.get("pre_tokenizer_type")
+    if found.get("tokenizer_type") == "gpt2" and not _known_split(pre):
+        raise TokenizerError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not known: load the model from its Hugging Face directory")
+    try:
+        backend, _ = convert_gguf_tokenizer(file.field("general.architecture"), found)
+    except (ValueError, KeyError) as error:
+        raise TokenizerError(f"{file.path}: the GGUF tokenizer cannot be rebuilt ({' '.join(str(error).split())[:200]})") from None
+    if pre == "smollm":
+        # transformers leaves GPT-2's split here; SmolLM splits every digit off first, which shows on "  1".
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return _wrap(backend, found.get("bos_token_id"), found.get("eos_token_id"), found.get("pad_token_id"))
+
+
+def _known_split(pre: str | None) -> bool:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    return pre == "smollm" or pre in _GPT2_SPLITS or pre in GGUF_PRE_TOKENIZER_SPLITS
+
+
+def _wrap(backend: Backend, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Tokenizer:
+    special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
+    special |= {i for i in (bos_id, eos_id, pad_id) if i is not None}
+    return Tokenizer(backend, frozenset(special), bos_id, eos_id, pad_id)

@@ -1,0 +1,39 @@
+"""Encode and decode on a ("data", "dict") mesh. Inputs here are *normalised* activations; `saejax.load` takes raw ones."""
+
+import jax
+import jax.numpy as jnp
+
+from saejax import sharding
+from saejax.sae.activations import activate
+from saejax.sae.params import SAEParams, SAESpec
+
+
+def pre_activations(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Array:
+    """pre = W_enc (x - b_dec) + b_enc  (x itself without `pre_bias`); float32 [B, F], no communication.
+
+    b_dec is folded into the bias, W_enc x + (b_enc - W_enc b_dec): one matrix-vector product instead of a [B, D]
+    gradient with respect to the input.
+    """
+    dtype = jnp.dtype(spec.compute_dtype)
+    bias_F = params.b_enc - params.W_enc @ params.b_dec if spec.pre_bias else params.b_enc
+    product = jnp.einsum("bd,fd->bf", x_BD.astype(dtype), params.W_enc.astype(dtype), preferred_element_type=jnp.float32)
+    return product + bias_F
+
+
+def decode(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
+    """recon = acts W_dec + b_dec, float32 [B, D]. Communication: one all-reduce of [B, D] along `dict`."""
+    dtype = jnp.dtype(spec.compute_dtype)
+    product = jnp.einsum("bf,fd->bd", acts_BF.astype(dtype), params.W_dec.astype(dtype),
+                         preferred_element_type=jnp.float32, out_sharding=sharding.spec("rows", "d_in"))
+    return product + params.b_dec
+
+
+def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Array:
+    """Feature activations, float32 [B, F]."""
+    return activate(spec, pre_activations(spec, params, x_BD))
+
+
+def reconstruct(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(recon [B, D], acts [B, F])."""
+    acts_BF = encode(spec, params, x_BD)
+    return decode(spec, params, acts_BF), acts_BF

@@ -1,0 +1,49 @@
+"""Exact top-k over a dictionary that is split across devices."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from saejax import sharding
+
+
+def topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
+    """Boolean mask of the k largest pre-activations of each row; exactly k are True, ties go to the lower feature index.
+
+    pre_BF: float32 [B, F], rows split over `data`, features over `dict`. Exact for any distribution of the winners over the
+    shards. Communication: one all-gather along `dict` of min(k, F_local) candidate *values* per row and shard; no
+    array of width F moves or is sorted. The gradient is not defined (a mask is piecewise constant): pass stop_gradient.
+    """
+    rows_features = sharding.spec("rows", "features")
+    return jax.shard_map(lambda pre_local: _mask_local(pre_local, k), in_specs=rows_features,
+                         out_specs=rows_features)(pre_BF)
+
+
+def _mask_local(pre_local: jax.Array, k: int) -> jax.Array:
+    # top_k is fast on CPU only for float32 and only when its output is not sliced in the same program: hence the
+    # reductions (min, max over masked entries) where an index would read more easily.
+    values, index = lax.top_k(pre_local, min(k, pre_local.shape[1]))
+    shards = lax.axis_size("dict")
+    if shards == 1:
+        threshold = values.min(-1, keepdims=True)
+        chosen_equal = values == threshold
+    else:
+        threshold, chosen_equal = _global_threshold(values, k)
+    last_equal = jnp.where(chosen_equal, index, -1).max(-1, keepdims=True)
+    feature = lax.broadcasted_iota(jnp.int32, pre_local.shape, 1)
+    return (pre_local > threshold) | ((pre_local == threshold) & (feature <= last_equal))
+
+
+def _global_threshold(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k-th largest value over all shards, and which of this shard's candidates equal to it are among the k.
+
+    values: this shard's candidates [B, K], sorted downwards, equal ones by feature index.
+    """
+    gathered = lax.all_gather(values, "dict", axis=1)
+    threshold = lax.top_k(gathered.reshape(values.shape[0], -1), k)[0].min(-1, keepdims=True)
+    n_greater = (gathered > threshold[:, None]).sum((1, 2))
+    n_equal = (gathered == threshold[:, None]).sum(2)
+    lower_shards = jnp.arange(n_equal.shape[1]) < lax.axis_index("dict")
+    allowed = k - n_greater - jnp.where(lower_shards, n_equal, 0).sum(1)
+    rank = jnp.arange(values.shape[1]) - (values > threshold).sum(1, keepdims=True)
+    return threshold, (values == threshold) & (rank < allowed[:, None])

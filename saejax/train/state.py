@@ -1,0 +1,114 @@
+"""The whole state of a training run that lives on devices, and its initialisation shard by shard."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from saejax import sharding
+from saejax.config import Config, TrainOptions
+from saejax.records import ActivationStats
+from saejax.sae import SAEParams, SAESpec, init_params, reconstruct
+from saejax.train import optim
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a step reads and writes.
+
+    tokens_since_fired_F saturates at 2^31; scale: raw activation x scale = what the SAE sees; inverse_variance:
+    1 / E||x - E x||^2 of the normalised data. Both are constants of a run, kept here so that a checkpoint is complete.
+    """
+
+    step: jax.Array                  # int32
+    params: SAEParams
+    opt_state: tuple
+    tokens_since_fired_F: jax.Array  # uint32
+    scale: jax.Array                 # float32
+    inverse_variance: jax.Array      # float32
+
+
+def normalization_scale(convention: str, stats: ActivationStats, d_in: int) -> float:
+    """The scalar that brings raw activations into a named convention.
+
+    mean_sq_norm_D: E||x||^2 = D (Templeton et al. 2024); mean_norm_sqrt_D: E||x|| = sqrt(D) (April 2024 and January 2025
+    updates); mean_sq_norm_1: E||x||^2 = 1 (Gemma Scope); none: 1.
+    """
+    return {
+        "mean_sq_norm_D": (d_in / stats.mean_sq_norm) ** 0.5,
+        "mean_norm_sqrt_D": d_in**0.5 / stats.mean_norm,
+        "mean_sq_norm_1": stats.mean_sq_norm**-0.5,
+        "none": 1.0,
+    }[convention]
+
+
+def geometric_median(x_ND: np.ndarray, iterations: int = 100, tolerance: float = 1e-6) -> np.ndarray:
+    """The point with the least summed distance to the rows, by Weiszfeld's iteration in float64."""
+    x_ND = x_ND.astype(np.float64)
+    point = x_ND.mean(0)
+    for _ in range(iterations):
+        weight = 1.0 / np.maximum(np.linalg.norm(x_ND - point, axis=1), 1e-12)
+        new = weight @ x_ND / weight.sum()
+        if np.linalg.norm(new - point) <= tolerance * np.linalg.norm(new):
+            return new
+        point = new
+    return point
+
+
+def initial_b_dec(how: str, sample_ND: np.ndarray, scale: float) -> np.ndarray:
+    """b_dec in normalised units from raw sample rows: "zeros", "mean" or "geometric_median"."""
+    x = sample_ND.astype(np.float64) * scale
+    value = {"zeros": lambda: np.zeros(x.shape[1]), "mean": lambda: x.mean(0),
+             "geometric_median": lambda: geometric_median(x)}[how]()
+    return value.astype(np.float32)
+
+
+def initial_state(config: Config, spec: SAESpec, stats: ActivationStats, sample_ND: np.ndarray, total_steps: int,
+                  mesh: Mesh) -> TrainState:
+    """Step 0 of a run. Each device makes its own shard of the dictionary; no host holds it."""
+    scale = normalization_scale(config.sae.normalize, stats, spec.d_in)
+    variance = stats.mean_sq_norm - float(np.square(stats.mean_D).sum())
+    b_dec = initial_b_dec(config.sae.b_dec_init, sample_ND, scale)
+    make = _maker(spec, config.train, config.sae.decoder_init_norm, total_steps)
+    with jax.set_mesh(mesh):
+        return jax.jit(make)(jax.random.key(config.seed), b_dec, np.float32(scale), np.float32(1 / (scale**2 * variance)))
+
+
+def abstract_state(config: Config, spec: SAESpec, total_steps: int, mesh: Mesh):
+    """Shapes, dtypes and shardings of the state on a mesh, nothing allocated: what a checkpoint is restored into."""
+    make = _maker(spec, config.train, config.sae.decoder_init_norm, total_steps)
+    with jax.set_mesh(mesh):
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        shapes = jax.eval_shape(make, jax.random.key(0), jax.ShapeDtypeStruct((spec.d_in,), jnp.float32), scalar, scalar)
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
+        mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
+
+
+def _maker(spec: SAESpec, options: TrainOptions, decoder_norm: float, total_steps: int):
+    return functools.partial(_make, spec, optim.optimizer(options, total_steps), decoder_norm)
+
+
+def _make(spec, tx, decoder_norm, key, b_dec, scale, inverse_variance) -> TrainState:
+    key_init, key_probe = jax.random.split(key)
+    params = init_params(spec, key_init, b_dec, decoder_norm)
+    if spec.kind == "topk":
+        params = _input_scaled(spec, params, key_probe)
+    since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
+    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), tokens_since_fired_F=since,
+                      scale=scale, inverse_variance=inverse_variance)
+
+
+def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams:
+    """Encoder divided by the mean norm of the reconstructions of unit vectors, so that outputs start at the inputs' scale.
+
+    Source: official training code of Gao et al. 2024 (256 random unit vectors around b_dec).
+    """
+    probe = jax.random.normal(key, (256, spec.d_in), jnp.float32)
+    probe = probe / jnp.linalg.norm(probe, axis=1, keepdims=True)
+    centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))
+    probe = jax.sharding.reshard(probe, sharding.spec("rows", "d_in"))
+    recon, _ = reconstruct(spec, centred, probe)
+    return params.replace(W_enc=params.W_enc / jnp.linalg.norm(recon, axis=1).mean())

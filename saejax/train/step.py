@@ -1,0 +1,59 @@
+"""One training step: a pure function of (state, batch), compiled once, state donated, no host synchronisation inside."""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from saejax import sharding
+from saejax.config import Config
+from saejax.sae import SAESpec
+from saejax.sae.losses import LossInputs, objective
+from saejax.train import optim
+from saejax.train.state import TrainState
+
+SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
+
+
+def normalized(x_BD: jax.Array, scale: jax.Array) -> jax.Array:
+    """Raw rows resting over all devices -> float32 normalised rows split over `data` (one all-gather of [B, D] along `dict`)."""
+    x_BD = jax.sharding.reshard(x_BD, sharding.spec("rows", "d_in"))
+    return x_BD.astype(jnp.float32) * scale
+
+
+def make_step(config: Config, spec: SAESpec, total_steps: int):
+    """`step(state, x_BD) -> (state, metrics)`; x_BD: raw rows [B, D] (any float dtype) sharded as `rows_at_rest`.
+
+    metrics: device scalars loss, mse, l1, aux, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, l1_coefficient.
+    Call it with the mesh set (`jax.set_mesh`).
+    """
+    tx = optim.optimizer(config.train, total_steps)
+    lr = optim.learning_rate(config.train, total_steps)
+    l1 = optim.l1_coefficient(config.train, config.sae.l1, total_steps)
+
+    def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        x_BD = normalized(x_BD, state.scale)
+        inputs = LossInputs(l1=l1(state.step), inverse_variance=state.inverse_variance,
+                            tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
+        (_, parts), gradients = jax.value_and_grad(
+            lambda p: objective(spec, p, x_BD, inputs, config.sae.aux_k, config.sae.aux_coef), has_aux=True)(state.params)
+        if config.sae.unit_decoder:
+            gradients = optim.without_parallel(gradients, state.params)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        if config.sae.unit_decoder:
+            params = optim.with_unit_decoder(params)
+        since_F = jnp.where(parts.fired_F, 0, jnp.minimum(state.tokens_since_fired_F, SATURATED) + jnp.uint32(len(x_BD)))
+        metrics = {
+            "loss": parts.loss, "mse": parts.mse, "l1": parts.l1, "aux": parts.aux, "l0": parts.l0, "fvu": parts.fvu,
+            "explained_variance": 1 - parts.fvu,
+            "dead_fraction": (since_F > dead_bound(config)).mean(dtype=jnp.float32),
+            "grad_norm": optax.global_norm(gradients), "lr": lr(state.step), "l1_coefficient": inputs.l1,
+        }
+        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def dead_bound(config: Config) -> int:
+    """`sae.dead_tokens`, held below the saturation of the counters."""
+    return min(config.sae.dead_tokens, SATURATED - 1)
