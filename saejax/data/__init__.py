@@ -1,0 +1,1 @@
+"""Text -> token rows -> activation store -> deterministic batches."""

@@ -1,0 +1,233 @@
+"""The activation store: bf16 activation rows on disk with their tokens, masks and norms, and a manifest written last.
+
+    manifest.json                     everything below, its digests and the statistics; its presence means "complete"
+    spec.json                         what decides the bytes; a directory made for another spec is refused
+    shards/00000.json                 record of a finished shard: checksums, partial statistics, where the text stood
+    acts/<hookpoint>/  [N, D] bf16    tokens/ [N] int32    keep/ [N] uint8    norms/<hookpoint>/ [N] float32 ||x||
+
+N = contexts x context length: row r is token r % T of context r // T. Every row is stored; `keep` is 0 at masked special
+tokens. Equal inputs give equal bytes, whichever process wrote which shard. docs/store_format.md has the details.
+"""
+
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from saejax.data import manifest as mf
+from saejax.data.manifest import StoreSpec
+from saejax.data.shards import ArrayReader, PendingRead, ShardTruth, Span, check_layout, new_context
+from saejax.errors import StoreCorruptError, StoreError
+from saejax.records import OUTLIER_FACTOR, ActivationStats
+from saejax.storage import file_sha256, inside, text_sha256
+
+MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
+
+
+def record_file(shard: int) -> str:
+    """Path of a shard's record relative to the store."""
+    return f"{RECORDS}/{shard:05d}.json"
+
+
+def is_complete(path: str | Path) -> bool:
+    """True where a manifest says that the harvest finished."""
+    return (Path(path) / MANIFEST).is_file()
+
+
+class Store:
+    """A complete activation store. Reads never return a value that does not match what was written.
+
+    Every error is a `StoreCorruptError` that names the file.
+    """
+
+    def __init__(self, path: Path, values: dict, spec: StoreSpec):
+        self.path, self.manifest, self.spec = path, values, spec
+        self.context, self.n_contexts, self.rows = spec.context, values["n_contexts"], values["rows"]
+        self.kept_rows: int = values["kept_rows"]
+        self.hookpoints = tuple(name for name, _ in spec.hookpoints)
+        self.digest: str = values["sha256"]
+        self._contexts = mf.shard_contexts(spec, self.n_contexts)
+        self._record = functools.lru_cache(maxsize=None)(self._read_record)
+        context = new_context()
+        self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name), context)
+                         for name, array in spec.arrays().items()}
+
+    @classmethod
+    def open(cls, path: str | Path, *, verify: str = "quick") -> "Store":
+        """Opens a finished store. "quick" checks the manifest, every file's presence and size; "full" also every digest.
+
+        Raises `StoreError` (no store, not finished, newer schema) or `StoreCorruptError` (naming the file).
+        """
+        path = Path(path)
+        if not is_complete(path):
+            raise StoreError(_unfinished(path))
+        store = cls(path, *mf.read_manifest(path / MANIFEST))
+        store._verify(full=verify == "full")
+        return store
+
+    def width(self, hookpoint: str) -> int:
+        """d_in of a hookpoint. Raises `StoreError` when the store does not hold it."""
+        widths = dict(self.spec.hookpoints)
+        if hookpoint not in widths:
+            raise StoreError(f"{self.path}: holds {', '.join(widths)}, not {hookpoint!r}; add it to config.harvest.hookpoints "
+                             "and harvest into a new directory")
+        return widths[hookpoint]
+
+    def stats(self, hookpoint: str) -> ActivationStats:
+        """Statistics of the kept rows, raw units."""
+        self.width(hookpoint)
+        s = self.manifest["stats"][hookpoint]
+        return ActivationStats(self.kept_rows, np.array(s["mean"], np.float64), s["mean_norm"], s["mean_sq_norm"],
+                               s["median_norm"])
+
+    def outlier_bound(self, hookpoint: str) -> float:
+        """Norm above which a row is an outlier: 10 x the median norm."""
+        return OUTLIER_FACTOR * self.stats(hookpoint).median_norm
+
+    def read(self, hookpoint: str, start: int, stop: int) -> np.ndarray:
+        """bfloat16 [stop - start, D] activations as harvested."""
+        self.width(hookpoint)
+        return self._readers[f"acts/{hookpoint}"].read(start, stop)
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """int32 token ids of these rows."""
+        return self._readers["tokens"].read(start, stop)
+
+    def keep(self, start: int, stop: int) -> np.ndarray:
+        """bool, False at masked special tokens."""
+        return self._readers["keep"].read(start, stop).astype(bool)
+
+    def norms(self, hookpoint: str, start: int, stop: int) -> np.ndarray:
+        """float32 Euclidean norms of these rows."""
+        self.width(hookpoint)
+        return self._readers[f"norms/{hookpoint}"].read(start, stop)
+
+    def start_read(self, array: str, spans: Iterable[Span], out: np.ndarray) -> PendingRead:
+        """Starts reading row spans of an array ("tokens", "keep", "acts/<hookpoint>", ...) into `out`; `.wait()` for them."""
+        return self._readers[array].start(spans, out)
+
+    def describe(self) -> dict:
+        """What `saejax inspect` shows."""
+        s = self.spec
+        return {
+            "kind": mf.KIND, "schema_version": self.manifest["schema_version"], "digest": self.digest, "model": s.model,
+            "model_digest": s.model_digest, "lm_dtype": s.lm_dtype, "tokenizer_digest": s.tokenizer_digest, "text": s.text,
+            "context": s.context, "contexts": self.n_contexts, "rows": self.rows, "kept_rows": self.kept_rows,
+            "mask_special": s.mask_special, "shards": len(self._contexts),
+            "bytes": sum(f["bytes"] for e in self.manifest["shards"] for f in e["files"].values()),
+            "hookpoints": {name: {"width": width, **{k: v for k, v in self.manifest["stats"][name].items() if k != "mean"}}
+                           for name, width in s.hookpoints},
+        }
+
+    def _verify(self, full: bool) -> None:
+        arrays = self.spec.arrays()
+        for name, array in arrays.items():
+            meta = inside(self.path, f"{name}/zarr.json", StoreCorruptError)
+            _same_digest(meta, self.manifest["arrays"][name]["zarr_json_sha256"])
+            for shard, contexts in enumerate(self._contexts):
+                file = self.path / array.shard_file(shard)
+                _same_size(file, array.shard_bytes(contexts * self.context))
+                if full:
+                    check_layout(self.path, array, shard, contexts * self.context)
+                    _same_digest(file, self.manifest["shards"][shard]["files"][name]["sha256"])
+        for shard in range(len(self._contexts) if full else 0):
+            self._record(shard)
+        if full and json.loads((self.path / SPEC).read_bytes() if (self.path / SPEC).is_file() else b"null") != \
+                _spec_file(self.spec):
+            raise StoreCorruptError(f"{self.path / SPEC}: missing or not the spec of the manifest")
+
+    def _read_record(self, shard: int) -> dict:
+        path = self.path / record_file(shard)
+        _same_digest(path, self.manifest["shards"][shard]["record_sha256"])
+        return read_record(path, self.spec, self._contexts[shard])
+
+    def _truth(self, name: str, shard: int) -> ShardTruth:
+        record = self._record(shard)
+        return ShardTruth(self._contexts[shard] * self.context, bytes.fromhex(record["files"][name]["crcs"]))
+
+
+def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dict:
+    """A shard record, validated against the spec. Raises `StoreCorruptError`."""
+    f = mf.Fields(mf.read_json(path, StoreCorruptError), str(path))
+    n = f.count("contexts", 1)
+    if n > spec.shard_contexts or n != (contexts or n):
+        raise StoreCorruptError(f"{path}: 'contexts' is {n}, expected {contexts or f'at most {spec.shard_contexts}'}")
+    if f.hex("spec_sha256") != spec_digest(spec):
+        raise StoreCorruptError(f"{path}: belongs to another store")
+    f.count("kept_rows")
+    f.get("text_state", dict)
+    for name, array in spec.arrays().items():
+        entry = f.section("files").section(name)
+        entry.hex("sha256")
+        entry.hex("crcs", 8 * array.chunks(n * spec.context))
+        if entry.count("bytes") != array.shard_bytes(n * spec.context):
+            raise StoreCorruptError(f"{entry.where}: 'bytes' does not follow from {n} contexts")
+    for name, width in spec.hookpoints:
+        sums = f.section("sums").section(name)
+        if len(sums.get("x", list)) != width:
+            raise StoreCorruptError(f"{sums.where}: 'x' should hold {width} numbers")
+        sums.number("norm"), sums.number("sq_norm")
+    return f.values
+
+
+def spec_digest(spec: StoreSpec) -> str:
+    """SHA-256 of the spec in canonical JSON."""
+    return text_sha256(json.dumps(spec.to_json(), sort_keys=True, separators=(",", ":")))
+
+
+def _spec_file(spec: StoreSpec) -> dict:
+    return {"kind": mf.KIND, "schema_version": mf.SCHEMA_VERSION, "spec": spec.to_json()}
+
+
+def read_spec(path: Path) -> StoreSpec:
+    """The spec a directory was made for, finished or not."""
+    f = mf.Fields(mf.read_json(path / SPEC, StoreCorruptError), str(path / SPEC))
+    mf.check_version(f)
+    return mf.spec_from_json(f.get("spec", dict), f"{path / SPEC}: spec")
+
+
+def _unfinished(path: Path) -> str:
+    if not (path / SPEC).is_file():
+        return f"{path}: no activation store here; run `saejax harvest` with this config first"
+    done = len(list((path / RECORDS).glob("*.json")))
+    return (f"{path / MANIFEST}: missing, so the harvest has not finished ({done} of {read_spec(path).target_shards} shards "
+            "are there); run `saejax harvest` again, it resumes")
+
+
+def _same_size(path: Path, expected: int) -> None:
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        raise StoreCorruptError(f"{path}: missing; harvest the store again") from e
+    if size != expected:
+        raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; harvest the store again")
+
+
+def _same_digest(path: Path, expected: str) -> None:
+    try:
+        found = file_sha256(path)
+    except OSError as e:
+        raise StoreCorruptError(f"{path}: missing; harvest the store again") from e
+    if found != expected:
+        raise StoreCorruptError(f"{path}: altered since the manifest was written (sha256 {found[:12]}, expected {expected[:12]});"
+                                " harvest the store again")
+
+
+def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None, model_digest: str | None = None,
+                  context: int | None = None) -> None:
+    """Raises one `StoreError` that lists every config key which the store contradicts, with both values."""
+    problems = []
+    if hookpoint is not None and hookpoint not in store.hookpoints:
+        problems.append(f"config.sae.hookpoint is {hookpoint!r}, the store holds {', '.join(store.hookpoints)}")
+    elif hookpoint is not None and d_in is not None and d_in != store.width(hookpoint):
+        problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoint} is {store.width(hookpoint)} wide")
+    if model_digest is not None and model_digest != store.spec.model_digest:
+        problems.append(f"config.lm.model has weights {model_digest[:16]}, the store was harvested from {store.spec.model!r} "
+                        f"with weights {store.spec.model_digest[:16]}")
+    if context is not None and context != store.context:
+        problems.append(f"config.text.context is {context}, the store's contexts have {store.context} tokens")
+    if problems:
+        raise StoreError(f"{store.path / MANIFEST}: does not match the config: {'; '.join(problems)}; change the config or "
+                         "harvest into another directory")

@@ -1,0 +1,253 @@
+"""Store -> batches in a deterministic shuffled order, every kept row exactly once per epoch, restored from three integers.
+
+Epoch e permutes the blocks of the store (a block is `block_contexts` whole contexts, read sequentially) with key (seed, e).
+Consecutive blocks of that order fill a window of at most `window_rows` rows; the kept rows of window w are permuted with key
+(seed, e, w) and handed out. The order depends on the seed, the epoch, the store and `StreamOptions` only: not on the batch
+size, the number of processes, the prefetching or any timing. `ORDER_VERSION` names the order; changing it breaks resuming.
+
+While one window is handed out, tensorstore's threads read the next one into the other of two buffers.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from saejax.config import StreamOptions
+from saejax.data.permutation import Permutation, derive_key
+from saejax.data.store import Store
+from saejax.data.writer import non_finite_message
+from saejax.errors import NonFiniteError, StoreError
+from saejax.records import ActivationBatch, StreamState
+
+ORDER_VERSION = 1
+_BLOCK_ORDER, _ROW_ORDER = 1, 2
+_QUEUE_BYTES = 64 << 20
+_ROWS_AT_ONCE = 256
+_EXPONENT = np.uint16(0x7F80)
+
+
+@dataclass
+class _Window:
+    """A window being read: `rows[i]` is the store row whose values land in slot i of the buffers."""
+
+    blocks: np.ndarray
+    order: np.ndarray
+    rows: np.ndarray
+    x: np.ndarray
+    tokens: np.ndarray
+    pending: list
+
+
+class RowOrder:
+    """Which rows come when: the arithmetic of the stream, without any reading of activations."""
+
+    def __init__(self, store: Store, hookpoint: str, options: StreamOptions):
+        self.block_rows = options.block_contexts * store.context
+        self.rows = store.rows
+        self.n_blocks = -(-store.rows // self.block_rows)
+        self.window_blocks = min(self.n_blocks, max(1, options.window_rows // self.block_rows))
+        self.n_windows = -(-self.n_blocks // self.window_blocks)
+        self._bits, self._kept = self._masks(store, hookpoint, options)
+        self.rows_per_epoch = int(self._kept.sum())
+        if self.rows_per_epoch == 0:
+            raise StoreError(f"{store.path}: every row of {hookpoint} is masked; nothing to stream")
+
+    def _masks(self, store: Store, hookpoint: str, options: StreamOptions) -> tuple[np.ndarray, np.ndarray]:
+        """One bit per row (1: handed out), and kept rows per block. Reads `keep` and, for outliers, `norms` once."""
+        step = self.block_rows * max(1, (1 << 20) // self.block_rows) * 8
+        bits, kept = [], []
+        bound = store.outlier_bound(hookpoint)
+        for a in range(0, store.rows, step):
+            b = min(a + step, store.rows)
+            mask = store.keep(a, b)
+            if options.mask_outliers:
+                mask &= store.norms(hookpoint, a, b) <= bound
+            bits.append(np.packbits(mask))
+            kept.append(np.add.reduceat(mask, np.arange(0, b - a, self.block_rows), dtype=np.int64))
+        return np.concatenate(bits), np.concatenate(kept)
+
+    def window(self, seed: int, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """(blocks in reading order, order of hand-out as slots of the rows read)."""
+        first, last = window * self.window_blocks, min((window + 1) * self.window_blocks, self.n_blocks)
+        blocks = Permutation(self.n_blocks, derive_key(seed, epoch, _BLOCK_ORDER))(np.arange(first, last))
+        mask = np.concatenate([self._mask(*self.span(b)) for b in blocks])
+        kept = np.flatnonzero(mask)
+        return blocks, kept[Permutation(len(kept), derive_key(seed, epoch, _ROW_ORDER, window)).all()]
+
+    def span(self, block: int) -> tuple[int, int]:
+        """Store rows start..stop-1 of a block."""
+        return int(block) * self.block_rows, min((int(block) + 1) * self.block_rows, self.rows)
+
+    def find(self, seed: int, epoch: int, position: int) -> tuple[int, int]:
+        """(window, rows of it already handed out) at `position` kept rows of the epoch."""
+        kept = self._kept[Permutation(self.n_blocks, derive_key(seed, epoch, _BLOCK_ORDER)).all()]
+        ends = np.cumsum(np.add.reduceat(kept, np.arange(0, self.n_blocks, self.window_blocks)))
+        window = int(np.searchsorted(ends, position, side="right"))
+        return window, position - (int(ends[window - 1]) if window else 0)
+
+    def _mask(self, start: int, stop: int) -> np.ndarray:
+        first = start // 8
+        bits = np.unpackbits(self._bits[first:-(-stop // 8)])
+        return bits[start - first * 8:stop - first * 8].view(bool)
+
+
+class Stream:
+    """Iterator of `ActivationBatch` with exactly `batch` rows, without end; also a context manager (`close()` joins).
+
+    A batch that crosses the end of an epoch takes the rest of it and then the first rows of the next. `state` is the place
+    behind the last batch handed out; a stream made with it continues with the identical batches at once, without reading
+    what was skipped. Every process builds the same global batch and takes its slice of it, so the order cannot depend on
+    how many processes there are. A second stream over the same store (another seed) is independent of the first.
+
+    Raises `StoreCorruptError`, `NonFiniteError` (count and place of the rows) from `next()`, `StoreError` at once.
+    """
+
+    def __init__(self, store: Store, hookpoint: str, batch: int, options: StreamOptions, state: StreamState):
+        self.store, self.hookpoint, self.batch = store, hookpoint, batch
+        self.width = store.width(hookpoint)
+        self.order = RowOrder(store, hookpoint, options)
+        if batch < 1 or not 0 <= state.position <= self.order.rows_per_epoch or min(state.seed, state.epoch) < 0:
+            raise StoreError(f"{store.path}: no stream of {batch} rows at {state}: an epoch has {self.order.rows_per_epoch} "
+                             "rows (config.train.batch, or a state of another store)")
+        self.state = self._normal(state)
+        self.wait_seconds = 0.0
+        rows = self.order.window_blocks * self.order.block_rows
+        self._buffers = [(np.empty((rows, self.width), ml_dtypes.bfloat16), np.empty(rows, np.int32)) for _ in range(2)]
+        batch_bytes = batch * self.width * 2
+        self._queue: queue.Queue = queue.Queue(maxsize=max(2, min(16, _QUEUE_BYTES // batch_bytes)))
+        self._stop = threading.Event()
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(self.state,), name="saejax-stream", daemon=True)
+        self._thread.start()
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Kept rows of the store: the length of an epoch."""
+        return self.order.rows_per_epoch
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> ActivationBatch:
+        if self._failure is not None:
+            raise self._failure
+        if self._stop.is_set():
+            raise StopIteration
+        began = time.perf_counter()
+        item = self._queue.get()
+        self.wait_seconds += time.perf_counter() - began
+        if isinstance(item, BaseException):
+            self._failure = item
+            raise item
+        batch, self.state = item
+        return batch
+
+    def close(self) -> None:
+        """Stops the prefetch thread and waits for it. The stream is at its end afterwards."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:
+                self._queue.get(timeout=0.05)
+            except queue.Empty:
+                continue
+        self._thread.join()
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _normal(self, s: StreamState) -> StreamState:
+        """The end of an epoch is the start of the next."""
+        return StreamState(s.seed, s.epoch + 1, 0) if s.position == self.order.rows_per_epoch else s
+
+    def _run(self, state: StreamState) -> None:
+        try:
+            for item in self._batches(state):
+                if not self._put(item):
+                    return
+        except BaseException as e:
+            self._put(e)
+
+    def _put(self, item) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def _batches(self, state: StreamState) -> Iterator[tuple[ActivationBatch, StreamState]]:
+        """Batches and the state behind each; a batch is gathered from as many windows as it crosses."""
+        parts: list[tuple[np.ndarray, ...]] = []
+        have = 0
+        for epoch, window, done in self._windows(state):
+            position = done
+            while position < len(window.order):
+                take = window.order[position:position + self.batch - have]
+                parts.append(self._gather(window, take))
+                have, position = have + len(take), position + len(take)
+                state = StreamState(state.seed, epoch, (state.position if epoch == state.epoch else 0) + len(take))
+                if have == self.batch:
+                    yield self._join(parts), self._normal(state)
+                    parts, have = [], 0
+
+    def _windows(self, state: StreamState) -> Iterator[tuple[int, _Window, int]]:
+        """(epoch, window with its values read and checked, rows of it handed out before), reading one window ahead."""
+        buffer = 0
+        epoch = state.epoch
+        number, done = self.order.find(state.seed, epoch, state.position)
+        ahead = self._start(state.seed, epoch, number, buffer)
+        try:
+            while True:
+                current, current_epoch, skip = ahead, epoch, done
+                for read in current.pending:
+                    read.wait()
+                current.pending = []
+                number, done, buffer = number + 1, 0, 1 - buffer
+                if number == self.order.n_windows:
+                    number, epoch = 0, epoch + 1
+                ahead = self._start(state.seed, epoch, number, buffer)
+                self._check_finite(current)
+                yield current_epoch, current, skip
+        finally:
+            for read in ahead.pending:
+                read.abandon()
+
+    def _start(self, seed: int, epoch: int, number: int, buffer: int) -> _Window:
+        blocks, order = self.order.window(seed, epoch, number)
+        spans = [self.order.span(b) for b in blocks]
+        rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in spans])
+        x, tokens = (values[:len(rows)] for values in self._buffers[buffer])
+        pending = [self.store.start_read(f"acts/{self.hookpoint}", spans, x), self.store.start_read("tokens", spans, tokens)]
+        return _Window(blocks, order, rows, x, tokens, pending)
+
+    def _gather(self, window: _Window, slots: np.ndarray) -> tuple[np.ndarray, ...]:
+        x = np.take(window.x.view(np.uint16), slots, axis=0, mode="clip").view(ml_dtypes.bfloat16)
+        return x, window.tokens[slots], window.rows[slots]
+
+    def _check_finite(self, window: _Window) -> None:
+        bits = window.x.view(np.uint16)
+        for a in range(0, len(bits), _ROWS_AT_ONCE):
+            if (bits[a:a + _ROWS_AT_ONCE] & _EXPONENT).max() == _EXPONENT:
+                break
+        else:
+            return
+        bad = window.order[((bits[window.order] & _EXPONENT) == _EXPONENT).any(axis=1)]
+        if bad.size:
+            rows = np.sort(window.rows[bad])
+            places = [divmod(int(r), self.store.context) for r in rows[:5]]
+            raise NonFiniteError(f"{self.store.path}: " + non_finite_message(
+                self.hookpoint, bad.size, len(window.order), places))
+
+    def _join(self, parts: list[tuple[np.ndarray, ...]]) -> ActivationBatch:
+        x, tokens, rows = parts[0] if len(parts) == 1 else (np.concatenate(a) for a in zip(*parts, strict=True))
+        contexts, positions = np.divmod(rows, self.store.context)
+        return ActivationBatch(x, tokens, contexts, positions.astype(np.int32))
