@@ -24,6 +24,16 @@ def spec(*logical: str | None) -> PartitionSpec:
     return PartitionSpec(*(AXES[a] if a else None for a in logical))
 
 
+def mesh_is_set() -> bool:
+    """True inside `jax.set_mesh` (or a program traced under it); numeric code also runs without a mesh, on one device."""
+    return not jax.sharding.get_abstract_mesh().empty
+
+
+def out(*logical: str | None) -> PartitionSpec | None:
+    """`spec(...)` for an `out_sharding=` argument where a mesh is set, None where there is none."""
+    return spec(*logical) if mesh_is_set() else None
+
+
 def make_mesh(options: MeshOptions, devices=None) -> Mesh:
     """Mesh ("data", "dict") with explicit axis types over all devices. Raises `ConfigError` when the sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)

@@ -24,7 +24,7 @@ def decode(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
     """recon = acts W_dec + b_dec, float32 [B, D]. Communication: one all-reduce of [B, D] along `dict`."""
     dtype = jnp.dtype(spec.compute_dtype)
     product = jnp.einsum("bf,fd->bd", acts_BF.astype(dtype), params.W_dec.astype(dtype),
-                         preferred_element_type=jnp.float32, out_sharding=sharding.spec("rows", "d_in"))
+                         preferred_element_type=jnp.float32, out_sharding=sharding.out("rows", "d_in"))
     return product + params.b_dec
 
 

@@ -14,16 +14,17 @@ def topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
     shards. Communication: one all-gather along `dict` of min(k, F_local) candidate *values* per row and shard; no
     array of width F moves or is sorted. The gradient is not defined (a mask is piecewise constant): pass stop_gradient.
     """
+    if not sharding.mesh_is_set():
+        return _mask_local(pre_BF, k, 1)
     rows_features = sharding.spec("rows", "features")
-    return jax.shard_map(lambda pre_local: _mask_local(pre_local, k), in_specs=rows_features,
+    return jax.shard_map(lambda pre_local: _mask_local(pre_local, k, lax.axis_size("dict")), in_specs=rows_features,
                          out_specs=rows_features)(pre_BF)
 
 
-def _mask_local(pre_local: jax.Array, k: int) -> jax.Array:
+def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
     # top_k is fast on CPU only for float32 and only when its output is not sliced in the same program: hence the
     # reductions (min, max over masked entries) where an index would read more easily.
     values, index = lax.top_k(pre_local, min(k, pre_local.shape[1]))
-    shards = lax.axis_size("dict")
     if shards == 1:
         threshold = values.min(-1, keepdims=True)
         chosen_equal = values == threshold

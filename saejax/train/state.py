@@ -106,9 +106,11 @@ def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams
 
     Source: official training code of Gao et al. 2024 (256 random unit vectors around b_dec).
     """
-    probe = jax.random.normal(key, (256, spec.d_in), jnp.float32)
+    n = 256
+    probe = jax.random.normal(key, (n, spec.d_in), jnp.float32)
     probe = probe / jnp.linalg.norm(probe, axis=1, keepdims=True)
     centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))
-    probe = jax.sharding.reshard(probe, sharding.spec("rows", "d_in"))
-    recon, _ = reconstruct(spec, centred, probe)
-    return params.replace(W_enc=params.W_enc / jnp.linalg.norm(recon, axis=1).mean())
+    # Rows are repeated up to a multiple of the data axis and the repeats not counted: the value is the same on every mesh.
+    row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().shape["data"])
+    recon, _ = reconstruct(spec, centred, jax.sharding.reshard(probe[row % n], sharding.spec("rows", "d_in")))
+    return params.replace(W_enc=params.W_enc * (n / jnp.where(row < n, jnp.linalg.norm(recon, axis=1), 0.0).sum()))

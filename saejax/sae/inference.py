@@ -1,0 +1,134 @@
+"""A trained SAE for use from Python: raw language-model activations in, feature activations and reconstructions out."""
+
+import functools
+import math
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax import sharding
+from saejax.errors import FormatError
+from saejax.sae.model import decode, encode
+from saejax.sae.params import SAEParams, SAESpec, param_shardings
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What an SAE is and where it comes from. `metadata` is plain JSON (training tokens, digests, versions, ...)."""
+
+    kind: str
+    d_in: int
+    d_sae: int
+    k: int
+    pre_bias: bool
+    hookpoint: str
+    model: str
+    metadata: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def spec(self) -> SAESpec:
+        return SAESpec(kind=self.kind, d_in=self.d_in, d_sae=self.d_sae, k=self.k, pre_bias=self.pre_bias)
+
+
+def fold(spec: SAESpec, params: SAEParams, scale: jax.Array) -> SAEParams:
+    """Parameters for raw activations: the normalisation (x_normalised = scale * x) and, for relu, decoder norms folded in.
+
+    Feature activations come out in raw units: the length of the feature's contribution to the residual stream where decoder
+    rows are unit. relu: acts = f_i ||W_dec,i|| / scale with unit decoder rows. topk: acts = f_i / scale, decoder rows as
+    trained (unit by default), since rescaling single rows would change which features win. Both rest on
+    relu(c z) = c relu(z) for c > 0.
+    """
+    if spec.kind == "relu":
+        norm_F = jnp.maximum(jnp.linalg.norm(params.W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
+    else:
+        norm_F = jnp.ones_like(params.b_enc)
+    return SAEParams(W_enc=params.W_enc * norm_F[:, None], b_enc=params.b_enc * norm_F / scale,
+                     W_dec=params.W_dec / norm_F[:, None], b_dec=params.b_dec / scale)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(spec, params, x_BD):
+    return encode(spec, params, x_BD.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(spec, params, acts_BF):
+    return decode(spec, params, acts_BF.astype(jnp.float32))
+
+
+class SAE:
+    """A sparse autoencoder on raw activations.
+
+    `encode(x)`, `decode(acts)` and `sae(x) = decode(encode(x))` take numpy or jax arrays [..., d_in] (or [..., d_sae]) and
+    return float32 jax arrays. Without a mesh they run on one device and can be used inside `jit` and `grad`. With a
+    ("data", "dict") mesh the dictionary stays split over `dict`, results come back sharded, and calls are made outside `jit`.
+    """
+
+    def __init__(self, params: SAEParams, cfg: SAEConfig, mesh: Mesh | None = None):
+        """params: folded (see `fold`); placed by feature over `mesh`, or on the default device."""
+        self.cfg, self.mesh = cfg, mesh
+        self.params = jax.device_put(params, param_shardings(mesh)) if mesh is not None else params
+
+    @property
+    def W_enc(self) -> jax.Array:
+        """Encoder as [d_in, d_sae]."""
+        return self.params.W_enc.T
+
+    @property
+    def W_dec(self) -> jax.Array:
+        """Decoder as [d_sae, d_in]: row i is the direction of feature i."""
+        return self.params.W_dec
+
+    @property
+    def b_enc(self) -> jax.Array:
+        return self.params.b_enc
+
+    @property
+    def b_dec(self) -> jax.Array:
+        return self.params.b_dec
+
+    def encode(self, x) -> jax.Array:
+        """Feature activations [..., d_sae] of raw activations x [..., d_in]. Raises `FormatError` for another width."""
+        return self._apply(_encode, x, self.cfg.d_in, "d_in", "features")
+
+    def decode(self, acts) -> jax.Array:
+        """Reconstruction [..., d_in] in raw units from feature activations [..., d_sae]."""
+        return self._apply(_decode, acts, self.cfg.d_sae, "features", "d_in")
+
+    def reconstruct(self, x) -> tuple[jax.Array, jax.Array]:
+        """(reconstruction [..., d_in], feature activations [..., d_sae])."""
+        acts = self.encode(x)
+        return self.decode(acts), acts
+
+    def __call__(self, x) -> jax.Array:
+        """Reconstruction [..., d_in] of raw activations x [..., d_in]."""
+        return self.decode(self.encode(x))
+
+    def _apply(self, function, value, width: int, axis_in: str, axis_out: str) -> jax.Array:
+        value = value if isinstance(value, jax.Array) else np.asarray(value)
+        if value.ndim == 0 or value.shape[-1] != width:
+            raise FormatError(f"this SAE expects [..., {width}], got shape {tuple(value.shape)}")
+        lead = value.shape[:-1]
+        rows = value.reshape(-1, width)
+        if self.mesh is None:
+            return function(self.cfg.spec, self.params, rows).reshape(*lead, -1)
+        n = math.prod(lead)
+        data = self.mesh.shape["data"]
+        with jax.set_mesh(self.mesh):
+            padded = jnp.pad(jnp.asarray(rows), ((0, -n % data), (0, 0)))
+            placed = jax.device_put(padded, sharding.sharding(self.mesh, "rows", axis_in))
+            out = function(self.cfg.spec, self.params, placed)
+            out = jax.sharding.reshard(out, sharding.spec(None, axis_out))[:n]
+            return out.reshape(*lead, out.shape[-1], out_sharding=jax.P(*(None,) * len(lead), sharding.AXES[axis_out]))
+
+    def __repr__(self) -> str:
+        c = self.cfg
+        k = f", k={c.k}" if c.kind == "topk" else ""
+        return f"SAE({c.kind}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {c.hookpoint} of {c.model})"
+
+    def with_metadata(self, **values) -> "SAE":
+        """The same SAE with more metadata."""
+        return SAE(self.params, replace(self.cfg, metadata={**self.cfg.metadata, **values}), self.mesh)

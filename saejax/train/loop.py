@@ -1,0 +1,229 @@
+"""A training run, read from top to bottom: claim the directory, resume or start, step, log one step late, checkpoint."""
+
+import dataclasses
+import itertools
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax import config as config_lib
+from saejax import sharding
+from saejax.config import Config
+from saejax.data.store import Store
+from saejax.data.stream import Stream
+from saejax.errors import CheckpointError, NonFiniteError, StoreError
+from saejax.logs import MetricWriter, Progress, say
+from saejax.records import RunPaths, StreamState
+from saejax.sae import SAESpec
+from saejax.storage import barrier, is_writer, read_json, write_json
+from saejax.train.checkpoint import Checkpoints, RunCounters
+from saejax.train.preemption import Preempted, Preemption
+from saejax.train.resample import due, resample
+from saejax.train.state import TrainState, abstract_state, initial_state
+from saejax.train.step import make_step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run: the state on its mesh, the description of the SAE, and where the checkpoint is."""
+
+    state: TrainState
+    spec: SAESpec
+    mesh: Mesh
+    step: int
+
+
+def claim_run_dir(config: Config) -> RunPaths:
+    """Writes `config.json`, or checks that the one there describes the same computation.
+
+    Raises `CheckpointError` naming every differing key.
+    """
+    paths = RunPaths(Path(config.run_dir))
+    if paths.config.exists():
+        saved = config_lib.from_json(read_json(paths.config, CheckpointError), str(paths.config))
+        different = config_lib.differences(saved, config)
+        if different:
+            raise CheckpointError(f"{paths.root}: this run directory belongs to another config ({'; '.join(different)}); "
+                                  "choose another config.run_dir, or delete it")
+    barrier("claim-run-dir")
+    if is_writer():
+        write_json(paths.config, config_lib.to_json(config))
+    return paths
+
+
+def total_steps(config: Config) -> int:
+    """Steps of a run: `train.tokens` rounded up to whole batches."""
+    return math.ceil(config.train.tokens / config.train.batch)
+
+
+def train(config: Config, store: Store) -> Trained:
+    """Trains the SAE of a config on a store, resuming the newest checkpoint that verifies.
+
+    Raises `ConfigError` / `StoreError` when config, mesh and store do not fit, `NonFiniteError` when the loss or a batch is
+    not finite, `Preempted` after SIGTERM or Ctrl-C (state saved).
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check_batch(config.train.batch, mesh)
+    sharding.check_features(config.sae.d_sae, mesh)
+    d_in = store.width(config.sae.hookpoint)
+    if config.sae.d_in not in (None, d_in):
+        raise StoreError(f"config.sae.d_in: {config.sae.d_in}, but the store holds {config.sae.hookpoint} with width {d_in}; "
+                         f"set config.sae.d_in={d_in} or harvest another model")
+    paths = claim_run_dir(config)
+    spec = SAESpec.from_options(config.sae, d_in, config.train.compute_dtype)
+    with jax.set_mesh(mesh):
+        return _Run(config, store, mesh, paths, spec).go()
+
+
+class _Run:
+    """The moving parts of one run."""
+
+    def __init__(self, config: Config, store: Store, mesh: Mesh, paths: RunPaths, spec: SAESpec):
+        self.config, self.store, self.mesh, self.paths, self.spec = config, store, mesh, paths, spec
+        self.total = total_steps(config)
+        self.every = max(1, config.checkpoint.every_tokens // config.train.batch)
+        keep_every = -(-config.checkpoint.keep_every_tokens // config.train.batch)
+        self.checkpoints = Checkpoints(paths.checkpoints, keep=config.checkpoint.keep, strict=config.checkpoint.strict,
+                                       keep_every_steps=-(-keep_every // self.every) * self.every)
+        self.rest = sharding.sharding(mesh, "rows_at_rest", "d_in")
+        self.data = {"hookpoint": config.sae.hookpoint, "store_digest": store.digest, "normalize": config.sae.normalize}
+
+    def go(self) -> Trained:
+        try:
+            state, counters, start = self.resume() or self.start()
+            if start < self.total:
+                state = self.steps(state, counters, start)
+            self.checkpoints.wait()
+        finally:
+            self.checkpoints.close()
+        return Trained(state=state, spec=self.spec, mesh=self.mesh, step=self.total)
+
+    def resume(self) -> tuple[TrainState, RunCounters, int] | None:
+        restored = self.checkpoints.restore_latest(abstract_state(self.config, self.spec, self.total, self.mesh))
+        if restored is None:
+            return None
+        state, meta, step = restored
+        if meta.data != self.data:
+            changed = "; ".join(f"{k}: {meta.data.get(k)} -> {v}" for k, v in self.data.items() if meta.data.get(k) != v)
+            raise CheckpointError(f"{self.paths.checkpoints}/{step}: was trained on other data ({changed}); choose another "
+                                  "config.run_dir, or restore the store")
+        say(f"resuming {self.paths.root} at step {step} of {self.total}" if step < self.total else
+            f"{self.paths.root} is already trained ({step} steps)")
+        return state, meta.counters, step
+
+    def start(self) -> tuple[TrainState, RunCounters, int]:
+        origin = StreamState(seed=self.config.seed, epoch=0, position=0)
+        rows = min(self.config.train.init_rows, self.store.stats(self.config.sae.hookpoint).rows)
+        with self.stream(origin) as stream:
+            n = math.ceil(rows / self.config.train.batch)
+            sample_ND = np.concatenate([b.x_BD.astype(np.float32) for b in itertools.islice(stream, n)])[:rows]
+        state = initial_state(self.config, self.spec, self.store.stats(self.config.sae.hookpoint), sample_ND, self.total, self.mesh)
+        return state, RunCounters(stream=origin, tokens_seen=0, resamples=0), 0
+
+    def stream(self, state: StreamState) -> Stream:
+        return Stream(self.store, self.config.sae.hookpoint, self.config.train.batch, self.config.stream, state)
+
+    def steps(self, state: TrainState, counters: RunCounters, start: int) -> TrainState:
+        config, batch = self.config, self.config.train.batch
+        step_fn = make_step(config, self.spec, self.total)
+        tensorboard = self.paths.tensorboard if config.log.tensorboard else None
+        with (self.stream(counters.stream) as stream, Preemption() as preemption,
+              Progress("train", self.total * batch, initial=start * batch, enabled=config.log.progress) as bar,
+              _Log(config, self.paths, MetricWriter(self.paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
+                                                    name=config.name, config=config_lib.to_json(config), resume_step=start),
+                   stream, bar) as log):
+            for step, rows in zip(range(start + 1, self.total + 1), stream):
+                state, metrics = step_fn(state, sharding.place(rows.x_BD, self.rest))
+                counters = dataclasses.replace(counters, stream=stream.state, tokens_seen=step * batch)
+                log.step(step, metrics)
+                if due(config.train.resample, (step - 1) * batch, step * batch) and step < self.total:
+                    state, counters = self.resample(state, counters, log, step)
+                leaving = preemption.requested(step) and step < self.total
+                if leaving or step % self.every == 0 or step == self.total:
+                    log.flush()
+                    self.checkpoints.save(step, state, self.spec, self.data, counters)
+                if leaving:
+                    self.checkpoints.wait()
+                    raise Preempted(f"{self.paths.root}: stopped at step {step} of {self.total} on request, state saved; "
+                                    "start the same command again to go on")
+        return state
+
+    def resample(self, state: TrainState, counters: RunCounters, log: "_Log", step: int) -> tuple[TrainState, RunCounters]:
+        """Candidates come from a second, differently seeded stream over the same store: the training order is not touched."""
+        occasion = counters.resamples
+        n = max(1, self.config.train.resample.sample_rows // self.config.train.batch)
+        n = min(n, max(1, self.store.stats(self.config.sae.hookpoint).rows // self.config.train.batch))
+        origin = StreamState(seed=self.config.seed + 1 + occasion, epoch=0, position=0)
+
+        def batches() -> Iterator[jax.Array]:
+            with self.stream(origin) as stream:
+                for rows in itertools.islice(stream, n):
+                    yield sharding.place(rows.x_BD, self.rest)
+
+        state, replaced = resample(self.config, self.spec, state, (batches(), batches()), occasion)
+        log.note(step, resampled=replaced)
+        return state, dataclasses.replace(counters, resamples=occasion + 1)
+
+
+class _Log:
+    """Metrics of step n are read after step n + 1 was dispatched, so that the devices never wait for the host."""
+
+    def __init__(self, config: Config, paths: RunPaths, writer: MetricWriter, stream: Stream, bar: Progress):
+        self.config, self.paths, self.writer, self.stream, self.bar = config, paths, writer, stream, bar
+        self.pending: tuple[int, dict] | None = None
+        self.extra: dict[str, float] = {}
+        self.clock: tuple[int, float, float] | None = None  # step, time, seconds waited for data at the last reading
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self.writer.close()
+
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        previous, self.pending = self.pending, (step, metrics)
+        if previous is not None:
+            self._read(*previous)
+
+    def note(self, step: int, **values: float) -> None:
+        """Values that appear in the next metric line."""
+        self.extra.update(values)
+
+    def flush(self) -> None:
+        previous, self.pending = self.pending, None
+        if previous is not None:
+            self._read(*previous)
+
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        jax.block_until_ready(metrics["loss"])
+        if self.clock is None:  # rates count from the end of the first step: compilation is not throughput
+            self._rates(step)
+        batch = self.config.train.batch
+        if step % self.config.log.every_steps and step != total_steps(self.config) and self.pending is not None:
+            self.bar.advance(batch)
+            return
+        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+            raise NonFiniteError(f"{self.paths.root}: loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; "
+                                 "lower config.train.lr, or look for outlier tokens (config.stream.mask_outliers)")
+        self.writer.write(step, {"tokens_seen": step * batch, **values, **self._rates(step), **self.extra})
+        self.extra = {}
+        self.bar.advance(batch, loss=values["loss"], l0=values["l0"], fvu=values["fvu"], dead=values["dead_fraction"])
+
+    def _rates(self, step: int) -> dict[str, float]:
+        before, self.clock = self.clock, (step, time.monotonic(), self.stream.wait_seconds)
+        if before is None or before[0] == step:
+            return {}
+        seconds = self.clock[1] - before[1]
+        return {"tokens_per_second": (step - before[0]) * self.config.train.batch / seconds,
+                "data_wait_share": min(1.0, (self.clock[2] - before[2]) / seconds)}

@@ -1,0 +1,103 @@
+"""Resampling of dead features, exact at any dictionary size.
+
+Source: Bricken et al. 2023, "Towards Monosemanticity", neuron resampling. For each dead feature an input is drawn with
+probability ~ loss^2 from many batches; its direction becomes the decoder row, and the encoder row at 0.2 x the mean norm of
+the alive encoder rows; the bias becomes 0 and the optimizer forgets the row.
+
+Two passes over the same stream of batches, so that no candidate input has to be kept: the first measures the loss of every
+candidate row (one float each), the second carries the drawn rows to the devices that own the dead features.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax import sharding
+from saejax.config import Config, ResampleOptions
+from saejax.sae import SAESpec, reconstruct
+from saejax.sae.losses import squared_error
+from saejax.train import optim
+from saejax.train.state import TrainState
+from saejax.train.step import dead_bound, normalized
+
+
+def due(options: ResampleOptions, tokens_before: int, tokens_after: int) -> bool:
+    """True when a multiple of `every_tokens`, not beyond `until_tokens`, lies in (tokens_before, tokens_after]."""
+    if not options.every_tokens:
+        return False
+    mark = tokens_after // options.every_tokens * options.every_tokens
+    return tokens_before < mark and (options.until_tokens == 0 or mark <= options.until_tokens)
+
+
+def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
+    """n candidate numbers, with replacement, p ~ loss^2 (float64 inverse transform; equal for every process count)."""
+    cumulative = np.cumsum(np.square(losses_N.astype(np.float64)))
+    uniform = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(n)
+    return np.minimum(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(losses_N) - 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_losses(spec: SAESpec, state: TrainState, x_BD: jax.Array) -> jax.Array:
+    x_BD = normalized(x_BD, state.scale)
+    recon_BD, _ = reconstruct(spec, state.params, x_BD)
+    return jax.sharding.reshard(squared_error(x_BD, recon_BD), jax.P())
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _place_rows(keep_norms: bool, state: TrainState, x_BD: jax.Array, source_F: jax.Array, first: jax.Array,
+                encoder_norm: jax.Array, decoder_norm: jax.Array) -> TrainState:
+    """Features whose source row lies in this batch get that row's direction; all others stay as they are."""
+    x_BD = jax.sharding.reshard(normalized(x_BD, state.scale), jax.P()) - state.params.b_dec
+    direction_BD = x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=1, keepdims=True), 1e-12)
+    row_F = source_F - first
+    here_F = (source_F >= 0) & (row_F >= 0) & (row_F < len(x_BD))
+    rows_FD = direction_BD.at[jnp.where(here_F, row_F, 0)].get(out_sharding=sharding.spec("features", "d_in"))
+    p = state.params
+    params = p.replace(
+        W_dec=jnp.where(here_F[:, None], rows_FD * (decoder_norm if keep_norms else 1.0), p.W_dec),
+        W_enc=jnp.where(here_F[:, None], rows_FD * encoder_norm, p.W_enc),
+        b_enc=jnp.where(here_F, 0.0, p.b_enc))
+    return state.replace(params=params, opt_state=optim.reset_rows(state.opt_state, here_F),
+                         tokens_since_fired_F=jnp.where(here_F, 0, state.tokens_since_fired_F))
+
+
+@jax.jit
+def _alive_norms(state: TrainState, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
+    alive = jnp.maximum((~dead_F).sum(dtype=jnp.float32), 1.0)
+
+    def mean_norm(W):
+        return jnp.where(dead_F, 0.0, jnp.linalg.norm(W, axis=1)).sum() / alive
+
+    return mean_norm(state.params.W_enc), mean_norm(state.params.W_dec)
+
+
+def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable[Iterator[jax.Array]],
+             occasion: int) -> tuple[TrainState, int]:
+    """Replaces every dead feature of the state. Returns the new state and how many were replaced.
+
+    batches: two iterators over the same sequence of device batches (raw rows, `rows_at_rest`), `sample_rows` rows in all.
+    occasion: number of this resampling step, part of the random seed. Free decoders get the mean alive decoder norm, unit
+    decoders norm 1. Call it with the mesh set, in every process.
+    """
+    dead_F = state.tokens_since_fired_F > np.uint32(dead_bound(config))
+    dead = np.flatnonzero(sharding.to_host(dead_F))
+    if len(dead) == 0:
+        return state, 0
+    first_pass, second_pass = batches
+    losses = [np.asarray(jax.device_get(_row_losses(spec, state, x_BD))) for x_BD in first_pass]
+    drawn = draw(np.concatenate(losses), len(dead), (config.seed, occasion, 0x5AE))
+    source = np.full(spec.d_sae, -1, np.int32)
+    source[dead] = drawn
+    source_F = sharding.place(source, dead_F.sharding)
+    encoder_norm, decoder_norm = _alive_norms(state, dead_F)
+    encoder_norm = encoder_norm * config.train.resample.encoder_scale
+    wanted = np.unique(drawn)
+    first = 0
+    for x_BD, batch_losses in zip(second_pass, losses, strict=True):
+        if np.any((wanted >= first) & (wanted < first + len(batch_losses))):
+            state = _place_rows(not config.sae.unit_decoder, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
+        first += len(batch_losses)
+    return state, len(dead)
