@@ -1,0 +1,201 @@
+"""Tokens -> language model with taps -> activation store.
+
+The device works on batch i + 1 while the host copies batch i into the buffer of a shard, and a thread writes the shard
+before; two shards are in memory. Process p of P writes shards p, p + P, ...; all of them pack the same text, so that a row's
+number, and with it every byte of the store, does not depend on P. An interrupted harvest goes on at the first missing shard:
+the text continues from the state in the record of the shard before.
+"""
+
+import math
+import re
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from saejax import assets, lm
+from saejax.config import Config
+from saejax.data import sources as src
+from saejax.data import text
+from saejax.data.manifest import StoreSpec
+from saejax.data.sources import Sources
+from saejax.data.store import Store, is_complete
+from saejax.data.text import PackedText, TextState
+from saejax.data.writer import StoreWriter
+from saejax.errors import StoreError
+from saejax.lm import LM
+from saejax.logs import Progress, say
+from saejax.storage import barrier, is_writer
+
+
+def harvest(config: Config, lm_: LM | None = None) -> Store:
+    """Makes the activation store of a config, or opens it when it is there; every process must call it.
+
+    A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted. Several
+    hookpoints take one pass; layers above the highest are not computed.
+
+    Raises `StoreError` (the directory belongs to another config; lists the differences), `HookpointError`, `TextError`,
+    `NonFiniteError` (rows named, their shard not written), `DiskError`.
+    """
+    sources = src.resolve(config.text)
+    path = Path(config.harvest.store)
+    if is_complete(path) and (lm_ is not None or _pinned(config)):
+        return _open_matching(path, config, sources, lm_)
+    lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+    spec = store_spec(config, lm_, sources)
+    if is_complete(path):
+        return _open_matching(path, config, sources, lm_)
+    writer = StoreWriter(path, spec)
+    packed = PackedText(config.text, lm_.tokenizer, seed=config.seed, mask_special=config.harvest.mask_special,
+                        vocab_size=lm_.cfg.vocab_size, sources=sources)
+    n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
+    barrier("saejax_harvest_written")
+    if is_writer():
+        writer.finalize(n_contexts)
+    barrier("saejax_harvest_final")
+    return Store.open(path)
+
+
+def store_spec(config: Config, lm_: LM, sources: Sources | None = None) -> StoreSpec:
+    """The `StoreSpec` of a config. Raises `HookpointError` for a hookpoint that the model does not have."""
+    h = config.harvest
+    widths = tuple((name, lm.width_of(lm_.cfg, name)) for name in dict.fromkeys(h.hookpoints))
+    return StoreSpec(model_digest=lm_.digest, tokenizer_digest=lm_.tokenizer.digest, hookpoints=widths,
+                     **_cheap_part(config, sources or src.resolve(config.text)))
+
+
+def _cheap_part(config: Config, sources: Sources) -> dict:
+    """The fields of the spec that need no language model."""
+    h = config.harvest
+    shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
+    return {"model": _model_name(config), "lm_dtype": config.lm.dtype, "text": text.describe(config.text, sources, config.seed),
+            "context": config.text.context, "shard_contexts": h.shard_contexts, "chunk_rows": h.chunk_rows,
+            "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
+
+
+def _model_name(config: Config) -> str:
+    """The preset or hub name; of a local file or directory its last component, so that no path gets into the store."""
+    model = config.lm.model
+    return Path(model).name if Path(model).expanduser().exists() else model
+
+
+def _pinned(config: Config) -> bool:
+    """True where the name alone says which weights these are: a preset, or a hub revision that is a commit."""
+    return config.lm.model in assets.MODELS or bool(re.fullmatch(r"[0-9a-f]{40}", config.lm.revision or ""))
+
+
+def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None) -> Store:
+    store = Store.open(path)
+    if lm_ is not None:
+        wanted = store_spec(config, lm_, sources)
+    else:
+        widths = dict(store.spec.hookpoints)
+        wanted = StoreSpec(model_digest=store.spec.model_digest, tokenizer_digest=store.spec.tokenizer_digest,
+                           hookpoints=tuple((name, widths.get(name, 0)) for name in dict.fromkeys(config.harvest.hookpoints)),
+                           **_cheap_part(config, sources))
+    differences = store.spec.differences(wanted)
+    if differences:
+        raise StoreError(f"{path}: was harvested with another config ({'; '.join(differences)}); choose another "
+                         "config.harvest.store or delete this one")
+    return store
+
+
+class _Capture:
+    """The compiled forward pass up to the highest hookpoint, on as many local devices as divide the batch."""
+
+    def __init__(self, lm_: LM, config: Config):
+        self.names, self.batch = tuple(dict.fromkeys(config.harvest.hookpoints)), config.harvest.batch_contexts
+        devices = jax.local_devices()
+        used = max(n for n in range(1, len(devices) + 1) if self.batch % n == 0)
+        mesh = Mesh(np.array(devices[:used]), ("data",), axis_types=(AxisType.Auto,))
+        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        self._model = jax.device_put(lm_.model, NamedSharding(mesh, PartitionSpec()))
+        # Rounding on the device halves what crosses to the host.
+        self._run = jax.jit(
+            lambda model, tokens_BT: {n: x.astype(jnp.bfloat16) for n, x in lm.capture(model, tokens_BT, self.names).items()},
+            out_shardings=self._rows)
+
+    def __call__(self, tokens_NT: np.ndarray) -> dict[str, jax.Array]:
+        """bfloat16 [batch, T, D] per hookpoint for up to `batch` contexts, dispatched, not waited for; the rest is padding."""
+        tokens_BT = np.zeros((self.batch, tokens_NT.shape[1]), np.int32)
+        tokens_BT[:len(tokens_NT)] = tokens_NT
+        return self._run(self._model, jax.device_put(tokens_BT, self._rows))
+
+
+class _Buffers:
+    """Host memory for two shards, used in turn: one is filled while the other is written."""
+
+    def __init__(self, spec: StoreSpec):
+        self._pairs = [{name: np.empty((spec.shard_contexts, spec.context, width), ml_dtypes.bfloat16)
+                        for name, width in spec.hookpoints} for _ in range(2)]
+
+    def next(self) -> dict[str, np.ndarray]:
+        self._pairs.reverse()
+        return self._pairs[0]
+
+
+def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Config) -> int:
+    """Writes this process's missing shards. Returns the number of contexts in the whole store."""
+    spec, process, n_processes = writer.spec, jax.process_index(), jax.process_count()
+    mine = len(writer.missing_shards(process, n_processes))
+    title = "harvest" if n_processes == 1 else f"harvest (process 1 of {n_processes})"
+    total, buffers, writing = 0, _Buffers(spec), None
+    shard_rows = spec.shard_rows
+    with ThreadPoolExecutor(1) as pool, Progress(title, mine * shard_rows, enabled=config.log.progress) as bar:
+        for shard in range(spec.target_shards):
+            contexts, own = _one_shard(writer, packed, shard, shard % n_processes == process)
+            total += contexts
+            if own is not None and contexts:
+                acts = _run_shard(capture, own, buffers.next(), bar)
+                writing = _after(writing, pool.submit(writer.write_shard, shard, acts, own, packed.keep(own),
+                                                      packed.state.to_json()))
+            if contexts < spec.shard_contexts:
+                break
+        _after(writing, None)
+    if packed.dropped_tokens:
+        say(f"harvest: the text ended after {total * spec.context} tokens; {packed.dropped_tokens} that fill no context dropped")
+    return total
+
+
+def _after(previous: Future | None, following: Future | None) -> Future | None:
+    """Waits for the shard before, so that no more than two are in memory and its errors surface."""
+    if previous is not None:
+        previous.result()
+    return following
+
+
+def _one_shard(writer: StoreWriter, packed: PackedText, shard: int, is_mine: bool) -> tuple[int, np.ndarray | None]:
+    """(contexts of this shard, its tokens where it is this process's to write)."""
+    record = writer.record(shard)
+    if record is not None:
+        state = TextState(**record["text_state"])
+        if state != packed.state:
+            packed.seek(state)
+        return record["contexts"], None
+    tokens_NT = packed.take(writer.spec.shard_contexts)
+    return len(tokens_NT), tokens_NT if is_mine else None
+
+
+def _run_shard(capture: _Capture, tokens_NT: np.ndarray, out: dict[str, np.ndarray], bar: Progress) -> dict[str, np.ndarray]:
+    """Activations of a shard's contexts in host memory; one batch is always under way on the device."""
+    under_way: deque = deque()
+
+    def land() -> None:
+        start, n, values = under_way.popleft()
+        for name, x in values.items():
+            out[name][start:start + n] = np.asarray(x)[:n]
+        bar.advance(n * tokens_NT.shape[1])
+
+    for start in range(0, len(tokens_NT), capture.batch):
+        batch = tokens_NT[start:start + capture.batch]
+        under_way.append((start, len(batch), capture(batch)))
+        if len(under_way) > 1:
+            land()
+    while under_way:
+        land()
+    return {name: x[:len(tokens_NT)] for name, x in out.items()}

@@ -1,0 +1,184 @@
+"""Where documents come from: presets, local files and hub datasets, all read through the `datasets` library.
+
+A source is one of
+- a preset of `saejax.assets` ("shakespeare"),
+- a file, directory or glob: `.jsonl .json .parquet .arrow` with a text column, or plain text, one document per file,
+- a hub dataset `owner/name`, `owner/name:config`, `owner/name@revision` or `owner/name:config@revision`.
+"""
+
+import glob
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from saejax import assets
+from saejax.config import TextOptions
+from saejax.data.permutation import Permutation, derive_key
+from saejax.errors import TextError
+from saejax.storage import file_sha256, text_sha256
+
+_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+_PLAIN = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".js", ".java", ".rs", ".go")
+_HUB = re.compile(r"(?P<name>[\w.\-]+(/[\w.\-]+)?)(:(?P<config>[\w.\-]+))?(@(?P<revision>[\w.\-]+))?")
+_DOCUMENT_ORDER = 3
+_STREAM_BUFFER = 10_000
+_BATCH = 256
+
+
+@dataclass
+class Sources:
+    """Resolved sources: what they are called, their digest, and the loaded datasets (one per file type or hub name).
+
+    `digest` covers names and sha256 of the content of files in reading order, or name, revision and fingerprint of hub data.
+    """
+
+    names: list[str]
+    digest: str
+    _options: TextOptions
+    _files: dict[str, list[Path]]
+    _hub: list[tuple[str, str | None, str | None]]
+    _loaded: list = field(default_factory=list)
+
+    def datasets(self) -> list:
+        """The datasets, loaded once, each checked to have a text column. Raises `TextError`."""
+        if not self._loaded:
+            for builder, files in self._files.items():
+                self._loaded.append(self._load(builder, ", ".join(sorted({f.name for f in files})[:3]),
+                                               data_files=[str(f) for f in files],
+                                               **({"sample_by": "document"} if builder == "text" else {})))
+            for name, config, revision in self._hub:
+                self._loaded.append(self._load(name, name, name=config, revision=revision))
+        return self._loaded
+
+    def _load(self, builder: str, shown: str, **kwargs):
+        import datasets
+        split = "train" if "data_files" in kwargs else self._options.split
+        quiet = datasets.utils.logging
+        was_shown = quiet.is_progress_bar_enabled()
+        datasets.disable_progress_bars()
+        try:
+            data = datasets.load_dataset(builder, split=split, streaming=self._options.streaming, **kwargs)
+        except Exception as e:
+            reason = " ".join(str(e.__cause__ or e).split())[:200]
+            raise TextError(f"config.text.source: {shown!r} cannot be read ({type(e).__name__}: {reason})") from e
+        finally:
+            if was_shown:
+                datasets.enable_progress_bars()
+        return self._text_column(data, shown, plain=builder == "text")
+
+    def _text_column(self, data, shown: str, plain: bool):
+        wanted = "text" if plain else self._options.field
+        columns = data.column_names if data.column_names is not None else list(next(iter(data.take(1)), {wanted: ""}))
+        if wanted not in columns:
+            raise TextError(f"config.text.field: {shown} has no column {wanted!r}; it has {', '.join(columns)}")
+        data = data.select_columns([wanted])
+        return data if wanted == "text" else data.rename_column(wanted, "text")
+
+
+def resolve(options: TextOptions) -> Sources:
+    """Finds the sources and digests them, without reading documents. Raises `TextError` listing every bad source."""
+    files: dict[str, list[Path]] = {}
+    hub, names, parts, problems = [], [], [], []
+    for source in options.source:
+        try:
+            found = _find(source)
+        except TextError as e:
+            problems.append(str(e))
+            continue
+        if isinstance(found, list):
+            names.append(source if source in assets.TEXTS else Path(source).name)
+            for path in found:
+                files.setdefault(_BUILDERS.get(path.suffix, "text"), []).append(path)
+        else:
+            names.append(source)
+            hub.append(found)
+    if problems:
+        raise TextError("; ".join(problems))
+    for builder, paths in files.items():
+        for path in paths:
+            parts += [builder, path.name, file_sha256(path)]
+    for name, config, revision in hub:
+        parts += ["hub", name, config or "", _hub_commit(name, config, revision), options.split]
+    return Sources(names, text_sha256(*parts), options, files, hub)
+
+
+def _find(source: str) -> list[Path] | tuple[str, str | None, str | None]:
+    if source in assets.TEXTS:
+        return [assets.text_path(source)]
+    path = Path(source).expanduser()
+    known = (*_BUILDERS, *_PLAIN)
+    if path.is_file():
+        if path.suffix not in known:
+            raise TextError(f"config.text.source: {source!r} ends in none of {' '.join(known)}")
+        return [path]
+    if path.is_dir() or glob.has_magic(source):
+        every = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
+        found = sorted(p for p in every if p.is_file() and p.suffix in known)
+        if not found:
+            raise TextError(f"config.text.source: {source!r} holds no file ending in {' '.join(known)}")
+        return found
+    match = _HUB.fullmatch(source)
+    if not match or path.suffix in known:
+        raise TextError(f"config.text.source: {source!r} is missing: no such file, directory or preset "
+                        f"({', '.join(assets.TEXTS)})")
+    return match["name"], match["config"], match["revision"]
+
+
+def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
+    """The commit that the hub dataset stands at; `datasets` calls it the builder's hash."""
+    import datasets
+    try:
+        return datasets.load_dataset_builder(name, config, revision=revision).hash
+    except Exception as e:
+        reason = " ".join(str(e).split())[:200]
+        raise TextError(f"config.text.source: {name!r} is no preset ({', '.join(assets.TEXTS)}), no local file and not "
+                        f"readable from the hub ({type(e).__name__}: {reason})") from e
+
+
+def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[str | None]]:
+    """Batches of documents in shuffled order (or in reading order), from document `start` on.
+
+    Map-style data use a keyed permutation of all documents: any start costs nothing. Streamed data use the library's shuffle
+    buffer of 10,000 documents and skip `start` documents, which reads them but does not tokenise them.
+    """
+    options, parts = sources._options, sources.datasets()
+    if options.streaming:
+        return _read_stream(parts, options, seed, start)
+    return _read_map(parts, options, seed, start)
+
+
+def _read_map(parts: list, options: TextOptions, seed: int, start: int) -> Iterator[list[str | None]]:
+    ends = np.cumsum([len(p) for p in parts])
+    total = int(ends[-1])
+    order = Permutation(total, derive_key(seed, _DOCUMENT_ORDER))
+    for a in range(start, total, _BATCH):
+        rows = np.arange(a, min(a + _BATCH, total))
+        rows = order(rows) if options.shuffle else rows
+        which = np.searchsorted(ends, rows, side="right")
+        out = np.empty(len(rows), object)
+        for p in np.unique(which):
+            mine = np.flatnonzero(which == p)
+            local = rows[mine] - (ends[p - 1] if p else 0)
+            out[mine] = _strings(parts[p][local.tolist()]["text"])
+        yield out.tolist()
+
+
+def _read_stream(parts: list, options: TextOptions, seed: int, start: int) -> Iterator[list[str | None]]:
+    import datasets
+    data = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    if options.shuffle:
+        data = data.shuffle(seed=seed, buffer_size=_STREAM_BUFFER)
+    rows = iter(data.skip(start) if start else data)
+    while batch := list(itertools.islice(rows, _BATCH)):
+        yield _strings([row["text"] for row in batch])
+
+
+def _strings(values: list) -> list[str | None]:
+    for value in values:
+        if value is not None and not isinstance(value, str):
+            raise TextError(f"config.text.field: the column holds {type(value).__name__}, not text")
+    return values

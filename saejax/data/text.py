@@ -1,0 +1,202 @@
+"""Documents -> packed rows of tokens.
+
+The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut into rows
+of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a row, as in the
+pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row ("row"), of every
+document ("doc"), or nowhere ("none"). What is left at the end and does not fill a row is dropped and counted.
+
+A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or seed,
+and copies of a document are on the same side.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+import numpy as np
+
+from saejax.config import TextOptions
+from saejax.data import sources as src
+from saejax.data.sources import Sources
+from saejax.errors import TextError
+from saejax.records import TokenBatch
+
+
+class Tokenizer(Protocol):
+    """What packing needs of a tokenizer. Ids that are None do not exist; 0 is an id like any other."""
+
+    special_ids: frozenset[int]
+    bos_id: int | None
+    eos_id: int | None
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
+
+
+@dataclass(frozen=True)
+class TextState:
+    """Where packing stands: `contexts` rows are out, and the next token is number `offset` of document `documents`.
+
+    Documents are counted in the shuffled order before the split; `offset` counts BOS and separator.
+    """
+
+    documents: int = 0
+    offset: int = 0
+    contexts: int = 0
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+
+def is_held_out(text: str, holdout: float) -> bool:
+    """blake2b(text) / 2^64 < holdout."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64 < holdout
+
+
+def documents(options: TextOptions, seed: int, split: str = "train", *, sources: Sources | None = None) -> Iterator[str]:
+    """The non-empty documents of a split ("train" or "heldout") in shuffled order. Raises `TextError`."""
+    for batch in src.read(sources or src.resolve(options), seed):
+        yield from (text for text in batch if text and is_held_out(text, options.holdout) == (split == "heldout"))
+
+
+def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
+    """What decides the token rows, as plain JSON for a manifest; no paths."""
+    return {"sources": sources.names, "digest": sources.digest, "field": options.field, "split": options.split,
+            "streaming": options.streaming, "shuffle": options.shuffle, "seed": seed, "bos": options.bos,
+            "separator": options.separator, "holdout": options.holdout}
+
+
+class PackedText:
+    """The packed rows of one split, taken in order from any `TextState`.
+
+    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS or EOS where one is asked for, token ids beyond
+    `vocab_size`.
+    """
+
+    def __init__(self, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
+                 mask_special: bool = True, vocab_size: int | None = None, sources: Sources | None = None,
+                 start: TextState | None = None):
+        if split == "heldout" and options.holdout == 0:
+            raise TextError("config.text.holdout: 0 keeps no document for evaluation; set it to 0.02, for example")
+        for key, value, name in ((options.bos != "none", tokenizer.bos_id, "bos"),
+                                 (options.separator == "eos", tokenizer.eos_id, "separator")):
+            if key and value is None:
+                raise TextError(f"config.text.{name}: the tokenizer has no such token; set config.text.{name}='none'")
+        self._options, self._tokenizer, self._seed, self._split = options, tokenizer, seed, split
+        self._vocab_size = vocab_size
+        self._masked = np.array(sorted(tokenizer.special_ids) if mask_special else [], np.int32)
+        self._row = [tokenizer.bos_id] if options.bos == "row" else []
+        self._before = [tokenizer.bos_id] if options.bos == "doc" else []
+        self._after = [tokenizer.eos_id] if options.separator == "eos" else []
+        self._sources = sources or src.resolve(options)
+        self.seek(start or TextState())
+
+    def seek(self, state: TextState) -> None:
+        """Goes on from `state`. Documents before it are not tokenised again."""
+        self.state = state
+        self.dropped_tokens = 0
+        self._batches = src.read(self._sources, self._seed, state.documents)
+        self._next_document, self._skip = state.documents, state.offset
+        self._tokens = np.empty(0, np.int32)
+        self._numbers = np.empty(0, np.int64)   # number of each buffered document
+        self._ends = np.empty(0, np.int64)      # where it ends in the buffer
+        self._begins = np.empty(0, np.int64)    # where its first token is or would be
+        self._ended = self._seen = False
+
+    def take(self, n: int) -> np.ndarray:
+        """The next `n` rows, int32 [n, context]; fewer where the text ends, none behind it."""
+        payload = self._options.context - len(self._row)
+        while len(self._tokens) < n * payload and not self._ended:
+            self._refill(n * payload)
+        rows = min(n, len(self._tokens) // payload)
+        if self._ended and rows < n:
+            self.dropped_tokens = len(self._tokens) - rows * payload
+            self._refuse_nothing(rows)
+        out = np.empty((rows, self._options.context), np.int32)
+        out[:, :len(self._row)] = self._row
+        out[:, len(self._row):] = self._tokens[:rows * payload].reshape(rows, payload)
+        self._consume(rows * payload, rows)
+        return out
+
+    def keep(self, tokens: np.ndarray) -> np.ndarray:
+        """bool, False at special tokens when these are masked."""
+        return ~np.isin(tokens, self._masked)
+
+    def _refuse_nothing(self, rows: int) -> None:
+        if self.state.contexts or rows:
+            return
+        where = f"config.text.source: {', '.join(self._sources.names)}"
+        if self._next_document == 0:
+            raise TextError(f"{where}: no documents")
+        if not self._seen:
+            raise TextError(f"{where}: none of {self._next_document} documents has text in the {self._split!r} split; change "
+                            f"config.text.holdout = {self._options.holdout} or add documents (one text file is one document)")
+        raise TextError(f"{where}: the {self._split!r} split has {len(self._tokens) + len(self._row)} tokens, one context needs "
+                        f"{self._options.context}; add text or lower config.text.context")
+
+    def _refill(self, wanted: int) -> None:
+        """Tokenises batches of documents until `wanted` tokens are buffered or the text ends."""
+        pieces, numbers = [], []
+        have = len(self._tokens)
+        while have < wanted:
+            batch = next(self._batches, None)
+            if batch is None:
+                self._ended = True
+                break
+            heldout = self._split == "heldout"
+            mine = [(i, t) for i, t in enumerate(batch) if t and is_held_out(t, self._options.holdout) == heldout]
+            for (i, _), ids in zip(mine, self._tokenizer.encode_batch([t for _, t in mine]), strict=True):
+                if ids:
+                    pieces.append(np.array([*self._before, *ids, *self._after], np.int32))
+                    numbers.append(self._next_document + i)
+                    have += len(pieces[-1])
+            self._next_document += len(batch)
+        if pieces:
+            self._append(pieces, np.array(numbers, np.int64))
+
+    def _append(self, pieces: list[np.ndarray], numbers: np.ndarray) -> None:
+        self._seen = True
+        ends = len(self._tokens) + np.cumsum([len(p) for p in pieces])
+        begins = ends - [len(p) for p in pieces]
+        tokens = np.concatenate([self._tokens, *pieces])
+        if self._skip:
+            if numbers[0] != self.state.documents or self._skip > len(pieces[0]):
+                raise TextError("config.text.source: the text is not the one that this harvest began with")
+            tokens, ends, begins, self._skip = tokens[self._skip:], ends - self._skip, begins - self._skip, 0
+        if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
+            raise TextError(f"config.lm.model: its tokenizer gives id {tokens.max()}, the model has {self._vocab_size}; use the "
+                            "tokenizer that belongs to the model")
+        self._tokens = tokens
+        self._numbers = np.concatenate([self._numbers, numbers])
+        self._ends = np.concatenate([self._ends, ends])
+        self._begins = np.concatenate([self._begins, begins])
+
+    def _consume(self, n: int, rows: int) -> None:
+        if rows == 0:
+            return
+        done = int(np.searchsorted(self._ends, n, side="right"))
+        contexts = self.state.contexts + rows
+        if done < len(self._ends):
+            self.state = TextState(int(self._numbers[done]), int(n - self._begins[done]), contexts)
+        else:
+            self.state = TextState(self._next_document, 0, contexts)
+        self._tokens = self._tokens[n:]
+        self._numbers, self._ends, self._begins = self._numbers[done:], self._ends[done:] - n, self._begins[done:] - n
+
+
+def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, seed: int, split: str = "train",
+                  mask_special: bool = True, vocab_size: int | None = None, max_contexts: int | None = None,
+                  sources: Sources | None = None, start: TextState | None = None) -> Iterator[TokenBatch]:
+    """`TokenBatch`es of `batch` rows (the last may be shorter), at most `max_contexts` rows in all. Raises `TextError`."""
+    text = PackedText(options, tokenizer, seed=seed, split=split, mask_special=mask_special, vocab_size=vocab_size,
+                      sources=sources, start=start)
+    left = max_contexts if max_contexts is not None else 2**62
+    while left > 0:
+        first, asked = text.state.contexts, min(batch, left)
+        tokens_BT = text.take(asked)
+        if len(tokens_BT):
+            yield TokenBatch(tokens_BT, text.keep(tokens_BT), np.arange(first, first + len(tokens_BT), dtype=np.int64))
+        left -= len(tokens_BT)
+        if len(tokens_BT) < asked:
+            return
