@@ -1,0 +1,1 @@
+"""Measurements of a trained SAE on held-out text."""
