@@ -152,7 +152,7 @@ def check_layout(root: Path, spec: ArraySpec, shard: int, rows: int) -> None:
         raise StoreCorruptError(f"{path}: {_reason(e)}; harvest the store again") from e
 
 
-def read_words(path: Path, spec: ArraySpec, first: int, last: int) -> bytes:
+def read_words(path: str | Path, spec: ArraySpec, first: int, last: int) -> bytes:
     """The crc32c words beside the chunks first..last-1 of a shard file, 4 bytes each."""
     stride = spec.chunk_bytes + _CRC
     try:
@@ -185,6 +185,7 @@ class ArrayReader:
         self._root, self._truth = root, truth
         self._store = spec.open(root, rows, context)
         self._checked: set[int] = set()
+        self._known: dict[int, tuple[str, bytes]] = {}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1. Raises `StoreCorruptError` naming the shard file; never returns an unchecked value."""
@@ -215,12 +216,18 @@ class ArrayReader:
 
     def check_words(self, shard: int, start: int, stop: int) -> None:
         """Compares the checksum words of the chunks that hold these rows with the recorded ones."""
+        path, crcs = self._words(shard)
         first = (start - shard * self.spec.shard_rows) // self.spec.chunk_rows
         last = -(-(stop - shard * self.spec.shard_rows) // self.spec.chunk_rows)
-        path = self._root / self.spec.shard_file(shard)
-        if read_words(path, self.spec, first, last) != self._truth(shard).crcs[first * _CRC:last * _CRC]:
+        if read_words(path, self.spec, first, last) != crcs[first * _CRC:last * _CRC]:
             raise StoreCorruptError(f"{path}: its checksums are not the ones recorded when it was written (stale or swapped "
                                     "file); harvest the store again")
+
+    def _words(self, shard: int) -> tuple[str, bytes]:
+        """Path and recorded checksums of a shard file, looked up once: this runs for every block of every window."""
+        if shard not in self._known:
+            self._known[shard] = (str(self._root / self.spec.shard_file(shard)), self._truth(shard).crcs)
+        return self._known[shard]
 
     def failure(self, shard: int, error: ValueError) -> StoreCorruptError:
         path = self._root / self.spec.shard_file(shard)

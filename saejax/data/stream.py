@@ -11,6 +11,7 @@ While one window is handed out, tensorstore's threads read the next one into the
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -96,6 +97,33 @@ class RowOrder:
         return bits[start - first * 8:stop - first * 8].view(bool)
 
 
+class _Recycled:
+    """Arrays [rows, width] of uint16 whose memory is used again once nothing refers to it: on fresh memory the kernel's page
+    faults cost more than gathering the rows.
+
+    Every view of an array keeps it alive, because its base is not an array and numpy stops there when it collapses the chain
+    of bases; so the finaliser runs when the last view is gone, including those that jax holds.
+    """
+
+    def __init__(self, width: int, most: int):
+        self._width, self._most = width, most
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def array(self, rows: int) -> np.ndarray:
+        free = self._free.setdefault(rows, [])
+        try:
+            memory = free.pop()
+        except IndexError:
+            memory = np.empty(rows * self._width, np.uint16)
+        array = np.frombuffer(memory.data, np.uint16)
+        weakref.finalize(array, self._release, free, memory).atexit = False
+        return array.reshape(rows, self._width)
+
+    def _release(self, free: list[np.ndarray], memory: np.ndarray) -> None:
+        if len(free) < self._most:
+            free.append(memory)
+
+
 class Stream:
     """Iterator of `ActivationBatch` with exactly `batch` rows, without end; also a context manager (`close()` joins).
 
@@ -120,6 +148,7 @@ class Stream:
         self._buffers = [(np.empty((rows, self.width), ml_dtypes.bfloat16), np.empty(rows, np.int32)) for _ in range(2)]
         batch_bytes = batch * self.width * 2
         self._queue: queue.Queue = queue.Queue(maxsize=max(2, min(16, _QUEUE_BYTES // batch_bytes)))
+        self._memory = _Recycled(self.width, self._queue.maxsize + 2)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(self.state,), name="saejax-stream", daemon=True)
@@ -186,18 +215,23 @@ class Stream:
 
     def _batches(self, state: StreamState) -> Iterator[tuple[ActivationBatch, StreamState]]:
         """Batches and the state behind each; a batch is gathered from as many windows as it crosses."""
-        parts: list[tuple[np.ndarray, ...]] = []
-        have = 0
-        for epoch, window, done in self._windows(state):
-            position = done
+        x, tokens, rows, have = self._blank()
+        for epoch, window, position in self._windows(state):
             while position < len(window.order):
-                take = window.order[position:position + self.batch - have]
-                parts.append(self._gather(window, take))
-                have, position = have + len(take), position + len(take)
-                state = StreamState(state.seed, epoch, (state.position if epoch == state.epoch else 0) + len(take))
+                slots = window.order[position:position + self.batch - have]
+                part = slice(have, have + len(slots))
+                np.take(window.x.view(np.uint16), slots, axis=0, out=x[part], mode="clip")
+                tokens[part], rows[part] = window.tokens[slots], window.rows[slots]
+                have, position = have + len(slots), position + len(slots)
+                state = StreamState(state.seed, epoch, (state.position if epoch == state.epoch else 0) + len(slots))
                 if have == self.batch:
-                    yield self._join(parts), self._normal(state)
-                    parts, have = [], 0
+                    contexts, positions = np.divmod(rows, self.store.context)
+                    yield (ActivationBatch(x.view(ml_dtypes.bfloat16), tokens, contexts, positions.astype(np.int32)),
+                           self._normal(state))
+                    x, tokens, rows, have = self._blank()
+
+    def _blank(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+        return self._memory.array(self.batch), np.empty(self.batch, np.int32), np.empty(self.batch, np.int64), 0
 
     def _windows(self, state: StreamState) -> Iterator[tuple[int, _Window, int]]:
         """(epoch, window with its values read and checked, rows of it handed out before), reading one window ahead."""
@@ -229,14 +263,12 @@ class Stream:
         pending = [self.store.start_read(f"acts/{self.hookpoint}", spans, x), self.store.start_read("tokens", spans, tokens)]
         return _Window(blocks, order, rows, x, tokens, pending)
 
-    def _gather(self, window: _Window, slots: np.ndarray) -> tuple[np.ndarray, ...]:
-        x = np.take(window.x.view(np.uint16), slots, axis=0, mode="clip").view(ml_dtypes.bfloat16)
-        return x, window.tokens[slots], window.rows[slots]
-
     def _check_finite(self, window: _Window) -> None:
         bits = window.x.view(np.uint16)
+        scratch = np.empty((_ROWS_AT_ONCE, self.width), np.uint16)
         for a in range(0, len(bits), _ROWS_AT_ONCE):
-            if (bits[a:a + _ROWS_AT_ONCE] & _EXPONENT).max() == _EXPONENT:
+            piece = bits[a:a + _ROWS_AT_ONCE]
+            if np.bitwise_and(piece, _EXPONENT, out=scratch[:len(piece)]).max() == _EXPONENT:
                 break
         else:
             return
@@ -246,8 +278,3 @@ class Stream:
             places = [divmod(int(r), self.store.context) for r in rows[:5]]
             raise NonFiniteError(f"{self.store.path}: " + non_finite_message(
                 self.hookpoint, bad.size, len(window.order), places))
-
-    def _join(self, parts: list[tuple[np.ndarray, ...]]) -> ActivationBatch:
-        x, tokens, rows = parts[0] if len(parts) == 1 else (np.concatenate(a) for a in zip(*parts, strict=True))
-        contexts, positions = np.divmod(rows, self.store.context)
-        return ActivationBatch(x, tokens, contexts, positions.astype(np.int32))
