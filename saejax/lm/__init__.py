@@ -1,7 +1,7 @@
 """Language models: a Flax NNX decoder with hookpoints, its weights and its tokenizer.
 
-    lm = saejax.lm.load("smollm2-135m")
-    acts = capture(lm.model, tokens_BT, ["blocks.9.hook_resid_post"])
+lm = saejax.lm.load("smollm2-135m")
+acts = capture(lm.model, tokens_BT, ["blocks.9.hook_resid_post"])
 """
 
 from saejax.lm.arch import LMConfig
@@ -10,5 +10,16 @@ from saejax.lm.load import LM, load
 from saejax.lm.model import Decoder, capture, cross_entropy
 from saejax.lm.tokenizer import Tokenizer
 
-__all__ = ["LM", "Decoder", "LMConfig", "Tokenizer", "capture", "check_hookpoint", "cross_entropy", "hookpoints", "layer_of",
-           "load", "width_of"]
+__all__ = [
+    "LM",
+    "Decoder",
+    "LMConfig",
+    "Tokenizer",
+    "capture",
+    "check_hookpoint",
+    "cross_entropy",
+    "hookpoints",
+    "layer_of",
+    "load",
+    "width_of",
+]

@@ -1,7 +1,7 @@
 """What a language model computes: one frozen `LMConfig`, read from a Hugging Face config or from GGUF metadata.
 
-A field that changes the forward pass and that the decoder does not compute is refused by name, never ignored: a JAX library
-that dropped `rope_theta` was wrong by 7.4 in the logits of SmolLM2 and no test with default values could see it.
+A field that changes the forward pass and that the decoder does not compute is refused by name, never ignored: dropping
+`rope_theta` alone moves SmolLM2's logits by 7.4, and no test with default values can see it.
 """
 
 import math
@@ -38,10 +38,15 @@ class LMConfig:
     def __post_init__(self) -> None:
         sizes = ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_mlp", "max_context")
         wrong = [f"{name}={getattr(self, name)!r}" for name in sizes if not _is_size(getattr(self, name))]
-        wrong += [f"{name}={value!r}" for name, value in (("norm_eps", self.norm_eps), ("rope_theta", self.rope_theta))
-                  if not (isinstance(value, float) and math.isfinite(value) and value > 0)]
+        wrong += [
+            f"{name}={value!r}"
+            for name, value in (("norm_eps", self.norm_eps), ("rope_theta", self.rope_theta))
+            if not (isinstance(value, float) and math.isfinite(value) and value > 0)
+        ]
         if wrong:
-            raise LMError(f"model config: {', '.join(wrong)} must be positive and of a sane size: check the model's config file")
+            raise LMError(
+                f"model config: {', '.join(wrong)} must be positive numbers below 2^31: check the config file"
+            )
         if self.n_heads % self.n_kv_heads:
             raise LMError(f"model config: n_heads={self.n_heads} is not a multiple of n_kv_heads={self.n_kv_heads}")
         if self.head_dim % 2:
@@ -53,28 +58,41 @@ def _is_size(value: Any) -> bool:
 
 
 # Keys of a Hugging Face config that never change the forward pass at inference.
-_HF_HARMLESS = frozenset("""
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map bos_token_id
-    chunk_size_feed_forward dtype eos_token_id finetuning_task id2label initializer_range is_llama_config label2id
-    model_type output_attentions output_hidden_states pad_token_id problem_type return_dict task_specific_params tokenizer_class
-    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache vocab_size hidden_size
-    num_hidden_layers num_attention_heads num_key_value_heads head_dim intermediate_size rms_norm_eps rope_theta rope_parameters
-    rope_scaling max_position_embeddings tie_word_embeddings attention_bias mlp_bias
-    hidden_act hidden_activation pretraining_tp rope_interleaved
-""".split())
+_HF_HARMLESS = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout auto_map
+    bos_token_id chunk_size_feed_forward dtype eos_token_id finetuning_task id2label initializer_range is_llama_config
+    label2id output_attentions output_hidden_states pad_token_id problem_type return_dict task_specific_params
+    tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+""".split()
+)
 
-# Keys that would change it: only the listed value is computed.
+_HF_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+_HF_REQUIRED = _HF_SIZES[:5]
+_HF_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+_HF_READ = frozenset(
+    {*_HF_SIZES, *_HF_SWITCHES, "model_type", "rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling"}
+)
+
+# Keys that would change the forward pass: only the listed value is computed.
 _HF_LLAMA_ONLY = {"hidden_act": "silu", "pretraining_tp": 1, "rope_interleaved": False}
-
-_HF_REQUIRED = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
 def from_hf(config: Mapping[str, Any]) -> LMConfig:
     """`LMConfig` from the dict of a Hugging Face `config.json`.
 
-    The rope base is read from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (older files).
-    Raises LMError for a model type without a decoder, and one LMError that lists every missing field, every unknown field
-    that is set, and every field set to a value that the decoder does not compute.
+    The rope base is read from `rope_parameters` (transformers 5) or from `rope_theta` and `rope_scaling` (older
+    files). Raises LMError for a model type without a decoder, and one LMError that lists every missing field, every
+    unknown field that is set, and every field set to a value that the decoder does not compute.
     """
     model_type = config.get("model_type")
     if model_type not in HF_READERS:
@@ -83,30 +101,57 @@ def from_hf(config: Mapping[str, Any]) -> LMConfig:
 
 
 def _llama_from_hf(config: Mapping[str, Any]) -> LMConfig:
-    problems = [f"{key} is missing" for key in _HF_REQUIRED if config.get(key) is None]
-    problems += [f"{key}={config[key]!r} (only {value!r} is computed)" for key, value in _HF_LLAMA_ONLY.items()
-                 if config.get(key, value) != value]
-    problems += [f"{key}={_short(value)} (unknown field)" for key, value in config.items()
-                 if key not in _HF_HARMLESS and value is not None and value is not False]
+    config = {key: value for key, value in config.items() if value is not None}
+    problems = [f"{key} is missing" for key in _HF_REQUIRED if key not in config]
+    problems += [
+        f"{key}={_short(config[key])} (not a size)" for key in _HF_SIZES if key in config and not _is_size(config[key])
+    ]
+    problems += [
+        f"{key}={_short(config[key])} (not true or false)"
+        for key in _HF_SWITCHES
+        if not isinstance(config.get(key, False), bool)
+    ]
+    problems += [
+        f"{key}={_short(config[key])} (only {value!r} is computed)"
+        for key, value in _HF_LLAMA_ONLY.items()
+        if config.get(key, value) != value
+    ]
+    problems += [
+        f"{key}={_short(value)} (unknown field)"
+        for key, value in config.items()
+        if value is not False and key not in (_HF_READ | _HF_HARMLESS | set(_HF_LLAMA_ONLY))
+    ]
     theta = _rope_theta(config, problems)
+    eps = _number("rms_norm_eps", config.get("rms_norm_eps", 1e-6), problems)
     if problems:
         raise LMError(f"model config of type 'llama' is not computed by the decoder: {'; '.join(problems)}")
-    n_heads = config["num_attention_heads"]
+    n_heads, d_model = config["num_attention_heads"], config["hidden_size"]
     return LMConfig(
-        family="llama", vocab_size=config["vocab_size"], d_model=config["hidden_size"],
-        n_layers=config["num_hidden_layers"], n_heads=n_heads, n_kv_heads=_get(config, "num_key_value_heads", n_heads),
-        head_dim=_get(config, "head_dim", config["hidden_size"] // max(1, n_heads)), d_mlp=config["intermediate_size"],
-        norm_eps=float(_get(config, "rms_norm_eps", 1e-6)), rope_theta=theta,
-        max_context=_get(config, "max_position_embeddings", 2048),
-        tied_embeddings=bool(_get(config, "tie_word_embeddings", False)),
-        attn_bias=bool(_get(config, "attention_bias", False)), mlp_bias=bool(_get(config, "mlp_bias", False)))
+        family="llama",
+        vocab_size=config["vocab_size"],
+        d_model=d_model,
+        n_layers=config["num_hidden_layers"],
+        n_heads=n_heads,
+        n_kv_heads=config.get("num_key_value_heads", n_heads),
+        head_dim=config.get("head_dim", d_model // n_heads),
+        d_mlp=config["intermediate_size"],
+        norm_eps=eps,
+        rope_theta=theta,
+        max_context=config.get("max_position_embeddings", 2048),
+        tied_embeddings=config.get("tie_word_embeddings", False),
+        attn_bias=config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+    )
 
 
 def _rope_theta(config: Mapping[str, Any], problems: list[str]) -> float:
     """The rope base from either spelling; every scaling or partial rotation is added to `problems`."""
-    rope = dict(config.get("rope_parameters") or {})
-    scaling = dict(config.get("rope_scaling") or {})
-    for where, block in (("rope_parameters", rope), ("rope_scaling", scaling)):
+    values = {_number("rope_theta", config["rope_theta"], problems)} if "rope_theta" in config else set()
+    for where in ("rope_parameters", "rope_scaling"):
+        block = config.get(where, {})
+        if not isinstance(block, Mapping):
+            problems.append(f"{where}={_short(block)} (not an object)")
+            continue
         kind = block.get("rope_type", block.get("type", "default"))
         if kind != "default":
             problems.append(f"{where}.rope_type={kind!r} (rope scaling is not computed)")
@@ -114,15 +159,18 @@ def _rope_theta(config: Mapping[str, Any], problems: list[str]) -> float:
             problems.append(f"{where}.{'/'.join(extra)} (unknown field)")
         if block.get("partial_rotary_factor", 1.0) != 1.0:
             problems.append(f"{where}.partial_rotary_factor={block['partial_rotary_factor']!r} (only 1.0 is computed)")
-    values = {float(block["rope_theta"]) for block in (rope, scaling, config) if block.get("rope_theta") is not None}
+        if block.get("rope_theta") is not None:
+            values.add(_number(f"{where}.rope_theta", block["rope_theta"], problems))
     if len(values) > 1:
-        problems.append(f"rope_theta is given as {' and '.join(str(v) for v in sorted(values))}")
-    return values.pop() if values else 10000.0
+        problems.append(f"rope_theta is given as {' and '.join(str(value) for value in sorted(values))}")
+    return max(values, default=10000.0)
 
 
-def _get(config: Mapping[str, Any], key: str, default: Any) -> Any:
-    value = config.get(key)
-    return default if value is None else value
+def _number(key: str, value: Any, problems: list[str]) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        problems.append(f"{key}={_short(value)} (not a number)")
+        return 1.0
+    return float(value)
 
 
 def _short(value: Any) -> str:
@@ -130,12 +178,21 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-# GGUF fields under `llama.` that the decoder computes, and those that do not change the forward pass.
-_GGUF_LLAMA_READ = frozenset("""
-    vocab_size embedding_length block_count attention.head_count attention.head_count_kv attention.key_length
-    attention.value_length feed_forward_length attention.layer_norm_rms_epsilon rope.freq_base rope.dimension_count
-    context_length
-""".split())
+# GGUF fields under `llama.` that the decoder reads: sizes first, the required ones before `head_count_kv`.
+_GGUF_SIZES = (
+    "embedding_length",
+    "block_count",
+    "attention.head_count",
+    "feed_forward_length",
+    "context_length",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "rope.dimension_count",
+    "vocab_size",
+)
+_GGUF_REQUIRED = _GGUF_SIZES[:5]
+_GGUF_NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
 
 
 def from_gguf(fields: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> LMConfig:
@@ -145,35 +202,55 @@ def from_gguf(fields: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, 
     """
     arch = fields.get("general.architecture")
     if arch not in GGUF_READERS:
-        raise LMError(f"GGUF general.architecture={arch!r} has no decoder here: supported are {', '.join(sorted(GGUF_READERS))}")
+        known = ", ".join(sorted(GGUF_READERS))
+        raise LMError(f"GGUF general.architecture={arch!r} has no decoder here: supported are {known}")
     own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
     return GGUF_READERS[arch](own, tensor_shapes)
 
 
 def _llama_from_gguf(own: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, ...]]) -> LMConfig:
-    required = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length",
-                "attention.layer_norm_rms_epsilon", "context_length")
+    required = (*_GGUF_REQUIRED, "attention.layer_norm_rms_epsilon")
     problems = [f"llama.{key} is missing" for key in required if key not in own]
-    problems += [f"llama.{key}={_short(value)} (not computed)" for key, value in own.items()
-                 if key not in _GGUF_LLAMA_READ and not (key == "rope.scaling.type" and value == "none")]
+    problems += [
+        f"llama.{key}={_short(own[key])} (not a size)" for key in _GGUF_SIZES if key in own and not _is_size(own[key])
+    ]
+    problems += [
+        f"llama.{key}={_short(value)} (not computed)"
+        for key, value in own.items()
+        if key not in (*_GGUF_SIZES, *_GGUF_NUMBERS) and (key, value) != ("rope.scaling.type", "none")
+    ]
     if "rope_freqs.weight" in tensor_shapes:
         problems.append("tensor rope_freqs.weight (rope scaling is not computed)")
     if "token_embd.weight" not in tensor_shapes:
         problems.append("tensor token_embd.weight is missing")
+    eps = _number("llama.attention.layer_norm_rms_epsilon", own.get("attention.layer_norm_rms_epsilon", 1.0), problems)
+    theta = _number("llama.rope.freq_base", own.get("rope.freq_base", 10000.0), problems)
+    if not problems:
+        n_heads, d_model = own["attention.head_count"], own["embedding_length"]
+        head_dim = own.get("attention.key_length", d_model // n_heads)
+        problems += [
+            f"llama.{key}={own[key]} differs from head_dim={head_dim}"
+            for key in ("rope.dimension_count", "attention.value_length")
+            if own.get(key, head_dim) != head_dim
+        ]
     if problems:
         raise LMError(f"GGUF model of architecture 'llama' is not computed by the decoder: {'; '.join(problems)}")
-    n_heads, d_model = own["attention.head_count"], own["embedding_length"]
-    head_dim = own.get("attention.key_length", d_model // max(1, n_heads))
-    for key in ("rope.dimension_count", "attention.value_length"):
-        if own.get(key, head_dim) != head_dim:
-            raise LMError(f"GGUF llama.{key}={own[key]} differs from head_dim={head_dim}: partial rotation is not computed")
     return LMConfig(
-        family="llama", vocab_size=tensor_shapes["token_embd.weight"][0], d_model=d_model, n_layers=own["block_count"],
-        n_heads=n_heads, n_kv_heads=own.get("attention.head_count_kv", n_heads), head_dim=head_dim,
-        d_mlp=own["feed_forward_length"], norm_eps=float(own["attention.layer_norm_rms_epsilon"]),
-        rope_theta=float(own.get("rope.freq_base", 10000.0)), max_context=own["context_length"],
+        family="llama",
+        vocab_size=tensor_shapes["token_embd.weight"][0],
+        d_model=d_model,
+        n_layers=own["block_count"],
+        n_heads=n_heads,
+        n_kv_heads=own.get("attention.head_count_kv", n_heads),
+        head_dim=head_dim,
+        d_mlp=own["feed_forward_length"],
+        norm_eps=eps,
+        rope_theta=theta,
+        max_context=own["context_length"],
         tied_embeddings="output.weight" not in tensor_shapes,
-        attn_bias="blk.0.attn_q.bias" in tensor_shapes, mlp_bias="blk.0.ffn_up.bias" in tensor_shapes)
+        attn_bias="blk.0.attn_q.bias" in tensor_shapes,
+        mlp_bias="blk.0.ffn_up.bias" in tensor_shapes,
+    )
 
 
 HF_READERS = {"llama": _llama_from_hf}

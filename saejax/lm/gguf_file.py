@@ -9,10 +9,11 @@ from saejax.errors import WeightsError
 
 
 class GGUFFile:
-    """Reads a GGUF file through the `gguf` package. Raises WeightsError, with the file, when it is not one or is cut short."""
+    """Reads a GGUF file through the `gguf` package. Raises WeightsError when it is not one or is cut short."""
 
     def __init__(self, path: Path):
         import gguf
+
         self.path = path
         self._dequantize = gguf.quants.dequantize
         try:
@@ -23,8 +24,11 @@ class GGUFFile:
 
     def fields(self) -> dict[str, Any]:
         """Every key-value field except the tokenizer's long lists."""
-        return {key: field.contents() for key, field in self._reader.fields.items()
-                if not (key.startswith("tokenizer.ggml.") and len(field.data) > 1)}
+        return {
+            key: field.contents()
+            for key, field in self._reader.fields.items()
+            if not (key.startswith("tokenizer.ggml.") and len(field.data) > 1)
+        }
 
     def field(self, key: str) -> Any:
         """One field, lists included; None when the file does not have it."""
@@ -41,7 +45,9 @@ class GGUFFile:
         try:
             return self._dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes()[name])
         except (NotImplementedError, ValueError) as error:
-            raise WeightsError(f"{self.path}: tensor {name} of type {tensor.tensor_type.name} ({_one_line(error)})") from None
+            raise WeightsError(
+                f"{self.path}: tensor {name} of type {tensor.tensor_type.name} ({_one_line(error)})"
+            ) from None
 
 
 def _one_line(error: Exception) -> str:

@@ -37,7 +37,8 @@ def check_hookpoint(cfg: LMConfig, name: str) -> None:
         return
     match = _BLOCK.fullmatch(name)
     if match and match[2] in BLOCK_HOOKS:
-        raise HookpointError(f"hookpoint {name!r}: the model has {cfg.n_layers} layers, use blocks.0 to blocks.{cfg.n_layers - 1}")
+        last = cfg.n_layers - 1
+        raise HookpointError(f"hookpoint {name!r}: the model has {cfg.n_layers} layers, use blocks.0 to blocks.{last}")
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     raise HookpointError(f"hookpoint {name!r} does not exist in this model: closest are {', '.join(close)}")
 

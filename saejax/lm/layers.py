@@ -1,8 +1,8 @@
 """The arithmetic of one decoder layer, as pure functions of the layer's weights.
 
 Shapes: B rows, T sequence, D d_model, M d_mlp, K key/value heads, G query heads per key/value head, h head_dim.
-Query, key and value weights are one leaf `qkv [D, K, G+2, h]`, gate and up one leaf `gate_up [D, 2, M]`: one matrix product
-instead of three and two, and still sharded cleanly by head and by MLP unit.
+Query, key and value weights are one leaf `qkv [D, K, G+2, h]`, gate and up one leaf `gate_up [D, 2, M]`: one matrix
+product instead of three and two, and still sharded cleanly by head and by MLP unit.
 """
 
 from collections.abc import Callable, Generator, Mapping
@@ -26,8 +26,8 @@ class Rope(NamedTuple):
 def rope_tables(cfg: LMConfig, length: int) -> Rope:
     """Tables for positions 0..length-1: angle = t * rope_theta ** (-2 i / head_dim) (Su et al. 2021, section 3.2.2).
 
-    Frequency and angle are rounded to float32 as transformers does; cosine and sine of that angle are then taken in float64,
-    because the float32 functions of accelerators lose digits at large angles.
+    Frequency and angle are rounded to float32 as transformers does; cosine and sine of that angle are then taken in
+    float64, because the float32 functions of accelerators lose digits at large angles.
     """
     exponent = np.arange(0, cfg.head_dim, 2, dtype=np.float64) / cfg.head_dim
     frequency = (1.0 / cfg.rope_theta**exponent).astype(np.float32)

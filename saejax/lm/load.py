@@ -17,16 +17,24 @@ from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.model import DTYPES, Decoder
 from saejax.lm.tokenizer import Tokenizer
 
-_HUB_FILES = ["config.json", "*.safetensors", "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json",
-              "vocab.json", "merges.txt", "added_tokens.json"]
+_HUB_FILES = [
+    "config.json",
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+]
 
 
 @dataclass(frozen=True)
 class LM:
     """A loaded language model.
 
-    `digest` is sha256 over the weight files' bytes and the config, the same on every machine; `revision` is the hub commit, None
-    for local files and presets.
+    `digest` is sha256 over the weight files' bytes and the config, the same on every machine; `revision` is the hub
+    commit, None for local files and presets.
     """
 
     model: Decoder
@@ -40,8 +48,9 @@ class LM:
 def load(model: str, *, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> LM:
     """Loads `model`: a preset of `saejax.assets`, a `.gguf` file, a Hugging Face directory, or a hub id `owner/name`.
 
-    `dtype` is "float32" or "bfloat16". With a `mesh`, weights are replicated over it, or split over its "model" axis if it has one.
-    Raises LMError (unknown model, config not computed), WeightsError (all tensor problems at once), TokenizerError, AssetError.
+    `dtype` is "float32" or "bfloat16". With a `mesh`, weights are replicated over it, or split over its "model" axis
+    if it has one. Raises LMError (unknown model, config not computed), WeightsError (all tensor problems at once),
+    TokenizerError, AssetError.
     """
     if dtype not in DTYPES:
         raise LMError(f"lm.dtype={dtype!r} is not supported: use one of {', '.join(DTYPES)}")
@@ -52,12 +61,13 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
         if not path.is_file():
             raise LMError(f"lm.name={model!r}: there is no such GGUF file")
         return _load_gguf(path, path.stem, dtype, mesh)
-    if path.is_dir():
+    if model and path.is_dir():
         return _load_folder(path, path.resolve().name, None, dtype, mesh)
     if re.fullmatch(r"[\w.\-]+/[\w.\-]+", model):
         folder = _download(model, revision)
         return _load_folder(folder, model, folder.name, dtype, mesh)
-    raise LMError(f"lm.name={model!r} is not a preset ({', '.join(assets.MODELS)}), a .gguf file, a directory or a hub id owner/name")
+    presets = ", ".join(assets.MODELS)
+    raise LMError(f"lm.name={model!r} is not a preset ({presets}), a .gguf file, a directory or a hub id owner/name")
 
 
 def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
@@ -87,11 +97,14 @@ def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise LMError(f"lm.name={model!r}, revision={revision!r}: cannot be downloaded ({reason}); use a local directory") from None
+        raise LMError(
+            f"lm.name={model!r}, revision={revision!r}: no download ({reason}); use a local directory"
+        ) from None
 
 
 def _digest(cfg: LMConfig, files: Iterable[Path]) -> str:

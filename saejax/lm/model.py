@@ -1,7 +1,7 @@
 """The decoder: a Flax NNX module with stacked layer weights, hookpoints, and an early stop.
 
-Runs of untapped layers are one `lax.scan` over the layer index, so that a 70-layer model compiles as fast as a short one; a tapped
-layer runs by itself, so that its taps see concrete names and may keep what they see.
+Runs of untapped layers are one `lax.scan` over the layer index, so that a 70-layer model compiles as fast as a short
+one; a tapped layer runs by itself, so that its taps see concrete names and may keep what they see.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class Leaf:
 
 
 def leaves(cfg: LMConfig) -> dict[str, Leaf]:
-    """Every parameter of the decoder by path: `embed`, `final_norm`, `unembed` (untied only) and `blocks.*`, stacked over layers."""
+    """Every parameter by path: `embed`, `final_norm`, `unembed` (untied only) and `blocks.*`, stacked over layers."""
     d, m, k, h, n = cfg.d_model, cfg.d_mlp, cfg.n_kv_heads, cfg.head_dim, cfg.n_layers
     g = cfg.n_heads // k
     block = {
@@ -54,43 +54,54 @@ def leaves(cfg: LMConfig) -> dict[str, Leaf]:
 class Decoder(nnx.Module):
     """Decoder-only transformer over the arrays named by `leaves(cfg)`.
 
-    The module is a pytree: pass it as an argument to `jax.jit`, never close over it (its weights would become constants).
-    `dtype` is that of the arrays; in float32 every matrix product asks for full precision, because the default of GPUs (TF32)
-    and TPUs (bf16 passes) would be wrong by more than 1e-3 in the logits. Norms and softmax are float32 in either case.
+    The module is a pytree: pass it as an argument to `jax.jit`, never close over it (its weights would become
+    constants). `dtype` is that of the arrays; in float32 every matrix product asks for full precision, because the
+    default of GPUs (TF32) and TPUs (bf16 passes) is not float32. Norms and softmax are float32 in either case.
     """
 
     def __init__(self, cfg: LMConfig, params: Mapping[str, Array]):
         expected = leaves(cfg)
         wrong = sorted(set(expected) ^ set(params)) + sorted(
-            name for name in set(expected) & set(params) if tuple(params[name].shape) != expected[name].shape)
+            name for name in set(expected) & set(params) if tuple(params[name].shape) != expected[name].shape
+        )
         if wrong:
-            raise LMError(f"decoder parameters {', '.join(wrong)} do not fit the config: build them with saejax.lm.load")
+            raise LMError(
+                f"decoder parameters {', '.join(wrong)} do not fit the config: build them with saejax.lm.load"
+            )
         self.cfg = cfg
         self.embed = nnx.Param(params["embed"])
         self.final_norm = nnx.Param(params["final_norm"])
         self.unembed = None if cfg.tied_embeddings else nnx.Param(params["unembed"])
-        self.blocks = nnx.Dict({name.removeprefix("blocks."): nnx.Param(value)
-                                for name, value in params.items() if name.startswith("blocks.")})
+        self.blocks = nnx.Dict(
+            {
+                name.removeprefix("blocks."): nnx.Param(value)
+                for name, value in params.items()
+                if name.startswith("blocks.")
+            }
+        )
 
     @property
     def dtype(self) -> jnp.dtype:
         """Dtype of weights and residual stream."""
         return self.embed[...].dtype
 
-    def __call__(self, tokens_BT: Array, *, taps: Mapping[str, Tap] | None = None, stop_at: str | None = None) -> Array | None:
+    def __call__(
+        self, tokens_BT: Array, *, taps: Mapping[str, Tap] | None = None, stop_at: str | None = None
+    ) -> Array | None:
         """Logits `[B, T, V]` of the next token at every position, in the model's dtype; None if `stop_at` is given.
 
-        `taps[name]` is called with the value at that hookpoint (`[B, T, D]`) and returns what the model goes on with: the same
-        value to record it, another to replace it, a sum to steer. `stop_at` computes nothing above that hookpoint. Under `jit` a
-        tap that ignores its argument drops everything below it. Raises HookpointError for a name the model does not have and
-        LMError for a context longer than `cfg.max_context`.
+        `taps[name]` is called with the value at that hookpoint (`[B, T, D]`) and returns what the model goes on with:
+        the same value to record it, another to replace it, a sum to steer. `stop_at` computes nothing above that
+        hookpoint. Under `jit` a tap that ignores its argument drops everything below it. Raises HookpointError for a
+        name the model does not have or a tap above `stop_at`, and LMError for a context longer than
+        `cfg.max_context`.
         """
         taps = dict(taps or {})
         for name in (*taps, *([stop_at] if stop_at is not None else [])):
             check_hookpoint(self.cfg, name)
         self._refuse_dead_taps(taps, stop_at)
         if tokens_BT.shape[-1] > self.cfg.max_context:
-            raise LMError(f"context of {tokens_BT.shape[-1]} tokens is longer than the model's {self.cfg.max_context}: shorten it")
+            raise LMError(f"context of {tokens_BT.shape[-1]} tokens is longer than the model's {self.cfg.max_context}")
         x_BTD = self.embed[...][tokens_BT]
         if EMBED in taps:
             x_BTD = taps[EMBED](x_BTD)
@@ -121,7 +132,7 @@ class Decoder(nnx.Module):
             start = layer + 1
 
     def _scan(self, weights: Mapping[str, Array], x_BTD: Array, rope: layers.Rope, start: int, end: int) -> Array:
-        """Layers start..end-1 without taps. Scans the index: slicing the stack instead would copy those weights on every call."""
+        """Layers start..end-1 without taps. Scans the index: slicing the stack would copy its weights at each call."""
         if start >= end:
             return x_BTD
 
@@ -130,8 +141,15 @@ class Decoder(nnx.Module):
 
         return jax.lax.scan(step, x_BTD, jnp.arange(start, end))[0]
 
-    def _tapped(self, weights: Mapping[str, Array], x_BTD: Array, rope: layers.Rope, layer: int,
-                taps: Mapping[str, Tap], stop_at: str | None) -> Array:
+    def _tapped(
+        self,
+        weights: Mapping[str, Array],
+        x_BTD: Array,
+        rope: layers.Rope,
+        layer: int,
+        taps: Mapping[str, Tap],
+        stop_at: str | None,
+    ) -> Array:
         prefix = f"blocks.{layer}."
         stop = stop_at.removeprefix(prefix) if stop_at is not None and stop_at.startswith(prefix) else None
 
@@ -172,6 +190,7 @@ def capture(model: Decoder, tokens_BT: Array, names: Sequence[str]) -> dict[str,
         def tap(x_BTD: Array) -> Array:
             kept[name] = x_BTD
             return x_BTD
+
         return tap
 
     if names:
@@ -182,8 +201,8 @@ def capture(model: Decoder, tokens_BT: Array, names: Sequence[str]) -> dict[str,
 def cross_entropy(logits_BTV: Array, tokens_BT: Array) -> Array:
     """Negative log likelihood, in nats, of token t+1 given tokens 0..t: `[B, T-1]`, float32.
 
-    nll = logsumexp(logits) - logits[target]. The last position is dropped after the reduction over the vocabulary, so that under
-    `jit` no second `[B, T, V]` array is made, neither for the shift nor for the conversion to float32.
+    nll = logsumexp(logits) - logits[target]. The last position is dropped after the reduction over the vocabulary, so
+    that under `jit` the shift makes no second `[B, T, V]` array (XLA's CPU backend still widens bfloat16 logits whole).
     """
     target_BT = jnp.roll(tokens_BT, -1, axis=1)
     hit_BT = jnp.take_along_axis(logits_BTV, target_BT[..., None], axis=-1)[..., 0].astype(jnp.float32)

@@ -1,6 +1,7 @@
 """A small face for a fast tokenizer, the same whether it came from a Hugging Face directory or from a GGUF file."""
 
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,9 +13,13 @@ from tokenizers import pre_tokenizers
 from saejax.errors import TokenizerError
 from saejax.lm.gguf_file import GGUFFile
 
-# GGUF pre-tokenizers that are GPT-2's split as it stands; transformers knows the other spellings it supports.
-_GPT2_SPLITS = frozenset({"gpt-2"})
-_CONTROL = 3
+# GGUF pre-tokenizers that transformers leaves at GPT-2's split: rightly for the first set; for the second every digit
+# must be split off first, which shows on "  1". Its own table covers the others.
+_GPT2_SPLITS = frozenset({"gpt-2", "olmo"})
+_DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact"})
+
+# transformers advises on import to install torch, which saejax does not need.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,16 @@ class Tokenizer:
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
     """Raises TokenizerError when the tokenizer can produce an id that the model has no embedding for."""
     if tokenizer.vocab_size > vocab_size:
-        raise TokenizerError(f"tokenizer has ids up to {tokenizer.vocab_size - 1} but the model's vocab_size is {vocab_size}: "
-                             "use the tokenizer that belongs to the model")
+        raise TokenizerError(
+            f"tokenizer has ids up to {tokenizer.vocab_size - 1} but the model's vocab_size is "
+            f"{vocab_size}: use the tokenizer that belongs to the model"
+        )
 
 
 def from_pretrained(name: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """Tokenizer of a Hugging Face directory or hub id. Raises TokenizerError when there is none or it has no fast version."""
+    """Tokenizer of a Hugging Face directory or hub id. Raises TokenizerError when there is no fast one."""
     from transformers import AutoTokenizer
+
     try:
         found = AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
@@ -77,27 +85,32 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Tokeniz
 def from_gguf(file: GGUFFile) -> Tokenizer:
     """Tokenizer stored in a GGUF file. Raises TokenizerError for a kind that cannot be rebuilt without guessing."""
     from transformers.integrations.gguf import GGUF_TOKENIZER_MAPPING, convert_gguf_tokenizer
+
     found = {ours: file.field(f"tokenizer.{key}") for key, ours in GGUF_TOKENIZER_MAPPING["tokenizer"].items()}
     found = {key: value for key, value in found.items() if value is not None}
     if "tokens" not in found:
-        raise TokenizerError(f"{file.path}: the GGUF file has no tokenizer.ggml.tokens: use one that holds its tokenizer")
+        raise TokenizerError(f"{file.path}: no tokenizer.ggml.tokens: use a GGUF file that holds its tokenizer")
     pre = found.get("pre_tokenizer_type")
     if found.get("tokenizer_type") == "gpt2" and not _known_split(pre):
-        raise TokenizerError(f"{file.path}: tokenizer.ggml.pre={pre!r} is not known: load the model from its Hugging Face directory")
+        raise TokenizerError(
+            f"{file.path}: tokenizer.ggml.pre={pre!r} is not known: load the Hugging Face directory instead"
+        )
     try:
         backend, _ = convert_gguf_tokenizer(file.field("general.architecture"), found)
     except (ValueError, KeyError) as error:
-        raise TokenizerError(f"{file.path}: the GGUF tokenizer cannot be rebuilt ({' '.join(str(error).split())[:200]})") from None
-    if pre == "smollm":
-        # transformers leaves GPT-2's split here; SmolLM splits every digit off first, which shows on "  1".
+        reason = " ".join(str(error).split())[:200]
+        raise TokenizerError(f"{file.path}: the GGUF tokenizer cannot be rebuilt ({reason})") from None
+    if pre in _DIGIT_SPLITS:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
     return _wrap(backend, found.get("bos_token_id"), found.get("eos_token_id"), found.get("pad_token_id"))
 
 
 def _known_split(pre: str | None) -> bool:
     from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-    return pre == "smollm" or pre in _GPT2_SPLITS or pre in GGUF_PRE_TOKENIZER_SPLITS
+
+    return pre in _GPT2_SPLITS | _DIGIT_SPLITS | GGUF_PRE_TOKENIZER_SPLITS.keys()
 
 
 def _wrap(backend: Backend, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Tokenizer:

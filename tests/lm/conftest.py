@@ -1,0 +1,33 @@
+import jax.numpy as jnp
+import pytest
+
+from saejax import lm
+from saejax.errors import AssetError
+from saejax.lm import arch, weights
+from tests.lm import tiny_llama
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real SmolLM2-135M, float32."""
+    try:
+        return lm.load("smollm2-135m")
+    except AssetError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """Directory of the tiny Llama: config.json and model.safetensors, no tokenizer."""
+    return tiny_llama.write(tmp_path_factory.mktemp("lm") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder):
+    """Decoder of the tiny Llama, float32."""
+    return weights.from_safetensors(arch.from_hf(tiny_llama.CONFIG), tiny_folder, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def tokens_BT():
+    return jnp.asarray(tiny_llama.tokens())

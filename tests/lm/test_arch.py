@@ -1,0 +1,132 @@
+import pytest
+
+from saejax.errors import LMError
+from saejax.lm import arch
+from tests.lm import tiny_llama
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "hidden_act": "silu",
+    "hidden_size": 576,
+    "initializer_range": 0.04,
+    "intermediate_size": 1536,
+    "is_llama_config": True,
+    "max_position_embeddings": 8192,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 9,
+    "num_hidden_layers": 30,
+    "num_key_value_heads": 3,
+    "pad_token_id": 2,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_interleaved": False,
+    "rope_scaling": None,
+    "rope_theta": 100000,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "transformers.js_config": {"kv_cache_dtype": {"q4f16": "float16"}},
+    "transformers_version": "4.42.3",
+    "vocab_size": 49152,
+}
+
+
+def test_hugging_face_and_gguf_agree(smollm2):
+    from_hf = arch.from_hf(SMOLLM2)
+    assert smollm2.cfg.norm_eps == pytest.approx(from_hf.norm_eps, rel=1e-7)
+    assert smollm2.cfg == arch.LMConfig(**(vars(from_hf) | {"norm_eps": smollm2.cfg.norm_eps}))
+
+
+def test_defaults_are_those_of_transformers():
+    cfg = arch.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": 10,
+            "hidden_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 6,
+        }
+    )
+    assert (cfg.n_kv_heads, cfg.head_dim, cfg.norm_eps, cfg.rope_theta, cfg.max_context) == (2, 4, 1e-6, 10000.0, 2048)
+    assert not (cfg.tied_embeddings or cfg.attn_bias or cfg.mlp_bias)
+
+
+def test_every_problem_is_in_one_error():
+    bad = tiny_llama.CONFIG | {
+        "hidden_act": "gelu",
+        "sliding_window": 128,
+        "num_key_value_heads": "two",
+        "mlp_bias": "yes",
+        "rms_norm_eps": "small",
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0},
+        "rope_theta": 1e4,
+    }
+    del bad["hidden_size"]
+    with pytest.raises(LMError) as caught:
+        arch.from_hf(bad)
+    message = str(caught.value)
+    for part in (
+        "hidden_size is missing",
+        "hidden_act='gelu'",
+        "sliding_window=128",
+        "num_key_value_heads='two'",
+        "mlp_bias='yes'",
+        "rms_norm_eps='small'",
+        "rope_type='llama3'",
+        "rope_theta is given as 10000.0 and 500000.0",
+    ):
+        assert part in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"model_type": "mamba"}, "supported are llama"),
+        ({"model_type": None}, "supported are llama"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type='linear'"),
+        ({"rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+        ({"rope_parameters": [1]}, "rope_parameters=[1] (not an object)"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_attention_heads": 5}, "not a multiple"),
+        ({"head_dim": 7}, "odd"),
+        ({"rms_norm_eps": 0}, "norm_eps=0.0"),
+        ({"vocab_size": 1 << 40}, "vocab_size=1099511627776"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan"),
+    ],
+)
+def test_refused_by_name(change, part):
+    with pytest.raises(LMError) as caught:
+        arch.from_hf(tiny_llama.CONFIG | change)
+    assert part in str(caught.value)
+
+
+def test_gguf_fields_that_are_not_computed_are_refused():
+    fields = {
+        "general.architecture": "llama",
+        "llama.embedding_length": 8,
+        "llama.block_count": 1,
+        "llama.context_length": 16,
+        "llama.attention.head_count": 2,
+        "llama.feed_forward_length": 6,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    shapes = {"token_embd.weight": (10, 8), "output.weight": (10, 8)}
+    assert not arch.from_gguf(fields, shapes).tied_embeddings
+    with pytest.raises(LMError, match=r"llama.expert_count=8 .*rope_freqs.weight"):
+        arch.from_gguf(fields | {"llama.expert_count": 8}, shapes | {"rope_freqs.weight": (4,)})
+    with pytest.raises(LMError, match=r"block_count is missing; llama.attention.head_count=\[2, 1\] \(not a size\)"):
+        arch.from_gguf(
+            {k: v for k, v in fields.items() if "block" not in k} | {"llama.attention.head_count": [2, 1]}, shapes
+        )
+    with pytest.raises(LMError, match="rope.dimension_count=2 differs from head_dim=4"):
+        arch.from_gguf(fields | {"llama.rope.dimension_count": 2}, shapes)
+    with pytest.raises(LMError, match="general.architecture='rwkv'"):
+        arch.from_gguf({"general.architecture": "rwkv"}, {})

@@ -1,0 +1,93 @@
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from saejax import lm
+from saejax.errors import LMError, TokenizerError
+from tests.lm import tiny_llama
+
+
+def write_tokenizer(folder, words: int) -> None:
+    """A word-level tokenizer with ids 0..words-1 and the specials <s> and </s>."""
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
+    backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    made = tiny_llama.write(tmp_path / "tiny")
+    write_tokenizer(made, 97)
+    return made
+
+
+def test_local_directory(folder, tiny, tokens_BT):
+    found = lm.load(str(folder))
+    assert (found.name, found.revision, found.cfg) == ("tiny", None, tiny.cfg)
+    np.testing.assert_array_equal(found.model(tokens_BT), tiny(tokens_BT))
+    tokenizer = found.tokenizer
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.vocab_size) == (1, 2, None, 97)
+    assert tokenizer.special_ids == {0, 1, 2}
+    assert tokenizer.encode("w5 w96 what") == [5, 96, 0] and tokenizer.token_strings([5, 96]) == ["w5", "w96"]
+
+
+def test_digest_depends_on_bytes_and_config_only(folder, tmp_path):
+    digest = lm.load(str(folder)).digest
+    copy = tiny_llama.write(tmp_path / "copy")
+    write_tokenizer(copy, 97)
+    assert lm.load(str(copy)).digest == digest
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    other_config = lm.load(str(copy)).digest
+    weights = tiny_llama.tensors()
+    weights["model.norm.weight"][3] += 1e-3
+    changed = tiny_llama.write(tmp_path / "changed", weights=weights)
+    write_tokenizer(changed, 97)
+    assert len({digest, other_config, lm.load(str(changed)).digest}) == 3
+
+
+def test_tokenizer_of_another_model(folder):
+    write_tokenizer(folder, 98)
+    with pytest.raises(TokenizerError, match="ids up to 97 but the model's vocab_size is 97"):
+        lm.load(str(folder))
+
+
+def test_directory_without_tokenizer(tmp_path):
+    with pytest.raises(TokenizerError, match="no usable tokenizer"):
+        lm.load(str(tiny_llama.write(tmp_path / "tiny")))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]"])
+def test_unreadable_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(LMError, match="config.json"):
+        lm.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "model, options, part",
+    [
+        ("gpt5", {}, "smollm2-135m"),
+        ("gone.gguf", {}, "no such GGUF file"),
+        ("smollm2-135m", {"dtype": "float16"}, "float32, bfloat16"),
+        ("nobody/nothing", {}, "use a local directory"),
+        ("", {}, "not a preset"),
+        ("../../etc/passwd", {}, "not a preset"),
+    ],
+)
+def test_what_cannot_be_loaded(tmp_path, monkeypatch, model, options, part):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LMError) as caught:
+        lm.load(model, **options)
+    assert part in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_preset(smollm2):
+    assert smollm2.name == "smollm2-135m"
+    assert smollm2.digest == "c281fd0d5f786a29d3cd1d0ce6fe35f9e012265e6766fc516244dc56da20164b"

@@ -1,0 +1,67 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from saejax.errors import TokenizerError
+from saejax.lm import tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: ascii(case["text"][:20]))
+def test_equals_transformers(smollm2, case):
+    assert smollm2.tokenizer.encode(case["text"]) == case["ids"]
+    assert smollm2.tokenizer.decode(case["ids"]) == case["text"]
+
+
+def test_batch_equals_single(smollm2):
+    texts = [case["text"] for case in GOLDEN]
+    assert smollm2.tokenizer.encode_batch(texts) == [case["ids"] for case in GOLDEN]
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("  1", ["  ", "1"]),
+        (" 2024", [" ", "2", "0", "2", "4"]),
+        ("a  b", ["a", " ", " b"]),
+        ("x=12", ["x", "=", "1", "2"]),
+    ],
+)
+def test_every_digit_stands_alone(smollm2, text, pieces):
+    """SmolLM's split, which the GGUF file names `smollm`; GPT-2's split would make "  1" into " ", " 1"."""
+    assert smollm2.tokenizer.token_strings(smollm2.tokenizer.encode(text)) == pieces
+
+
+def test_specials(smollm2):
+    found = smollm2.tokenizer
+    assert (found.bos_id, found.eos_id, found.pad_id, found.vocab_size) == (1, 2, 2, 49152)
+    assert found.special_ids == frozenset(range(17))
+    assert found.token_strings([0, 1, 2]) == ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    assert len(found.digest) == 64
+
+
+class OneField:
+    """A GGUF file with the given fields only; the tokenizer reads nothing else of it."""
+
+    path = Path("model.gguf")
+
+    def __init__(self, **fields):
+        self.fields = fields
+
+    def field(self, key):
+        return self.fields.get(key.removeprefix("tokenizer.ggml."))
+
+
+@pytest.mark.parametrize(
+    "fields, part",
+    [
+        ({}, "no tokenizer.ggml.tokens"),
+        ({"tokens": ["a"], "model": "gpt2", "pre": "made-up"}, "pre='made-up' is not known"),
+        ({"tokens": ["a"], "model": "rwkv"}, "cannot be rebuilt"),
+    ],
+)
+def test_tokenizers_that_would_be_guessed_are_refused(fields, part):
+    with pytest.raises(TokenizerError, match=part):
+        tokenizer.from_gguf(OneField(**fields))
