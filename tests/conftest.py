@@ -1,10 +1,14 @@
 """8 simulated CPU devices for every test; tests marked `slow` run only with `--slow`."""
 
 import os
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Many tests start the same run again: compile each program once, for this suite and the next one.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest  # noqa: E402
 

@@ -47,7 +47,7 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
             "loss": parts.loss, "mse": parts.mse, "l1": parts.l1, "aux": parts.aux, "l0": parts.l0, "fvu": parts.fvu,
             "explained_variance": 1 - parts.fvu,
             "dead_fraction": (since_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
-            "grad_norm": optax.global_norm(gradients), "lr": lr(state.step), "l1_coefficient": inputs.l1,
+            "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step), "l1_coefficient": inputs.l1,
         }
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
 

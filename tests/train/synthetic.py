@@ -1,0 +1,54 @@
+"""A small activation store made of superposed sparse features: written by the real writer, read by the real stream."""
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from saejax.config import Config, default_config, resolve
+from saejax.data.manifest import StoreSpec
+from saejax.data.store import Store
+from saejax.data.writer import StoreWriter
+
+HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
+
+
+def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
+    """`contexts` x 8 rows of width 16, the first token of each context masked."""
+    spec = StoreSpec(model="synthetic", model_digest="0" * 64, lm_dtype="float32", tokenizer_digest="1" * 64,
+                     text={"context": CONTEXT, "source": ["synthetic"]}, hookpoints=((HOOKPOINT, D_IN),), context=CONTEXT,
+                     shard_contexts=SHARD_CONTEXTS, chunk_rows=32, mask_special=True, target_contexts=contexts)
+    rng = np.random.default_rng(seed)
+    directions = rng.standard_normal((48, D_IN))
+    writer = StoreWriter(path, spec)
+    for shard in writer.missing_shards():
+        n = min(SHARD_CONTEXTS, contexts - shard * SHARD_CONTEXTS)
+        codes = (rng.random((n * CONTEXT, 48)) < 0.08) * rng.random((n * CONTEXT, 48))
+        x = (codes @ directions + 0.3).astype(ml_dtypes.bfloat16)
+        keep = np.ones((n, CONTEXT), np.uint8)
+        keep[:, 0] = 0
+        writer.write_shard(shard, {HOOKPOINT: x}, rng.integers(0, 99, (n, CONTEXT)), keep, {})
+    return writer.finalize(contexts)
+
+
+def make_config(kind: str, run_dir: Path, **overrides) -> Config:
+    """A config for the store above; overrides are {"section.key": value} with dots as double underscores."""
+    c = default_config(kind)
+    c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), (HOOKPOINT,), HOOKPOINT
+    c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
+    c.stream.block_contexts, c.stream.window_rows = 2, 64
+    c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
+    if kind == "topk":
+        c.sae.aux_k = 16
+    else:
+        c.sae.l1 = 0.1
+    c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
+    c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
+    c.checkpoint.every_tokens = 32 * 10
+    for key, value in overrides.items():
+        node, *rest = key.split("__")
+        target = c
+        for part in rest:
+            target, node = target[node], part
+        target[node] = value
+    return resolve(c)

@@ -1,0 +1,118 @@
+"""Resampling replaces dead features, only those, by what the paper says; the same on every mesh."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax import sharding
+from saejax.config import MeshOptions, ResampleOptions
+from saejax.records import ActivationStats
+from saejax.sae import SAESpec
+from saejax.train.resample import draw, due, resample
+from saejax.train.state import initial_state
+from saejax.train.step import make_step
+
+from .synthetic import D_IN, make_config
+
+
+def batches(n, rows=32, seed=5):
+    rng = np.random.default_rng(seed)
+    return [(rng.standard_normal((rows, D_IN)) * rng.uniform(0.1, 3, (rows, 1))).astype(np.float32) for _ in range(n)]
+
+
+def prepared(kind, mesh_shape, tmp_path):
+    """A state after a few real steps, with every third feature declared dead."""
+    config = make_config(kind, tmp_path)
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+    spec = SAESpec.from_options(config.sae, D_IN)
+    x = np.concatenate(batches(4))
+    stats = ActivationStats(len(x), x.mean(0), float(np.linalg.norm(x, axis=1).mean()), float(np.square(x).sum(1).mean()), 1.0)
+    state = initial_state(config, spec, stats, x, 20, mesh)
+    rest = sharding.sharding(mesh, "rows_at_rest", "d_in")
+    with jax.set_mesh(mesh):
+        step = make_step(config, spec, 20)
+        for b in batches(6):
+            state, _ = step(state, sharding.place(b, rest))
+    since = np.where(np.arange(64) % 3 == 0, 1000, 0).astype(np.uint32)
+    state = state.replace(tokens_since_fired_F=sharding.place(since, sharding.sharding(mesh, "features")))
+    return config, spec, mesh, state, rest
+
+
+def run(kind, mesh_shape, tmp_path, pool):
+    config, spec, mesh, state, rest = prepared(kind, mesh_shape, tmp_path)
+    before = jax.device_get(state)
+    with jax.set_mesh(mesh):
+        state, n = resample(config, spec, state, [(sharding.place(b, rest) for b in pool) for _ in range(2)], occasion=0)
+    return before, jax.device_get(state), n
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_dead_rows_become_inputs_and_nothing_else_changes(kind, tmp_path):
+    pool = batches(5, seed=9)
+    before, after, n = run(kind, (2, 4), tmp_path, pool)
+    dead = np.arange(64) % 3 == 0
+    assert n == dead.sum()
+    for name in ("W_enc", "b_enc", "W_dec"):
+        np.testing.assert_array_equal(getattr(after.params, name)[~dead], getattr(before.params, name)[~dead])
+    np.testing.assert_array_equal(after.params.b_dec, before.params.b_dec)
+    inputs = np.concatenate(pool) * np.float32(before.scale) - before.params.b_dec
+    inputs /= np.linalg.norm(inputs, axis=1, keepdims=True)
+    W_dec, W_enc = after.params.W_dec[dead], after.params.W_enc[dead]
+    alive_enc = np.linalg.norm(before.params.W_enc[~dead], axis=1).mean()
+    alive_dec = np.linalg.norm(before.params.W_dec[~dead], axis=1).mean()
+    np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), alive_dec if kind == "relu" else 1.0, rtol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(W_enc, axis=1), 0.2 * alive_enc, rtol=1e-5)
+    direction = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
+    assert (np.abs(direction @ inputs.T).max(1) > 1 - 1e-5).all(), "each new row is the direction of a pool input"
+    np.testing.assert_allclose(W_enc / np.linalg.norm(W_enc, axis=1, keepdims=True), direction, atol=1e-5)
+    assert (after.params.b_enc[dead] == 0).all() and (after.tokens_since_fired_F[dead] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_adam_forgets_exactly_the_changed_rows(kind, tmp_path):
+    before, after, _ = run(kind, (1, 1), tmp_path, batches(3))
+    dead = np.arange(64) % 3 == 0
+    adam_before = next(s for s in before.opt_state if hasattr(s, "mu"))
+    adam = next(s for s in after.opt_state if hasattr(s, "mu"))
+    for moments, old in ((adam.mu, adam_before.mu), (adam.nu, adam_before.nu)):
+        for name in ("W_enc", "b_enc", "W_dec"):
+            assert (getattr(moments, name)[dead] == 0).all()
+            np.testing.assert_array_equal(getattr(moments, name)[~dead], getattr(old, name)[~dead])
+        np.testing.assert_array_equal(moments.b_dec, old.b_dec)
+    assert adam.count == adam_before.count
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_the_mesh_does_not_matter(kind, tmp_path):
+    pool = batches(5, seed=9)
+    _, one, _ = run(kind, (1, 1), tmp_path, pool)
+    for shape in ((1, 8), (4, 2)):
+        _, many, _ = run(kind, shape, tmp_path, pool)
+        np.testing.assert_allclose(many.params.W_dec, one.params.W_dec, atol=2e-5)
+        np.testing.assert_allclose(many.params.W_enc, one.params.W_enc, atol=2e-5)
+
+
+def test_nothing_dead_nothing_done(tmp_path):
+    config, spec, mesh, state, _ = prepared("topk", (1, 1), tmp_path)
+    state = state.replace(tokens_since_fired_F=jnp.zeros_like(state.tokens_since_fired_F))
+    with jax.set_mesh(mesh):
+        after, n = resample(config, spec, state, [iter(()), iter(())], occasion=0)
+    assert n == 0 and after is state
+
+
+def test_draw_follows_squared_loss():
+    losses = np.array([0.0, 1.0, 2.0, 0.0, 3.0], np.float32)
+    drawn = draw(losses, 140_000, (0, 1))
+    frequency = np.bincount(drawn, minlength=5) / len(drawn)
+    np.testing.assert_allclose(frequency, losses**2 / (losses**2).sum(), atol=0.005)
+    assert not {0, 3} & set(drawn)
+    np.testing.assert_array_equal(drawn, draw(losses, 140_000, (0, 1)))
+    assert (draw(losses, 50, (0, 2)) != drawn[:50]).any()
+
+
+def test_due_at_multiples_up_to_the_end():
+    options = ResampleOptions(every_tokens=100, until_tokens=250)
+    steps = range(0, 512, 32)
+    assert [t + 32 for t in steps if due(options, t, t + 32)] == [128, 224]
+    assert not any(due(ResampleOptions(), t, t + 32) for t in steps)

@@ -1,0 +1,151 @@
+"""Training is the same on every mesh, and its step holds what the recipes promise."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax import sharding
+from saejax.config import MeshOptions
+from saejax.data.stream import Stream
+from saejax.errors import ConfigError
+from saejax.records import StreamState
+from saejax.sae import SAESpec
+from saejax.train.loop import total_steps
+from saejax.train.state import geometric_median, initial_state, normalization_scale
+from saejax.train.step import make_step
+
+from .synthetic import CONTEXT, D_IN, HOOKPOINT, make_config, make_store
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("step") / "store", contexts=64)
+
+
+def train(store, config, mesh_shape, n_steps):
+    devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), devices)
+    spec = SAESpec.from_options(config.sae, D_IN)
+    batches = []
+    with Stream(store, HOOKPOINT, config.train.batch, config.stream, StreamState(0, 0, 0)) as stream:
+        batches = [b.x_BD for b in itertools.islice(stream, n_steps)]
+    state = initial_state(config, spec, store.stats(HOOKPOINT), np.concatenate(batches[:4]).astype(np.float32), n_steps, mesh)
+    step = make_step(config, spec, n_steps)
+    history = []
+    with jax.set_mesh(mesh):
+        for x in batches:
+            state, metrics = step(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in")))
+            history.append({k: float(v) for k, v in metrics.items()})
+    return jax.device_get(state), history
+
+
+@pytest.fixture(scope="module")
+def single(store, tmp_path_factory):
+    path = tmp_path_factory.mktemp("single")
+    return {kind: train(store, make_config(kind, path), (1, 1), 50) for kind in ("relu", "topk")}
+
+
+@pytest.mark.parametrize("mesh_shape", [(1, 8), (8, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_sharded_equals_single_device_over_50_steps(store, single, tmp_path, kind, mesh_shape):
+    state, history = train(store, make_config(kind, tmp_path), mesh_shape, 50)
+    expected, expected_history = single[kind]
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        a, b = getattr(state.params, name), getattr(expected.params, name)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), name
+    np.testing.assert_array_equal(state.tokens_since_fired_F, expected.tokens_since_fired_F)
+    for got, want in zip(history, expected_history, strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_it_learns(single, kind):
+    _, history = single[kind]
+    first, last = history[0], history[-1]
+    # relu ramps its penalty up, so the reconstruction is compared, not the loss
+    assert last["fvu"] < 0.7 * first["fvu"]
+    assert kind == "relu" or all(h["l0"] <= 4 for h in history)
+
+
+def test_dead_counters_and_unit_decoder(single):
+    state, history = single["topk"]
+    np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=1), 1.0, rtol=1e-6)
+    since = np.asarray(state.tokens_since_fired_F)
+    assert set(np.unique(since % 32)) == {0} and since.max() <= 50 * 32
+    assert history[-1]["dead_fraction"] == pytest.approx((since > 160).mean())
+    assert any(h["aux"] > 0 for h in history)
+
+
+def test_schedules(single):
+    _, history = single["relu"]
+    lr = [h["lr"] for h in history]
+    assert lr[0] == lr[39] == pytest.approx(3e-3) and lr[45] == pytest.approx(3e-3 * 5 / 10)
+    l1 = [h["l1_coefficient"] for h in history]
+    assert l1[0] == 0 and l1[1] == pytest.approx(0.05) and l1[2:] == pytest.approx([0.1] * 48)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_bfloat16_compute_keeps_float32_parameters(store, tmp_path, compute):
+    config = make_config("topk", tmp_path, train__compute_dtype=compute)
+    spec = SAESpec.from_options(config.sae, D_IN, compute)
+    mesh = sharding.make_mesh(MeshOptions(2, 4))
+    x = store.read(HOOKPOINT, 0, 32)
+    state = initial_state(config, spec, store.stats(HOOKPOINT), x.astype(np.float32), 10, mesh)
+    with jax.set_mesh(mesh):
+        state, metrics = make_step(config, spec, 10)(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in")))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+    assert np.isfinite(float(metrics["loss"]))
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_the_step_moves_no_dictionary_wide_array(store, tmp_path, kind):
+    config = make_config(kind, tmp_path, sae__d_sae=1024)
+    spec = SAESpec.from_options(config.sae, D_IN)
+    mesh = sharding.make_mesh(MeshOptions(1, 8))
+    x = store.read(HOOKPOINT, 0, 32)
+    state = initial_state(config, spec, store.stats(HOOKPOINT), x.astype(np.float32), 10, mesh)
+    with jax.set_mesh(mesh):
+        hlo = make_step(config, spec, 10).lower(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in"))).compile().as_text()
+    assert " sort(" not in hlo
+    moved = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", hlo)
+    assert moved
+    widest = max(int(np.prod([int(n) for n in shape.split(",") if n])) for shape in moved)
+    assert widest <= 32 * max(D_IN, 8 * max(config.sae.k, config.sae.aux_k)), "only [B, D] rows and candidate values may travel"
+
+
+def test_normalisation_conventions(store):
+    stats = store.stats(HOOKPOINT)
+    rows = np.concatenate([store.read(HOOKPOINT, 0, store.rows)[i::CONTEXT] for i in range(1, CONTEXT)]).astype(np.float64)
+
+    def mean_sq(s):
+        return np.square(rows * s).sum(1).mean()
+
+    assert mean_sq(normalization_scale("mean_sq_norm_D", stats, D_IN)) == pytest.approx(D_IN, rel=1e-5)
+    assert mean_sq(normalization_scale("mean_sq_norm_1", stats, D_IN)) == pytest.approx(1, rel=1e-5)
+    s = normalization_scale("mean_norm_sqrt_D", stats, D_IN)
+    assert np.linalg.norm(rows * s, axis=1).mean() == pytest.approx(D_IN**0.5, rel=1e-5)
+    assert normalization_scale("none", stats, D_IN) == 1
+
+
+def test_geometric_median_resists_outliers():
+    x = np.random.default_rng(0).standard_normal((400, 5))
+    x[:40] += 1e4
+    assert np.linalg.norm(geometric_median(x)) < 0.5 < np.linalg.norm(x.mean(0))
+
+
+def test_batch_and_dictionary_must_divide_the_mesh():
+    mesh = sharding.make_mesh(MeshOptions(2, 4))
+    with pytest.raises(ConfigError, match="config.train.batch: 100 .* nearest valid value is 96 or 104"):
+        sharding.check_batch(100, mesh)
+    with pytest.raises(ConfigError, match="config.sae.d_sae: 30 .* nearest valid value is 32"):
+        sharding.check_features(30, mesh)
+    with pytest.raises(ConfigError, match="3 x 2 does not use the 8 devices"):
+        sharding.make_mesh(MeshOptions(3, 2))
+
+
+def test_total_steps_cover_the_tokens(tmp_path):
+    assert total_steps(make_config("topk", tmp_path, train__tokens=33)) == 2
