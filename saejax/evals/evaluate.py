@@ -110,3 +110,8 @@ def _entries(paths: RunPaths) -> list[dict]:
         raise SaejaxError(f"{paths.evaluation}: schema version {values.get('schema_version')!r}, this saejax reads "
                           f"{SCHEMA_VERSION}; use the saejax that wrote it, or delete it")
     return [e for e in values["entries"] if isinstance(e, dict) and {"key", "result"} <= e.keys()]
+
+
+def evaluated_steps(paths: RunPaths) -> list[int]:
+    """Checkpoint steps that `eval.json` has results for."""
+    return sorted({e["key"]["step"] for e in _entries(paths) if isinstance(e["key"], dict) and "step" in e["key"]})

@@ -97,8 +97,9 @@ class Reconstruction:
         parts = jax.device_get(_token_parts(x_ND, recon_ND, self._shift_D, keep_N, self._bound))
         bad = keep_N & ~np.isfinite(parts["sq_error"])
         if bad.any():
-            raise NonFiniteError(f"evaluation: {int(bad.sum())} of {int(keep_N.sum())} tokens of a batch have NaN or "
-                                 "Inf in activation or reconstruction; check the weights, or use config.lm.dtype='float32'")
+            raise NonFiniteError(f"evaluation: {int(bad.sum())} of {int(keep_N.sum())} tokens of a batch have "
+                                 "NaN or Inf in activation or reconstruction; check the weights, or use "
+                                 "config.lm.dtype='float32'")
         for group, sums in enumerate(self._groups):
             sums.add(parts, group)
         fired_F, l0_N = (sharding.to_host(a) for a in _feature_parts(acts_NF, keep_N))

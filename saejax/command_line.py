@@ -1,0 +1,210 @@
+"""Arguments of the `saejax` command -> `Arguments`. Every mistake in them is one `ConfigError`. Does not import jax."""
+
+import difflib
+import re
+import typing
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
+
+from absl import flags
+from ml_collections.config_flags import config_flags
+
+from saejax import config as config_lib
+from saejax.config import Config
+from saejax.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """How the processes of a job find each other; None leaves it to the cluster's environment."""
+
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the command line asks for. `config` is resolved; `paths` are runs, checkpoint steps, stores or releases."""
+
+    config: Config | None
+    paths: tuple[Path, ...]
+    distributed: Distributed | None
+    out: Path | None
+    contexts: int | None
+    json: bool
+
+
+def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
+    """Parses what follows the name of a job. Raises `ConfigError`."""
+    fv = _flags(takes_config, options)
+    arguments = _config_first(arguments) if takes_config else arguments
+    _check_overrides(arguments, takes_config, job)
+    file = _config_file(arguments) if takes_config else None
+    try:
+        with_program = ["saejax", *arguments]
+        if takes_config and file is not None:
+            fv["config"]._sys_argv = with_program
+        _, *paths = fv(with_program)
+    except flags.Error as error:
+        raise _flag_error(job, file, error, [f"--{name}" for name in fv]) from None
+    except Exception as error:  # whatever a config file can raise
+        raise _config_file_error(file, error) from error
+    config = None
+    if file is not None:
+        config = config_lib.resolve(_returned(file, fv["config"].value))
+    if config is not None and paths:
+        raise ConfigError(f"saejax {job}: got both --config={file} and {' '.join(paths)}; give one of them")
+    return Arguments(config=config, paths=tuple(Path(p) for p in paths), distributed=_distributed(fv),
+                     out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
+                     contexts=fv["contexts"].value if "contexts" in fv else None,
+                     json=bool(fv["json"].value) if "json" in fv else False)
+
+
+def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
+    fv = flags.FlagValues()
+    fv.set_gnu_getopt(True)
+    if takes_config:
+        config_flags.DEFINE_config_file("config", None, "config file", flag_values=fv, lock_config=True)
+    if "distributed" in options:
+        flags.DEFINE_bool("distributed", False, "one of several processes", flag_values=fv)
+        flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=fv)
+        flags.DEFINE_integer("num_processes", None, "processes in all", lower_bound=1, flag_values=fv)
+        flags.DEFINE_integer("process_id", None, "number of this process", lower_bound=0, flag_values=fv)
+    if "out" in options:
+        flags.DEFINE_string("out", None, "output directory", flag_values=fv)
+    if "contexts" in options:
+        flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
+    if "json" in options:
+        flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
+    return fv
+
+
+def _distributed(fv: flags.FlagValues) -> Distributed | None:
+    if "distributed" not in fv:
+        return None
+    given = {name: fv[name].value for name in ("coordinator", "num_processes", "process_id")}
+    if not fv["distributed"].value:
+        if any(value is not None for value in given.values()):
+            raise ConfigError("--coordinator, --num_processes and --process_id need --distributed as well")
+        return None
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if missing and len(missing) < 3:
+        raise ConfigError(f"--distributed: {', '.join(missing)} missing; give --coordinator, --num_processes and "
+                          "--process_id together, or none of them on a cluster that announces itself")
+    return Distributed(**given)
+
+
+def _config_first(arguments: list[str]) -> list[str]:
+    """`--config FILE` or `--config=FILE` moved to the front, where config_flags wants it."""
+    for i, argument in enumerate(arguments):
+        if re.match(r"--?config=", argument):
+            return [argument, *arguments[:i], *arguments[i + 1:]]
+        if argument in ("--config", "-config") and i + 1 < len(arguments):
+            return [f"--config={arguments[i + 1]}", *arguments[:i], *arguments[i + 2:]]
+    return arguments
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    if not (arguments and re.match(r"--?config=", arguments[0])):
+        return None
+    file = arguments[0].split("=", 1)[1]
+    if not Path(file.split(":", 1)[0]).is_file():
+        raise ConfigError(f"--config={file}: there is no such file; configs/ has examples")
+    return file
+
+
+def _check_overrides(arguments: list[str], takes_config: bool, job: str) -> None:
+    """Every `--config.key` must exist, whether or not a config file can be read."""
+    keys = [m[1] for a in arguments if (m := re.match(r"--?(?:no)?config\.([^=]*)", a))]
+    if not keys:
+        return
+    if not takes_config:
+        raise ConfigError(f"saejax {job} takes no --config.{keys[0]}; see `saejax {job} --help`")
+    if _config_file(arguments) is None:
+        raise ConfigError(f"--config.{keys[0]} needs --config=FILE")
+    known = config_lib.flat(Config())
+    problems = []
+    for key in keys:
+        if key in known:
+            continue
+        if any(k.startswith(f"{key}.") for k in known):
+            problems.append(f"config.{key} is a section; set its keys one by one, as --config.{key}."
+                            f"{next(k for k in known if k.startswith(f'{key}.')).removeprefix(f'{key}.')}=...")
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+        hint = f"; did you mean --config.{near[0]}?" if near else "; docs/config.md lists all keys"
+        problems.append(f"config: unknown key {key!r}{hint}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+
+
+def _flag_error(job: str, file: str | None, error: flags.Error, known: list[str]) -> ConfigError:
+    """One line for absl's errors; those of a config file come wrapped in them."""
+    inner = _innermost(error)
+    if file is not None and _line_in(file, inner) is not None:
+        return _config_file_error(file, error)
+    if isinstance(error, flags.UnrecognizedFlagError):
+        near = difflib.get_close_matches(f"--{error.flagname}", known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see `saejax {job} --help`"
+        return ConfigError(f"saejax {job}: unknown flag --{error.flagname}; {hint}")
+    match = re.match(r"flag --([\w.]+)=(.*?): (.*)", " ".join(str(error).split()))
+    if match and match[1].startswith("config."):
+        return ConfigError(f"{match[1]}: expected {_type_of(match[1])}, got {match[2]!r}{_rounder(match[2])}")
+    return ConfigError(f"saejax {job}: {' '.join(str(error).split())}")
+
+
+def _type_of(key: str) -> str:
+    node = Config
+    for part in key.split(".")[1:]:
+        node = typing.get_type_hints(node)[part]
+        if not is_dataclass(node):
+            break
+    return getattr(node, "__name__", str(node)) if isinstance(node, type) else str(node)
+
+
+def _rounder(value: str) -> str:
+    """A whole number in another spelling (1e6, 10.0, 1_000) is named as Python would read it."""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    return f"; write {int(number)}" if number.is_integer() else ""
+
+
+def _config_file_error(file: str | None, error: BaseException) -> ConfigError:
+    inner = _innermost(error)
+    line = _line_in(file, inner) if file is not None else None
+    where = f"{file}:{line}" if line is not None else f"{file}"
+    if isinstance(inner, ConfigError):
+        return ConfigError(f"{where}: {inner}")
+    message = inner.args[0] if isinstance(inner, KeyError) and inner.args else inner
+    return ConfigError(f"{where}: {type(inner).__name__}: {' '.join(str(message).split())[:300]}")
+
+
+def _innermost(error: BaseException) -> BaseException:
+    while error.__context__ is not None:
+        error = error.__context__
+    return error
+
+
+def _line_in(file: str, error: BaseException) -> int | None:
+    """The line of the config file at which an error left it."""
+    path, found = Path(file.split(":", 1)[0]).resolve(), None
+    if isinstance(error, SyntaxError) and error.filename and Path(error.filename).resolve() == path:
+        return error.lineno
+    trace = error.__traceback__
+    while trace is not None:
+        if Path(trace.tb_frame.f_code.co_filename).resolve() == path:
+            found = trace.tb_lineno
+        trace = trace.tb_next
+    return found
+
+
+def _returned(file: str, value):
+    import ml_collections
+    if not isinstance(value, ml_collections.ConfigDict):
+        raise ConfigError(f"{file}: get_config() returned {type(value).__name__}; return what "
+                          "saejax.config.default_config() gave")
+    return value

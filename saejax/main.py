@@ -1,0 +1,192 @@
+"""The `saejax` command: a shell around `saejax.jobs`. Help and mistaken arguments come before jax is imported."""
+
+import difflib
+import os
+import sys
+from dataclasses import dataclass
+
+import saejax
+from saejax.errors import ConfigError, SaejaxError
+
+EXIT_MISTAKE = 2       # something that the user can repair; one line on stderr
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of the command line: what it says of itself and which options it takes."""
+
+    summary: str
+    usage: str
+    text: str
+    example: str
+    takes_config: bool = True
+    options: tuple[str, ...] = ()
+
+
+_CONFIG = """\
+  --config=FILE            Python file whose get_config() returns the config (it is executed)
+  --config.KEY=VALUE       change one key, e.g. --config.train.tokens=2000000; docs/config.md has all
+"""
+_DISTRIBUTED = """\
+  --distributed            this is one of several processes (TPU pods and Slurm need nothing more)
+  --coordinator=HOST:PORT  address of process 0,
+  --num_processes=N        how many there are,
+  --process_id=I           and the number of this one, from 0
+"""
+
+JOBS = {
+    "run": Job(
+        "everything: harvest, train, evaluate, release, report",
+        "saejax run --config=FILE [--config.KEY=VALUE ...]\n       saejax run RUN_DIR",
+        "Reads text and a language model; writes the run directory `config.run_dir` (default runs/<name>):\n"
+        "config.json, store/, metrics.jsonl, tensorboard/, checkpoints/, eval.json, release/, report.html.\n"
+        "The same command again goes on where an interrupted one stopped, and only shows the results of a\n"
+        "finished one. RUN_DIR goes on with that run's own config.\n\n"
+        "options:\n" + _CONFIG + _DISTRIBUTED,
+        "saejax run --config=configs/demo.py", options=("distributed",)),
+    "harvest": Job(
+        "language model activations of a text -> activation store",
+        "saejax harvest --config=FILE [--config.KEY=VALUE ...]\n       saejax harvest RUN_DIR",
+        "Reads text and a language model; writes the activation store `config.harvest.store` (default\n"
+        "<run_dir>/store). An interrupted harvest goes on at the next shard and gives the same bytes; a\n"
+        "finished store is left as it is.\n\n"
+        "options:\n" + _CONFIG + _DISTRIBUTED,
+        "saejax harvest --config=configs/demo.py --config.harvest.tokens=1000000", options=("distributed",)),
+    "train": Job(
+        "activation store -> checkpoints of a sparse autoencoder",
+        "saejax train --config=FILE [--config.KEY=VALUE ...]\n       saejax train RUN_DIR",
+        "Reads a finished activation store; writes metrics.jsonl, tensorboard/ and checkpoints/ in the run\n"
+        "directory. Resumes the newest checkpoint that verifies. SIGTERM or Ctrl-C saves the state first\n"
+        "(exit code 75).\n\n"
+        "options:\n" + _CONFIG + _DISTRIBUTED,
+        "saejax train runs/demo", options=("distributed",)),
+    "eval": Job(
+        "measure runs on held-out text, side by side",
+        "saejax eval RUN [RUN ...] [--contexts=N]\n       saejax eval --config=FILE",
+        "Reads run directories (or RUN/checkpoints/STEP) and their stores' statistics; writes RUN/eval.json and\n"
+        "prints a table: L0, FVU and explained variance with and without outlier tokens, cross-entropy clean,\n"
+        "spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint\n"
+        "step and options; a second call is instant.\n\n"
+        "options:\n  --contexts=N             held-out contexts, instead of the run's config.eval.contexts\n"
+        "  --json                   print the results as JSON\n" + _CONFIG + _DISTRIBUTED,
+        "saejax eval runs/demo runs/demo_relu", options=("distributed", "contexts", "json")),
+    "release": Job(
+        "a checkpoint -> a directory that loads anywhere",
+        "saejax release RUN_OR_STEP [--out=DIR]\n       saejax release --config=FILE",
+        "Reads a run directory (its newest checkpoint that verifies) or one checkpoint step, also while the run\n"
+        "goes on; writes cfg.json, sae_weights.safetensors, metrics.json and README.md to DIR (default\n"
+        "RUN/release). saejax.load and SAELens read it.\n\n"
+        "options:\n  --out=DIR                where to write\n" + _CONFIG + _DISTRIBUTED,
+        "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out")),
+    "inspect": Job(
+        "say what a store, run, checkpoint or release is, and verify it",
+        "saejax inspect PATH [PATH ...] [--json]",
+        "Reads everything under PATH and checks it against its digests; writes nothing. Exit code 0 when all of\n"
+        "it verifies, 2 when not, with one line for every file or array that does not.\n\n"
+        "options:\n  --json                   print one JSON object per path\n",
+        "saejax inspect runs/demo", takes_config=False, options=("json",)),
+}
+
+_EXIT_CODES = """\
+exit codes:
+  0   done
+  2   a mistake that can be repaired (one line on stderr says what and how)
+  75  stopped on request with the state saved (SIGTERM, Ctrl-C while training); the same command goes on
+  1   a bug, with its traceback
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one job and returns the exit code. An unexpected exception passes through with its traceback."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        return _dispatch(argv)
+    except SaejaxError as error:
+        return _failed(error)
+    except KeyboardInterrupt:
+        print("saejax: interrupted; start the same command again to go on", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(argv: list[str]) -> int:
+    if not argv:
+        raise ConfigError(f"no job given; choose one of {', '.join(JOBS)} (`saejax --help` says what they do)")
+    job, *rest = argv
+    if job in ("--help", "-h", "-help", "help"):
+        print(_job_help(rest[0]) if rest and rest[0] in JOBS else _help())
+        return 0
+    if job in ("--version", "-version"):
+        print(f"saejax {saejax.__version__}")
+        return 0
+    if job not in JOBS:
+        near = difflib.get_close_matches(job, JOBS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(JOBS)}"
+        raise ConfigError(f"unknown job {job!r}; {hint}")
+    if {"--help", "-h", "-help"} & set(rest):
+        print(_job_help(job))
+        return 0
+    return _start(job, rest)
+
+
+def _start(job: str, rest: list[str]) -> int:
+    _quiet()
+    from saejax import command_line
+    arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
+    if arguments.config is None and not arguments.paths:
+        what = "PATH" if job == "inspect" else "--config=FILE or a run directory"
+        raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
+    if arguments.distributed is not None:
+        _initialize(arguments.distributed)
+    from saejax import jobs
+    return jobs.start(job, arguments)
+
+
+def _initialize(distributed) -> None:
+    """Must come before anything that asks jax for its devices."""
+    import jax
+    try:
+        jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--distributed: {' '.join(str(error).split())[:300]}; give --coordinator, --num_processes "
+                          "and --process_id") from error
+
+
+def _quiet() -> None:
+    """Third-party chatter off, unless the environment asks for it. Before those libraries are imported."""
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+                        "TF_CPP_MIN_LOG_LEVEL": "2", "GRPC_VERBOSITY": "ERROR"}.items():
+        os.environ.setdefault(name, value)
+    from absl import logging
+    logging.set_verbosity(logging.WARNING)
+
+
+def _failed(error: SaejaxError) -> int:
+    """The error's one line. `Preempted` is no failure: its message and its own exit code."""
+    preemption = sys.modules.get("saejax.train.preemption")
+    message = " ".join(str(error).split())
+    if preemption is not None and isinstance(error, preemption.Preempted):
+        print(f"saejax: {message}", file=sys.stderr)
+        return preemption.EXIT_PREEMPTED
+    print(f"saejax: error: {message}", file=sys.stderr)
+    return EXIT_MISTAKE
+
+
+def _help() -> str:
+    jobs = "\n".join(f"  {name:<9}{job.summary}" for name, job in JOBS.items())
+    return (f"saejax {saejax.__version__}: sparse autoencoders on language-model activations\n\n"
+            "usage: saejax JOB --config=FILE [--config.KEY=VALUE ...]\n       saejax JOB PATH ...\n\n"
+            f"jobs:\n{jobs}\n\nexample:\n  {JOBS['run'].example}\n\n"
+            "`saejax JOB --help` says what a job reads and writes; `saejax --version` prints the version.\n\n"
+            f"{_EXIT_CODES}")
+
+
+def _job_help(name: str) -> str:
+    job = JOBS[name]
+    return (f"saejax {name}: {job.summary}\n\nusage: {job.usage}\n\n{job.text}\n"
+            f"example:\n  {job.example}\n\n{_EXIT_CODES}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a finished run shows: the short table and `report.html`."""

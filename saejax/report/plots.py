@@ -1,0 +1,120 @@
+"""The figures of a report as SVG, for a light and a dark page. Text becomes outlines: nothing in it can be script."""
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+
+_MOST_POINTS = 1500
+_THEMES = {
+    "light": {"ink": "#24292f", "faint": "#d0d7de", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700")},
+    "dark": {"ink": "#c9d1d9", "faint": "#30363d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341")},
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A titled figure: data URIs for both themes."""
+
+    title: str
+    light: str
+    dark: str
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line over tokens."""
+
+    label: str
+    xs: list[float]
+    ys: list[float]
+
+
+def curves(lines: list[dict], labels: dict[str, str]) -> list[Curve]:
+    """{metric key: label} -> the curves that the metric lines hold, thinned to what a screen can show."""
+    out = []
+    for key, label in labels.items():
+        points = [(line["tokens_seen"], line[key]) for line in lines
+                  if _number(line.get("tokens_seen")) and _number(line.get(key))]
+        step = max(1, len(points) // _MOST_POINTS)
+        points = points[::step] + (points[-1:] if len(points) % step != 1 else [])
+        if points:
+            out.append(Curve(label, [p[0] for p in points], [p[1] for p in points]))
+    return out
+
+
+def _number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def line_plot(title: str, over: list[Curve], *, log: bool = False, marks: Sequence[float] = (),
+              top: float | None = None) -> Plot:
+    """Curves over tokens seen; `marks` are drawn as dotted vertical lines."""
+    def draw(axes, theme):
+        for curve, colour in zip(over, theme["lines"], strict=False):
+            axes.plot(curve.xs, curve.ys, color=colour, linewidth=1.4, label=curve.label)
+        for mark in marks:
+            axes.axvline(mark, color=theme["ink"], linewidth=0.8, linestyle=":", alpha=0.7)
+        if log and all(y > 0 for c in over for y in c.ys):
+            axes.set_yscale("log")
+        elif top is not None:
+            axes.set_ylim(0, top)
+        axes.set_xlabel("tokens")
+        axes.xaxis.set_major_formatter(lambda x, _: short(x))
+        if len(over) > 1:
+            axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8)
+
+    return _plot(title, draw)
+
+
+def histogram_plot(title: str, histogram: dict) -> Plot:
+    """Firing densities in log10 bins; features that never fired stand apart on the left."""
+    def draw(axes, theme):
+        edges, counts = histogram["log10_edges"], histogram["counts"]
+        widths = [b - a for a, b in zip(edges, edges[1:], strict=False)]
+        axes.bar(edges[:-1], counts, width=[0.92 * w for w in widths], align="edge", color=theme["lines"][0])
+        if histogram["never"]:
+            axes.bar([edges[0] - 1], [histogram["never"]], width=0.5, align="edge", color=theme["lines"][1])
+        ticks = [e for e in edges if float(e).is_integer()]
+        axes.set_xticks([edges[0] - 0.75, *ticks], ["never", *(f"$10^{{{int(t)}}}$" for t in ticks)])
+        axes.set_xlabel("share of held-out tokens on which a feature fires")
+        axes.set_ylabel("features")
+
+    return _plot(title, draw)
+
+
+def _plot(title: str, draw) -> Plot:
+    return Plot(title, *(_svg(draw, theme) for theme in _THEMES.values()))
+
+
+def _svg(draw, theme: dict) -> str:
+    with rc_context({"svg.fonttype": "path", "svg.hashsalt": "saejax", "font.size": 9}):
+        figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+        axes = figure.add_subplot()
+        figure.patch.set_alpha(0)
+        axes.patch.set_alpha(0)
+        draw(axes, theme)
+        axes.grid(color=theme["faint"], linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.tick_params(colors=theme["ink"], which="both", labelsize=8)
+        axes.xaxis.label.set_color(theme["ink"])
+        axes.yaxis.label.set_color(theme["ink"])
+        for side, spine in axes.spines.items():
+            spine.set_visible(side in ("left", "bottom"))
+            spine.set_color(theme["faint"])
+        buffer = io.BytesIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def short(x: float) -> str:
+    """1500000 -> 1.5M."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(x) >= size:
+            return f"{x / size:g}{unit}"
+    return f"{x:g}"

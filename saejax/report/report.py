@@ -1,0 +1,74 @@
+"""`report.html`: one file that opens anywhere, holds no script and loads nothing."""
+
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+
+import saejax
+from saejax import config as config_lib
+from saejax.logs import read_metrics
+from saejax.records import RunPaths
+from saejax.report.plots import Plot, curves, histogram_plot, line_plot
+from saejax.report.summary import Result, rows
+from saejax.storage import write_bytes
+
+
+def write_report(paths: RunPaths, result: Result) -> Path:
+    """Writes the report of a run and returns its path. Raises `DiskError`.
+
+    Everything in it is text or a picture: the page's policy forbids script and any address but data URIs, and every
+    value from config or metrics is escaped.
+    """
+    write_bytes(paths.report, render(result, read_metrics(paths.metrics)).encode())
+    return paths.report
+
+
+def render(result: Result, lines: list[dict]) -> str:
+    """The page as a string."""
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
+                                     lstrip_blocks=True)
+    template = environment.from_string(resources.files("saejax.report").joinpath("template.html").read_text("utf-8"))
+    config = config_lib.flat(result.config)
+    defaults = config_lib.flat(config_lib.Config())
+    return template.render(
+        name=result.config.name, version=saejax.__version__, story=_story(result), table=rows(result),
+        plots=plots(result, lines), resamples=_resamples(lines),
+        config=[(key, repr(value), value != defaults[key]) for key, value in config.items()])
+
+
+def plots(result: Result, lines: list[dict]) -> list[Plot]:
+    """Every figure for which there is data."""
+    marks = [tokens for tokens, _ in _resamples(lines)]
+    topk = result.config.sae.kind == "topk"
+    parts = {"loss": "loss", "mse": "mean squared error"} | ({"aux": "AuxK"} if topk else {"l1": "L1 penalty / lambda"})
+    wanted = [
+        ("Loss and its parts", parts, {"log": True}),
+        ("L0: active features per token", {"l0": "L0"}, {"top": None if not topk else 1.25 * result.config.sae.k}),
+        ("Fraction of variance", {"explained_variance": "explained", "fvu": "unexplained"}, {"top": 1.0}),
+        ("Dead features (share)", {"dead_fraction": "dead"}, {}),
+        ("Learning rate", {"lr": "learning rate"}, {}),
+        ("Tokens per second", {"tokens_per_second": "tokens/s"}, {}),
+        ("Share of time spent waiting for data", {"data_wait_share": "waiting"}, {"top": 1.0}),
+    ]
+    if not topk:
+        wanted.insert(5, ("Sparsity coefficient lambda", {"l1_coefficient": "lambda"}, {}))
+    out = [line_plot(title, found, marks=marks, **options) for title, labels, options in wanted
+           if (found := curves(lines, labels))]
+    if result.evaluation.get("density_histogram"):
+        out.append(histogram_plot("Firing density of the features", result.evaluation["density_histogram"]))
+    return out
+
+
+def _resamples(lines: list[dict]) -> list[tuple[int, int]]:
+    """(tokens seen, features replaced) of every resampling step."""
+    return [(line["tokens_seen"], int(line["resampled"])) for line in lines if {"resampled", "tokens_seen"} <= line.keys()]
+
+
+def _story(result: Result) -> str:
+    c, e = result.config, result.evaluation
+    kind = f"TopK (k = {c.sae.k})" if c.sae.kind == "topk" else f"ReLU with L1 (lambda = {c.sae.l1:g})"
+    return (f"A {kind} sparse autoencoder with {c.sae.d_sae:,} features, trained for {result.step:,} steps of "
+            f"{c.train.batch:,} tokens on the activations of {c.lm.model} at {c.sae.hookpoint}. Text: "
+            f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} contexts "
+            "of held-out text.")
