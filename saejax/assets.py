@@ -148,8 +148,9 @@ def _pieces(work: str, raw: str) -> list[str]:
     return [piece for piece in pieces if piece]
 
 
+# `encodings` is character tables: hexadecimal digits, a million tokens of them.
 _STDLIB_SKIPPED = frozenset(
-    {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "ensurepip"}
+    "test tests idlelib lib2to3 site-packages dist-packages __pycache__ ensurepip encodings".split()
 )
 
 

@@ -1,10 +1,12 @@
 import json
 from pathlib import Path
 
+import gguf
 import pytest
 
 from saejax.errors import TokenizerError
 from saejax.lm import tokenizer
+from saejax.lm.gguf_file import GGUFFile
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenizer.json").read_text())
 
@@ -42,26 +44,22 @@ def test_specials(smollm2):
     assert len(found.digest) == 64
 
 
-class OneField:
-    """A GGUF file with the given fields only; the tokenizer reads nothing else of it."""
-
-    path = Path("model.gguf")
-
-    def __init__(self, **fields):
-        self.fields = fields
-
-    def field(self, key):
-        return self.fields.get(key.removeprefix("tokenizer.ggml."))
-
-
 @pytest.mark.parametrize(
-    "fields, part",
+    "kind, pre, tokens, part",
     [
-        ({}, "no tokenizer.ggml.tokens"),
-        ({"tokens": ["a"], "model": "gpt2", "pre": "made-up"}, "pre='made-up' is not known"),
-        ({"tokens": ["a"], "model": "rwkv"}, "cannot be rebuilt"),
+        ("gpt2", "smollm", None, "no tokenizer.ggml.tokens"),
+        ("gpt2", "made-up", ["a", "b"], "pre='made-up' is not known"),
+        ("rwkv", "default", ["a", "b"], "cannot be rebuilt"),
     ],
 )
-def test_tokenizers_that_would_be_guessed_are_refused(fields, part):
+def test_tokenizers_that_would_be_guessed_are_refused(tmp_path, kind, pre, tokens, part):
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre(pre)
+    if tokens:
+        writer.add_token_list(tokens)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
     with pytest.raises(TokenizerError, match=part):
-        tokenizer.from_gguf(OneField(**fields))
+        tokenizer.from_gguf(GGUFFile(tmp_path / "model.gguf"))
