@@ -62,7 +62,7 @@ def read_json(path: str | Path, error: type[SaejaxError] = SaejaxError):
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError as e:
         raise error(f"{path}: missing") from e
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RecursionError) as e:
         raise error(f"{path}: not readable as JSON ({e})") from e
 
 

@@ -152,21 +152,20 @@ def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Co
             total += contexts
             if own is not None and contexts:
                 acts = _run_shard(capture, own, buffers.next(), bar)
-                writing = _after(writing, pool.submit(writer.write_shard, shard, acts, own, packed.keep(own),
-                                                      packed.state.to_json()))
+                _finish(writing)
+                writing = pool.submit(writer.write_shard, shard, acts, own, packed.keep(own), packed.state.to_json())
             if contexts < spec.shard_contexts:
                 break
-        _after(writing, None)
+        _finish(writing)
     if packed.dropped_tokens:
         say(f"harvest: the text ended after {total * spec.context} tokens; {packed.dropped_tokens} that fill no context dropped")
     return total
 
 
-def _after(previous: Future | None, following: Future | None) -> Future | None:
-    """Waits for the shard before, so that no more than two are in memory and its errors surface."""
-    if previous is not None:
-        previous.result()
-    return following
+def _finish(writing: Future | None) -> None:
+    """Waits for the shard before: no more than two are in memory, and none is written behind one that failed."""
+    if writing is not None:
+        writing.result()
 
 
 def _one_shard(writer: StoreWriter, packed: PackedText, shard: int, is_mine: bool) -> tuple[int, np.ndarray | None]:

@@ -165,6 +165,7 @@ def read_manifest(path: Path) -> tuple[dict, StoreSpec]:
     check_version(f)
     if f.hex("sha256") != self_digest(values):
         raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); harvest the store again")
+    f.hex("spec_file_sha256")
     spec = spec_from_json(f.get("spec", dict), f"{path}: spec")
     n_contexts = f.count("n_contexts", 1)
     if f.count("rows", 1) != n_contexts * spec.context or f.count("kept_rows", 1) > n_contexts * spec.context:

@@ -8,8 +8,17 @@ import numpy as np
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import check_layout, write_shard_files
-from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, read_record, read_spec, record_file, spec_digest
-from saejax.data.store import _spec_file as spec_file
+from saejax.data.store import (
+    MANIFEST,
+    RECORDS,
+    SPEC,
+    Store,
+    read_record,
+    read_spec,
+    record_file,
+    spec_digest,
+    spec_file,
+)
 from saejax.errors import NonFiniteError, StoreCorruptError, StoreError
 from saejax.records import OUTLIER_FACTOR
 from saejax.storage import disk_errors, file_sha256, write_json
@@ -27,16 +36,19 @@ class StoreWriter:
     def __init__(self, path: str | Path, spec: StoreSpec):
         self.path, self.spec = Path(path), spec
         with disk_errors(self.path):
+            # Listed before looking for spec.json: another process may be making the same store at this moment.
+            foreign = [p for p in self.path.iterdir() if SPEC not in p.name and p.name != RECORDS] if self.path.exists() else []
             if (self.path / SPEC).is_file():
                 differences = read_spec(self.path).differences(spec)
                 if differences:
                     raise StoreError(f"{self.path}: belongs to another config ({'; '.join(differences)}); choose another "
                                      "config.harvest.store or delete this one")
-            elif self.path.exists() and any(self.path.iterdir()):
-                raise StoreError(f"{self.path}: is not empty and not an activation store; choose another config.harvest.store")
+            elif foreign:
+                raise StoreError(f"{self.path}: is not empty and not an activation store; choose another "
+                                 "config.harvest.store")
+            else:
+                write_json(self.path / SPEC, spec_file(spec))
             (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
-        if not (self.path / SPEC).is_file():
-            write_json(self.path / SPEC, spec_file(spec))
 
     def record(self, shard: int) -> dict | None:
         """The record of a finished shard; None where the shard is missing, or where its files are not as recorded."""
@@ -100,7 +112,7 @@ class StoreWriter:
             write_json(self.path / name / "zarr.json", array.metadata(rows))
         values = {
             "kind": mf.KIND, "schema_version": mf.SCHEMA_VERSION, "spec": self.spec.to_json(), "n_contexts": n_contexts,
-            "rows": rows, "kept_rows": kept,
+            "rows": rows, "kept_rows": kept, "spec_file_sha256": file_sha256(self.path / SPEC),
             "arrays": {name: {"zarr_json_sha256": file_sha256(self.path / name / "zarr.json")} for name in arrays},
             "shards": [self._entry(s, r) for s, r in enumerate(records)], "stats": {}}
         values["sha256"] = "0" * 64

@@ -1,0 +1,236 @@
+import json
+import os
+import subprocess
+import sys
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorstore as ts
+
+from saejax.data.store import Store, check_matches
+from saejax.data.writer import StoreWriter, exact_median
+from saejax.errors import DiskError, NonFiniteError, StoreCorruptError, StoreError
+from saejax.records import OUTLIER_FACTOR
+from tests.data.making import CONTEXT, HOOK, HOOKS, Rows, bits, directory, make_store, spec
+
+
+def test_reads_back_what_was_written(tmp_path):
+    rows, store = Rows(), make_store(tmp_path / "s")
+    n = 37 * CONTEXT
+    for h, d in HOOKS:
+        flat = rows.acts[h].reshape(n, d)
+        assert np.array_equal(bits(store.read(h, 0, n)), bits(flat))
+        assert np.array_equal(bits(store.read(h, 120, 301)), bits(flat[120:301]))
+        assert store.width(h) == d and len(store.read(h, 5, 5)) == 0
+        assert np.allclose(store.norms(h, 0, n), np.linalg.norm(flat.astype(np.float64), axis=1), rtol=1e-6)
+    assert np.array_equal(store.tokens(3, n), rows.tokens.ravel()[3:])
+    assert np.array_equal(store.keep(0, n), rows.keep.ravel())
+    assert (store.rows, store.n_contexts, store.kept_rows) == (n, 37, int(rows.keep.sum()))
+    with pytest.raises(IndexError):
+        store.read(HOOK, 0, n + 1)
+
+
+def test_statistics_are_of_the_kept_rows(tmp_path):
+    rows = Rows()
+    rows.acts[HOOK][5, 3] = 300.0
+    rows.keep[5, 3] = True
+    rows.acts[HOOK][6, 3] = 10_000.0
+    rows.keep[6, 3] = False
+    store = make_store(tmp_path / "s", rows=rows)
+    x = rows.acts[HOOK].astype(np.float64)[rows.keep]
+    norms = np.linalg.norm(x, axis=1)
+    stats = store.stats(HOOK)
+    assert np.allclose(stats.mean_D, x.mean(0), rtol=1e-5, atol=1e-6)
+    assert np.isclose(stats.mean_norm, norms.mean(), rtol=1e-6)
+    assert np.isclose(stats.mean_sq_norm, (norms**2).mean(), rtol=1e-6)
+    assert np.isclose(stats.median_norm, np.median(norms), rtol=1e-6)
+    assert store.describe()["hookpoints"][HOOK]["outliers"] == (norms > OUTLIER_FACTOR * np.median(norms)).sum() == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 1000, 1001])
+def test_exact_median_equals_numpy(n):
+    values = np.random.default_rng(n).lognormal(0, 3, n).astype(np.float32)
+    values[n // 2:n // 2 + 3] = 0.0
+    assert exact_median(lambda: np.array_split(values, 3), n) == float(np.median(values.astype(np.float64)))
+
+
+def test_any_zarr3_reader_reads_it(tmp_path):
+    store = make_store(tmp_path / "s")
+    for name, expected in ((f"acts/{HOOK}", store.read(HOOK, 0, store.rows)), ("tokens", store.tokens(0, store.rows))):
+        array = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "s" / name)}}).result()
+        assert np.array_equal(array.read().result(), expected)
+
+
+def test_order_and_number_of_writers_do_not_change_a_byte(tmp_path):
+    make_store(tmp_path / "one")
+    rows, two = Rows(), tmp_path / "two"
+    a, b = StoreWriter(two, spec()), StoreWriter(two, spec())
+    assert a.missing_shards(0, 2) == [0, 2, 4] and b.missing_shards(1, 2) == [1, 3]
+    for writer, s in ((b, 3), (a, 4), (a, 0), (b, 1), (a, 2)):
+        writer.write_shard(*rows.shard(s))
+    assert a.missing_shards() == []
+    a.finalize(37)
+    assert directory(two) == directory(tmp_path / "one")
+    texts = b"".join(directory(two).values())
+    assert str(tmp_path).encode() not in texts
+
+
+def test_an_unfinished_store_says_how_far_it_is(tmp_path):
+    with pytest.raises(StoreError, match="no activation store here"):
+        Store.open(tmp_path / "s")
+    writer, rows = StoreWriter(tmp_path / "s", spec()), Rows()
+    for s in (0, 3):
+        writer.write_shard(*rows.shard(s))
+    with pytest.raises(StoreError, match="2 of 5 shards"):
+        Store.open(tmp_path / "s")
+    with pytest.raises(StoreError, match=r"shards \[1, 2, 4\] of 5"):
+        writer.finalize(37)
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def test_lost_or_cut_shard_files_are_written_again(tmp_path):
+    make_store(tmp_path / "whole")
+    writer, rows = StoreWriter(tmp_path / "s", spec()), Rows()
+    for s in range(5):
+        writer.write_shard(*rows.shard(s))
+    (tmp_path / "s/tokens/c/1").unlink()
+    os.truncate(tmp_path / f"s/acts/{HOOK}/c/2/0", 100)
+    (tmp_path / "s/shards/00003.json").write_text("{")
+    (tmp_path / "s/keep/c/4.__lock").touch()
+    (tmp_path / "s/shards/.00004.json.tmp-77").touch()
+    writer = StoreWriter(tmp_path / "s", spec())
+    assert writer.missing_shards() == [1, 2, 3]
+    for s in writer.missing_shards():
+        writer.write_shard(*rows.shard(s))
+    writer.finalize(37)
+    assert directory(tmp_path / "s") == directory(tmp_path / "whole")
+
+
+def test_another_config_is_refused_with_the_differences(tmp_path):
+    StoreWriter(tmp_path / "s", spec())
+    with pytest.raises(StoreError, match="context: 16 -> 32; model_digest: 'd0' -> 'd1'; text.digest: 'x0' -> 'x1'"):
+        StoreWriter(tmp_path / "s", spec(context=32, model_digest="d1", text={"digest": "x1"}))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("mine")
+    with pytest.raises(StoreError, match="not an activation store"):
+        StoreWriter(tmp_path / "other", spec())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_nan_and_inf_are_refused_with_their_rows(tmp_path, bad):
+    rows = Rows()
+    rows.acts[HOOK][9, 4, 3] = rows.acts[HOOK][11, 0, 0] = bad
+    writer = StoreWriter(tmp_path / "s", spec())
+    with pytest.raises(NonFiniteError, match=rf"{HOOK}: 2 of 128 .* \(9, 4\), \(11, 0\)"):
+        writer.write_shard(*rows.shard(1))
+    assert list(directory(tmp_path / "s")) == ["spec.json"]
+
+
+def test_huge_but_finite_rows_are_kept(tmp_path):
+    rows = Rows()
+    rows.acts[HOOK][0, 1] = ml_dtypes.finfo(ml_dtypes.bfloat16).max
+    store = make_store(tmp_path / "s", rows=rows)
+    assert np.isfinite(store.norms(HOOK, 0, store.rows)).all()
+    assert np.array_equal(bits(store.read(HOOK, 1, 2)), bits(rows.acts[HOOK][0, 1:2]))
+
+
+def test_check_matches_names_key_and_both_values(tmp_path):
+    store = make_store(tmp_path / "s")
+    check_matches(store, hookpoint=HOOK, d_in=24, model_digest="d0", context=16)
+    with pytest.raises(StoreError, match="config.sae.d_in is 32, the store's blocks.0.hook_resid_post is 24 wide"):
+        check_matches(store, hookpoint=HOOK, d_in=32)
+    with pytest.raises(StoreError, match="config.sae.hookpoint is 'x'.*config.lm.model has weights d9.*config.text.context is 8"):
+        check_matches(store, hookpoint="x", model_digest="d9", context=8)
+    with pytest.raises(StoreError, match="not 'x'"):
+        store.read("x", 0, 1)
+
+
+_FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from saejax.data.writer import StoreWriter
+from saejax.errors import DiskError
+from tests.data.making import Rows, spec
+path, limit = Path(sys.argv[1]), int(sys.argv[2])
+writer, rows = StoreWriter(path, spec()), Rows()
+writer.write_shard(*rows.shard(0))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+try:
+    writer.write_shard(*rows.shard(1))
+except DiskError as e:
+    print("DiskError", e)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 2000, 4000])
+def test_full_disk_is_a_disk_error_and_the_rerun_completes(tmp_path, limit):
+    """The file size limit stops, in turn, every file of a shard, the activations, and the record alone."""
+    run = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path / "s"), str(limit)], capture_output=True, text=True,
+                         env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
+    assert run.stdout.startswith("DiskError") and "File too large" in run.stdout, run.stdout + run.stderr
+    writer, rows = StoreWriter(tmp_path / "s", spec()), Rows()
+    assert writer.missing_shards() == [1, 2, 3, 4]
+    if limit < 4000:
+        assert not any("c/1" in name for name in directory(tmp_path / "s") if not name.endswith("__lock"))
+    for s in writer.missing_shards():
+        writer.write_shard(*rows.shard(s))
+    writer.finalize(37)
+    make_store(tmp_path / "whole")
+    assert directory(tmp_path / "s") == directory(tmp_path / "whole")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_read_only_directory_is_a_disk_error(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(DiskError):
+        StoreWriter(tmp_path / "s", spec())
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+from saejax.data.writer import StoreWriter
+from tests.data.making import Rows, spec
+path = Path(sys.argv[1])
+writer, rows = StoreWriter(path, spec(400, target_contexts=400)), Rows(400)
+print("started", flush=True)
+for s in writer.missing_shards():
+    writer.write_shard(*rows.shard(s))
+writer.finalize(400)
+"""
+
+
+def test_killed_at_random_times_it_becomes_the_same_store(tmp_path):
+    rng = np.random.default_rng(0)
+    kills = 0
+    for _ in range(40):
+        run = subprocess.Popen([sys.executable, "-c", _KILLED, str(tmp_path / "s")], stdout=subprocess.PIPE,
+                               env={**os.environ, "JAX_PLATFORMS": "cpu"})
+        run.stdout.readline()
+        try:
+            run.wait(rng.uniform(0.01, 0.15) if kills < 3 else 120)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            run.wait()
+            kills += 1
+            with pytest.raises(StoreError, match="not finished"):
+                Store.open(tmp_path / "s")
+            continue
+        break
+    assert kills >= 1
+    rows, writer = Rows(400), StoreWriter(tmp_path / "whole", spec(400))
+    for s in writer.missing_shards():
+        writer.write_shard(*rows.shard(s))
+    writer.finalize(400)
+    assert directory(tmp_path / "s") == directory(tmp_path / "whole")
+
+
+def test_a_newer_schema_is_refused_before_anything_else(tmp_path):
+    store = make_store(tmp_path / "s")
+    values = {**store.manifest, "schema_version": 2, "something": "new"}
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(StoreError, match="schema version 2 is newer") as error:
+        Store.open(tmp_path / "s")
+    assert not isinstance(error.value, StoreCorruptError)
