@@ -1,0 +1,131 @@
+"""Real processes: killed, terminated, several of them. Every wait has a deadline."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from saejax.logs import read_metrics
+from saejax.train.checkpoint import read_meta, steps_in
+from saejax.train.preemption import EXIT_PREEMPTED
+
+from .synthetic import make_store
+
+ROOT = Path(__file__).parent.parent.parent
+OVERRIDES = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
+             "sae__dead_tokens": 64, "sae__l1": 30.0, "checkpoint__every_tokens": 7 * 32, "log__every_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("processes") / "store").path
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch(store, run_dir, kind="topk", processes=1, devices=4, slow=None, **overrides):
+    port = free_port()
+    # A collective loaded from the compilation cache waits for ever under gloo: every process compiles for itself.
+    dropped = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
+    env = {k: v for k, v in os.environ.items() if k not in dropped and not k.lower().endswith("_proxy")}
+    jobs = []
+    for process in range(processes):
+        options = {"store": str(store), "run_dir": str(run_dir), "kind": kind, "processes": processes, "process": process,
+                   "devices": devices, "port": port, "overrides": OVERRIDES | overrides,
+                   "slow_seconds": slow[process] if slow else 0}
+        jobs.append(subprocess.Popen([sys.executable, "-m", "tests.train.worker", json.dumps(options)], cwd=ROOT, env=env,
+                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return jobs
+
+
+def finish(jobs, deadline=170):
+    outs, end = [], time.monotonic() + deadline
+    try:
+        for job in jobs:
+            outs.append(job.communicate(timeout=max(1, end - time.monotonic())))
+    finally:
+        for job in jobs:
+            job.kill()
+    return [(job.returncode, *out) for job, out in zip(jobs, outs, strict=True)]
+
+
+def fingerprints(results):
+    values = []
+    for code, out, err in results:
+        assert code == 0, err[-3000:]
+        values.append(json.loads(next(line for line in out.splitlines() if line.startswith("FINGERPRINTS"))[13:]))
+    assert all(v == values[0] for v in values), "processes disagree on the state"
+    return values[0]
+
+
+def wait_for_step(run_dir, step, deadline=120):
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        lines = read_metrics(run_dir / "metrics.jsonl")
+        if lines and lines[-1]["step"] >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in {deadline} s")
+
+
+def test_sigterm_saves_and_says_so(store, tmp_path):
+    [job] = launch(store, tmp_path / "run", slow=[0.1])
+    wait_for_step(tmp_path / "run", 3)
+    job.send_signal(signal.SIGTERM)
+    [(code, out, err)] = finish([job])
+    assert code == EXIT_PREEMPTED, err[-3000:]
+    step = steps_in(tmp_path / "run" / "checkpoints")[-1]
+    assert f"stopped at step {step} of 50" in out and step < 50
+
+
+def test_two_processes_train_stop_together_and_resume_bitwise(store, tmp_path):
+    straight = fingerprints(finish(launch(store, tmp_path / "straight", processes=2, devices=2, mesh__data=2)))
+    jobs = launch(store, tmp_path / "run", processes=2, devices=2, mesh__data=2, slow=[0.02, 0.1])
+    wait_for_step(tmp_path / "run", 4)
+    jobs[1].send_signal(signal.SIGTERM)
+    results = finish(jobs)
+    assert [code for code, _, _ in results] == [EXIT_PREEMPTED] * 2, results[0][2][-2000:] + results[1][2][-2000:]
+    stops = {next(line for line in out.splitlines() if line.startswith("PREEMPTED")) for _, out, _ in results}
+    assert len(stops) == 1, stops
+    assert fingerprints(finish(launch(store, tmp_path / "run", processes=2, devices=2, mesh__data=2))) == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_killed_at_random_moments_ends_in_the_same_bits(store, tmp_path, kind):
+    straight = fingerprints(finish(launch(store, tmp_path / "straight", kind=kind)))
+    rng = random.Random(f"{kind}-{os.environ.get('SAEJAX_TEST_SEED', '0')}")
+    run = tmp_path / "run"
+    for target in sorted(rng.sample(range(1, 50), 4)):
+        [job] = launch(store, run, kind=kind, slow=[0.05])
+        wait_for_step(run, target)
+        time.sleep(rng.random() * 0.2)
+        job.kill()
+        finish([job])
+    assert fingerprints(finish(launch(store, run, kind=kind))) == straight
+    steps = [line["step"] for line in read_metrics(run / "metrics.jsonl")]
+    assert steps == sorted(set(steps)) and steps[-1] == 50
+
+
+@pytest.mark.slow
+def test_a_killed_peer_ends_the_job_and_the_last_checkpoint_is_whole(store, tmp_path):
+    run = tmp_path / "run"
+    jobs = launch(store, run, processes=2, devices=2, mesh__data=2, slow=[0.05, 0.05])
+    wait_for_step(run, 20)
+    jobs[1].kill()
+    results = finish(jobs, deadline=90)
+    assert results[0][0] != 0, "the surviving process must not pretend success"
+    resumed = fingerprints(finish(launch(store, run, processes=2, devices=2, mesh__data=2)))
+    assert resumed == fingerprints(finish(launch(store, tmp_path / "straight", processes=2, devices=2, mesh__data=2)))
+    assert read_meta(run / "checkpoints" / "50").counters.tokens_seen == 1600
