@@ -2,10 +2,10 @@
 
     python benchmarks/stream_throughput.py [--megabytes 1000] [--rounds 3] [--widths 768 576] [--directory DIR]
 
-Makes a store of random activations per width, then alternates: (a) tensorstore alone, from the first row to the last in
-pieces of 16,384 rows with four reads in flight; (b) `Stream` over one epoch in batches of 4,096 rows: shuffled, checked and
-gathered. "cold" drops the page cache of the store's files before each measurement (posix_fadvise), "warm" does not. Prints
-the median over the rounds in MB/s of activations and the ratio (b) / (a).
+Makes a store of random activations per width, then alternates: (a) tensorstore alone, from the first row to the last
+in pieces of 16,384 rows with four reads in flight; (b) `Stream` over one epoch in batches of 4,096 rows: shuffled,
+checked and gathered. "cold" drops the page cache of the store's files before each measurement (posix_fadvise), "warm"
+does not. Prints the median over the rounds in MB/s of activations and the ratio (b) / (a).
 """
 
 import argparse
@@ -99,7 +99,8 @@ def main() -> None:
                             drop_cache(store.path)
                         rates.append(measure(store.path, width) / 1e6)
                 a, b = (statistics.median(rates) for rates in runs.values())
-                print(f"| {width} | {store.rows * width * 2 / 1e6:.0f} | {cache} | {a:.0f} | {b:.0f} | {b / a:.2f} |", flush=True)
+                size = store.rows * width * 2 / 1e6
+                print(f"| {width} | {size:.0f} | {cache} | {a:.0f} | {b:.0f} | {b / a:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

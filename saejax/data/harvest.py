@@ -1,9 +1,9 @@
 """Tokens -> language model with taps -> activation store.
 
-The device works on batch i + 1 while the host copies batch i into the buffer of a shard, and a thread writes the shard
-before; two shards are in memory. Process p of P writes shards p, p + P, ...; all of them pack the same text, so that a row's
-number, and with it every byte of the store, does not depend on P. An interrupted harvest goes on at the first missing shard:
-the text continues from the state in the record of the shard before.
+The device works on batch i + 1 while the host copies batch i into the buffer of a shard, and a thread writes the
+shard before; two shards are in memory. Process p of P writes shards p, p + P, ...; all of them pack the same text, so
+that a row's number, and with it every byte of the store, does not depend on P. An interrupted harvest goes on at the
+first missing shard: the text continues from the state in the record of the shard before.
 """
 
 import math
@@ -36,8 +36,8 @@ from saejax.storage import barrier, is_writer
 def harvest(config: Config, lm_: LM | None = None) -> Store:
     """Makes the activation store of a config, or opens it when it is there; every process must call it.
 
-    A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted. Several
-    hookpoints take one pass; layers above the highest are not computed.
+    A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted.
+    Several hookpoints take one pass; layers above the highest are not computed.
 
     Raises `StoreError` (the directory belongs to another config; lists the differences), `HookpointError`, `TextError`,
     `NonFiniteError` (rows named, their shard not written), `DiskError`.
@@ -73,7 +73,8 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
     """The fields of the spec that need no language model."""
     h = config.harvest
     shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
-    return {"model": _model_name(config), "lm_dtype": config.lm.dtype, "text": text.describe(config.text, sources, config.seed),
+    return {"model": _model_name(config), "lm_dtype": config.lm.dtype,
+            "text": text.describe(config.text, sources, config.seed),
             "context": config.text.context, "shard_contexts": h.shard_contexts, "chunk_rows": h.chunk_rows,
             "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
 
@@ -95,8 +96,9 @@ def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None)
         wanted = store_spec(config, lm_, sources)
     else:
         widths = dict(store.spec.hookpoints)
+        names = dict.fromkeys(config.harvest.hookpoints)
         wanted = StoreSpec(model_digest=store.spec.model_digest, tokenizer_digest=store.spec.tokenizer_digest,
-                           hookpoints=tuple((name, widths.get(name, 0)) for name in dict.fromkeys(config.harvest.hookpoints)),
+                           hookpoints=tuple((name, widths.get(name, 0)) for name in names),
                            **_cheap_part(config, sources))
     differences = store.spec.differences(wanted)
     if differences:
@@ -116,12 +118,13 @@ class _Capture:
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
         self._model = jax.device_put(lm_.model, NamedSharding(mesh, PartitionSpec()))
         # Rounding on the device halves what crosses to the host.
-        self._run = jax.jit(
-            lambda model, tokens_BT: {n: x.astype(jnp.bfloat16) for n, x in lm.capture(model, tokens_BT, self.names).items()},
-            out_shardings=self._rows)
+        self._run = jax.jit(self._forward, out_shardings=self._rows)
+
+    def _forward(self, model: lm.Decoder, tokens_BT: jax.Array) -> dict[str, jax.Array]:
+        return {name: x.astype(jnp.bfloat16) for name, x in lm.capture(model, tokens_BT, self.names).items()}
 
     def __call__(self, tokens_NT: np.ndarray) -> dict[str, jax.Array]:
-        """bfloat16 [batch, T, D] per hookpoint for up to `batch` contexts, dispatched, not waited for; the rest is padding."""
+        """bfloat16 [batch, T, D] per hookpoint of up to `batch` contexts, padded; dispatched, not waited for."""
         tokens_BT = np.zeros((self.batch, tokens_NT.shape[1]), np.int32)
         tokens_BT[:len(tokens_NT)] = tokens_NT
         return self._run(self._model, jax.device_put(tokens_BT, self._rows))
@@ -158,7 +161,8 @@ def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Co
                 break
         _finish(writing)
     if packed.dropped_tokens:
-        say(f"harvest: the text ended after {total * spec.context} tokens; {packed.dropped_tokens} that fill no context dropped")
+        say(f"harvest: the text ended after {total * spec.context} tokens; {packed.dropped_tokens} that fill no "
+            "context dropped")
     return total
 
 
@@ -180,7 +184,8 @@ def _one_shard(writer: StoreWriter, packed: PackedText, shard: int, is_mine: boo
     return len(tokens_NT), tokens_NT if is_mine else None
 
 
-def _run_shard(capture: _Capture, tokens_NT: np.ndarray, out: dict[str, np.ndarray], bar: Progress) -> dict[str, np.ndarray]:
+def _run_shard(capture: _Capture, tokens_NT: np.ndarray, out: dict[str, np.ndarray],
+               bar: Progress) -> dict[str, np.ndarray]:
     """Activations of a shard's contexts in host memory; one batch is always under way on the device."""
     under_way: deque = deque()
 

@@ -19,7 +19,7 @@ _HEX = frozenset("0123456789abcdef")
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Everything that decides the bytes of a store. `text` is plain JSON: sources, digest, packing and split options."""
+    """Everything that decides the bytes of a store. `text` is plain JSON: sources, digest, packing and split."""
 
     model: str
     model_digest: str
@@ -131,7 +131,8 @@ def spec_from_json(values, where: str) -> StoreSpec:
     if set(f.values) != {field.name for field in dataclasses.fields(StoreSpec)}:
         raise StoreCorruptError(f"{where}: its keys are not those of schema {SCHEMA_VERSION}")
     if spec.shard_rows % spec.chunk_rows:
-        raise StoreCorruptError(f"{where}: chunk_rows {spec.chunk_rows} does not divide the {spec.shard_rows} rows of a shard")
+        raise StoreCorruptError(f"{where}: chunk_rows {spec.chunk_rows} does not divide the {spec.shard_rows} rows "
+                                "of a shard")
     return spec
 
 
@@ -139,7 +140,8 @@ def check_version(f: Fields) -> None:
     if f.get("kind", str) != KIND:
         raise StoreCorruptError(f"{f.where}: kind {f.values['kind']!r:.80} is not {KIND!r}")
     if f.count("schema_version", 1) > SCHEMA_VERSION:
-        raise StoreError(f"{f.where}: schema version {f.values['schema_version']} is newer than {SCHEMA_VERSION}, which this "
+        raise StoreError(f"{f.where}: schema version {f.values['schema_version']} is newer than {SCHEMA_VERSION}, "
+                         "which this "
                          "saejax reads; update saejax")
 
 
@@ -164,18 +166,21 @@ def read_manifest(path: Path) -> tuple[dict, StoreSpec]:
     f = Fields(values, str(path))
     check_version(f)
     if f.hex("sha256") != self_digest(values):
-        raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); harvest the store again")
+        raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); harvest the "
+                                "store again")
     f.hex("spec_file_sha256")
     spec = spec_from_json(f.get("spec", dict), f"{path}: spec")
     n_contexts = f.count("n_contexts", 1)
     if f.count("rows", 1) != n_contexts * spec.context or f.count("kept_rows", 1) > n_contexts * spec.context:
-        raise StoreCorruptError(f"{path}: 'rows' or 'kept_rows' does not follow from {n_contexts} contexts of {spec.context}")
+        raise StoreCorruptError(f"{path}: 'rows' or 'kept_rows' does not follow from {n_contexts} contexts of "
+                                f"{spec.context}")
     arrays = spec.arrays()
     heads = f.section("arrays")
     shards = f.get("shards", list)
     expected = -(-n_contexts // spec.shard_contexts)
     if set(heads.values) != set(arrays) or len(shards) != expected:
-        raise StoreCorruptError(f"{path}: lists {len(shards)} shards, {n_contexts} contexts make {expected}, or other arrays "
+        raise StoreCorruptError(f"{path}: lists {len(shards)} shards, {n_contexts} contexts make {expected}, or "
+                                "other arrays "
                                 f"than {', '.join(arrays)}")
     sizes = shard_contexts(spec, n_contexts)
     for name in arrays:

@@ -1,9 +1,10 @@
 """A keyed permutation of [0, n) with random access: position i of the shuffled order costs O(1) and no memory.
 
-Balanced Feistel network over 2h bits, where 4^h >= n, with cycle walking: values that fall outside [0, n) are sent through
-the network again until they land inside, which keeps it a bijection of [0, n) (Black and Rogaway, "Ciphers with arbitrary
-finite domains", 2002). Round function and key schedule are splitmix64, so the order depends on no library's generator and
-is the same on every machine; `VERSION` names it and any change of the values it gives must raise it.
+Balanced Feistel network over 2h bits, where 4^h >= n, with cycle walking: values that fall outside [0, n) are sent
+through the network again until they land inside, which keeps it a bijection of [0, n) (Black and Rogaway, "Ciphers
+with arbitrary finite domains", 2002). Round function and key schedule are splitmix64, so the order depends on no
+library's generator and is the same on every machine; `VERSION` names it and any change of the values it gives must
+raise it.
 """
 
 import numpy as np

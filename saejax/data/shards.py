@@ -1,11 +1,11 @@
-"""One array of the activation store on disk: a zarr3 array whose shard files have a size and an order known to the byte.
+"""One array of the activation store: a zarr3 array whose shard files have a size and an order known to the byte.
 
-A shard file (`<array>/c/<s>/0`, or `<array>/c/<s>` for one number per row) is what zarr3's `sharding_indexed` codec writes
-for one outer chunk: its inner chunks in order, each followed by its crc32c, then the index (offset and size of every inner
-chunk) and the index's crc32c. There is no compression, so every offset is arithmetic. That is used twice: the size and index
-of a file are checked against what they must be, and the crc32c words beside the chunks that a read touches are compared with
-those the writer recorded. tensorstore checks each chunk against its word, we check the word against the record: a shard that
-is valid but stale or swapped cannot pass, and nothing is read twice.
+A shard file (`<array>/c/<s>/0`, or `<array>/c/<s>` for one number per row) is what zarr3's `sharding_indexed` codec
+writes for one outer chunk: its inner chunks in order, each followed by its crc32c, then the index (offset and size of
+every inner chunk) and the index's crc32c. There is no compression, so every offset is arithmetic. That is used twice:
+the size and index of a file are checked against what they must be, and the crc32c words beside the chunks that a read
+touches are compared with those the writer recorded. tensorstore checks each chunk against its word, we check the word
+against the record: a shard that is valid but stale or swapped cannot pass, and nothing is read twice.
 """
 
 import os
@@ -87,7 +87,8 @@ class ArraySpec:
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *tail]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "codecs": [{"name": "sharding_indexed", "configuration": {
-                "chunk_shape": [self.chunk_rows, *tail], "codecs": inner, "index_codecs": inner, "index_location": "end"}}],
+                "chunk_shape": [self.chunk_rows, *tail], "codecs": inner, "index_codecs": inner,
+                "index_location": "end"}}],
         }
 
     def open(self, root: Path, rows: int, context: ts.Context) -> ts.TensorStore:
@@ -109,20 +110,21 @@ def write_shard_files(root: Path, shard: int, arrays: dict[ArraySpec, np.ndarray
     Returns {array name: {"bytes", "sha256", "crcs"}}. Raises `DiskError`; then no file of this shard is left.
     """
     files = [root / spec.shard_file(shard) for spec in arrays]
-    context = new_context(0)
+    context, pending = new_context(0), []
     try:
         with disk_errors(root):
             for file in files:
                 file.unlink(missing_ok=True)
-            pending = []
             for spec, values in arrays.items():
                 start = shard * spec.shard_rows
-                target = spec.open(root, start + len(values), context)
-                pending.append(target[start:start + len(values)].write(values, can_reference_source_data_indefinitely=True))
+                target = spec.open(root, start + len(values), context)[start:start + len(values)]
+                pending.append(target.write(values, can_reference_source_data_indefinitely=True))
             for write in pending:
                 write.result()
         return {spec.name: _written(root, spec, shard, len(values)) for spec, values in arrays.items()}
     except BaseException:
+        for write in pending:
+            write.exception()   # a write still under way would put its file back
         for file in files:
             file.unlink(missing_ok=True)
         raise
@@ -220,7 +222,8 @@ class ArrayReader:
         first = (start - shard * self.spec.shard_rows) // self.spec.chunk_rows
         last = -(-(stop - shard * self.spec.shard_rows) // self.spec.chunk_rows)
         if read_words(path, self.spec, first, last) != crcs[first * _CRC:last * _CRC]:
-            raise StoreCorruptError(f"{path}: its checksums are not the ones recorded when it was written (stale or swapped "
+            raise StoreCorruptError(f"{path}: its checksums are not the ones recorded when it was written (stale "
+                                    "or swapped "
                                     "file); harvest the store again")
 
     def _words(self, shard: int) -> tuple[str, bytes]:

@@ -33,7 +33,8 @@ _BATCH = 256
 class Sources:
     """Resolved sources: what they are called, their digest, and the loaded datasets (one per file type or hub name).
 
-    `digest` covers names and sha256 of the content of files in reading order, or name, revision and fingerprint of hub data.
+    `digest` covers names and sha256 of the content of files in reading order, or name, revision and fingerprint of
+    hub data.
     """
 
     names: list[str]
@@ -142,8 +143,8 @@ def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
 def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[str | None]]:
     """Batches of documents in shuffled order (or in reading order), from document `start` on.
 
-    Map-style data use a keyed permutation of all documents: any start costs nothing. Streamed data use the library's shuffle
-    buffer of 10,000 documents and skip `start` documents, which reads them but does not tokenise them.
+    Map-style data use a keyed permutation of all documents: any start costs nothing. Streamed data use the library's
+    shuffle buffer of 10,000 documents and skip `start` documents, which reads them but does not tokenise them.
     """
     options, parts = sources._options, sources.datasets()
     if options.streaming:

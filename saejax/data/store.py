@@ -5,8 +5,9 @@
     shards/00000.json                 record of a finished shard: checksums, partial statistics, where the text stood
     acts/<hookpoint>/  [N, D] bf16    tokens/ [N] int32    keep/ [N] uint8    norms/<hookpoint>/ [N] float32 ||x||
 
-N = contexts x context length: row r is token r % T of context r // T. Every row is stored; `keep` is 0 at masked special
-tokens. Equal inputs give equal bytes, whichever process wrote which shard. docs/store_format.md has the details.
+N = contexts x context length: row r is token r % T of context r // T. Every row is stored; `keep` is 0 at masked
+special tokens. Equal inputs give equal bytes, whichever process wrote which shard. docs/store_format.md has the
+details.
 """
 
 import functools
@@ -56,7 +57,7 @@ class Store:
 
     @classmethod
     def open(cls, path: str | Path, *, verify: str = "quick") -> "Store":
-        """Opens a finished store. "quick" checks the manifest, every file's presence and size; "full" also every digest.
+        """Opens a finished store. "quick" checks the manifest and the size of every file; "full" also every digest.
 
         Raises `StoreError` (no store, not finished, newer schema) or `StoreCorruptError` (naming the file).
         """
@@ -71,7 +72,8 @@ class Store:
         """d_in of a hookpoint. Raises `StoreError` when the store does not hold it."""
         widths = dict(self.spec.hookpoints)
         if hookpoint not in widths:
-            raise StoreError(f"{self.path}: holds {', '.join(widths)}, not {hookpoint!r}; add it to config.harvest.hookpoints "
+            raise StoreError(f"{self.path}: holds {', '.join(widths)}, not {hookpoint!r}; add it to "
+                             "config.harvest.hookpoints "
                              "and harvest into a new directory")
         return widths[hookpoint]
 
@@ -105,7 +107,7 @@ class Store:
         return self._readers[f"norms/{hookpoint}"].read(start, stop)
 
     def start_read(self, array: str, spans: Iterable[Span], out: np.ndarray) -> PendingRead:
-        """Starts reading row spans of an array ("tokens", "keep", "acts/<hookpoint>", ...) into `out`; `.wait()` for them."""
+        """Starts reading row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`; `.wait()` for them."""
         return self._readers[array].start(spans, out)
 
     def describe(self) -> dict:
@@ -113,11 +115,11 @@ class Store:
         s = self.spec
         return {
             "kind": mf.KIND, "schema_version": self.manifest["schema_version"], "digest": self.digest, "model": s.model,
-            "model_digest": s.model_digest, "lm_dtype": s.lm_dtype, "tokenizer_digest": s.tokenizer_digest, "text": s.text,
-            "context": s.context, "contexts": self.n_contexts, "rows": self.rows, "kept_rows": self.kept_rows,
-            "mask_special": s.mask_special, "shards": len(self._contexts),
+            "model_digest": s.model_digest, "lm_dtype": s.lm_dtype, "tokenizer_digest": s.tokenizer_digest,
+            "text": s.text, "context": s.context, "contexts": self.n_contexts, "rows": self.rows,
+            "kept_rows": self.kept_rows, "mask_special": s.mask_special, "shards": len(self._contexts),
             "bytes": sum(f["bytes"] for e in self.manifest["shards"] for f in e["files"].values()),
-            "hookpoints": {name: {"width": width, **{k: v for k, v in self.manifest["stats"][name].items() if k != "mean"}}
+            "hookpoints": {name: {"width": width, **_scalars(self.manifest["stats"][name])}
                            for name, width in s.hookpoints},
         }
 
@@ -145,6 +147,10 @@ class Store:
     def _truth(self, name: str, shard: int) -> ShardTruth:
         record = self._record(shard)
         return ShardTruth(self._contexts[shard] * self.context, bytes.fromhex(record["files"][name]["crcs"]))
+
+
+def _scalars(stats: dict) -> dict:
+    return {key: value for key, value in stats.items() if key != "mean"}
 
 
 def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dict:
@@ -192,7 +198,8 @@ def _unfinished(path: Path) -> str:
     if not (path / SPEC).is_file():
         return f"{path}: no activation store here; run `saejax harvest` with this config first"
     done = len(list((path / RECORDS).glob("*.json")))
-    return (f"{path / MANIFEST}: missing, so the harvest has not finished ({done} of {read_spec(path).target_shards} shards "
+    return (f"{path / MANIFEST}: missing, so the harvest has not finished ({done} of "
+            f"{read_spec(path).target_shards} shards "
             "are there); run `saejax harvest` again, it resumes")
 
 
@@ -211,12 +218,13 @@ def _same_digest(path: Path, expected: str) -> None:
     except OSError as e:
         raise StoreCorruptError(f"{path}: missing; harvest the store again") from e
     if found != expected:
-        raise StoreCorruptError(f"{path}: altered since the manifest was written (sha256 {found[:12]}, expected {expected[:12]});"
+        raise StoreCorruptError(f"{path}: altered since the manifest was written (sha256 {found[:12]}, expected "
+                                f"{expected[:12]});"
                                 " harvest the store again")
 
 
-def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None, model_digest: str | None = None,
-                  context: int | None = None) -> None:
+def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None,
+                  model_digest: str | None = None, context: int | None = None) -> None:
     """Raises one `StoreError` that lists every config key which the store contradicts, with both values."""
     problems = []
     if hookpoint is not None and hookpoint not in store.hookpoints:
@@ -224,10 +232,12 @@ def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | Non
     elif hookpoint is not None and d_in is not None and d_in != store.width(hookpoint):
         problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoint} is {store.width(hookpoint)} wide")
     if model_digest is not None and model_digest != store.spec.model_digest:
-        problems.append(f"config.lm.model has weights {model_digest[:16]}, the store was harvested from {store.spec.model!r} "
+        problems.append(f"config.lm.model has weights {model_digest[:16]}, the store was harvested from "
+                        f"{store.spec.model!r} "
                         f"with weights {store.spec.model_digest[:16]}")
     if context is not None and context != store.context:
         problems.append(f"config.text.context is {context}, the store's contexts have {store.context} tokens")
     if problems:
-        raise StoreError(f"{store.path / MANIFEST}: does not match the config: {'; '.join(problems)}; change the config or "
+        raise StoreError(f"{store.path / MANIFEST}: does not match the config: {'; '.join(problems)}; change the "
+                         "config or "
                          "harvest into another directory")

@@ -1,9 +1,10 @@
-"""Store -> batches in a deterministic shuffled order, every kept row exactly once per epoch, restored from three integers.
+"""Store -> batches in a deterministic shuffled order: every kept row exactly once per epoch, state of three integers.
 
-Epoch e permutes the blocks of the store (a block is `block_contexts` whole contexts, read sequentially) with key (seed, e).
-Consecutive blocks of that order fill a window of at most `window_rows` rows; the kept rows of window w are permuted with key
-(seed, e, w) and handed out. The order depends on the seed, the epoch, the store and `StreamOptions` only: not on the batch
-size, the number of processes, the prefetching or any timing. `ORDER_VERSION` names the order; changing it breaks resuming.
+Epoch e permutes the blocks of the store (a block is `block_contexts` whole contexts, read sequentially) with key
+(seed, e). Consecutive blocks of that order fill a window of at most `window_rows` rows; the kept rows of window w are
+permuted with key (seed, e, w) and handed out. The order depends on the seed, the epoch, the store and `StreamOptions`
+only: not on the batch size, the number of processes, the prefetching or any timing. `ORDER_VERSION` names the order;
+changing it breaks resuming.
 
 While one window is handed out, tensorstore's threads read the next one into the other of two buffers.
 """
@@ -98,11 +99,11 @@ class RowOrder:
 
 
 class _Recycled:
-    """Arrays [rows, width] of uint16 whose memory is used again once nothing refers to it: on fresh memory the kernel's page
-    faults cost more than gathering the rows.
+    """Arrays [rows, width] of uint16 whose memory is used again once nothing refers to it: on fresh memory the
+    kernel's page faults cost more than gathering the rows.
 
-    Every view of an array keeps it alive, because its base is not an array and numpy stops there when it collapses the chain
-    of bases; so the finaliser runs when the last view is gone, including those that jax holds.
+    Every view of an array keeps it alive, because its base is not an array and numpy stops there when it collapses
+    the chain of bases; so the finaliser runs when the last view is gone, including those that jax holds.
     """
 
     def __init__(self, width: int, most: int):
@@ -127,10 +128,11 @@ class _Recycled:
 class Stream:
     """Iterator of `ActivationBatch` with exactly `batch` rows, without end; also a context manager (`close()` joins).
 
-    A batch that crosses the end of an epoch takes the rest of it and then the first rows of the next. `state` is the place
-    behind the last batch handed out; a stream made with it continues with the identical batches at once, without reading
-    what was skipped. Every process builds the same global batch and takes its slice of it, so the order cannot depend on
-    how many processes there are. A second stream over the same store (another seed) is independent of the first.
+    A batch that crosses the end of an epoch takes the rest of it and then the first rows of the next. `state` is the
+    place behind the last batch handed out; a stream made with it continues with the identical batches at once,
+    without reading what was skipped. Every process builds the same global batch and takes its slice of it, so the
+    order cannot depend on how many processes there are. A second stream over the same store (another seed) is
+    independent of the first.
 
     Raises `StoreCorruptError`, `NonFiniteError` (count and place of the rows) from `next()`, `StoreError` at once.
     """
@@ -140,7 +142,8 @@ class Stream:
         self.width = store.width(hookpoint)
         self.order = RowOrder(store, hookpoint, options)
         if batch < 1 or not 0 <= state.position <= self.order.rows_per_epoch or min(state.seed, state.epoch) < 0:
-            raise StoreError(f"{store.path}: no stream of {batch} rows at {state}: an epoch has {self.order.rows_per_epoch} "
+            raise StoreError(f"{store.path}: no stream of {batch} rows at {state}: an epoch has "
+                             f"{self.order.rows_per_epoch} "
                              "rows (config.train.batch, or a state of another store)")
         self.state = self._normal(state)
         self.wait_seconds = 0.0
@@ -260,7 +263,8 @@ class Stream:
         spans = [self.order.span(b) for b in blocks]
         rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in spans])
         x, tokens = (values[:len(rows)] for values in self._buffers[buffer])
-        pending = [self.store.start_read(f"acts/{self.hookpoint}", spans, x), self.store.start_read("tokens", spans, tokens)]
+        pending = [self.store.start_read(f"acts/{self.hookpoint}", spans, x),
+                   self.store.start_read("tokens", spans, tokens)]
         return _Window(blocks, order, rows, x, tokens, pending)
 
     def _check_finite(self, window: _Window) -> None:

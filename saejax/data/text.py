@@ -1,12 +1,13 @@
 """Documents -> packed rows of tokens.
 
-The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut into rows
-of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a row, as in the
-pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row ("row"), of every
-document ("doc"), or nowhere ("none"). What is left at the end and does not fill a row is dropped and counted.
+The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut
+into rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a
+row, as in the pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row
+("row"), of every document ("doc"), or nowhere ("none"). What is left at the end and does not fill a row is dropped
+and counted.
 
-A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or seed,
-and copies of a document are on the same side.
+A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or
+seed, and copies of a document are on the same side.
 """
 
 import hashlib
@@ -54,7 +55,8 @@ def is_held_out(text: str, holdout: float) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < holdout
 
 
-def documents(options: TextOptions, seed: int, split: str = "train", *, sources: Sources | None = None) -> Iterator[str]:
+def documents(options: TextOptions, seed: int, split: str = "train", *,
+              sources: Sources | None = None) -> Iterator[str]:
     """The non-empty documents of a split ("train" or "heldout") in shuffled order. Raises `TextError`."""
     for batch in src.read(sources or src.resolve(options), seed):
         yield from (text for text in batch if text and is_held_out(text, options.holdout) == (split == "heldout"))
@@ -70,8 +72,8 @@ def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
 class PackedText:
     """The packed rows of one split, taken in order from any `TextState`.
 
-    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS or EOS where one is asked for, token ids beyond
-    `vocab_size`.
+    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS or EOS where one is asked for, token
+    ids beyond `vocab_size`.
     """
 
     def __init__(self, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
@@ -130,9 +132,12 @@ class PackedText:
         if self._next_document == 0:
             raise TextError(f"{where}: no documents")
         if not self._seen:
-            raise TextError(f"{where}: none of {self._next_document} documents has text in the {self._split!r} split; change "
-                            f"config.text.holdout = {self._options.holdout} or add documents (one text file is one document)")
-        raise TextError(f"{where}: the {self._split!r} split has {len(self._tokens) + len(self._row)} tokens, one context needs "
+            raise TextError(f"{where}: none of {self._next_document} documents has text in the {self._split!r} "
+                            "split; change "
+                            f"config.text.holdout = {self._options.holdout} or add documents (one text file is one "
+                            "document)")
+        raise TextError(f"{where}: the {self._split!r} split has {len(self._tokens) + len(self._row)} tokens, one "
+                        "context needs "
                         f"{self._options.context}; add text or lower config.text.context")
 
     def _refill(self, wanted: int) -> None:
@@ -165,7 +170,8 @@ class PackedText:
                 raise TextError("config.text.source: the text is not the one that this harvest began with")
             tokens, ends, begins, self._skip = tokens[self._skip:], ends - self._skip, begins - self._skip, 0
         if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
-            raise TextError(f"config.lm.model: its tokenizer gives id {tokens.max()}, the model has {self._vocab_size}; use the "
+            raise TextError(f"config.lm.model: its tokenizer gives id {tokens.max()}, the model has "
+                            f"{self._vocab_size}; use the "
                             "tokenizer that belongs to the model")
         self._tokens = tokens
         self._numbers = np.concatenate([self._numbers, numbers])
@@ -188,7 +194,7 @@ class PackedText:
 def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, seed: int, split: str = "train",
                   mask_special: bool = True, vocab_size: int | None = None, max_contexts: int | None = None,
                   sources: Sources | None = None, start: TextState | None = None) -> Iterator[TokenBatch]:
-    """`TokenBatch`es of `batch` rows (the last may be shorter), at most `max_contexts` rows in all. Raises `TextError`."""
+    """Batches of `batch` rows (the last may be shorter), at most `max_contexts` rows in all. Raises `TextError`."""
     text = PackedText(options, tokenizer, seed=seed, split=split, mask_special=mask_special, vocab_size=vocab_size,
                       sources=sources, start=start)
     left = max_contexts if max_contexts is not None else 2**62

@@ -37,11 +37,13 @@ class StoreWriter:
         self.path, self.spec = Path(path), spec
         with disk_errors(self.path):
             # Listed before looking for spec.json: another process may be making the same store at this moment.
-            foreign = [p for p in self.path.iterdir() if SPEC not in p.name and p.name != RECORDS] if self.path.exists() else []
+            there = list(self.path.iterdir()) if self.path.exists() else []
+            foreign = [p for p in there if SPEC not in p.name and p.name != RECORDS]
             if (self.path / SPEC).is_file():
                 differences = read_spec(self.path).differences(spec)
                 if differences:
-                    raise StoreError(f"{self.path}: belongs to another config ({'; '.join(differences)}); choose another "
+                    raise StoreError(f"{self.path}: belongs to another config ({'; '.join(differences)}); choose "
+                                     "another "
                                      "config.harvest.store or delete this one")
             elif foreign:
                 raise StoreError(f"{self.path}: is not empty and not an activation store; choose another "
@@ -69,9 +71,11 @@ class StoreWriter:
 
     def write_shard(self, shard: int, acts: dict[str, np.ndarray], tokens_NT: np.ndarray, keep_NT: np.ndarray,
                     text_state: dict) -> None:
-        """Writes one shard: `acts[hookpoint]` bfloat16 [N, T, D] or [N * T, D]; `text_state` is where the text stands behind it.
+        """Writes one shard: `acts[hookpoint]` bfloat16 [N, T, D] or [N * T, D]; `text_state` is where the text stands
+        behind it.
 
-        Raises `NonFiniteError` with the count and the first rows (nothing is written) and `DiskError` (nothing is left).
+        Raises `NonFiniteError` with the count and the first rows (nothing is written) and `DiskError` (nothing is
+        left).
         """
         n = len(tokens_NT)
         rows = n * self.spec.context
@@ -102,7 +106,8 @@ class StoreWriter:
         records = [self.record(s) for s in range(len(sizes))]
         missing = [s for s, (r, n) in enumerate(zip(records, sizes, strict=True)) if r is None or r["contexts"] != n]
         if missing or not sizes:
-            raise StoreError(f"{self.path}: shards {missing[:8]} of {len(sizes)} are not written yet; run the harvest again")
+            raise StoreError(f"{self.path}: shards {missing[:8]} of {len(sizes)} are not written yet; run the "
+                             "harvest again")
         kept = sum(r["kept_rows"] for r in records)
         if kept == 0:
             raise StoreError(f"{self.path}: every token is special and masked; set config.harvest.mask_special=False")
@@ -137,7 +142,8 @@ class StoreWriter:
 
 
 def row_statistics(x_ND: np.ndarray, keep_N: np.ndarray) -> tuple[np.ndarray, dict]:
-    """float32 norms of bfloat16 rows, and {"x": sum of kept rows, "norm": sum ||x||, "sq_norm": sum ||x||^2} in float64.
+    """float32 norms of bfloat16 rows, and {"x": sum of kept rows, "norm": sum ||x||, "sq_norm": sum ||x||^2} in
+    float64.
 
     Sums run in one fixed order, so that a shard's record does not depend on threads or on what ran before.
     """
@@ -171,7 +177,8 @@ def check_finite(x_ND: np.ndarray, norms_N: np.ndarray, hookpoint: str, first_co
 
 def non_finite_message(hookpoint: str, bad: int, of: int, places: list[tuple[int, int]]) -> str:
     where = ", ".join(f"({c}, {t})" for c, t in places)
-    return (f"{hookpoint}: {bad} of {of} activation rows hold NaN or Inf, first at (context, token) {where}; check the weights, "
+    return (f"{hookpoint}: {bad} of {of} activation rows hold NaN or Inf, first at (context, token) {where}; check "
+            "the weights, "
             "or use config.lm.dtype='float32'")
 
 
@@ -184,8 +191,8 @@ def _statistics(store: Store, hookpoint: str, sums: list[dict], kept: int) -> di
         sq_norm += part["sq_norm"]
     median = exact_median(lambda: kept_norms(store, hookpoint), kept)
     outliers = sum(int((n > OUTLIER_FACTOR * median).sum()) for n in kept_norms(store, hookpoint))
-    return {"mean": (mean / kept).tolist(), "mean_norm": norm / kept, "mean_sq_norm": sq_norm / kept, "median_norm": median,
-            "outliers": outliers}
+    return {"mean": (mean / kept).tolist(), "mean_norm": norm / kept, "mean_sq_norm": sq_norm / kept,
+            "median_norm": median, "outliers": outliers}
 
 
 def kept_norms(store: Store, hookpoint: str) -> Iterator[np.ndarray]:

@@ -1,4 +1,4 @@
-"""Small real parts for the tests of the data room: stores of random rows, a word tokenizer, a tiny model with its tokenizer."""
+"""Small real parts for the tests of the data room: stores of random rows, a word tokenizer, a tiny model."""
 
 import json
 from pathlib import Path
@@ -24,9 +24,9 @@ CONTEXT = 16
 
 
 def spec(n_contexts: int = 37, **changes) -> StoreSpec:
-    values = {"model": "tiny", "model_digest": "d0", "lm_dtype": "float32", "tokenizer_digest": "t0", "text": {"digest": "x0"},
-              "hookpoints": HOOKS, "context": CONTEXT, "shard_contexts": 8, "chunk_rows": 32, "mask_special": True,
-              "target_contexts": n_contexts}
+    values = {"model": "tiny", "model_digest": "d0", "lm_dtype": "float32", "tokenizer_digest": "t0",
+              "text": {"digest": "x0"}, "hookpoints": HOOKS, "context": CONTEXT, "shard_contexts": 8,
+              "chunk_rows": 32, "mask_special": True, "target_contexts": n_contexts}
     return StoreSpec(**{**values, **changes})
 
 
@@ -35,7 +35,8 @@ class Rows:
 
     def __init__(self, n_contexts: int = 37, seed: int = 0, hooks=HOOKS):
         rng = np.random.default_rng(seed)
-        self.acts = {h: rng.standard_normal((n_contexts, CONTEXT, d), np.float32).astype(ml_dtypes.bfloat16) for h, d in hooks}
+        self.acts = {h: rng.standard_normal((n_contexts, CONTEXT, d), np.float32).astype(ml_dtypes.bfloat16)
+                     for h, d in hooks}
         self.tokens = rng.integers(0, 7, (n_contexts, CONTEXT)).astype(np.int32)
         self.keep = self.tokens != 0
 
@@ -92,7 +93,8 @@ def tiny_model(folder: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.train_from_iterator(sentences(50), trainers.BpeTrainer(
         vocab_size=300, special_tokens=["<pad>", "<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Whatever happens to a file of a store: the right values, or a typed error that names the file. Never a wrong value."""
+"""Whatever happens to a file of a store: the right values or a typed error that names the file, never a wrong value."""
 
 import copy
 import json
@@ -130,7 +130,8 @@ HOSTILE = [
     (("spec", "hookpoints"), []), (("spec", "context"), 0), (("spec", "context"), "16"), (("spec", "chunk_rows"), 7),
     (("spec", "shard_contexts"), True), (("spec", "extra"), 1), (("n_contexts",), 2**47), (("n_contexts",), 38),
     (("rows",), 10**15), (("kept_rows",), -5), (("kind",), "other"), (("schema_version",), "1"), (("shards",), {}),
-    (("shards", 0, "files", "tokens", "file"), "../tokens/c/0"), (("shards", 0, "files", "tokens", "file"), "/dev/zero"),
+    (("shards", 0, "files", "tokens", "file"), "../tokens/c/0"),
+    (("shards", 0, "files", "tokens", "file"), "/dev/zero"),
     (("shards", 0, "files", "tokens", "bytes"), 1), (("shards", 0, "record_sha256"), "00"), (("shards", 1), None),
     (("arrays",), {}), (("stats", HOOK, "mean"), [0.0]), (("stats", HOOK, "median_norm"), float("inf")),
     (("stats", HOOK, "mean", 0), "x"), (("stats", HOOK, "outliers"), 10**9), (("sha256",), "0" * 64),

@@ -140,7 +140,7 @@ def test_check_matches_names_key_and_both_values(tmp_path):
     check_matches(store, hookpoint=HOOK, d_in=24, model_digest="d0", context=16)
     with pytest.raises(StoreError, match="config.sae.d_in is 32, the store's blocks.0.hook_resid_post is 24 wide"):
         check_matches(store, hookpoint=HOOK, d_in=32)
-    with pytest.raises(StoreError, match="config.sae.hookpoint is 'x'.*config.lm.model has weights d9.*config.text.context is 8"):
+    with pytest.raises(StoreError, match="sae.hookpoint is 'x'.*lm.model has weights d9.*config.text.context is 8"):
         check_matches(store, hookpoint="x", model_digest="d9", context=8)
     with pytest.raises(StoreError, match="not 'x'"):
         store.read("x", 0, 1)
@@ -167,8 +167,8 @@ except DiskError as e:
 @pytest.mark.parametrize("limit", [100, 2000, 4000])
 def test_full_disk_is_a_disk_error_and_the_rerun_completes(tmp_path, limit):
     """The file size limit stops, in turn, every file of a shard, the activations, and the record alone."""
-    run = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path / "s"), str(limit)], capture_output=True, text=True,
-                         env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
+    run = subprocess.run([sys.executable, "-c", _FULL_DISK, str(tmp_path / "s"), str(limit)], capture_output=True,
+                         text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, timeout=120)
     assert run.stdout.startswith("DiskError") and "File too large" in run.stdout, run.stdout + run.stderr
     writer, rows = StoreWriter(tmp_path / "s", spec()), Rows()
     assert writer.missing_shards() == [1, 2, 3, 4]

@@ -31,7 +31,10 @@ def store(tmp_path_factory, rows):
     return make_store(tmp_path_factory.mktemp("store") / "s", rows=rows)
 
 
-def take(store, n, batch=50, options=StreamOptions(4, 150), state=START, hook=HOOK):
+OPTIONS = StreamOptions(4, 150)
+
+
+def take(store, n, batch=50, options=OPTIONS, state=START, hook=HOOK):
     """[(store rows, values as bits, state behind)] of n batches."""
     with Stream(store, hook, batch, options, state) as stream:
         out = []
@@ -48,7 +51,8 @@ def same(a, b):
 
 
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(batch=st.integers(1, 700), block=st.sampled_from([1, 2, 3, 4, 8, 64]), window=st.integers(1, 900), seed=st.integers(0, 9))
+@given(batch=st.integers(1, 700), block=st.sampled_from([1, 2, 3, 4, 8, 64]), window=st.integers(1, 900),
+       seed=st.integers(0, 9))
 def test_every_kept_row_once_per_epoch_with_its_values(store, rows, batch, block, window, seed):
     n = store.kept_rows
     seen = take(store, -(-2 * n // batch), batch, StreamOptions(block, window), StreamState(seed, 0, 0))
@@ -68,7 +72,7 @@ def test_epochs_and_seeds_have_different_orders(store):
     assert not np.array_equal(one[:n], np.sort(one[:n]))
 
 
-@pytest.mark.parametrize("batch, options", [(50, StreamOptions(4, 150)), (7, StreamOptions(1, 16)), (600, StreamOptions(4, 150))])
+@pytest.mark.parametrize("batch, options", [(50, OPTIONS), (7, StreamOptions(1, 16)), (600, OPTIONS)])
 def test_state_before_every_batch_restores_all_that_follows(store, batch, options):
     n = 14
     straight = take(store, n, batch, options)
@@ -140,7 +144,7 @@ def test_two_streams_over_one_store_do_not_disturb_each_other(store):
 
 
 def test_batches_held_by_the_consumer_are_never_overwritten(store):
-    """The memory of a batch is used again, but only when nothing refers to it: arrays, views, jax arrays made from them."""
+    """The memory of a batch is used again, but only when nothing refers to it: arrays, views, jax arrays of them."""
     with Stream(store, HOOK, 20, StreamOptions(4, 150), START) as stream:
         held = []
         for i in range(120):

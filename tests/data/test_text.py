@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import datasets
 import numpy as np
 import pytest
@@ -19,8 +21,9 @@ def as_text(ids):
 
 
 @settings(deadline=None, max_examples=60)
-@given(docs=st.lists(document, min_size=1, max_size=40), context=st.integers(2, 9), bos=st.sampled_from(["row", "doc", "none"]),
-       separator=st.sampled_from(["eos", "none"]), split=st.sampled_from(["train", "heldout"]), shuffle=st.booleans(),
+@given(docs=st.lists(document, min_size=1, max_size=40), context=st.integers(2, 9),
+       bos=st.sampled_from(["row", "doc", "none"]), separator=st.sampled_from(["eos", "none"]),
+       split=st.sampled_from(["train", "heldout"]), shuffle=st.booleans(),
        take=st.integers(1, 7), seed=st.integers(0, 99))
 def test_every_token_of_every_document_in_order_exactly_once(docs, context, bos, separator, split, shuffle, take, seed):
     options = TextOptions(context=context, bos=bos, separator=separator, holdout=0.4, shuffle=shuffle)
@@ -77,7 +80,8 @@ def test_special_ids_are_masked_whether_or_not_id_0_is_one(special, masked):
     tokens, keep = (np.concatenate([getattr(b, f) for b in batches]) for f in ("tokens_BT", "keep_BT"))
     assert {0, 1, 3} <= set(tokens.ravel().tolist())
     assert np.array_equal(keep, ~np.isin(tokens, masked))
-    unmasked = next(token_batches(options, word_tokenizer(special=special), 3, seed=0, sources=sources, mask_special=False))
+    unmasked = next(token_batches(options, word_tokenizer(special=special), 3, seed=0, sources=sources,
+                                  mask_special=False))
     assert unmasked.keep_BT.all()
 
 
@@ -145,7 +149,8 @@ def test_every_kind_of_file_gives_its_documents(tmp_path):
 
 def test_streaming_gives_the_same_documents_and_resumes(tmp_path):
     texts = sentences(700)
-    options = TextOptions(source=(str(write_jsonl(tmp_path / "a.jsonl", texts)),), holdout=0.1, streaming=True, context=16)
+    source = (str(write_jsonl(tmp_path / "a.jsonl", texts)),)
+    options = TextOptions(source=source, holdout=0.1, streaming=True, context=16)
     kept = [t for t in texts if not is_held_out(t, 0.1)]
     assert sorted(documents(options, 0)) == sorted(kept) != list(documents(options, 0))
     packed = PackedText(options, word_tokenizer(), seed=0)
@@ -178,11 +183,12 @@ def test_bad_sources_are_all_named_at_once(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_missing_column_names_those_there(tmp_path, streaming):
     path = write_jsonl(tmp_path / "a.jsonl", sentences(3), field="body")
+    options = TextOptions(source=(str(path),), streaming=streaming, holdout=0.0)
     with pytest.raises(TextError, match="no column 'text'; it has body, id"):
-        list(documents(TextOptions(source=(str(path),), streaming=streaming), 0))
-    assert len(list(documents(TextOptions(source=(str(path),), streaming=streaming, field="body", holdout=0.0), 0))) == 3
+        list(documents(options, 0))
+    assert len(list(documents(replace(options, field="body"), 0))) == 3
     with pytest.raises(TextError, match="holds int, not text"):
-        list(documents(TextOptions(source=(str(path),), streaming=streaming, field="id"), 0))
+        list(documents(replace(options, field="id"), 0))
 
 
 def test_broken_file_is_one_line(tmp_path):
