@@ -23,7 +23,8 @@ def disk_errors(path):
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
+                           errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise DiskError(f"{error.filename or path}: {error.strerror}; free space or choose another directory") from error
         raise
     except ValueError as error:

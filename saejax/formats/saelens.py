@@ -92,8 +92,8 @@ def _from_cfg(path: Path, values: dict) -> SAEConfig:
         if values["architecture"] not in kinds:
             raise FormatError(f"{path}: architecture {values['architecture']!r} is not one of {', '.join(kinds)}")
         if values["normalize_activations"] != "none" or values.get("rescale_acts_by_decoder_norm"):
-            raise FormatError(f"{path}: normalize_activations={values['normalize_activations']!r}, rescale_acts_by_decoder_norm="
-                              f"{values.get('rescale_acts_by_decoder_norm')}: only folded SAEs can be read")
+            raise FormatError(f"{path}: normalize_activations={values['normalize_activations']!r}, rescale_acts_by_decoder_norm"
+                              f"={values.get('rescale_acts_by_decoder_norm')}: only folded SAEs can be read")
         return SAEConfig(
             kind=kinds[values["architecture"]], d_in=int(values["d_in"]), d_sae=int(values["d_sae"]), k=int(values.get("k", 0)),
             pre_bias=bool(values["apply_b_dec_to_input"]), hookpoint=str(values["metadata"].get("hook_name")),

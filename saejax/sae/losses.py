@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from saejax.sae.model import decode, pre_activations
 from saejax.sae.activations import activate, topk
+from saejax.sae.model import decode, pre_activations
 from saejax.sae.params import SAEParams, SAESpec
 
 

@@ -130,7 +130,10 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def read_meta(step_dir: Path) -> CheckpointMeta:
-    """The JSON item of a checkpoint step. Raises `CheckpointCorruptError` when unreadable, `CheckpointError` for a newer schema."""
+    """The JSON item of a checkpoint step. 
+
+    Raises `CheckpointCorruptError` when it is unreadable, `CheckpointError` for a newer schema.
+    """
     step_dir = Path(step_dir)
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:

@@ -123,7 +123,8 @@ class _Run:
         with self.stream(origin) as stream:
             n = math.ceil(rows / self.config.train.batch)
             sample_ND = np.concatenate([b.x_BD.astype(np.float32) for b in itertools.islice(stream, n)])[:rows]
-        state = initial_state(self.config, self.spec, self.store.stats(self.config.sae.hookpoint), sample_ND, self.total, self.mesh)
+        stats = self.store.stats(self.config.sae.hookpoint)
+        state = initial_state(self.config, self.spec, stats, sample_ND, self.total, self.mesh)
         return state, RunCounters(stream=origin, tokens_seen=0, resamples=0), 0
 
     def stream(self, state: StreamState) -> Stream:
@@ -138,7 +139,7 @@ class _Run:
               _Log(config, self.paths, MetricWriter(self.paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
                                                     name=config.name, config=config_lib.to_json(config), resume_step=start),
                    stream, bar) as log):
-            for step, rows in zip(range(start + 1, self.total + 1), stream):
+            for step, rows in zip(range(start + 1, self.total + 1), stream, strict=False):  # the stream has no end
                 state, metrics = step_fn(state, sharding.place(rows.x_BD, self.rest))
                 counters = dataclasses.replace(counters, stream=stream.state, tokens_seen=step * batch)
                 log.step(step, metrics)

@@ -42,7 +42,8 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
         params = optax.apply_updates(state.params, updates)
         if config.sae.unit_decoder:
             params = optim.with_unit_decoder(params)
-        since_F = jnp.where(parts.fired_F, 0, jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(x_BD)))
+        counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(x_BD))
+        since_F = jnp.where(parts.fired_F, 0, counted_F)
         metrics = {
             "loss": parts.loss, "mse": parts.mse, "l1": parts.l1, "aux": parts.aux, "l0": parts.l0, "fvu": parts.fvu,
             "explained_variance": 1 - parts.fvu,

@@ -172,7 +172,8 @@ def test_strays_in_the_checkpoint_directory_are_ignored(store, straight, tmp_pat
     (run / "checkpoints" / "60.orbax-checkpoint-tmp").mkdir()
     (run / "checkpoints" / "70").mkdir()
     (run / "checkpoints" / "notes.txt").write_text("mine")
-    shutil.copytree(run / "checkpoints" / "50", run / "checkpoints" / "80", ignore=shutil.ignore_patterns("d", "commit_success.txt"))
+    shutil.copytree(run / "checkpoints" / "50", run / "checkpoints" / "80",
+                    ignore=shutil.ignore_patterns("d", "commit_success.txt"))
     assert finish(make_config("topk", run, **OPTIONS), store) == straight["topk"][0]
     assert (run / "checkpoints" / "notes.txt").exists()
 

@@ -109,7 +109,8 @@ def test_the_step_moves_no_dictionary_wide_array(store, tmp_path, kind):
     x = store.read(HOOKPOINT, 0, 32)
     state = initial_state(config, spec, store.stats(HOOKPOINT), x.astype(np.float32), 10, mesh)
     with jax.set_mesh(mesh):
-        hlo = make_step(config, spec, 10).lower(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in"))).compile().as_text()
+        rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in"))
+        hlo = make_step(config, spec, 10).lower(state, rows).compile().as_text()
     assert " sort(" not in hlo
     moved = re.findall(r"= \(?\w+\[([\d,]*)\][^=]*? (?:all-gather|all-reduce|reduce-scatter|all-to-all)(?:-start)?\(", hlo)
     assert moved

@@ -1,0 +1,90 @@
+"""Config errors name the key and the fix; what is saved is what was run."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from saejax import config as config_lib
+from saejax.config import Config, default_config, differences, from_json, resolve, to_json
+from saejax.errors import ConfigError
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_recipes_resolve_and_round_trip(kind):
+    config = resolve(default_config(kind))
+    assert config.sae.kind == kind
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+    assert config.run_dir == "runs/run" and config.harvest.store == "runs/run/store"
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("train.batch", "many", "config.train.batch: expected int, got str 'many'"),
+    ("train.batch", True, "config.train.batch: expected int, got bool True"),
+    ("train.batch", 0, "config.train.batch: 0 must be greater than 0"),
+    ("train.lr_decay", 1.5, "config.train.lr_decay: 1.5 must be at most 1.0"),
+    ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk"),
+    ("harvest.hookpoints", [], "config.harvest.hookpoints: expected a non-empty tuple of strings"),
+    ("sae.k", 9999, "config.sae.k: 9999 active features of config.sae.d_sae = 4608"),
+    ("sae.hookpoint", "blocks.3.hook_resid_post", "is not harvested; add it to config.harvest.hookpoints"),
+    ("harvest.chunk_rows", 3000, "config.harvest.chunk_rows: 3000 does not divide"),
+    ("stream.window_rows", 100, "config.stream.window_rows: 100 is less than one block"),
+    ("mesh.data", -1, "only one of data and dict can be -1"),
+])
+def test_wrong_values_are_named(key, value, message):
+    values = dataclasses.asdict(Config())
+    *path, leaf = key.split(".")
+    node = values
+    for part in path:
+        node = node[part]
+    node[leaf] = value
+    with pytest.raises(ConfigError) as error:
+        resolve(values)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unknown_keys_and_all_problems_at_once():
+    values = dataclasses.asdict(Config())
+    values["train"]["learning_rate"] = 1.0
+    values["train"]["bacth"] = 2
+    values["sae"]["k"] = "x"
+    with pytest.raises(ConfigError) as error:
+        resolve(values)
+    for part in ("unknown key 'train.learning_rate'", "unknown key 'train.bacth'; did you mean 'train.batch'?",
+                 "config.sae.k: expected int"):
+        assert part in str(error.value)
+
+
+def test_config_dict_is_locked():
+    with pytest.raises(AttributeError, match="Did you mean.*batch"):
+        default_config().train.bach = 3
+
+
+def test_newer_schema_is_refused():
+    with pytest.raises(ConfigError, match="schema version 99"):
+        from_json(to_json(Config()) | {"schema_version": 99})
+
+
+def test_differences_leave_out_what_changes_nothing():
+    a = resolve(default_config())
+    b = dataclasses.replace(a, seed=1, run_dir="elsewhere", log=dataclasses.replace(a.log, every_steps=3))
+    assert differences(a, b) == ["seed: 0 -> 1"]
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=4)))
+def test_any_json_is_a_config_or_a_config_error(values):
+    if not isinstance(values, dict):
+        values = {"train": values}
+    try:
+        resolve(values)
+    except ConfigError as error:
+        assert "\n" not in str(error).replace("\\n", "")
+
+
+def test_reference_is_current():
+    path = Path(__file__).parent.parent / "docs" / "config.md"
+    assert path.read_text() == config_lib.reference() + "\n", "run: python -m saejax.config > docs/config.md"

@@ -1,0 +1,101 @@
+"""`saejax inspect` recognises everything saejax writes, and names every file and leaf that does not verify."""
+
+import json
+import shutil
+
+import pytest
+
+from saejax.errors import FormatError
+from saejax.inspect import inspect_path
+from saejax.main import main
+from tests import tiny_experiment as tiny
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspect")
+    model, text = tiny.write_model(folder / "model"), tiny.write_text(folder / "text")
+    config = tiny.write_config(folder / "config.py", model, text, folder / "run")
+    assert main(["run", f"--config={config}"]) == 0
+    return folder / "run"
+
+
+@pytest.fixture
+def run(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "run")
+
+
+def newest(run):
+    return max((p for p in (run / "checkpoints").iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+
+
+def flip(file, at=-100):
+    data = bytearray(file.read_bytes())
+    data[at] ^= 0x10
+    file.write_bytes(data)
+
+
+def test_every_kind_is_recognised_and_verifies(original, capsys):
+    step = newest(original)
+    for path, kind in ((original, "run"), (original / "store", "activation store"), (step, "checkpoint step"),
+                       (original / "release", "release")):
+        assert main(["inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert out.startswith(f"{path}: {kind}\n") and out.endswith("  verifies\n")
+    assert main(["inspect", "--json", str(original / "store")]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["verifies"] and facts["hookpoints"] == {tiny.HOOKPOINT: tiny.D_IN} and facts["rows"] == 4096
+
+
+def test_every_bad_file_of_a_store_is_named(run, capsys):
+    store = run / "store"
+    shard = next((store / "acts").rglob("c/1/0"))
+    token = store / "tokens" / "c" / "2"
+    record = store / "shards" / "00000.json"
+    flip(shard), token.unlink(), flip(record, 5)
+    assert main(["inspect", str(store)]) == 2
+    out = capsys.readouterr().out
+    assert "does NOT verify: 3 problems" in out
+    for file in (shard, token, record):
+        assert str(file) in out
+    assert main(["inspect", str(run)]) == 2 and str(shard) in capsys.readouterr().out
+
+
+def test_an_unfinished_store_says_how_far_it_is(run, capsys):
+    store = run / "store"
+    (store / "manifest.json").unlink()
+    (store / "shards" / "00003.json").unlink()
+    assert main(["inspect", str(store)]) == 0
+    out = capsys.readouterr().out
+    assert "activation store, unfinished" in out and "3 of 4" in out
+    flip(next((store / "acts").rglob("c/1/0")))
+    assert main(["inspect", str(store)]) == 2 and "c/1/0: altered" in capsys.readouterr().out
+
+
+def test_a_damaged_checkpoint_is_named(run, capsys):
+    step = newest(run)
+    data = max((f for f in (step / "state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    flip(data, data.stat().st_size // 2)
+    assert main(["inspect", str(step)]) == 2
+    out = capsys.readouterr().out
+    assert "does NOT verify" in out and str(step) in out
+    assert main(["inspect", str(run)]) == 2 and f"checkpoints/{step.name}" in capsys.readouterr().out
+
+
+def test_a_checkpoint_without_its_run_verifies_its_parameters(run, tmp_path, capsys):
+    alone = shutil.copytree(newest(run), tmp_path / "alone" / "a" / "7")
+    assert main(["inspect", str(alone)]) == 0
+    assert "parameters only" in capsys.readouterr().out
+
+
+def test_a_release_without_weights_and_with_cut_weights(run, capsys):
+    weights = run / "release" / "sae_weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert main(["inspect", str(run / "release")]) == 2 and str(weights) in capsys.readouterr().out
+    weights.unlink()
+    assert main(["inspect", str(run / "release")]) == 2 and f"{weights}: missing" in capsys.readouterr().out
+
+
+def test_something_else_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="neither an activation store"):
+        inspect_path(tmp_path)

@@ -1,0 +1,99 @@
+"""The report is one inert file whatever a config or a metric says, and it shows what a run measured."""
+
+import base64
+import dataclasses
+import html.parser
+import re
+from pathlib import Path
+
+import pytest
+
+from saejax.config import default_config, resolve
+from saejax.records import RunPaths
+from saejax.report.report import render, write_report
+from saejax.report.summary import Rates, Result, table
+
+HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
+
+
+@pytest.fixture
+def evaluation():
+    edges = [-7 + 0.5 * i for i in range(15)]
+    return {"hookpoint": "blocks.9.hook_resid_post", "tokens": 1000, "outlier_tokens": 3, "contexts": 8,
+            "l0_mean": 31.9, "l0_median": 32.0, "fvu": 0.2, "fvu_no_outliers": 0.25, "explained_variance": 0.8,
+            "explained_variance_no_outliers": 0.75, "ce_clean": 3.0, "ce_spliced": 3.2, "ce_zero": 9.0, "ce_mean": 7.0,
+            "ce_recovered": 0.9667, "ce_recovered_mean": None, "kl": 0.2, "dead_fraction": 0.015,
+            "density_histogram": {"log10_edges": edges, "counts": [5] * 14, "never": 9}}
+
+
+def lines(n=50):
+    return [{"step": i, "tokens_seen": i * 2048, "loss": 1 / (1 + i), "mse": 0.5 / (1 + i), "aux": 0.0, "l0": 32,
+             "fvu": 0.3, "explained_variance": 0.7, "dead_fraction": 0.0, "lr": 1e-3, "tokens_per_second": 9000.0 + i,
+             "data_wait_share": 0.01} | ({"resampled": 17} if i == 20 else {}) for i in range(1, n)]
+
+
+def result(tmp_path, evaluation, **changes):
+    config = dataclasses.replace(resolve(default_config("topk")), **changes)
+    return Result(config, RunPaths(Path(tmp_path)), 100, evaluation, Rates(500.0, 9000.0))
+
+
+class Elements(html.parser.HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes = [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+
+def test_hostile_text_stays_text(tmp_path, evaluation):
+    hostile = dict(evaluation, hookpoint=HOSTILE)
+    page = render(result(tmp_path, hostile, name=HOSTILE), [{**line, HOSTILE: 1.0} for line in lines()])
+    found, clean = Elements(page), Elements(render(result(tmp_path, evaluation), lines()))
+    assert found.tags.count("script") == 0 and found.tags.count("img") == clean.tags.count("img")
+    assert not [name for name, _ in found.attributes if name.startswith("on")]
+    assert "{{ 7 * 7 }}" in page and "&lt;script&gt;" in page and ">49<" not in page
+
+
+def test_metrics_of_the_wrong_type_are_left_out(tmp_path, evaluation):
+    broken = [{"step": 1, "tokens_seen": HOSTILE, "loss": HOSTILE}, {"step": 2, "tokens_seen": 2, "loss": float("nan")}]
+    assert "<script" not in render(result(tmp_path, evaluation), broken)
+
+
+def test_nothing_is_loaded_and_policy_forbids_it(tmp_path, evaluation):
+    page = write_report(RunPaths(tmp_path), result(tmp_path, evaluation)).read_text()
+    found = Elements(page)
+    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in found.attributes
+    assert "link" not in found.tags and "script" not in found.tags
+    for name, value in found.attributes:
+        if name in ("src", "srcset", "href"):
+            assert value.startswith("data:image/svg+xml;base64,")
+    assert "url(" not in page and not re.search(r"https?://", page)
+
+
+def test_pictures_hold_no_script_and_no_text(tmp_path, evaluation):
+    page = render(result(tmp_path, evaluation, name=HOSTILE), lines())
+    pictures = [base64.b64decode(code).decode() for code in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
+    assert len(pictures) == 2 * 8  # loss, L0, variance, dead, learning rate, rate, waiting, histogram; light and dark
+    for svg in pictures:
+        assert "<script" not in svg and "<text" not in svg and "onload" not in svg and "foreignObject" not in svg
+
+
+def test_resampling_is_told_and_marked(tmp_path, evaluation):
+    assert "17 at 40,960 tokens" in render(result(tmp_path, evaluation), lines())
+
+
+def test_changed_options_are_shaded(tmp_path, evaluation):
+    page = render(result(tmp_path, evaluation, seed=5), [])
+    assert re.search(r'<tr class="changed"><th scope="row"><code>seed</code></th><td><code>5</code>', page)
+
+
+def test_table_puts_runs_side_by_side(tmp_path, evaluation):
+    first, second = result(tmp_path / "a", evaluation), result(tmp_path / "b", dict(evaluation, ce_recovered=0.5))
+    text = table([first, second])
+    line = next(line for line in text.splitlines() if line.startswith("CE recovered"))
+    assert "0.9667" in line and "0.5" in line and line.index("0.9667") < line.index("0.5,")
+    assert str(tmp_path / "a") in text and str(tmp_path / "b") in text
+    assert max(map(len, text.splitlines())) == len(text.splitlines()[1])
