@@ -142,8 +142,7 @@ def _check_overrides(arguments: list[str], takes_config: bool, job: str) -> None
 
 def _flag_error(job: str, file: str | None, error: flags.Error, known: list[str]) -> ConfigError:
     """One line for absl's errors; those of a config file come wrapped in them."""
-    inner = _innermost(error)
-    if file is not None and _line_in(file, inner) is not None:
+    if file is not None and _cause(file, error) is not None:
         return _config_file_error(file, error)
     if isinstance(error, flags.UnrecognizedFlagError):
         near = difflib.get_close_matches(f"--{error.flagname}", known, n=1)
@@ -173,20 +172,27 @@ def _rounder(value: str) -> str:
     return f"; write {int(number)}" if number.is_integer() else ""
 
 
-def _config_file_error(file: str | None, error: BaseException) -> ConfigError:
-    inner = _innermost(error)
-    line = _line_in(file, inner) if file is not None else None
-    where = f"{file}:{line}" if line is not None else f"{file}"
+def _config_file_error(file: str, error: BaseException) -> ConfigError:
+    inner, line = _cause(file, error) or (error, None)
+    where = f"{file}:{line}" if line is not None else file
+    message = " ".join(str(inner).split())
     if isinstance(inner, ConfigError):
-        return ConfigError(f"{where}: {inner}")
-    message = inner.args[0] if isinstance(inner, KeyError) and inner.args else inner
-    return ConfigError(f"{where}: {type(inner).__name__}: {' '.join(str(message).split())[:300]}")
+        return ConfigError(f"{where}: {message}")
+    if unknown := re.match(r"""['"]?Key "(\w+)" does not exist""", message):
+        near = re.search(r'Did you mean "(\w+)"', message)
+        hint = f"did you mean {near[1]!r}?" if near else "docs/config.md lists all keys"
+        return ConfigError(f"{where}: unknown key {unknown[1]!r}; {hint}")
+    return ConfigError(f"{where}: {type(inner).__name__}: {message[:300]}")
 
 
-def _innermost(error: BaseException) -> BaseException:
-    while error.__context__ is not None:
+def _cause(file: str, error: BaseException | None) -> tuple[BaseException, int] | None:
+    """The exception that left the config file, with the line; the flag libraries wrap it in others."""
+    while error is not None:
+        line = _line_in(file, error)
+        if line is not None:
+            return error, line
         error = error.__context__
-    return error
+    return None
 
 
 def _line_in(file: str, error: BaseException) -> int | None:

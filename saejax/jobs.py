@@ -66,7 +66,8 @@ def harvest_only(config: Config) -> None:
     """The activation store of a config."""
     store = _timed_harvest(config, RunPaths(Path(config.run_dir)))
     if is_writer():
-        print(f"store    {store.path}: {store.kept_rows:,} of {store.rows:,} rows unmasked, {', '.join(store.hookpoints)}")
+        where = ", ".join(store.hookpoints)
+        print(f"store    {store.path}: {store.rows:,} rows ({store.kept_rows:,} unmasked) at {where}")
 
 
 def train_only(config: Config) -> None:

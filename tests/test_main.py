@@ -100,7 +100,7 @@ def test_version(capsys):
     (["train", "--config=CONFIG", "--distributed", "--num_processes=2"], "--coordinator, --process_id missing"),
     (["train", "--config=CONFIG", "--process_id=1"], "need --distributed"),
     (["train", "--config=CONFIG"], "no activation store here"),
-    (["train", "--config=CONFIG", "--config.train.batch=100"], "train.batch: 100 rows.*nearest valid value is 96 or 104"),
+    (["train", "--config=CONFIG", "--config.train.batch=100"], "batch: 100 rows.*nearest valid value is 96 or 104"),
     (["train", "--config=CONFIG", "--config.sae.d_sae=65"], "config.sae.d_sae: 65 features.*nearest valid value is 72"),
     (["train", "--config=CONFIG", "--config.mesh.data=3", "--config.mesh.dict=2"], "does not use the 8 devices here"),
     (["harvest", "--config=CONFIG", "--config.harvest.hookpoints=('blocks.9.hook_resid_post',)",

@@ -62,8 +62,9 @@ def line_plot(title: str, over: list[Curve], *, log: bool = False, marks: Sequen
             axes.axvline(mark, color=theme["ink"], linewidth=0.8, linestyle=":", alpha=0.7)
         if log and all(y > 0 for c in over for y in c.ys):
             axes.set_yscale("log")
-        elif top is not None:
-            axes.set_ylim(0, top)
+        else:
+            axes.set_ylim(0, top or 1.08 * max(y for c in over for y in c.ys) or 0.02)
+            axes.yaxis.set_major_formatter(lambda y, _: short(y))
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
         if len(over) > 1:
@@ -114,7 +115,7 @@ def _svg(draw, theme: dict) -> str:
 
 def short(x: float) -> str:
     """1500000 -> 1.5M."""
-    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
-            return f"{x / size:g}{unit}"
-    return f"{x:g}"
+            return f"{x / size:.6g}{unit}"
+    return f"{x:.6g}"

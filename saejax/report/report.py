@@ -62,13 +62,14 @@ def plots(result: Result, lines: list[dict]) -> list[Plot]:
 
 def _resamples(lines: list[dict]) -> list[tuple[int, int]]:
     """(tokens seen, features replaced) of every resampling step."""
-    return [(line["tokens_seen"], int(line["resampled"])) for line in lines if {"resampled", "tokens_seen"} <= line.keys()]
+    return [(line["tokens_seen"], int(line["resampled"])) for line in lines
+            if {"resampled", "tokens_seen"} <= line.keys()]
 
 
 def _story(result: Result) -> str:
     c, e = result.config, result.evaluation
     kind = f"TopK (k = {c.sae.k})" if c.sae.kind == "topk" else f"ReLU with L1 (lambda = {c.sae.l1:g})"
-    return (f"A {kind} sparse autoencoder with {c.sae.d_sae:,} features, trained for {result.step:,} steps of "
-            f"{c.train.batch:,} tokens on the activations of {c.lm.model} at {c.sae.hookpoint}. Text: "
-            f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} contexts "
-            "of held-out text.")
+    return (f"A {kind} sparse autoencoder with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
+            f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {c.sae.hookpoint}. Text: "
+            f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
+            "contexts of held-out text.")

@@ -1,0 +1,37 @@
+# Two commands: `make demo` and `make test`. Both make .venv first and re-use it while pyproject.toml is unchanged.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow test-all lint clean
+
+demo: $(STAMP)
+	@$(BIN)/python -m saejax.assets
+	@$(BIN)/saejax run --config=configs/demo.py
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -q --slow -m slow
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -q --slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+# The stamp is written last: an interrupted installation is started again.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "saejax: $(PYTHON) was not found; install Python 3.11 or newer, or set PYTHON=..." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "saejax: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed, set PYTHON=..." >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "saejax: $(PYTHON) -m venv failed; install its venv package (Debian: apt install python3-venv)" >&2; exit 2; }
+	@echo "saejax: installing into $(VENV) (once, a few minutes)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $(STAMP)
+
+# Leaves runs/ and stores/ alone: they are results.
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
