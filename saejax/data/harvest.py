@@ -9,7 +9,9 @@ first missing shard: the text continues from the state in the record of the shar
 import math
 import re
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -130,16 +132,43 @@ class _Capture:
         return self._run(self._model, jax.device_put(tokens_BT, self._rows))
 
 
-class _Buffers:
-    """Host memory for two shards, used in turn: one is filled while the other is written."""
+@dataclass(frozen=True)
+class _Shard:
+    """What this process does about one shard: nothing but count it (`tokens_NT` is None), or harvest it."""
 
-    def __init__(self, spec: StoreSpec):
-        self._pairs = [{name: np.empty((spec.shard_contexts, spec.context, width), ml_dtypes.bfloat16)
-                        for name, width in spec.hookpoints} for _ in range(2)]
+    number: int
+    contexts: int
+    tokens_NT: np.ndarray | None = None
+    keep_NT: np.ndarray | None = None
+    text_state: dict | None = None
 
-    def next(self) -> dict[str, np.ndarray]:
-        self._pairs.reverse()
-        return self._pairs[0]
+
+def _shards(writer: StoreWriter, packed: PackedText, process: int, n_processes: int) -> Iterator[_Shard]:
+    """Every shard of the store in order, up to the end of the text."""
+    full = writer.spec.shard_contexts
+    for number in range(writer.spec.target_shards):
+        record = writer.record(number)
+        if record is not None:
+            state = TextState(**record["text_state"])
+            if state != packed.state:
+                packed.seek(state)
+            shard = _Shard(number, record["contexts"])
+        else:
+            tokens_NT = packed.take(full)
+            shard = _Shard(number, len(tokens_NT))
+            if number % n_processes == process and len(tokens_NT):
+                shard = _Shard(number, len(tokens_NT), tokens_NT, packed.keep(tokens_NT), packed.state.to_json())
+        yield shard
+        if shard.contexts < full:
+            return
+
+
+def _one_ahead(items: Iterator[_Shard], pool: ThreadPoolExecutor) -> Iterator[_Shard]:
+    """The items, the next one being made in a thread: tokenising must not keep the device waiting."""
+    following = pool.submit(next, items, None)
+    while (item := following.result()) is not None:
+        following = pool.submit(next, items, None)
+        yield item
 
 
 def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Config) -> int:
@@ -147,59 +176,59 @@ def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Co
     spec, process, n_processes = writer.spec, jax.process_index(), jax.process_count()
     mine = len(writer.missing_shards(process, n_processes))
     title = "harvest" if n_processes == 1 else f"harvest (process 1 of {n_processes})"
-    total, buffers, writing = 0, _Buffers(spec), None
-    shard_rows = spec.shard_rows
-    with ThreadPoolExecutor(1) as pool, Progress(title, mine * shard_rows, enabled=config.log.progress) as bar:
-        for shard in range(spec.target_shards):
-            contexts, own = _one_shard(writer, packed, shard, shard % n_processes == process)
-            total += contexts
-            if own is not None and contexts:
-                acts = _run_shard(capture, own, buffers.next(), bar)
-                _finish(writing)
-                writing = pool.submit(writer.write_shard, shard, acts, own, packed.keep(own), packed.state.to_json())
-            if contexts < spec.shard_contexts:
-                break
-        _finish(writing)
+    total = 0
+    with ThreadPoolExecutor(1) as text_pool, ThreadPoolExecutor(1) as disk_pool, \
+            Progress(title, mine * spec.shard_rows, enabled=config.log.progress) as bar:
+        pipeline = _Pipeline(writer, capture, disk_pool, bar)
+        for shard in _one_ahead(_shards(writer, packed, process, n_processes), text_pool):
+            total += shard.contexts
+            if shard.tokens_NT is not None:
+                pipeline.run(shard)
+        pipeline.drain()
     if packed.dropped_tokens:
         say(f"harvest: the text ended after {total * spec.context} tokens; {packed.dropped_tokens} that fill no "
             "context dropped")
     return total
 
 
-def _finish(writing: Future | None) -> None:
-    """Waits for the shard before: no more than two are in memory, and none is written behind one that failed."""
-    if writing is not None:
-        writing.result()
+class _Pipeline:
+    """Device, copy and disk at work at the same time, across the borders of shards, with two shards in host memory."""
 
+    def __init__(self, writer: StoreWriter, capture: _Capture, pool: ThreadPoolExecutor, bar: Progress):
+        self._writer, self._capture, self._pool, self._bar = writer, capture, pool, bar
+        self._buffers = [{name: np.empty((writer.spec.shard_contexts, writer.spec.context, width), ml_dtypes.bfloat16)
+                          for name, width in writer.spec.hookpoints} for _ in range(2)]
+        self._under_way: deque = deque()
+        self._writing: Future | None = None
 
-def _one_shard(writer: StoreWriter, packed: PackedText, shard: int, is_mine: bool) -> tuple[int, np.ndarray | None]:
-    """(contexts of this shard, its tokens where it is this process's to write)."""
-    record = writer.record(shard)
-    if record is not None:
-        state = TextState(**record["text_state"])
-        if state != packed.state:
-            packed.seek(state)
-        return record["contexts"], None
-    tokens_NT = packed.take(writer.spec.shard_contexts)
-    return len(tokens_NT), tokens_NT if is_mine else None
+    def run(self, shard: _Shard) -> None:
+        """Dispatches the batches of a shard; the one before the last dispatched is copied to the host meanwhile."""
+        self._buffers.reverse()
+        acts = {name: x[:shard.contexts] for name, x in self._buffers[0].items()}
+        for start in range(0, shard.contexts, self._capture.batch):
+            tokens = shard.tokens_NT[start:start + self._capture.batch]
+            self._under_way.append((shard, acts, start, len(tokens), self._capture(tokens)))
+            if len(self._under_way) > 1:
+                self._land()
 
+    def drain(self) -> None:
+        """Waits until everything is on the disk."""
+        while self._under_way:
+            self._land()
+        self._finish()
 
-def _run_shard(capture: _Capture, tokens_NT: np.ndarray, out: dict[str, np.ndarray],
-               bar: Progress) -> dict[str, np.ndarray]:
-    """Activations of a shard's contexts in host memory; one batch is always under way on the device."""
-    under_way: deque = deque()
-
-    def land() -> None:
-        start, n, values = under_way.popleft()
+    def _land(self) -> None:
+        shard, acts, start, n, values = self._under_way.popleft()
         for name, x in values.items():
-            out[name][start:start + n] = np.asarray(x)[:n]
-        bar.advance(n * tokens_NT.shape[1])
+            acts[name][start:start + n] = np.asarray(x)[:n]
+        self._bar.advance(n * shard.tokens_NT.shape[1])
+        if start + n == shard.contexts:
+            self._finish()
+            self._writing = self._pool.submit(self._writer.write_shard, shard.number, acts, shard.tokens_NT,
+                                              shard.keep_NT, shard.text_state)
 
-    for start in range(0, len(tokens_NT), capture.batch):
-        batch = tokens_NT[start:start + capture.batch]
-        under_way.append((start, len(batch), capture(batch)))
-        if len(under_way) > 1:
-            land()
-    while under_way:
-        land()
-    return {name: x[:len(tokens_NT)] for name, x in out.items()}
+    def _finish(self) -> None:
+        """Waits for the shard before: its buffer is the next to be filled, and none is written behind one that failed."""
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
