@@ -91,9 +91,10 @@ def _from_cfg(path: Path, values: dict) -> SAEConfig:
             raise FormatError(f"{path}: release schema version {own['schema_version']}, this saejax reads {SCHEMA_VERSION}")
         if values["architecture"] not in kinds:
             raise FormatError(f"{path}: architecture {values['architecture']!r} is not one of {', '.join(kinds)}")
-        if values["normalize_activations"] != "none" or values.get("rescale_acts_by_decoder_norm"):
-            raise FormatError(f"{path}: normalize_activations={values['normalize_activations']!r}, rescale_acts_by_decoder_norm"
-                              f"={values.get('rescale_acts_by_decoder_norm')}: only folded SAEs can be read")
+        rescaled = values.get("rescale_acts_by_decoder_norm")
+        if values["normalize_activations"] != "none" or rescaled:
+            raise FormatError(f"{path}: normalize_activations={values['normalize_activations']!r}, rescale_acts_by_decoder_norm="
+                              f"{rescaled}: only folded SAEs can be read")
         return SAEConfig(
             kind=kinds[values["architecture"]], d_in=int(values["d_in"]), d_sae=int(values["d_sae"]), k=int(values.get("k", 0)),
             pre_bias=bool(values["apply_b_dec_to_input"]), hookpoint=str(values["metadata"].get("hook_name")),

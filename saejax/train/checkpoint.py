@@ -130,7 +130,7 @@ def steps_in(directory: Path) -> list[int]:
 
 
 def read_meta(step_dir: Path) -> CheckpointMeta:
-    """The JSON item of a checkpoint step. 
+    """The JSON item of a checkpoint step.
 
     Raises `CheckpointCorruptError` when it is unreadable, `CheckpointError` for a newer schema.
     """
