@@ -203,3 +203,10 @@ def test_a_text_that_changed_under_a_resume_is_refused():
     with pytest.raises(TextError, match="not the one that this harvest began with"):
         PackedText(options, word_tokenizer(), seed=0, sources=loaded(options, ["w3 w4"] * 50),
                    start=TextState(3, 40, 5)).take(2)
+
+
+def test_a_hub_name_that_cannot_be_read_is_one_line():
+    """The tests run offline, so every hub name is such a one."""
+    with pytest.raises(TextError, match="'nobody/nothing' is no preset .*, no local file and not readable from the hub") as e:
+        src.resolve(TextOptions(source=("nobody/nothing:config@main",)))
+    assert "\n" not in str(e.value)
