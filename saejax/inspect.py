@@ -99,9 +99,7 @@ def _store(path: Path) -> Finding:
         record = path / record_file(shard)
         if _same(found, record, entry["record_sha256"]):
             found.attempt(lambda r=record, n=entry["contexts"]: read_record(r, spec, n))
-    saved = found.attempt(lambda: read_spec(path))
-    if saved is not None and saved.differences(spec):
-        found.problems.append(f"{path / SPEC}: not the spec of the manifest")
+    _same(found, path / SPEC, values["spec_file_sha256"])
     if not found.problems:
         found.attempt(lambda: Store.open(path, verify="full"))
     return found

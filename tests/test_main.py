@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -226,3 +227,21 @@ def test_sigterm_saves_and_the_same_command_goes_on(model_and_text, tmp_path):
     assert stopped < 10_000
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0 and f"at step {stopped} of 10000" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run(model_and_text, tmp_path):
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    run = tmp_path / "run"
+    config = tiny.write_config(tmp_path / "config.py", *model_and_text, run)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    processes = [subprocess.Popen(
+        [sys.executable, "-m", "saejax.main", "run", "--distributed", f"--coordinator=localhost:{port}", "--num_processes=2",
+         f"--process_id={i}", f"--config={config}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+        for i in range(2)]
+    (first, first_err), (second, second_err) = [p.communicate(timeout=240) for p in processes]
+    assert [p.returncode for p in processes] == [0, 0], first_err + second_err
+    assert "CE recovered" in first and "CE recovered" not in second
+    assert main(["inspect", str(run)]) == 0
