@@ -63,7 +63,8 @@ def line_plot(title: str, over: list[Curve], *, log: bool = False, marks: Sequen
         if log and all(y > 0 for c in over for y in c.ys):
             axes.set_yscale("log")
         else:
-            axes.set_ylim(0, top or 1.08 * max(y for c in over for y in c.ys) or 0.02)
+            ceiling = top or 1.08 * max(y for c in over for y in c.ys) or 0.02
+            axes.set_ylim(-0.02 * ceiling, ceiling)
             axes.yaxis.set_major_formatter(lambda y, _: short(y))
         axes.set_xlabel("tokens")
         axes.xaxis.set_major_formatter(lambda x, _: short(x))
