@@ -91,4 +91,5 @@ def aux_loss(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, error_BD: jax.
         ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
         return jnp.where(jnp.isfinite(ratio), ratio, 0.0)
 
-    return lax.cond(dead_F.any(), of_dead, lambda params, pre_BF: jnp.zeros((), jnp.float32), params, pre_BF)
+    # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
+    return lax.cond(dead_F.any(), jax.checkpoint(of_dead), lambda params, pre_BF: jnp.zeros((), jnp.float32), params, pre_BF)
