@@ -26,7 +26,7 @@ from saejax.data import sources as src
 from saejax.data import text
 from saejax.data.manifest import StoreSpec
 from saejax.data.sources import Sources
-from saejax.data.store import Store, is_complete
+from saejax.data.store import Store, is_complete, model_name
 from saejax.data.text import PackedText, TextState
 from saejax.data.writer import StoreWriter
 from saejax.errors import StoreError
@@ -75,16 +75,10 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
     """The fields of the spec that need no language model."""
     h = config.harvest
     shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
-    return {"model": _model_name(config), "lm_dtype": config.lm.dtype,
+    return {"model": model_name(config.lm.model), "lm_dtype": config.lm.dtype,
             "text": text.describe(config.text, sources, config.seed),
             "context": config.text.context, "shard_contexts": h.shard_contexts, "chunk_rows": h.chunk_rows,
             "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
-
-
-def _model_name(config: Config) -> str:
-    """The preset or hub name; of a local file or directory its last component, so that no path gets into the store."""
-    model = config.lm.model
-    return Path(model).name if Path(model).expanduser().exists() else model
 
 
 def _pinned(config: Config) -> bool:

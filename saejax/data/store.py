@@ -223,7 +223,12 @@ def _same_digest(path: Path, expected: str) -> None:
                                 " harvest the store again")
 
 
-def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None,
+def model_name(model: str) -> str:
+    """`config.lm.model` as a store names it: of a local file or directory the last component, so that no path is kept."""
+    return Path(model).name if Path(model).expanduser().exists() else model
+
+
+def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None, model: str | None = None,
                   model_digest: str | None = None, context: int | None = None) -> None:
     """Raises one `StoreError` that lists every config key which the store contradicts, with both values."""
     problems = []
@@ -231,6 +236,8 @@ def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | Non
         problems.append(f"config.sae.hookpoint is {hookpoint!r}, the store holds {', '.join(store.hookpoints)}")
     elif hookpoint is not None and d_in is not None and d_in != store.width(hookpoint):
         problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoint} is {store.width(hookpoint)} wide")
+    if model is not None and model_name(model) != store.spec.model:
+        problems.append(f"config.lm.model is {model_name(model)!r}, the store was harvested from {store.spec.model!r}")
     if model_digest is not None and model_digest != store.spec.model_digest:
         problems.append(f"config.lm.model has weights {model_digest[:16]}, the store was harvested from "
                         f"{store.spec.model!r} "

@@ -4,6 +4,7 @@ Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_de
 norms are folded, so raw activations go in: pre = (x - b_dec if apply_b_dec_to_input) W_enc + b_enc.
 """
 
+import hashlib
 from pathlib import Path
 
 import jax
@@ -17,7 +18,7 @@ from saejax import sharding
 from saejax.errors import FormatError
 from saejax.sae import SAEParams, param_shardings
 from saejax.sae.inference import SAE, SAEConfig
-from saejax.storage import is_writer, read_json, write_bytes, write_json
+from saejax.storage import file_sha256, is_writer, read_json, write_bytes, write_json
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -41,18 +42,20 @@ def write(directory: Path, sae: SAE) -> None:
     if bad:
         raise FormatError(f"{directory}: not released, {', '.join(bad)} hold NaN or Inf")
     if is_writer():
-        write_bytes(directory / WEIGHTS, save(tensors, metadata={"format": "pt"}))
-        write_json(directory / CONFIG, _to_cfg(sae.cfg))
+        weights = save(tensors, metadata={"format": "pt"})
+        write_bytes(directory / WEIGHTS, weights)
+        write_json(directory / CONFIG, _to_cfg(sae.cfg, hashlib.sha256(weights).hexdigest()))
 
 
-def _to_cfg(cfg: SAEConfig) -> dict:
+def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
     text = cfg.metadata.get("text", {})
     out = {
         "architecture": ARCHITECTURES[cfg.kind], "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": cfg.pre_bias, "normalize_activations": "none", "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "model_name": cfg.model, "hook_name": cfg.hookpoint,
                      "hook_head_index": None, "context_size": text.get("context"), "prepend_bos": text.get("bos") == "row",
-                     "saejax": {**cfg.metadata, "schema_version": SCHEMA_VERSION, "saejax_version": saejax.__version__}},
+                     "saejax": {**cfg.metadata, "schema_version": SCHEMA_VERSION, "saejax_version": saejax.__version__,
+                                "weights_sha256": weights_sha256}},
     }
     if cfg.kind == "topk":
         out |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
@@ -66,15 +69,16 @@ def read(directory: Path, mesh: Mesh | None = None) -> SAE:
     """
     cfg = _from_cfg(directory / CONFIG, read_json(directory / CONFIG, FormatError))
     path = directory / WEIGHTS
+    _check_digest(path, cfg.metadata.get("weights_sha256"))
     expected = {"W_enc": (cfg.d_in, cfg.d_sae), "b_enc": (cfg.d_sae,), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
     try:
         with safe_open(path, framework="numpy") as f:
             _check_tensors(path, f, expected)
             if mesh is not None:
                 sharding.check_features(cfg.d_sae, mesh)
-            shardings = param_shardings(mesh) if mesh is not None else SAEParams(None, None, None, None)
-            params = SAEParams(W_enc=_load(f, "W_enc", shardings.W_enc, transposed=True), b_enc=_load(f, "b_enc", shardings.b_enc),
-                               W_dec=_load(f, "W_dec", shardings.W_dec), b_dec=_load(f, "b_dec", shardings.b_dec))
+            where = param_shardings(mesh) if mesh is not None else SAEParams(None, None, None, None)
+            params = SAEParams(W_enc=_load(f, "W_enc", where.W_enc, transposed=True), b_enc=_load(f, "b_enc", where.b_enc),
+                               W_dec=_load(f, "W_dec", where.W_dec), b_dec=_load(f, "b_dec", where.b_dec))
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
     for name in expected:
@@ -101,6 +105,12 @@ def _from_cfg(path: Path, values: dict) -> SAEConfig:
             model=str(values["metadata"].get("model_name")), metadata=own)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path}: missing or malformed key ({type(error).__name__}: {error})") from error
+
+
+def _check_digest(path: Path, expected: str | None) -> None:
+    """Releases written by saejax name their weights; those of others have no digest to compare."""
+    if expected is not None and file_sha256(path) != expected:
+        raise FormatError(f"{path}: altered since cfg.json was written (sha256 differs); copy or release it again")
 
 
 def _check_tensors(path: Path, f, expected: dict[str, tuple[int, ...]]) -> None:

@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 from saejax import config as config_lib
 from saejax import sharding
 from saejax.config import Config
-from saejax.data.store import Store
+from saejax.data.store import Store, check_matches
 from saejax.data.stream import Stream
-from saejax.errors import CheckpointError, NonFiniteError, StoreError
+from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
 from saejax.records import RunPaths, StreamState
 from saejax.sae import SAESpec
@@ -71,12 +71,10 @@ def train(config: Config, store: Store) -> Trained:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, mesh)
     sharding.check_features(config.sae.d_sae, mesh)
-    d_in = store.width(config.sae.hookpoint)
-    if config.sae.d_in not in (None, d_in):
-        raise StoreError(f"config.sae.d_in: {config.sae.d_in}, but the store holds {config.sae.hookpoint} with width {d_in}; "
-                         f"set config.sae.d_in={d_in} or harvest another model")
+    check_matches(store, hookpoint=config.sae.hookpoint, d_in=config.sae.d_in, model=config.lm.model,
+                  context=config.text.context)
     paths = claim_run_dir(config)
-    spec = SAESpec.from_options(config.sae, d_in, config.train.compute_dtype)
+    spec = SAESpec.from_options(config.sae, store.width(config.sae.hookpoint), config.train.compute_dtype)
     with jax.set_mesh(mesh):
         return _Run(config, store, mesh, paths, spec).go()
 
@@ -214,7 +212,7 @@ class _Log:
             self.bar.advance(batch)
             return
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not all(math.isfinite(values[k]) for k in ("loss", "grad_norm")):
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
             raise NonFiniteError(f"{self.paths.root}: loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; "
                                  "lower config.train.lr, or look for outlier tokens (config.stream.mask_outliers)")
         self.writer.write(step, {"tokens_seen": step * batch, **values, **self._rates(step), **self.extra})

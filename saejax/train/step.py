@@ -23,7 +23,8 @@ def normalized(x_BD: jax.Array, scale: jax.Array) -> jax.Array:
 def make_step(config: Config, spec: SAESpec, total_steps: int):
     """`step(state, x_BD) -> (state, metrics)`; x_BD: raw rows [B, D] (any float dtype) sharded as `rows_at_rest`.
 
-    metrics: device scalars loss, mse, l1, aux, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, l1_coefficient.
+    metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr; relu adds l1 and
+    l1_coefficient, topk adds aux.
     Call it with the mesh set (`jax.set_mesh`).
     """
     tx = optim.optimizer(config.train, total_steps)
@@ -45,11 +46,12 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
         counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(x_BD))
         since_F = jnp.where(parts.fired_F, 0, counted_F)
         metrics = {
-            "loss": parts.loss, "mse": parts.mse, "l1": parts.l1, "aux": parts.aux, "l0": parts.l0, "fvu": parts.fvu,
+            "loss": parts.loss, "mse": parts.mse, "l0": parts.l0, "fvu": parts.fvu,
             "explained_variance": 1 - parts.fvu,
             "dead_fraction": (since_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
-            "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step), "l1_coefficient": inputs.l1,
+            "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step),
         }
+        metrics |= {"l1": parts.l1, "l1_coefficient": inputs.l1} if spec.kind == "relu" else {"aux": parts.aux}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -34,6 +34,7 @@ def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
 def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     """A config for the store above; overrides are {"section.key": value} with dots as double underscores."""
     c = default_config(kind)
+    c.lm.model = "synthetic"
     c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), (HOOKPOINT,), HOOKPOINT
     c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
     c.stream.block_contexts, c.stream.window_rows = 2, 64

@@ -198,9 +198,18 @@ def test_another_store_is_refused(straight, tmp_path):
 
 
 def test_width_of_the_store_must_be_the_configs(store, tmp_path):
-    with pytest.raises(StoreError, match=f"config.sae.d_in: 17, but the store holds {HOOKPOINT} with width {D_IN}"):
+    with pytest.raises(StoreError, match=f"config.sae.d_in is 17, the store's {HOOKPOINT} is {D_IN} wide"):
         loop.train(make_config("topk", tmp_path / "run", sae__d_in=17), store)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("lm__model", "gpt2", "config.lm.model is 'gpt2', the store was harvested from 'synthetic'"),
+    ("text__context", 16, "config.text.context is 16, the store's contexts have 8 tokens"),
+])
+def test_a_store_of_something_else_is_refused(store, tmp_path, key, value, message):
+    with pytest.raises(StoreError, match=message):
+        loop.train(make_config("topk", tmp_path / "run", **{key: value}), store)
 
 
 def test_diverging_run_stops_with_the_step_named(store, tmp_path):

@@ -1,0 +1,118 @@
+"""A release is whole and unaltered, or one line says what is wrong with it."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import saejax
+from saejax import sharding
+from saejax.config import MeshOptions
+from saejax.errors import FormatError
+from saejax.formats.release import release
+from saejax.train import loop
+from tests.train.synthetic import D_IN, make_config, make_store
+
+
+@pytest.fixture(scope="module", params=["relu", "topk"])
+def released(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("release")
+    loop.train(make_config(request.param, path / "run"), make_store(path / "store"))
+    return release(path / "run", metrics={"l0": 4.0, "explained_variance": 0.5})
+
+
+@pytest.fixture
+def copy(released, tmp_path):
+    shutil.copytree(released, tmp_path / "release")
+    return tmp_path / "release"
+
+
+def forget_digest(path):
+    cfg = json.loads((path / "cfg.json").read_text())
+    del cfg["metadata"]["saejax"]["weights_sha256"]
+    (path / "cfg.json").write_text(json.dumps(cfg))
+
+
+def test_load_release_load_is_identical(released, tmp_path):
+    first = saejax.load(released)
+    from saejax.formats import saelens
+    saelens.write(tmp_path / "again", first)
+    second = saejax.load(tmp_path / "again")
+    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    assert first.cfg == second.cfg
+    assert first.W_enc.shape == (D_IN, 64) and first.W_dec.shape == (64, D_IN)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
+def test_each_device_reads_its_slice(released, shape):
+    sae = saejax.load(released, mesh=sharding.make_mesh(MeshOptions(*shape)))
+    one = saejax.load(released)
+    assert {s.data.shape for s in sae.params.W_dec.addressable_shards} == {(64 // shape[1], D_IN)}
+    np.testing.assert_array_equal(jax.device_get(sae.params.W_enc), one.params.W_enc)
+
+
+def test_card_and_metrics(released):
+    assert "explained_variance | 0.5" in (released / "README.md").read_text()
+    assert json.loads((released / "metrics.json").read_text())["l0"] == 4.0
+
+
+@pytest.mark.parametrize("position", [0.02, 0.3, 0.6, 0.999])
+def test_flipped_bit(copy, position):
+    data = bytearray((copy / "sae_weights.safetensors").read_bytes())
+    data[int(len(data) * position)] ^= 1
+    (copy / "sae_weights.safetensors").write_bytes(data)
+    with pytest.raises(FormatError, match="sae_weights.safetensors: altered"):
+        saejax.load(copy)
+
+
+def test_truncated_file_of_another_writer(copy):
+    forget_digest(copy)
+    data = (copy / "sae_weights.safetensors").read_bytes()
+    (copy / "sae_weights.safetensors").write_bytes(data[:-7])
+    with pytest.raises(FormatError, match="not a readable safetensors file"):
+        saejax.load(copy)
+
+
+def test_all_wrong_tensors_in_one_line(copy):
+    forget_digest(copy)
+    tensors = load_file(copy / "sae_weights.safetensors")
+    save_file({"W_enc": tensors["W_enc"][:, :-1].copy(), "W_dec": tensors["W_dec"].astype(np.float16), "extra": tensors["b_enc"],
+               "b_dec": tensors["b_dec"]}, copy / "sae_weights.safetensors")
+    with pytest.raises(FormatError) as error:
+        saejax.load(copy)
+    for part in ("b_enc: missing", "extra: unexpected", "W_enc: F32 (16, 63), expected F32 (16, 64)", "W_dec: F16"):
+        assert part in str(error.value)
+
+
+def test_nan_is_refused(copy):
+    forget_digest(copy)
+    tensors = load_file(copy / "sae_weights.safetensors")
+    tensors["W_dec"][3, 1] = np.nan
+    save_file(tensors, copy / "sae_weights.safetensors")
+    with pytest.raises(FormatError, match="tensor W_dec holds NaN"):
+        saejax.load(copy)
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"architecture": "gated"}, "architecture 'gated' is not one of"),
+    ({"normalize_activations": "layer_norm"}, "only folded SAEs"),
+    ({"d_sae": "many"}, "missing or malformed key"),
+    ({"metadata": {"saejax": {"schema_version": 7}}}, "release schema version 7"),
+    ({"metadata": None}, "missing or malformed key"),
+])
+def test_config_that_cannot_be_read(copy, change, message):
+    cfg = json.loads((copy / "cfg.json").read_text()) | change
+    (copy / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(FormatError, match=message):
+        saejax.load(copy)
+
+
+def test_neither_release_nor_run(tmp_path):
+    with pytest.raises(FormatError, match="neither a release"):
+        saejax.load(tmp_path)
+    with pytest.raises(FormatError, match="does not exist"):
+        saejax.load(tmp_path / "nothing")
