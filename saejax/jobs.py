@@ -25,7 +25,7 @@ from saejax.records import RunPaths
 from saejax.report.report import write_report
 from saejax.report.summary import Rates, Result, table, training_rate
 from saejax.storage import is_writer, read_json, write_json
-from saejax.train.loop import claim_run_dir, train
+from saejax.train.loop import check_run_dir, train
 
 
 def start(job: str, arguments: Arguments) -> int:
@@ -83,7 +83,7 @@ def preflight(config: Config) -> RunPaths:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, mesh)
     sharding.check_features(config.sae.d_sae, mesh)
-    return claim_run_dir(config)
+    return check_run_dir(config)
 
 
 def _timed_harvest(config: Config, paths: RunPaths) -> Store:

@@ -59,7 +59,7 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise LMError(f"lm.name={model!r}: there is no such GGUF file")
+            raise LMError(f"config.lm.model={model!r}: there is no such GGUF file")
         return _load_gguf(path, path.stem, dtype, mesh)
     if model and path.is_dir():
         return _load_folder(path, path.resolve().name, None, dtype, mesh)
@@ -67,7 +67,7 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
         folder = _download(model, revision)
         return _load_folder(folder, model, folder.name, dtype, mesh)
     presets = ", ".join(assets.MODELS)
-    raise LMError(f"lm.name={model!r} is not a preset ({presets}), a .gguf file, a directory or a hub id owner/name")
+    raise LMError(f"config.lm.model={model!r} is not a preset ({presets}), a .gguf file, a directory or a hub id owner/name")
 
 
 def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
@@ -103,7 +103,7 @@ def _download(model: str, revision: str | None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LMError(
-            f"lm.name={model!r}, revision={revision!r}: no download ({reason}); use a local directory"
+            f"config.lm.model={model!r}, revision={revision!r}: no download ({reason}); use a local directory"
         ) from None
 
 

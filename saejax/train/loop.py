@@ -22,7 +22,7 @@ from saejax.logs import MetricWriter, Progress, say
 from saejax.records import RunPaths, StreamState
 from saejax.sae import SAESpec
 from saejax.storage import barrier, is_writer, read_json, write_json
-from saejax.train.checkpoint import Checkpoints, RunCounters
+from saejax.train.checkpoint import Checkpoints, RunCounters, steps_in
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.resample import due, resample
 from saejax.train.state import TrainState, abstract_state, initial_state
@@ -39,18 +39,25 @@ class Trained:
     step: int
 
 
-def claim_run_dir(config: Config) -> RunPaths:
-    """Writes `config.json`, or checks that the one there describes the same computation.
+def check_run_dir(config: Config) -> RunPaths:
+    """The paths of a run directory, free or holding checkpoints of the same computation.
 
-    Raises `CheckpointError` naming every differing key.
+    Raises `CheckpointError` naming every differing key. A directory without a checkpoint is free: a run that failed at its
+    first step because of a wrong key can be started again with the right one.
     """
     paths = RunPaths(Path(config.run_dir))
-    if paths.config.exists():
+    if paths.config.exists() and steps_in(paths.checkpoints):
         saved = config_lib.from_json(read_json(paths.config, CheckpointError), str(paths.config))
         different = config_lib.differences(saved, config)
         if different:
             raise CheckpointError(f"{paths.root}: this run directory belongs to another config ({'; '.join(different)}); "
                                   "choose another config.run_dir, or delete it")
+    return paths
+
+
+def claim_run_dir(config: Config) -> RunPaths:
+    """`check_run_dir`, then the config is written into it."""
+    paths = check_run_dir(config)
     barrier("claim-run-dir")
     if is_writer():
         write_json(paths.config, config_lib.to_json(config))
