@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).parent.parent / ".jax_cache")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
+import hypothesis  # noqa: E402, F401  (early: its late import inside pytest's summary trips over a parser bug of Python 3.11.7)
 import pytest  # noqa: E402
 
 
