@@ -2,7 +2,7 @@
 
 import functools
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,3 @@ class SAE:
         c = self.cfg
         k = f", k={c.k}" if c.kind == "topk" else ""
         return f"SAE({c.kind}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {c.hookpoint} of {c.model})"
-
-    def with_metadata(self, **values) -> "SAE":
-        """The same SAE with more metadata."""
-        return SAE(self.params, replace(self.cfg, metadata={**self.cfg.metadata, **values}), self.mesh)

@@ -16,7 +16,7 @@ from saejax import config as config_lib
 from saejax import sharding
 from saejax.config import Config
 from saejax.data.store import Store, check_matches
-from saejax.data.stream import Stream
+from saejax.data.stream import ORDER_VERSION, Stream
 from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
 from saejax.records import RunPaths, StreamState
@@ -97,7 +97,8 @@ class _Run:
         self.checkpoints = Checkpoints(paths.checkpoints, keep=config.checkpoint.keep, strict=config.checkpoint.strict,
                                        keep_every_steps=-(-keep_every // self.every) * self.every)
         self.rest = sharding.sharding(mesh, "rows_at_rest", "d_in")
-        self.data = {"hookpoint": config.sae.hookpoint, "store_digest": store.digest, "normalize": config.sae.normalize}
+        self.data = {"hookpoint": config.sae.hookpoint, "store_digest": store.digest, "normalize": config.sae.normalize,
+                     "stream_order": str(ORDER_VERSION)}
 
     def go(self) -> Trained:
         try:
