@@ -1,6 +1,7 @@
 """TopK SAE (k = 32, 4608 features) on the middle of SmolLM2-135M, from text to release.
 
-Hardware: 2 CPU cores, 3 GB of memory. Time: see docs/benchmarks.md for the measured run.
+Hardware: 2 CPU cores, 2.2 GB of memory. Time: 7 minutes.
+Expect:   held-out explained variance 0.82, CE recovered 0.98, no dead features (docs/benchmarks.md).
 Command:  saejax run --config=configs/demo.py      (or `make demo`, which also installs)
 
 The learning rate is ten times that of the published recipe, which is meant for runs a thousand times as long.
