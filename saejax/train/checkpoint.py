@@ -46,8 +46,13 @@ class CheckpointMeta:
 
 
 def _from_elsewhere(record: logging.LogRecord) -> bool:
-    """orbax logs tracebacks of errors that `wait` raises anyway; a user is to see one line."""
-    return "orbax" not in record.pathname
+    """orbax logs tracebacks of errors that are raised anyway, and leaves sibling tasks to complain; a user is to see one line."""
+    error = record.exc_info[1] if record.exc_info else None
+    return "orbax" not in record.pathname and "OCDBT" not in str(error)
+
+
+for _logger in ("absl", "asyncio"):
+    logging.getLogger(_logger).addFilter(_from_elsewhere)
 
 
 def _registry():
@@ -66,7 +71,6 @@ class Checkpoints:
 
     def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, strict: bool = False):
         self.directory, self._strict = Path(directory), strict
-        logging.getLogger("absl").addFilter(_from_elsewhere)
         with disk_errors(directory):
             if is_writer():
                 self.directory.mkdir(parents=True, exist_ok=True)
