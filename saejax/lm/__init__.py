@@ -2,9 +2,11 @@
 
 lm = saejax.lm.load("smollm2-135m")
 acts = capture(lm.model, tokens_BT, ["blocks.9.hook_resid_post"])
+text = lm.tokenizer.decode(generate(lm.model, [lm.tokenizer.encode("Once")], 20)[0])
 """
 
 from saejax.lm.arch import LMConfig
+from saejax.lm.generate import Sampling, generate
 from saejax.lm.hookpoints import check_hookpoint, hookpoints, layer_of, width_of
 from saejax.lm.load import LM, load
 from saejax.lm.model import Decoder, capture, cross_entropy
@@ -14,10 +16,12 @@ __all__ = [
     "LM",
     "Decoder",
     "LMConfig",
+    "Sampling",
     "Tokenizer",
     "capture",
     "check_hookpoint",
     "cross_entropy",
+    "generate",
     "hookpoints",
     "layer_of",
     "load",

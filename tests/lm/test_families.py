@@ -88,6 +88,8 @@ def mutants(cfg: lm.LMConfig) -> dict[str, tuple[str, object]]:
         for name in (field.name for field in dataclasses.fields(rope)):
             if (name, rope.scaling) in _UNUSED_ROPE or (name not in _ALWAYS_ROPE and rope.scaling == "none"):
                 continue
+            if name == ("short_factors" if families.LENGTH > rope.original_context else "long_factors"):
+                continue  # read in contexts of the other length: the other phi3 of the table has it
             new = dataclasses.replace(rope, **{name: _CHANGED_ROPE[name](getattr(rope, name))})
             made[f"ropes[{index}].{name}"] = ("ropes", (*cfg.ropes[:index], new, *cfg.ropes[index + 1 :]))
     return made
