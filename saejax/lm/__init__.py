@@ -9,6 +9,7 @@ from saejax.lm.arch import LMConfig
 from saejax.lm.generate import Sampling, generate
 from saejax.lm.hookpoints import check_hookpoint, hookpoints, layer_of, width_of
 from saejax.lm.load import LM, load
+from saejax.lm.mesh import make_mesh, place
 from saejax.lm.model import Decoder, capture, cross_entropy
 from saejax.lm.tokenizer import Tokenizer
 
@@ -25,5 +26,7 @@ __all__ = [
     "hookpoints",
     "layer_of",
     "load",
+    "make_mesh",
+    "place",
     "width_of",
 ]

@@ -15,19 +15,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from saejax.errors import WeightsError
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.leaves import Leaf, leaves
+from saejax.lm.mesh import leaf_sharding
 from saejax.lm.model import Decoder
 from saejax.lm.names import HF_ALIASES, HF_NAMES
 from saejax.lm.recipes import Recipe, TensorSource, gguf_recipes, hf_recipes
-
-# Mesh axis of each logical axis of a parameter; an axis that the mesh does not have means replicated.
-AXIS_TO_MESH = {"vocab": "model", "heads": "model", "mlp": "model", "embed": None, "layers": None}
-
 
 # Tensors that some exporters write and that hold nothing new: rope frequencies, causal masks.
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"
@@ -44,7 +41,7 @@ def load_decoder(
     where: str = "weights",
     ignored: Iterable[str] = (),
 ) -> Decoder:
-    """A `Decoder` whose arrays come from `source`, cast to `dtype`, placed on `mesh` by `AXIS_TO_MESH`.
+    """A `Decoder` whose arrays come from `source`, cast to `dtype`, placed on `mesh` by `saejax.lm.mesh.AXIS_TO_MESH`.
 
     Raises one WeightsError with every missing, extra and mis-shaped tensor, before any data is read.
     """
@@ -78,15 +75,6 @@ def check(
     ]
     if problems:
         raise WeightsError(f"{where}: {len(problems)} tensors do not fit the config: {'; '.join(problems)}")
-
-
-def leaf_sharding(mesh: Mesh, leaf: Leaf) -> NamedSharding:
-    """Placement of a parameter: dimensions that map to a mesh axis and divide by its size; replicated otherwise."""
-    spec = []
-    for size, axis in zip(leaf.shape, leaf.axes, strict=True):
-        target = AXIS_TO_MESH[axis] if axis else None
-        spec.append(target if target in mesh.shape and size % mesh.shape[target] == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
 
 
 def _place(name: str, leaf: Leaf, recipe: Recipe, source: TensorSource, dtype: jnp.dtype, mesh: Mesh | None) -> Array:
