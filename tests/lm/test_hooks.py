@@ -49,7 +49,7 @@ def test_replace_add_and_gradient_at_every_hookpoint(models, label):
             step = 1e-2 * direction
 
             def loss(delta):
-                return lm.cross_entropy(m(TOKENS, taps={name: lambda x: x + delta}), TOKENS).mean()
+                return lm.cross_entropy(m(TOKENS, taps={name: lambda value: value + delta}), TOKENS).mean()
 
             return jnp.vdot(jax.grad(loss)(delta), direction), loss(delta + step), loss(delta - step)
 
