@@ -1,12 +1,14 @@
 """Writes the golden files of tests/lm with transformers + torch (never needed to run or to test saejax).
 
     python -m saejax.assets                                     # fetches the model
-    python -m venv torchvenv && torchvenv/bin/pip install torch==2.13.0 transformers gguf numpy accelerate safetensors
+    python -m venv torchvenv && torchvenv/bin/pip install torch==2.13.0 transformers gguf numpy accelerate safetensors jax flax
     torchvenv/bin/python benchmarks/lm_golden.py
 
 `smollm2.npz`: token ids of two texts, per-token cross-entropy in nats, 64 columns of the logits, and the residual
 stream after every layer at a few positions. `tiny_llama.npz`: logits and the residual stream of the tiny random Llama
-of tests/lm/tiny_llama.py. `tokenizer.json`: ids of hard texts. All in float32 on CPU, eager attention.
+of tests/lm/tiny_llama.py. `families/*.npz`: logits and every hookpoint of the tiny random models of
+tests/lm/families.py; `--families` writes these alone. `tokenizer.json`: ids of hard texts. All in float32 on CPU, eager
+attention.
 """
 
 import argparse
@@ -17,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from saejax import assets  # noqa: E402
-from tests.lm import tiny_llama  # noqa: E402
+from saejax.lm.hf_config import from_hf  # noqa: E402
+from tests.lm import families, tiny_llama  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "lm" / "golden"
 LENGTH = 128
@@ -134,12 +137,114 @@ def tiny() -> None:
     print(f"tiny_llama: logits rms {logits.pow(2).mean().sqrt():.3f}")
 
 
+# Where each family keeps its modules: (blocks, embedding, final norm, per block: ln1, attention output projection,
+# what attention adds, what the MLP norm (or, without one, the MLP) reads, ln2, MLP output projection, what the MLP adds).
+_LLAMA = (
+    "model.layers", "model.embed_tokens", "model.norm", "input_layernorm", "self_attn.o_proj", "self_attn",
+    "post_attention_layernorm", "post_attention_layernorm", "mlp.down_proj", "mlp",
+)
+_GEMMA = (
+    "model.layers", "model.embed_tokens", "model.norm", "input_layernorm", "self_attn.o_proj",
+    "post_attention_layernorm", "pre_feedforward_layernorm", "pre_feedforward_layernorm", "mlp.down_proj",
+    "post_feedforward_layernorm",
+)
+MODULES = {
+    "gpt2": (
+        "transformer.h", "transformer.wte", "transformer.ln_f", "ln_1", "attn.c_proj", "attn", "ln_2", "ln_2",
+        "mlp.c_proj", "mlp",
+    ),
+    "gpt_neox": (
+        "gpt_neox.layers", "gpt_neox.embed_in", "gpt_neox.final_layer_norm", "input_layernorm", "attention.dense",
+        "attention", "post_attention_layernorm", "post_attention_layernorm", "mlp.dense_4h_to_h", "mlp",
+    ),
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "olmo2": (
+        "model.layers", "model.embed_tokens", "model.norm", None, "self_attn.o_proj", "post_attention_layernorm", "mlp",
+        None, "mlp.down_proj", "post_feedforward_layernorm",
+    ),
+}
+
+
+def first(value):
+    return value[0] if isinstance(value, tuple) else value
+
+
+def ungained(module, value: torch.Tensor, offset: float) -> torch.Tensor:
+    """TransformerLens' hook_normalized: an RMS norm's value before its gain, a LayerNorm's after gain and bias."""
+    return value if isinstance(module, torch.nn.LayerNorm) else value / (module.weight + offset)
+
+
+def watch(model, kept: dict[str, torch.Tensor], model_type: str, offset: float, parallel: bool) -> None:
+    """Registers a torch hook for every hookpoint."""
+    blocks, embed, final, ln1, o, attn_out, mlp_in, ln2, down, mlp_out = MODULES.get(model_type, _LLAMA)
+
+    def reads(module, name):
+        def keep(_, args, kwargs):
+            kept[name] = first(args) if args else kwargs["hidden_states"]
+
+        module.register_forward_pre_hook(keep, with_kwargs=True)
+
+    def returns(module, name, convert=lambda module, value: value):
+        module.register_forward_hook(lambda module, _, out: kept.__setitem__(name, convert(module, first(out))))
+
+    def gainless(module, value):
+        return ungained(module, value, offset)
+
+    returns(model.get_submodule(embed), "hook_embed")
+    returns(model.get_submodule(final), "ln_final.hook_normalized", gainless)
+    for i, block in enumerate(model.get_submodule(blocks)):
+        name = f"blocks.{i}."
+        reads(block, name + "hook_resid_pre")
+        returns(block, name + "hook_resid_post")
+        for norm, hook in ((ln1, "ln1"), (ln2, "ln2")):
+            if norm:
+                returns(block.get_submodule(norm), f"{name}{hook}.hook_normalized", gainless)
+        reads(block.get_submodule(o), name + "attn.hook_z")
+        returns(block.get_submodule(attn_out), name + "hook_attn_out")
+        reads(block.get_submodule(mlp_in), name + "hook_mlp_in")
+        if not parallel:
+            reads(block.get_submodule(mlp_in), name + "hook_resid_mid")
+        reads(block.get_submodule(down), name + "mlp.hook_post")
+        returns(block.get_submodule(mlp_out), name + "hook_mlp_out")
+
+
+def family(label: str, config: dict) -> None:
+    cfg = from_hf(config)
+    theirs = AutoConfig.for_model(**config)
+    if (again := from_hf(theirs.to_dict())) != cfg:
+        raise SystemExit(f"{label}: transformers' own spelling of the config reads as {again}, not {cfg}")
+    with tempfile.TemporaryDirectory() as folder:
+        families.write(Path(folder), config)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", dtype=torch.float32, output_loading_info=True
+        )
+    if any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")):
+        raise SystemExit(f"{label}: {info}")
+    model.eval()
+    kept: dict[str, torch.Tensor] = {}
+    watch(model, kept, config["model_type"], cfg.norm_offset, cfg.parallel)
+    with torch.no_grad():
+        logits = model(torch.tensor(families.TOKENS), use_cache=False).logits
+    rows, columns = zip(*families.POSITIONS, strict=True)
+    np.savez_compressed(
+        GOLDEN / "families" / f"{label}.npz",
+        logits=logits[:, ::3].numpy(),
+        **{name: value[rows, columns].numpy() for name, value in kept.items()},
+    )
+    print(f"{label}: logits rms {logits.pow(2).mean().sqrt():.3f}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gguf", type=Path, help="SmolLM2-135M GGUF file; default: the embedded asset")
-    given = parser.parse_args().gguf
-    GOLDEN.mkdir(parents=True, exist_ok=True)
-    tiny()
-    smollm2(given or assets.model_path("smollm2-135m"))
-    for path in sorted(GOLDEN.iterdir()):
+    parser.add_argument("--families", action="store_true", help="only the tiny random models of every family")
+    given = parser.parse_args()
+    (GOLDEN / "families").mkdir(parents=True, exist_ok=True)
+    for label, config in families.CONFIGS.items():
+        family(label, config)
+    if not given.families:
+        tiny()
+        smollm2(given.gguf or assets.model_path("smollm2-135m"))
+    for path in sorted(GOLDEN.rglob("*.*")):
         print(f"{path.name}: {path.stat().st_size / 1e3:.0f} kB")

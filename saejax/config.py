@@ -36,12 +36,21 @@ class MeshOptions:
 
 
 @dataclass(frozen=True)
+class LMMeshOptions:
+    """The language model's mesh over the devices of each process: contexts are split over `data`, weights over `model`."""
+
+    data: int = opt(-1, "copies of the model; -1 takes as many as fit the devices and divide the batch", ge=-1)
+    model: int = opt(1, "devices that share one copy of the weights (heads, MLP units, vocabulary)", ge=1)
+
+
+@dataclass(frozen=True)
 class LMOptions:
     """The language model whose activations are harvested."""
 
     model: str = opt("smollm2-135m", "preset name, .gguf file, local Hugging Face directory, or hub id")
     revision: str | None = opt(None, "hub revision (a commit hash pins the weights)")
     dtype: str = opt("float32", "compute dtype of the forward pass", choices=("float32", "bfloat16"))
+    mesh: LMMeshOptions = field(default_factory=LMMeshOptions)
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ RECIPES = {
 }
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
@@ -328,6 +337,8 @@ def _contradictions(c: Config) -> list[str]:
         out.append("config.mesh: only one of data and dict can be -1")
     if 0 in (c.mesh.data, c.mesh.dict):
         out.append("config.mesh: data and dict are device counts or -1, not 0")
+    if c.lm.mesh.data == 0:
+        out.append("config.lm.mesh.data: a device count or -1, not 0")
     return out
 
 

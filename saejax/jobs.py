@@ -13,7 +13,7 @@ from saejax import config as config_lib
 from saejax import lm, sharding
 from saejax.command_line import Arguments
 from saejax.config import Config, MeshOptions
-from saejax.data.harvest import harvest
+from saejax.data.harvest import harvest, lm_mesh
 from saejax.data.store import RECORDS, Store
 from saejax.errors import CheckpointError, ConfigError
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
@@ -109,7 +109,8 @@ def _evaluated(config: Config, paths: RunPaths, step_dir: Path) -> dict:
     result = cached(paths, key)
     if result is None:
         stats = Store.open(config.harvest.store).stats(config.sae.hookpoint)
-        lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+        lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype,
+                       mesh=lm_mesh(config) if config.lm.mesh.model > 1 else None)
         result = evaluate(config, load(step_dir, mesh=_mesh(config)), lm_, stats)
         remember(paths, key, result)
     return result

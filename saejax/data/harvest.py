@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import assets, lm
 from saejax.config import Config
@@ -48,7 +48,7 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     path = Path(config.harvest.store)
     if is_complete(path) and (lm_ is not None or _pinned(config)):
         return _open_matching(path, config, sources, lm_)
-    lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+    lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype, mesh=lm_mesh(config))
     spec = store_spec(config, lm_, sources)
     if is_complete(path):
         return _open_matching(path, config, sources, lm_)
@@ -103,16 +103,19 @@ def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None)
     return store
 
 
+def lm_mesh(config: Config) -> Mesh:
+    """The mesh of `config.lm.mesh` over this process's devices. Raises `LMError` when it does not fit them."""
+    return lm.make_mesh(config.lm.mesh.data, config.lm.mesh.model, rows=config.harvest.batch_contexts)
+
+
 class _Capture:
-    """The compiled forward pass up to the highest hookpoint, on as many local devices as divide the batch."""
+    """The compiled forward pass up to the highest hookpoint, on the language model's mesh."""
 
     def __init__(self, lm_: LM, config: Config):
         self.names, self.batch = tuple(dict.fromkeys(config.harvest.hookpoints)), config.harvest.batch_contexts
-        devices = jax.local_devices()
-        used = max(n for n in range(1, len(devices) + 1) if self.batch % n == 0)
-        mesh = Mesh(np.array(devices[:used]), ("data",), axis_types=(AxisType.Auto,))
+        mesh = lm_mesh(config)
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
-        self._model = jax.device_put(lm_.model, NamedSharding(mesh, PartitionSpec()))
+        self._model = lm.place(lm_.model, mesh)
         # Rounding on the device halves what crosses to the host.
         self._run = jax.jit(self._forward, out_shardings=self._rows)
 

@@ -81,7 +81,8 @@ def _reconstruct(sae: SAE, x_BTD, keep_BT: np.ndarray, into: Reconstruction):
 
 def cache_key(config: Config, step: int) -> dict:
     """What a cached evaluation depends on: the checkpoint step, and every option that decides text and model."""
-    relevant = {"text": asdict(config.text), "lm": asdict(config.lm), "hookpoint": config.sae.hookpoint,
+    lm_options = {key: value for key, value in asdict(config.lm).items() if key != "mesh"}
+    relevant = {"text": asdict(config.text), "lm": lm_options, "hookpoint": config.sae.hookpoint,
                 "seed": config.seed, "mask_special": config.harvest.mask_special}
     options = text_sha256(json.dumps(relevant, sort_keys=True))
     return {"step": step, "contexts": config.eval.contexts, "options": options}

@@ -2,13 +2,24 @@
 
 | name | value there |
 |---|---|
-| `hook_embed` | token embeddings |
+| `hook_embed` | token embeddings (scaled, in Gemma; without positions, in GPT-2) |
 | `blocks.i.hook_resid_pre` | residual stream entering layer i |
-| `blocks.i.hook_attn_out` | what attention adds (after the output projection and its bias) |
-| `blocks.i.hook_resid_mid` | residual stream between attention and MLP |
-| `blocks.i.hook_mlp_out` | what the MLP adds |
+| `blocks.i.ln1.hook_normalized` | the norm that attention reads |
+| `blocks.i.attn.hook_z` | what each head mixed, before the output projection; heads flattened, `n_heads * head_dim` wide |
+| `blocks.i.hook_attn_out` | what attention adds to the stream (after bias and, in Gemma and OLMo 2, after its norm) |
+| `blocks.i.hook_resid_mid` | residual stream between attention and MLP; parallel blocks have none |
+| `blocks.i.hook_mlp_in` | the stream as the MLP's norm reads it; a change here reaches the MLP only |
+| `blocks.i.ln2.hook_normalized` | the norm that the MLP reads |
+| `blocks.i.mlp.hook_post` | hidden units of the MLP after the nonlinearity (and the gate), `d_mlp` wide |
+| `blocks.i.hook_mlp_out` | what the MLP adds to the stream (after bias and norm, as for attention) |
 | `blocks.i.hook_resid_post` | residual stream leaving layer i |
-| `ln_final.hook_normalized` | final norm of the last residual, before the norm's gain is applied |
+| `ln_final.hook_normalized` | final norm of the last residual |
+
+`hook_normalized` follows TransformerLens without weight processing (its `RMSNorm` and `LayerNorm` components): for an
+RMS norm the value before the gain, for a LayerNorm the value after gain and bias. Where the gain matters (a transcoder
+that is to read exactly what the MLP reads), multiply by it. OLMo 2 has no norm before attention and MLP, hence no
+`ln1.hook_normalized` and `ln2.hook_normalized`: its MLP reads `hook_mlp_in`. TransformerLens takes OLMo 2's
+`hook_attn_out` and `hook_mlp_out` before their norms, here they are what is added in every family.
 """
 
 import difflib
@@ -19,24 +30,52 @@ from saejax.lm.arch import LMConfig
 
 EMBED = "hook_embed"
 FINAL = "ln_final.hook_normalized"
-BLOCK_HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+BLOCK_HOOKS = (
+    "hook_resid_pre",
+    "ln1.hook_normalized",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_mlp_in",
+    "ln2.hook_normalized",
+    "mlp.hook_post",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
 
-_BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.(\w+)")
+_BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.((?:\w+\.)?\w+)")
+
+
+def block_hooks(cfg: LMConfig) -> tuple[str, ...]:
+    """Hooks of one layer of this model, in the order in which the forward pass meets them."""
+    return tuple(hook for hook in BLOCK_HOOKS if not _absence(cfg, hook))
+
+
+def _absence(cfg: LMConfig, hook: str) -> str | None:
+    """Why the model does not have a hook that other models have."""
+    if hook == "hook_resid_mid" and cfg.parallel:
+        return "attention and MLP of this model run in parallel, there is no stream between them: use hook_resid_pre"
+    if hook in ("ln1.hook_normalized", "ln2.hook_normalized") and cfg.norm_places == "post":
+        return "this model norms what attention and MLP return, not what they read: use hook_resid_pre or hook_mlp_in"
+    return None
 
 
 def hookpoints(cfg: LMConfig) -> tuple[str, ...]:
     """Every hookpoint of the model, in the order in which the forward pass meets them."""
-    blocks = tuple(f"blocks.{i}.{hook}" for i in range(cfg.n_layers) for hook in BLOCK_HOOKS)
+    blocks = tuple(f"blocks.{i}.{hook}" for i in range(cfg.n_layers) for hook in block_hooks(cfg))
     return (EMBED, *blocks, FINAL)
 
 
 def check_hookpoint(cfg: LMConfig, name: str) -> None:
-    """Raises HookpointError, with the closest names that exist, unless the model has the hookpoint `name`."""
+    """Raises HookpointError, with the reason or the closest names that exist, unless the model has `name`."""
     names = hookpoints(cfg)
     if name in names:
         return
     match = _BLOCK.fullmatch(name)
     if match and match[2] in BLOCK_HOOKS:
+        reason = _absence(cfg, match[2])
+        if reason:
+            raise HookpointError(f"hookpoint {name!r} does not exist in this model: {reason}")
         last = cfg.n_layers - 1
         raise HookpointError(f"hookpoint {name!r}: the model has {cfg.n_layers} layers, use blocks.0 to blocks.{last}")
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
@@ -52,4 +91,6 @@ def layer_of(name: str) -> int | None:
 def width_of(cfg: LMConfig, name: str) -> int:
     """Size of the last dimension of the value at `name`. Raises HookpointError for a name the model does not have."""
     check_hookpoint(cfg, name)
-    return cfg.d_model
+    if name.endswith(".attn.hook_z"):
+        return cfg.n_heads * cfg.head_dim
+    return cfg.d_mlp if name.endswith(".mlp.hook_post") else cfg.d_model

@@ -4,16 +4,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 
 from jax.sharding import Mesh
 
 from saejax import assets
 from saejax.errors import LMError
-from saejax.lm import arch, tokenizer, weights
+from saejax.lm import tokenizer, weights
 from saejax.lm.arch import LMConfig
+from saejax.lm.gguf_config import from_gguf
 from saejax.lm.gguf_file import GGUFFile
+from saejax.lm.hf_config import from_hf
 from saejax.lm.model import DTYPES, Decoder
 from saejax.lm.tokenizer import Tokenizer
 
@@ -72,7 +74,7 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
 
 def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
     file = GGUFFile(path)
-    cfg = arch.from_gguf(file.fields(), file.shapes())
+    cfg = from_gguf(file.fields(), file.shapes(), file.read)
     tok = tokenizer.from_gguf(file)
     tokenizer.check_fits(tok, cfg.vocab_size)
     model = weights.from_gguf_file(cfg, file, dtype=DTYPES[dtype], mesh=mesh)
@@ -87,7 +89,7 @@ def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh
         raise LMError(f"{config}: no readable model config ({error})") from None
     if not isinstance(raw, dict):
         raise LMError(f"{config}: a model config is a JSON object, this is {type(raw).__name__}")
-    cfg = arch.from_hf(raw)
+    cfg = from_hf(raw)
     tok = tokenizer.from_pretrained(folder)
     tokenizer.check_fits(tok, cfg.vocab_size)
     model = weights.from_safetensors(cfg, folder, dtype=DTYPES[dtype], mesh=mesh)
@@ -108,8 +110,21 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _digest(cfg: LMConfig, files: Iterable[Path]) -> str:
-    total = hashlib.sha256(json.dumps(asdict(cfg), sort_keys=True).encode())
+    """Only what differs from the defaults counts, so that a new kind of field leaves old digests as they are."""
+    total = hashlib.sha256(json.dumps(_non_default(cfg), sort_keys=True).encode())
     for path in files:
         with path.open("rb") as stream:
             total.update(hashlib.file_digest(stream, "sha256").digest())
     return total.hexdigest()
+
+
+def _non_default(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_non_default(item) for item in value]
+    if not is_dataclass(value):
+        return value
+    return {
+        item.name: _non_default(getattr(value, item.name))
+        for item in fields(value)
+        if getattr(value, item.name) != item.default
+    }

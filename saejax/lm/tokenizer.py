@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,8 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None
+    chat_template: str | None = field(default=None, repr=False)
+    special_tokens: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False, hash=False)
 
     @property
     def vocab_size(self) -> int:
@@ -52,6 +54,28 @@ class Tokenizer:
     def token_strings(self, ids: Iterable[int]) -> list[str]:
         """Text of each id by itself; bytes that are not whole characters show as U+FFFD."""
         return [self.decode([i]) for i in ids]
+
+    def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> list[int]:
+        """Token ids of a conversation in the model's own chat template; `answer` opens the assistant's turn.
+
+        `messages` are `{"role": ..., "content": ...}`. The template runs in jinja's sandbox. Raises TokenizerError for a
+        model without a template and for a conversation that its template refuses.
+        """
+        from jinja2.exceptions import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        if self.chat_template is None:
+            raise TokenizerError("this tokenizer has no chat template: encode plain text, or use an instruction-tuned model")
+        try:
+            rendered, _ = render_jinja_template(
+                [[dict(message) for message in messages]],
+                chat_template=self.chat_template,
+                add_generation_prompt=answer,
+                **self.special_tokens,
+            )
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            raise TokenizerError(f"the chat template refuses this conversation ({' '.join(str(error).split())[:200]})") from None
+        return self.encode(rendered[0])
 
     @cached_property
     def digest(self) -> str:
@@ -79,7 +103,8 @@ def from_pretrained(name: str | Path, *, revision: str | None = None) -> Tokeniz
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
         raise TokenizerError(f"{name}: {type(found).__name__} has no fast version: convert it to tokenizer.json")
-    return _wrap(backend, found.bos_token_id, found.eos_token_id, found.pad_token_id)
+    template = found.chat_template if isinstance(found.chat_template, str) else None
+    return _wrap(backend, found.bos_token_id, found.eos_token_id, found.pad_token_id, template)
 
 
 def from_gguf(file: GGUFFile) -> Tokenizer:
@@ -104,7 +129,8 @@ def from_gguf(file: GGUFFile) -> Tokenizer:
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
-    return _wrap(backend, found.get("bos_token_id"), found.get("eos_token_id"), found.get("pad_token_id"))
+    return _wrap(backend, found.get("bos_token_id"), found.get("eos_token_id"), found.get("pad_token_id"),
+                 file.field("tokenizer.chat_template"))
 
 
 def _known_split(pre: str | None) -> bool:
@@ -113,7 +139,12 @@ def _known_split(pre: str | None) -> bool:
     return pre in _GPT2_SPLITS | _DIGIT_SPLITS | GGUF_PRE_TOKENIZER_SPLITS.keys()
 
 
-def _wrap(backend: Backend, bos_id: int | None, eos_id: int | None, pad_id: int | None) -> Tokenizer:
+def _wrap(
+    backend: Backend, bos_id: int | None, eos_id: int | None, pad_id: int | None, chat_template: str | None = None
+) -> Tokenizer:
     special = {i for i, token in backend.get_added_tokens_decoder().items() if token.special}
-    special |= {i for i in (bos_id, eos_id, pad_id) if i is not None}
-    return Tokenizer(backend, frozenset(special), bos_id, eos_id, pad_id)
+    known = {"bos": bos_id, "eos": eos_id, "pad": pad_id}
+    special |= {i for i in known.values() if i is not None}
+    # Templates name these by their text.
+    words = {f"{name}_token": backend.id_to_token(i) for name, i in known.items() if i is not None}
+    return Tokenizer(backend, frozenset(special), bos_id, eos_id, pad_id, chat_template, words)

@@ -3,7 +3,7 @@ import pytest
 
 from saejax import lm
 from saejax.errors import AssetError
-from saejax.lm import arch, weights
+from saejax.lm import hf_config, weights
 from tests.lm import tiny_llama
 
 
@@ -25,7 +25,7 @@ def tiny_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
     """Decoder of the tiny Llama, float32."""
-    return weights.from_safetensors(arch.from_hf(tiny_llama.CONFIG), tiny_folder, dtype=jnp.float32)
+    return weights.from_safetensors(hf_config.from_hf(tiny_llama.CONFIG), tiny_folder, dtype=jnp.float32)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
+import numpy as np
 import pytest
 
 from saejax.errors import LMError
-from saejax.lm import arch
+from saejax.lm import arch, gguf_config, hf_config
 from tests.lm import tiny_llama
 
 SMOLLM2 = {
@@ -37,13 +38,13 @@ SMOLLM2 = {
 
 
 def test_hugging_face_and_gguf_agree(smollm2):
-    from_hf = arch.from_hf(SMOLLM2)
+    from_hf = hf_config.from_hf(SMOLLM2)
     assert smollm2.cfg.norm_eps == pytest.approx(from_hf.norm_eps, rel=1e-7)
     assert smollm2.cfg == arch.LMConfig(**(vars(from_hf) | {"norm_eps": smollm2.cfg.norm_eps}))
 
 
 def test_defaults_are_those_of_transformers():
-    cfg = arch.from_hf(
+    cfg = hf_config.from_hf(
         {
             "model_type": "llama",
             "vocab_size": 10,
@@ -53,32 +54,33 @@ def test_defaults_are_those_of_transformers():
             "intermediate_size": 6,
         }
     )
-    assert (cfg.n_kv_heads, cfg.head_dim, cfg.norm_eps, cfg.rope_theta, cfg.max_context) == (2, 4, 1e-6, 10000.0, 2048)
-    assert not (cfg.tied_embeddings or cfg.attn_bias or cfg.mlp_bias)
+    assert (cfg.n_kv_heads, cfg.head_dim, cfg.norm_eps, cfg.ropes[0].theta, cfg.max_context) == (2, 4, 1e-6, 1e4, 2048)
+    assert not (cfg.tied_embeddings or cfg.qkv_bias or cfg.attn_out_bias or cfg.mlp_bias)
 
 
 def test_every_problem_is_in_one_error():
     bad = tiny_llama.CONFIG | {
-        "hidden_act": "gelu",
+        "hidden_act": "mish",
         "sliding_window": 128,
         "num_key_value_heads": "two",
         "mlp_bias": "yes",
         "rms_norm_eps": "small",
-        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0},
+        "rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": "a"},
         "rope_theta": 1e4,
     }
     del bad["hidden_size"]
     with pytest.raises(LMError) as caught:
-        arch.from_hf(bad)
+        hf_config.from_hf(bad)
     message = str(caught.value)
     for part in (
         "hidden_size is missing",
-        "hidden_act='gelu'",
+        "hidden_act='mish'",
         "sliding_window=128",
         "num_key_value_heads='two'",
         "mlp_bias='yes'",
         "rms_norm_eps='small'",
-        "rope_type='llama3'",
+        "rope_parameters.factor='a' (not a number)",
+        "rope_parameters.low_freq_factor is missing",
         "rope_theta is given as 10000.0 and 500000.0",
     ):
         assert part in message
@@ -88,9 +90,14 @@ def test_every_problem_is_in_one_error():
 @pytest.mark.parametrize(
     "change, part",
     [
-        ({"model_type": "mamba"}, "supported are llama"),
-        ({"model_type": None}, "supported are llama"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.rope_type='linear'"),
+        ({"model_type": "mamba"}, "supported are gemma2, gemma3_text, gpt2"),
+        ({"model_type": None}, "phi3, qwen2, qwen3, smollm3"),
+        ({"model_type": ["llama"]}, "supported are"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' (computed are default, linear"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope_parameters.beta_fast"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": -2.0}}, "rope factor=-2.0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 3.0}}}, "one rope for all layers"),
         ({"rope_parameters": {"rope_theta": 700.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"rope_parameters": [1]}, "rope_parameters=[1] (not an object)"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -104,7 +111,7 @@ def test_every_problem_is_in_one_error():
 )
 def test_refused_by_name(change, part):
     with pytest.raises(LMError) as caught:
-        arch.from_hf(tiny_llama.CONFIG | change)
+        hf_config.from_hf(tiny_llama.CONFIG | change)
     assert part in str(caught.value)
 
 
@@ -119,14 +126,20 @@ def test_gguf_fields_that_are_not_computed_are_refused():
         "llama.attention.layer_norm_rms_epsilon": 1e-5,
     }
     shapes = {"token_embd.weight": (10, 8), "output.weight": (10, 8)}
-    assert not arch.from_gguf(fields, shapes).tied_embeddings
-    with pytest.raises(LMError, match=r"llama.expert_count=8 .*rope_freqs.weight"):
-        arch.from_gguf(fields | {"llama.expert_count": 8}, shapes | {"rope_freqs.weight": (4,)})
-    with pytest.raises(LMError, match=r"block_count is missing; llama.attention.head_count=\[2, 1\] \(not a size\)"):
-        arch.from_gguf(
-            {k: v for k, v in fields.items() if "block" not in k} | {"llama.attention.head_count": [2, 1]}, shapes
+
+    def read(name):
+        return np.ones(3, np.float32)
+
+    assert not gguf_config.from_gguf(fields, shapes, read).tied_embeddings
+    with pytest.raises(LMError, match=r"'llama' .*expert_count=8 \(unknown field\)"):
+        gguf_config.from_gguf(fields | {"llama.expert_count": 8}, shapes, read)
+    with pytest.raises(LMError, match="rope short_factors has 3 numbers, not 2"):
+        gguf_config.from_gguf(fields, shapes | {"rope_freqs.weight": (3,)}, read)
+    with pytest.raises(LMError, match=r"head_count=\[2, 1\] \(not a size\); block_count is missing"):
+        gguf_config.from_gguf(
+            {k: v for k, v in fields.items() if "block" not in k} | {"llama.attention.head_count": [2, 1]}, shapes, read
         )
     with pytest.raises(LMError, match="rope.dimension_count=2 differs from head_dim=4"):
-        arch.from_gguf(fields | {"llama.rope.dimension_count": 2}, shapes)
+        gguf_config.from_gguf(fields | {"llama.rope.dimension_count": 2}, shapes, read)
     with pytest.raises(LMError, match="general.architecture='rwkv'"):
-        arch.from_gguf({"general.architecture": "rwkv"}, {})
+        gguf_config.from_gguf({"general.architecture": "rwkv"}, {}, read)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax import lm
-from saejax.lm import arch, weights
+from saejax.lm import hf_config, weights
 from tests.lm import tiny_llama
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -63,7 +63,7 @@ def test_tiny_llama_equals_torch(tiny, tokens_BT):
 )
 def test_no_field_is_ignored(tiny_folder, tokens_BT, field, value):
     golden = np.load(GOLDEN / "tiny_llama.npz")
-    cfg = arch.from_hf(tiny_llama.CONFIG | {field: value})
+    cfg = hf_config.from_hf(tiny_llama.CONFIG | {field: value})
     model = weights.from_safetensors(cfg, tiny_folder, dtype=jnp.float32)
     assert np.abs(np.asarray(model(tokens_BT)) - golden["logits"]).max() > 10 * LOGITS_ATOL
 
@@ -71,6 +71,6 @@ def test_no_field_is_ignored(tiny_folder, tokens_BT, field, value):
 def test_old_spelling_of_rope_theta(tiny_folder, tokens_BT):
     golden = np.load(GOLDEN / "tiny_llama.npz")
     old = {key: value for key, value in tiny_llama.CONFIG.items() if key != "rope_parameters"}
-    cfg = arch.from_hf(old | {"rope_theta": 700, "rope_scaling": None})
+    cfg = hf_config.from_hf(old | {"rope_theta": 700, "rope_scaling": None})
     model = weights.from_safetensors(cfg, tiny_folder, dtype=jnp.float32)
     assert np.abs(np.asarray(model(tokens_BT)) - golden["logits"]).max() <= LOGITS_ATOL

@@ -90,4 +90,4 @@ def test_what_cannot_be_loaded(tmp_path, monkeypatch, model, options, part):
 
 def test_preset(smollm2):
     assert smollm2.name == "smollm2-135m"
-    assert smollm2.digest == "c281fd0d5f786a29d3cd1d0ce6fe35f9e012265e6766fc516244dc56da20164b"
+    assert smollm2.digest == "22621d40590b00a1ef9e216951a9acf8037fea22176ae068f402d85c763d3bbe"

@@ -7,8 +7,8 @@ from jax.sharding import PartitionSpec as P
 
 from saejax import lm
 from saejax.errors import HookpointError, LMError
-from saejax.lm import arch, weights
-from saejax.lm.model import leaves
+from saejax.lm import hf_config, weights
+from saejax.lm.leaves import leaves
 from tests.lm import tiny_llama
 
 LAST = "blocks.2.hook_resid_post"
@@ -39,10 +39,11 @@ def test_hookpoint_names(tiny):
     assert (
         names[0] == "hook_embed"
         and names[-1] == "ln_final.hook_normalized"
-        and len(set(names)) == len(names) == 2 + 3 * 5
+        and len(set(names)) == len(names) == 2 + 3 * 10
     )
     assert [lm.layer_of(name) for name in (names[0], "blocks.2.hook_mlp_out", names[-1])] == [None, 2, None]
-    assert {lm.width_of(tiny.cfg, name) for name in names} == {48}
+    widths = {name.split(".", 2)[-1]: lm.width_of(tiny.cfg, name) for name in names}
+    assert widths.pop("attn.hook_z") == 72 and widths.pop("mlp.hook_post") == 80 and set(widths.values()) == {48}
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_context_longer_than_the_model_allows(tiny):
 def test_every_hookpoint_fits_the_others(tiny, tokens_BT):
     x = jax.jit(lambda model, tokens: lm.capture(model, tokens, lm.hookpoints(model.cfg)))(tiny, tokens_BT)
     assert set(x) == set(lm.hookpoints(tiny.cfg))
-    np.testing.assert_array_equal(x["hook_embed"], tiny.embed[...][tokens_BT])
+    np.testing.assert_array_equal(x["hook_embed"], tiny.whole["embed"][...][tokens_BT])
     np.testing.assert_array_equal(x["hook_embed"], x["blocks.0.hook_resid_pre"])
     for i in range(3):
         pre, attn, mid, mlp, post = (
@@ -126,7 +127,7 @@ def test_stop_at_needs_no_weights_above(tiny, tokens_BT):
             else leaf
         )
 
-    params = {"embed": tiny.embed[...], "final_norm": tiny.final_norm[...], "unembed": tiny.unembed[...]}
+    params = {name: leaf[...] for name, leaf in tiny.whole.items()}
     params |= {f"blocks.{name}": leaf[...] for name, leaf in tiny.blocks.items()}
     poisoned = lm.Decoder(tiny.cfg, {name: poison(name, leaf) for name, leaf in params.items()})
     for name in ("blocks.1.hook_resid_post", "blocks.2.hook_resid_pre"):
@@ -242,7 +243,7 @@ def test_tensor_parallel_equals_one_device(tiny, tiny_folder, tokens_BT):
     model = weights.from_safetensors(tiny.cfg, tiny_folder, dtype=jnp.float32, mesh=mesh)
     assert model.blocks["qkv"][...].sharding.spec == P(None, None, "model", None, None)
     assert model.blocks["down"][...].sharding.spec == P(None, "model", None)
-    assert model.unembed[...].sharding.is_fully_replicated  # 97 words do not divide by 2
+    assert model.whole["unembed"][...].sharding.is_fully_replicated  # 97 words do not divide by 2
     sharded = jax.device_put(tokens_BT, NamedSharding(mesh, P("data")))
     np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(model, sharded), tiny(tokens_BT), atol=1e-4)
 
@@ -259,7 +260,7 @@ def test_inside_auto_axes_of_an_explicit_mesh(tiny, tiny_folder):
 
 
 def test_decoder_refuses_arrays_that_do_not_fit(tiny):
-    cfg = arch.from_hf(tiny_llama.CONFIG)
+    cfg = hf_config.from_hf(tiny_llama.CONFIG)
     params = {name: jnp.zeros(leaf.shape) for name, leaf in leaves(cfg).items() if name != "unembed"}
     params["blocks.down"] = jnp.zeros((3, 3))
     with pytest.raises(LMError, match="unembed, blocks.down"):

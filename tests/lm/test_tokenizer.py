@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -63,3 +64,28 @@ def test_tokenizers_that_would_be_guessed_are_refused(tmp_path, kind, pre, token
     writer.close()
     with pytest.raises(TokenizerError, match=part):
         tokenizer.from_gguf(GGUFFile(tmp_path / "model.gguf"))
+
+
+def test_chat_template(smollm2):
+    tokenizer = smollm2.tokenizer
+    ids = tokenizer.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    wanted = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(ids) == wanted and ids == tokenizer.encode(wanted)
+    open_end = tokenizer.chat([{"role": "user", "content": "Hi"}], answer=False)
+    assert tokenizer.decode(open_end).endswith("Hi<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    "template, part",
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% for %}", "the chat template refuses"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_chat_templates_that_fail(smollm2, template, part):
+    tokenizer = dataclasses.replace(smollm2.tokenizer, chat_template=template)
+    with pytest.raises(TokenizerError, match=part) as caught:
+        tokenizer.chat([{"role": "user", "content": "Hi"}])
+    assert "\n" not in str(caught.value)

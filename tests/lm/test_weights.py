@@ -1,6 +1,5 @@
 import json
 
-import gguf
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -8,12 +7,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saejax.errors import WeightsError
-from saejax.lm import arch, weights
+from saejax.errors import SaejaxError, WeightsError
+from saejax.lm import gguf_config, hf_config, weights
 from saejax.lm.gguf_file import GGUFFile
-from tests.lm import tiny_llama
+from tests.lm import families, gguf_writer, tiny_llama
 
-CFG = arch.from_hf(tiny_llama.CONFIG)
+CFG = hf_config.from_hf(tiny_llama.CONFIG)
 
 
 def load(folder, cfg=CFG, dtype=jnp.float32, **options):
@@ -78,14 +77,14 @@ def test_harmless_extras_are_ignored_by_name(tmp_path, tiny):
     tensors = tiny_llama.tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
     same(load(tiny_llama.write(tmp_path / "a", weights=tensors)), tiny)
     tied = tiny_llama.CONFIG | {"tie_word_embeddings": True}
-    model = load(tiny_llama.write(tmp_path / "b", tied, tensors), arch.from_hf(tied))
-    assert model.unembed is None
-    np.testing.assert_array_equal(model.embed[...], tensors["model.embed_tokens.weight"])
+    model = load(tiny_llama.write(tmp_path / "b", tied, tensors), hf_config.from_hf(tied))
+    assert "unembed" not in model.whole
+    np.testing.assert_array_equal(model.whole["embed"][...], tensors["model.embed_tokens.weight"])
 
 
 def test_a_config_without_biases_refuses_a_file_with_them(tiny_folder):
     with pytest.raises(WeightsError, match="extra model.layers.0.mlp.down_proj.bias"):
-        load(tiny_folder, arch.from_hf(tiny_llama.CONFIG | {"mlp_bias": False}))
+        load(tiny_folder, hf_config.from_hf(tiny_llama.CONFIG | {"mlp_bias": False}))
 
 
 def test_integer_tensors_are_refused(tmp_path):
@@ -135,49 +134,73 @@ def test_hostile_index(tmp_path, index):
         load(tmp_path)
 
 
-def write_gguf(path, tensors: dict) -> None:
-    """The tiny Llama as GGUF, query and key rows interleaved as that format's llama architecture has them."""
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (
-        ("block_count", CFG.n_layers),
-        ("context_length", CFG.max_context),
-        ("embedding_length", CFG.d_model),
-        ("feed_forward_length", CFG.d_mlp),
-        ("attention.head_count", CFG.n_heads),
-        ("attention.head_count_kv", CFG.n_kv_heads),
-        ("attention.key_length", CFG.head_dim),
-        ("attention.value_length", CFG.head_dim),
-        ("rope.dimension_count", CFG.head_dim),
-    ):
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", CFG.norm_eps)
-    writer.add_float32("llama.rope.freq_base", CFG.rope_theta)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, CFG.n_layers)
-    for name, value in tensors.items():
-        heads = CFG.n_heads if "q_proj" in name else CFG.n_kv_heads if "k_proj" in name else None
-        if heads:
-            value = value.reshape(heads, 2, CFG.head_dim // 2, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+# What a GGUF file cannot say is at the value that its readers take for granted.
+GGUF_CONFIGS = {
+    "llama": tiny_llama.CONFIG,
+    "llama3": families.CONFIGS["llama3"],
+    "llama_linear": families.CONFIGS["llama_linear"],
+    "qwen2": families.CONFIGS["qwen2"] | {"use_sliding_window": False},
+    "qwen3": families.CONFIGS["qwen3"],
+    "gemma2": families.CONFIGS["gemma2"] | {"query_pre_attn_scalar": 12},
+    "gemma3": families.CONFIGS["gemma3"] | {"query_pre_attn_scalar": 12, "final_logit_softcapping": None},
+}
 
 
-def test_gguf_equals_safetensors(tmp_path, tiny):
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama.tensors())
+@pytest.mark.parametrize("label", GGUF_CONFIGS)
+def test_gguf_equals_safetensors(tmp_path, label):
+    config = GGUF_CONFIGS[label]
+    source = tiny_llama.tensors() if label == "llama" else families.tensors(config)
+    gguf_writer.write(tmp_path / "tiny.gguf", config, source)
+    families.write(tmp_path / "folder", config, source)
     file = GGUFFile(tmp_path / "tiny.gguf")
-    cfg = arch.from_gguf(file.fields(), file.shapes())
-    assert cfg == arch.LMConfig(**(vars(CFG) | {"norm_eps": cfg.norm_eps})) and cfg.norm_eps == pytest.approx(
-        CFG.norm_eps
-    )
-    same(jax.tree.leaves(weights.from_gguf_file(cfg, file, dtype=jnp.float32)), jax.tree.leaves(tiny))
+    cfg = gguf_config.from_gguf(file.fields(), file.shapes(), file.read)
+    model = weights.from_gguf_file(cfg, file, dtype=jnp.float32)
+    wanted = load(tmp_path / "folder", hf_config.from_hf(config))
+    for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-7)
+    tokens = jnp.asarray(families.TOKENS)
+    np.testing.assert_allclose(model(tokens), wanted(tokens), atol=2e-4)
+
+
+def test_quantised_gguf(tmp_path):
+    config = families.CONFIGS["llama_linear"] | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    source = families.tensors(config)
+    gguf_writer.write(tmp_path / "q.gguf", config, source, quantise=True)
+    file = GGUFFile(tmp_path / "q.gguf")
+    cfg = gguf_config.from_gguf(file.fields(), file.shapes(), file.read)
+    families.write(tmp_path / "folder", config, source)
+    exact = load(tmp_path / "folder", hf_config.from_hf(config))
+    found = weights.from_gguf_file(cfg, file, dtype=jnp.float32)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        assert np.linalg.norm(a - b) < 0.02 * np.linalg.norm(b)
+
+
+def test_gpt2_and_neox_files_without_prefix(tmp_path):
+    for label, prefix in (("gpt2", "transformer."), ("gpt_neox", "gpt_neox.")):
+        config = families.CONFIGS[label]
+        bare = {name.removeprefix(prefix): value for name, value in families.tensors(config).items()}
+        bare = {name.replace("embed_out", "lm_head"): value for name, value in bare.items()}
+        found = load(families.write(tmp_path / label, config, bare), hf_config.from_hf(config))
+        same(found, load(families.write(tmp_path / f"{label}_full", config), hf_config.from_hf(config)))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 1500, 20_000])
 def test_truncated_gguf(tmp_path, keep):
-    write_gguf(tmp_path / "tiny.gguf", tiny_llama.tensors())
+    gguf_writer.write(tmp_path / "tiny.gguf", tiny_llama.CONFIG, tiny_llama.tensors())
     raw = (tmp_path / "tiny.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(raw[:keep])
     with pytest.raises(WeightsError, match="cut.gguf: not a readable GGUF file"):
         GGUFFile(tmp_path / "cut.gguf")
+
+
+@pytest.mark.parametrize("at, value", [(8, 0xFF), (12, 0xFF), (16, 0xFF), (23, 0x7F), (24, 0xFF), (31, 0x7F), (60, 0xFF)])
+def test_hostile_gguf_header(tmp_path, at, value):
+    gguf_writer.write(tmp_path / "tiny.gguf", tiny_llama.CONFIG, tiny_llama.tensors())
+    raw = bytearray((tmp_path / "tiny.gguf").read_bytes())
+    raw[at] = value
+    (tmp_path / "bad.gguf").write_bytes(bytes(raw))
+    with pytest.raises(SaejaxError) as caught:
+        file = GGUFFile(tmp_path / "bad.gguf")
+        cfg = gguf_config.from_gguf(file.fields(), file.shapes(), file.read)
+        weights.from_gguf_file(cfg, file, dtype=jnp.float32)
+    assert "\n" not in str(caught.value)
