@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import ml_collections
 from ml_collections import config_dict
 
+from saejax.contradictions import contradictions
 from saejax.errors import ConfigError
+from saejax.recipes import KINDS, RECIPES
 
 SCHEMA_VERSION = 1
 
@@ -87,12 +89,12 @@ class StreamOptions:
 class SAEOptions:
     """The sparse autoencoder. `default_config(kind)` fills in the published recipe of a kind."""
 
-    kind: str = opt("topk", "activation function and objective", choices=("relu", "topk"))
+    kind: str = opt("topk", "activation function and objective", choices=KINDS)
     hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it is trained on; one of `harvest.hookpoints`")
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk)", gt=0)
-    l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu)", ge=0.0)
+    l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu, gated)", ge=0.0)
     normalize: str = opt("mean_sq_norm_D", "scalar normalisation of the inputs; lambda and thresholds only carry over "
                          "inside one convention", choices=NORMALIZATIONS)
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
@@ -129,7 +131,7 @@ class TrainOptions:
     clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
     lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0", ge=0.0, le=1.0)
     lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls linearly to 0", ge=0.0, le=1.0)
-    l1_warmup: float = opt(0.05, "share of the steps over which lambda rises from 0 (relu)", ge=0.0, le=1.0)
+    l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
     compute_dtype: str = opt("float32", "dtype of the matrix products; parameters and optimizer stay float32",
                              choices=("float32", "bfloat16"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
@@ -183,26 +185,14 @@ class Config:
     log: LogOptions = field(default_factory=LogOptions)
 
 
-# Published recipes, as differences from the defaults above. relu: Transformer Circuits update April 2024 (learning rate for
-# ~200k steps; short runs need a larger one, see configs/demo_relu.py). topk: Gao et al. 2024, official training code.
-RECIPES = {
-    "relu": {
-        "sae.kind": "relu", "sae.unit_decoder": False, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
-        "sae.decoder_init_norm": 0.1, "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
-        "train.lr": 5e-5, "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
-        "train.l1_warmup": 0.05, "train.lr_decay": 0.2,
-    },
-    "topk": {"sae.kind": "topk", "sae.normalize": "mean_sq_norm_1"},
-}
-
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
 NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
-    """The locked default config with the recipe of an SAE kind ("relu" or "topk"), for a config file to change and return."""
+    """The locked default config with the recipe of this name (docs/config.md), for a config file to change and return."""
     if kind not in RECIPES:
-        raise ConfigError(f"default_config: no recipe for kind {kind!r}; choose one of {', '.join(RECIPES)}")
+        raise ConfigError(f"default_config: no recipe {kind!r}; choose one of {', '.join(RECIPES)}")
     config = _to_config_dict(Config())
     for path, value in RECIPES[kind].items():
         node = config
@@ -240,7 +230,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     problems: list[str] = []
     resolved = _build(Config, plain, "", problems)
     if not problems:
-        problems = _contradictions(resolved)
+        problems = contradictions(resolved)
     if problems:
         raise ConfigError("; ".join(problems))
     return dataclasses.replace(
@@ -299,36 +289,6 @@ def _checked(value, hint, rules, path: str, problems: list[str]):
         if rule in rules and not ok(value, rules[rule]):
             problems.append(f"config.{path}: {value!r} must be {words} {rules[rule]}")
     return value
-
-
-def _contradictions(c: Config) -> list[str]:
-    out = []
-    if c.sae.hookpoint not in c.harvest.hookpoints:
-        out.append(f"config.sae.hookpoint: {c.sae.hookpoint!r} is not harvested; add it to config.harvest.hookpoints "
-                   f"({', '.join(c.harvest.hookpoints)})")
-    if c.sae.kind == "topk" and c.sae.k > c.sae.d_sae:
-        out.append(f"config.sae.k: {c.sae.k} active features of config.sae.d_sae = {c.sae.d_sae}; lower k")
-    if c.sae.kind == "relu" and c.sae.unit_decoder and c.sae.decoder_init_norm != 1.0:
-        out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
-    if c.sae.kind == "relu" and c.sae.aux_k:
-        out.append(f"config.sae.aux_k: {c.sae.aux_k}, but AuxK belongs to kind 'topk'; set it to 0")
-    rows = c.harvest.shard_contexts * c.text.context
-    if rows % c.harvest.chunk_rows:
-        out.append(f"config.harvest.chunk_rows: {c.harvest.chunk_rows} does not divide the rows of a shard "
-                   f"(harvest.shard_contexts x text.context = {rows})")
-    if c.harvest.shard_contexts % c.stream.block_contexts:
-        out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
-                   f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
-    if c.stream.window_rows < c.stream.block_contexts * c.text.context:
-        out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
-                   f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")
-    if c.train.lr_warmup + c.train.lr_decay > 1.0:
-        out.append("config.train.lr_warmup + config.train.lr_decay: together more than the whole run; lower one")
-    if c.mesh.data == -1 and c.mesh.dict == -1:
-        out.append("config.mesh: only one of data and dict can be -1")
-    if 0 in (c.mesh.data, c.mesh.dict):
-        out.append("config.mesh: data and dict are device counts or -1, not 0")
-    return out
 
 
 def to_json(config: Config) -> dict:

@@ -13,10 +13,10 @@ from saejax.config import Config, default_config, differences, from_json, resolv
 from saejax.errors import ConfigError
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_recipes_resolve_and_round_trip(kind):
-    config = resolve(default_config(kind))
-    assert config.sae.kind == kind
+@pytest.mark.parametrize("name", config_lib.RECIPES)
+def test_recipes_resolve_and_round_trip(name):
+    config = resolve(default_config(name))
+    assert config.sae.kind == config_lib.RECIPES[name]["sae.kind"]
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     assert config.run_dir == "runs/run" and config.harvest.store == "runs/run/store"
 
@@ -26,7 +26,7 @@ def test_recipes_resolve_and_round_trip(kind):
     ("train.batch", True, "config.train.batch: expected int, got bool True"),
     ("train.batch", 0, "config.train.batch: 0 must be greater than 0"),
     ("train.lr_decay", 1.5, "config.train.lr_decay: 1.5 must be at most 1.0"),
-    ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk"),
+    ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk, "),
     ("harvest.hookpoints", [], "config.harvest.hookpoints: expected a non-empty tuple of strings"),
     ("sae.k", 9999, "config.sae.k: 9999 active features of config.sae.d_sae = 4608"),
     ("sae.hookpoint", "blocks.3.hook_resid_post", "is not harvested; add it to config.harvest.hookpoints"),

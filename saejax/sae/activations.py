@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from saejax.sae.params import SAESpec
+from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import topk_mask
 
 
@@ -21,8 +21,19 @@ def topk(pre_BF: jax.Array, k: int) -> jax.Array:
     return jnp.where(keep_BF, jax.nn.relu(pre_BF), 0.0)
 
 
-def activate(spec: SAESpec, pre_BF: jax.Array) -> jax.Array:
+def gated(pre_BF: jax.Array, b_gate_F: jax.Array, r_mag_F: jax.Array, b_mag_F: jax.Array) -> jax.Array:
+    """acts = 1[pre > 0] max(exp(r_mag) (pre - b_gate) + b_mag, 0), where pre = W_gate x + b_gate.
+
+    The gate itself passes no gradient. Source: Rajamanoharan et al. 2024 (Gated SAEs), section 3.
+    """
+    magnitude_BF = jnp.exp(r_mag_F) * (pre_BF - b_gate_F) + b_mag_F
+    return jnp.where(pre_BF > 0, jax.nn.relu(magnitude_BF), 0.0)
+
+
+def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array) -> jax.Array:
     """Feature activations of an SAE's kind."""
     if spec.kind == "relu":
         return relu(pre_BF)
+    if spec.kind == "gated":
+        return gated(pre_BF, params.b_enc, params.per_feature["r_mag"], params.per_feature["b_mag"])
     return topk(pre_BF, spec.k)

@@ -1,6 +1,7 @@
-"""What an SAE is made of: four arrays, row-major by feature, and a small static description."""
+"""What an SAE is made of: four arrays and what a kind adds per feature, row-major by feature, and a small description."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,18 @@ from flax import struct
 
 from saejax import sharding
 from saejax.config import SAEOptions
+from saejax.recipes import WITH_K
+
+# What a kind keeps per feature besides the four common arrays.
+PER_FEATURE: dict[str, tuple[str, ...]] = {"gated": ("b_mag", "r_mag")}
 
 
 @dataclass(frozen=True)
 class SAESpec:
     """The static description of an SAE; hashable, so that it can be a static argument of `jit`.
 
-    kind: "relu" or "topk". k: active features per token (topk). pre_bias: the encoder reads x - b_dec instead of x.
+    kind: the activation function (see `saejax.sae.activations`). k: active features per token (`recipes.WITH_K`).
+    pre_bias: the encoder reads x - b_dec instead of x.
     compute_dtype: dtype of the two matrix products; selection, losses and parameters are float32.
     """
 
@@ -27,7 +33,7 @@ class SAESpec:
 
     @classmethod
     def from_options(cls, options: SAEOptions, d_in: int, compute_dtype: str = "float32") -> "SAESpec":
-        return cls(kind=options.kind, d_in=d_in, d_sae=options.d_sae, k=options.k if options.kind == "topk" else 0,
+        return cls(kind=options.kind, d_in=d_in, d_sae=options.d_sae, k=options.k if options.kind in WITH_K else 0,
                    pre_bias=options.pre_bias, compute_dtype=compute_dtype)
 
 
@@ -36,21 +42,37 @@ class SAEParams:
     """Parameters of an SAE, float32: W_enc [F, D], b_enc [F], W_dec [F, D] (features split over `dict`), b_dec [D].
 
     Both matrices are stored by feature, so that a feature's parameters are contiguous rows on one device.
+    per_feature: what the kind adds, float32 [F] each, split over `dict`: gated `r_mag` and `b_mag` (its b_enc is the bias of
+    the gate). Empty for relu and topk.
     """
 
     W_enc: jax.Array
     b_enc: jax.Array
     W_dec: jax.Array
     b_dec: jax.Array
+    per_feature: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 LOGICAL_AXES = SAEParams(W_enc=("features", "d_in"), b_enc=("features",), W_dec=("features", "d_in"), b_dec=("d_in",))
 
 
-def param_shardings(mesh) -> SAEParams:
-    """NamedSharding of every parameter on a ("data", "dict") mesh."""
-    return SAEParams(*(sharding.sharding(mesh, *axes) for axes in (
-        LOGICAL_AXES.W_enc, LOGICAL_AXES.b_enc, LOGICAL_AXES.W_dec, LOGICAL_AXES.b_dec)))
+def param_shapes(spec: SAESpec) -> SAEParams:
+    """The shape of every parameter."""
+    matrix, row = (spec.d_sae, spec.d_in), (spec.d_sae,)
+    return SAEParams(W_enc=matrix, b_enc=row, W_dec=matrix, b_dec=(spec.d_in,),
+                     per_feature={name: row for name in PER_FEATURE.get(spec.kind, ())})
+
+
+def param_shardings(mesh, names: Iterable[str] = ()) -> SAEParams:
+    """NamedSharding of every parameter on a ("data", "dict") mesh; names: those of `per_feature`."""
+    common = {f.name: getattr(LOGICAL_AXES, f.name) for f in fields(SAEParams) if f.name != "per_feature"}
+    return SAEParams(**{name: sharding.sharding(mesh, *axes) for name, axes in common.items()},
+                     per_feature={name: sharding.sharding(mesh, "features") for name in names})
+
+
+def initial_per_feature(kind: str) -> dict[str, float]:
+    """The value that each per-feature parameter has at initialisation and after resampling, equal for all features."""
+    return {name: 0.0 for name in PER_FEATURE.get(kind, ())}
 
 
 def init_params(spec: SAESpec, key: jax.Array, b_dec: jax.Array, decoder_norm: float) -> SAEParams:
@@ -59,8 +81,11 @@ def init_params(spec: SAESpec, key: jax.Array, b_dec: jax.Array, decoder_norm: f
     Call it under `jit` with a mesh set: each device draws its own rows only, and the values do not depend on the mesh.
     Source: Transformer Circuits update April 2024 (norm 0.1); Gao et al. 2024 (unit norm).
     """
+    def row(value: float) -> jax.Array:
+        return jnp.full((spec.d_sae,), value, jnp.float32, out_sharding=sharding.spec("features"))
+
     where = sharding.spec(*LOGICAL_AXES.W_dec)
     W_dec = jax.random.normal(key, (spec.d_sae, spec.d_in), jnp.float32, out_sharding=where)
     W_dec = W_dec * (decoder_norm / jnp.linalg.norm(W_dec, axis=1, keepdims=True))
-    b_enc = jnp.zeros((spec.d_sae,), jnp.float32, out_sharding=sharding.spec(*LOGICAL_AXES.b_enc))
-    return SAEParams(W_enc=W_dec, b_enc=b_enc, W_dec=W_dec, b_dec=b_dec)
+    per_feature = {name: row(value) for name, value in initial_per_feature(spec.kind).items()}
+    return SAEParams(W_enc=W_dec, b_enc=row(0.0), W_dec=W_dec, b_dec=b_dec, per_feature=per_feature)

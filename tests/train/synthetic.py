@@ -10,6 +10,7 @@ from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
 
+KINDS = ("relu", "topk", "gated")
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 
 
@@ -29,6 +30,11 @@ def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
         keep[:, 0] = 0
         writer.write_shard(shard, {HOOKPOINT: x}, rng.integers(0, 99, (n, CONTEXT)), keep, {})
     return writer.finalize(contexts)
+
+
+def leaves(params) -> dict:
+    """{name: array} of an SAE's parameters, those per feature included."""
+    return {name: getattr(params, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | params.per_feature
 
 
 def make_config(kind: str, run_dir: Path, **overrides) -> Config:

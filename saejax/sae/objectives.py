@@ -1,0 +1,75 @@
+"""Objectives: one pure function of (params, batch, state) per kind, returning the loss and what was seen on the way."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import lax
+
+from saejax.config import SAEOptions
+from saejax.sae.activations import activate
+from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
+from saejax.sae.model import decode, pre_activations
+from saejax.sae.params import SAEParams, SAESpec
+
+
+@struct.dataclass
+class Forward:
+    """One pass over a batch: normalised rows, pre-activations, activations, reconstruction, and which features fired."""
+
+    x_BD: jax.Array
+    pre_BF: jax.Array
+    acts_BF: jax.Array
+    recon_BD: jax.Array
+    fired_F: jax.Array
+
+    @property
+    def mse(self) -> jax.Array:
+        return squared_error(self.x_BD, self.recon_BD).mean()
+
+
+def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array,
+              inputs: LossInputs) -> tuple[jax.Array, LossParts]:
+    """The loss of a kind over a batch of normalised rows, and what it is made of."""
+    pre_BF = pre_activations(spec, params, x_BD)
+    acts_BF = activate(spec, params, pre_BF)
+    seen = Forward(x_BD=x_BD, pre_BF=pre_BF, acts_BF=acts_BF, recon_BD=decode(spec, params, acts_BF),
+                   fired_F=(acts_BF > 0).any(0))
+    loss, own = {"relu": _relu, "topk": _topk, "gated": _gated}[spec.kind](spec, options, params, seen, inputs)
+    errors_B = squared_error(x_BD, seen.recon_BD)
+    l0 = (acts_BF > 0).sum(dtype=jnp.float32) / x_BD.shape[0]
+    fvu = errors_B.sum() / variance_total(x_BD)
+    return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=l0, fvu=fvu, fired_F=seen.fired_F, own=own)
+
+
+def _weighted_l1(params: SAEParams, acts_BF: jax.Array) -> jax.Array:
+    """mean_b sum_i f_i ||W_dec,i||."""
+    return (acts_BF.sum(0) * jnp.linalg.norm(params.W_dec, axis=1)).sum() / acts_BF.shape[0]
+
+
+def _relu(spec, options, params, seen, inputs):
+    """mean_b [ ||x - x^||^2 + lambda sum_i f_i ||W_dec,i|| ]. Source: Templeton et al. 2024, "Our SAE training"."""
+    l1 = _weighted_l1(params, seen.acts_BF)
+    return seen.mse + inputs.sparsity * l1, {"l1": l1}
+
+
+def _topk(spec, options, params, seen, inputs):
+    """mean_b ||x - x^||^2 / Var(x) + aux_coef * aux. Source: Gao et al. 2024, sections 2.3 and A.2."""
+    loss, aux = seen.mse * inputs.inverse_variance, jnp.zeros((), jnp.float32)
+    if options.aux_k:
+        error_BD = lax.stop_gradient(seen.x_BD - seen.recon_BD)
+        aux = aux_loss(spec, params, seen.pre_BF, error_BD, seen.fired_F, inputs, options.aux_k)
+        loss = loss + options.aux_coef * aux
+    return loss, {"aux": aux}
+
+
+def _gated(spec, options, params, seen, inputs):
+    """mean_b [ ||x - x^||^2 + lambda sum_i g_i ||W_dec,i|| + ||x - x^_frozen(g)||^2 ],  g = max(pre-activation of the gate, 0).
+
+    x^_frozen decodes with stop_gradient(W_dec, b_dec): it trains the gate, which passes no gradient in x^. The decoder norm is
+    1 in the recipe. Communication beyond relu: one more all-reduce of [B, D]. Source: Rajamanoharan et al. 2024 (Gated SAEs),
+    section 3.2.
+    """
+    gate_BF = jax.nn.relu(seen.pre_BF)
+    l1 = _weighted_l1(params, gate_BF)
+    aux = squared_error(seen.x_BD, decode(spec, lax.stop_gradient(params), gate_BF)).mean()
+    return seen.mse + inputs.sparsity * l1 + aux, {"l1": l1, "aux": aux}
