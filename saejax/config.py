@@ -95,6 +95,17 @@ class SAEOptions:
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk)", gt=0)
     l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu, gated)", ge=0.0)
+    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / target_l0 - 1)^2, or tanh with a pre-activation loss",
+                         choices=("l0", "target_l0", "tanh"))
+    sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
+    target_l0: float = opt(80.0, "active features per token that objective `target_l0` aims at", gt=0.0)
+    bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
+    threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
+    penalty_scale: float = opt(4.0, "c in tanh(c f ||W_dec||)", gt=0.0)
+    pre_act_coef: float = opt(3e-6, "weight of the pre-activation loss (jumprelu, objective `tanh`)", ge=0.0)
+    frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
+                                "i fires in a batch (jumprelu, objectives `l0` and `target_l0`)", ge=0.0)
+    max_frequency: float = opt(0.1, "firing rate above which a feature is penalised", gt=0.0, le=1.0)
     normalize: str = opt("mean_sq_norm_D", "scalar normalisation of the inputs; lambda and thresholds only carry over "
                          "inside one convention", choices=NORMALIZATIONS)
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")

@@ -19,6 +19,10 @@ def _of_sae(sae, c) -> list[str]:
         out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
     if sae.aux_k and sae.kind not in WITH_AUX:
         out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kind {_either(WITH_AUX)}; set it to 0")
+    if sae.kind == "jumprelu" and sae.objective == "target_l0" and sae.target_l0 > sae.d_sae:
+        out.append(f"config.sae.target_l0: {sae.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
+    if sae.frequency_coef and (sae.kind != "jumprelu" or sae.objective == "tanh"):
+        out.append("config.sae.frequency_coef: belongs to kind 'jumprelu' with objective 'l0' or 'target_l0'; set it to 0")
     return out
 
 

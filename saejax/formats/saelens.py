@@ -1,8 +1,8 @@
 """The release directory: `cfg.json` + `sae_weights.safetensors` with SAELens' names and layout, so that both libraries read it.
 
 Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]; gated has b_gate, r_mag and b_mag
-[d_sae] instead of b_enc. Normalisation and, except for topk, decoder norms are folded, so raw activations go in:
-pre = (x - b_dec if apply_b_dec_to_input) W_enc + b_enc.
+[d_sae] instead of b_enc, jumprelu has threshold [d_sae]. Normalisation and, except for topk, decoder norms are folded, so raw
+activations go in: pre = (x - b_dec if apply_b_dec_to_input) W_enc + b_enc.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from saejax.storage import file_sha256, is_writer, read_json, write_bytes, write
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-ARCHITECTURES = {"relu": "standard", "topk": "topk", "gated": "gated"}
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
 COMMON = ("W_enc", "b_enc", "W_dec", "b_dec")
 SAELENS_VERSION = "6.54.12"  # the reader that releases are checked against; readers treat < 6 as an older layout
 
@@ -78,7 +78,7 @@ def read(directory: Path, mesh: Mesh | None = None) -> SAE:
     cfg = _from_cfg(directory / CONFIG, read_json(directory / CONFIG, FormatError))
     path = directory / WEIGHTS
     _check_digest(path, cfg.metadata.get("weights_sha256"))
-    shapes = param_shapes(cfg.spec)
+    shapes = param_shapes(cfg.spec, folded=True)
     names = shapes.per_feature.keys()
     expected = {_tensor(cfg.kind, name): getattr(shapes, name) for name in COMMON} | shapes.per_feature
     expected["W_enc"] = (cfg.d_in, cfg.d_sae)

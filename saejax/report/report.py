@@ -41,14 +41,15 @@ def plots(result: Result, lines: list[dict]) -> list[Plot]:
     """Every figure for which there is data."""
     marks = [tokens for tokens, _ in _resamples(lines)]
     limit = 1.25 * result.config.sae.k if result.config.sae.kind == "topk" else None
-    parts = {"loss": "loss", "mse": "mean squared error", "aux": "auxiliary", "l1": "L1 penalty / lambda"}
+    parts = {"loss": "loss", "mse": "mean squared error", "aux": "auxiliary", "l1": "L1 penalty / lambda",
+             "sparsity": "sparsity term / lambda"}
     wanted = [
         ("Loss and its parts", parts, {"log": True}),
         ("L0: active features per token", {"l0": "L0"}, {"top": limit}),
         ("Fraction of variance", {"explained_variance": "explained", "fvu": "unexplained"}, {"top": 1.0}),
         ("Dead features (share)", {"dead_fraction": "dead"}, {}),
         ("Learning rate", {"lr": "learning rate"}, {}),
-        ("Sparsity coefficient lambda", {"l1_coefficient": "lambda"}, {}),
+        ("Sparsity coefficient lambda", {"l1_coefficient": "lambda", "sparsity_coefficient": "lambda"}, {}),
         ("Tokens per second", {"tokens_per_second": "tokens/s"}, {}),
         ("Share of time spent waiting for data", {"data_wait_share": "waiting"}, {"top": 1.0}),
     ]

@@ -6,6 +6,7 @@ import numpy as np
 
 from saejax.config import Config, SAEOptions
 from saejax.logs import read_metrics
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths
 
 
@@ -36,7 +37,10 @@ def training_rate(paths: RunPaths) -> float | None:
 
 def described(sae: SAEOptions) -> str:
     """The kind and what sets its sparsity."""
-    return f"{sae.kind}, " + (f"k = {sae.k}" if sae.kind == "topk" else f"lambda = {sae.l1:g}")
+    if sae.kind == "jumprelu":
+        target = f", target L0 {sae.target_l0:g}" if sae.objective == "target_l0" else ""
+        return f"jumprelu, {sae.objective} with lambda = {sae.sparsity:g}{target}"
+    return f"{sae.kind}, " + (f"k = {sae.k}" if sae.kind in WITH_K else f"lambda = {sae.l1:g}")
 
 
 def rows(result: Result) -> list[tuple[str, str]]:

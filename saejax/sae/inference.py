@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from saejax import sharding
 from saejax.errors import FormatError
+from saejax.sae.activations import thresholds
 from saejax.sae.model import decode, encode
 from saejax.sae.params import SAEParams, SAESpec, param_shardings
 
@@ -39,16 +40,20 @@ def fold(spec: SAESpec, params: SAEParams, scale: jax.Array) -> SAEParams:
     Feature activations come out in raw units: the length of the feature's contribution to the residual stream where decoder
     rows are unit. acts = f_i ||W_dec,i|| / scale with unit decoder rows; topk: acts = f_i / scale, decoder rows as trained
     (unit by default), since rescaling single rows would change which features win. All rest on relu(c z) = c relu(z) for
-    c > 0; biases are in the units of pre-activations and scale like b_enc, `r_mag` is a ratio and stays.
+    c > 0; biases and thresholds are in the units of pre-activations and scale like b_enc, `r_mag` is a ratio and stays.
+    jumprelu: `log_threshold` becomes `threshold`.
     """
     if spec.kind != "topk":
         norm_F = jnp.maximum(jnp.linalg.norm(params.W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
     else:
         norm_F = jnp.ones_like(params.b_enc)
+    own = dict(params.per_feature)
+    if spec.kind == "jumprelu":
+        own = {"threshold": thresholds(params)}
     return SAEParams(W_enc=params.W_enc * norm_F[:, None], b_enc=params.b_enc * norm_F / scale,
                      W_dec=params.W_dec / norm_F[:, None], b_dec=params.b_dec / scale,
                      per_feature={name: value if name == "r_mag" else value * norm_F / scale
-                                  for name, value in params.per_feature.items()})
+                                  for name, value in own.items()})
 
 
 @functools.partial(jax.jit, static_argnums=0)

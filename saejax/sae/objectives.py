@@ -6,7 +6,7 @@ from flax import struct
 from jax import lax
 
 from saejax.config import SAEOptions
-from saejax.sae.activations import activate
+from saejax.sae.activations import activate, fires, thresholds
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
 from saejax.sae.model import decode, pre_activations
 from saejax.sae.params import SAEParams, SAESpec
@@ -34,7 +34,8 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.A
     acts_BF = activate(spec, params, pre_BF)
     seen = Forward(x_BD=x_BD, pre_BF=pre_BF, acts_BF=acts_BF, recon_BD=decode(spec, params, acts_BF),
                    fired_F=(acts_BF > 0).any(0))
-    loss, own = {"relu": _relu, "topk": _topk, "gated": _gated}[spec.kind](spec, options, params, seen, inputs)
+    of_kind = {"relu": _relu, "topk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
+    loss, own = of_kind(spec, options, params, seen, inputs)
     errors_B = squared_error(x_BD, seen.recon_BD)
     l0 = (acts_BF > 0).sum(dtype=jnp.float32) / x_BD.shape[0]
     fvu = errors_B.sum() / variance_total(x_BD)
@@ -73,3 +74,32 @@ def _gated(spec, options, params, seen, inputs):
     l1 = _weighted_l1(params, gate_BF)
     aux = squared_error(seen.x_BD, decode(spec, lax.stop_gradient(params), gate_BF)).mean()
     return seen.mse + inputs.sparsity * l1 + aux, {"l1": l1, "aux": aux}
+
+
+def _jumprelu(spec, options, params, seen, inputs):
+    """mean_b ||x - x^||^2 + lambda * (what `sae.objective` says), see the functions below."""
+    threshold_F = thresholds(params)
+    if options.objective == "tanh":
+        sparsity, pre_act = _tanh(options, params, seen, threshold_F)
+        return seen.mse + inputs.sparsity * sparsity + options.pre_act_coef * pre_act, {"sparsity": sparsity}
+    rate_F = fires(seen.pre_BF, threshold_F, spec.bandwidth).mean(0)
+    if options.objective == "l0":
+        sparsity = rate_F.sum()
+    else:
+        sparsity = jnp.square(rate_F.sum() / options.target_l0 - 1)
+    loss = seen.mse + inputs.sparsity * sparsity
+    if options.frequency_coef:
+        loss = loss + options.frequency_coef * jnp.square(jax.nn.relu(rate_F / options.max_frequency - 1)).sum()
+    return loss, {"sparsity": sparsity}
+
+
+def _tanh(options, params, seen, threshold_F):
+    """(mean_b sum_i tanh(c f_i ||W_dec,i||),  mean_b sum_i max(threshold_i - pre_i, 0) ||W_dec,i||).
+
+    Gradients reach every parameter; the second term pulls features back that have stopped firing. Source: Transformer Circuits
+    update January 2025, "Dictionary learning optimization techniques".
+    """
+    norm_F = jnp.linalg.norm(params.W_dec, axis=1)
+    sparsity = jnp.tanh(options.penalty_scale * seen.acts_BF * norm_F).sum(0).sum()
+    pre_act = (jax.nn.relu(threshold_F - seen.pre_BF).sum(0) * norm_F).sum()
+    return sparsity / seen.x_BD.shape[0], pre_act / seen.x_BD.shape[0]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax import sharding
-from saejax.config import Config, ResampleOptions
+from saejax.config import Config, ResampleOptions, SAEOptions
 from saejax.sae import SAESpec, reconstruct
 from saejax.sae.losses import squared_error
 from saejax.sae.params import initial_per_feature
@@ -48,8 +48,8 @@ def _row_losses(spec: SAESpec, state: TrainState, x_BD: jax.Array) -> jax.Array:
     return jax.sharding.reshard(squared_error(x_BD, recon_BD), jax.P())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
-def _place_rows(spec: SAESpec, keep_norms: bool, state: TrainState, x_BD: jax.Array, source_F: jax.Array, first: jax.Array,
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _place_rows(options: SAEOptions, state: TrainState, x_BD: jax.Array, source_F: jax.Array, first: jax.Array,
                 encoder_norm: jax.Array, decoder_norm: jax.Array) -> TrainState:
     """Features whose source row lies in this batch get that row's direction; all others stay as they are."""
     x_BD = jax.sharding.reshard(normalized(x_BD, state.scale), jax.P()) - state.params.b_dec
@@ -57,9 +57,9 @@ def _place_rows(spec: SAESpec, keep_norms: bool, state: TrainState, x_BD: jax.Ar
     row_F = source_F - first
     here_F = (source_F >= 0) & (row_F >= 0) & (row_F < len(x_BD))
     rows_FD = direction_BD.at[jnp.where(here_F, row_F, 0)].get(out_sharding=sharding.spec("features", "d_in"))
-    p, fresh = state.params, initial_per_feature(spec.kind)
+    p, fresh = state.params, initial_per_feature(options)
     params = p.replace(
-        W_dec=jnp.where(here_F[:, None], rows_FD * (decoder_norm if keep_norms else 1.0), p.W_dec),
+        W_dec=jnp.where(here_F[:, None], rows_FD * (1.0 if options.unit_decoder else decoder_norm), p.W_dec),
         W_enc=jnp.where(here_F[:, None], rows_FD * encoder_norm, p.W_enc),
         b_enc=jnp.where(here_F, 0.0, p.b_enc),
         per_feature={name: jnp.where(here_F, fresh[name], value) for name, value in p.per_feature.items()})
@@ -101,7 +101,6 @@ def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable
     first = 0
     for x_BD, batch_losses in zip(second_pass, losses, strict=True):
         if np.any((wanted >= first) & (wanted < first + len(batch_losses))):
-            state = _place_rows(spec, not config.sae.unit_decoder, state, x_BD, source_F, jnp.int32(first), encoder_norm,
-                                decoder_norm)
+            state = _place_rows(config.sae, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
         first += len(batch_losses)
     return state, len(dead)

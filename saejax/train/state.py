@@ -9,7 +9,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import sharding
-from saejax.config import Config, TrainOptions
+from saejax.config import Config
 from saejax.records import ActivationStats
 from saejax.sae import SAEParams, SAESpec, init_params, reconstruct
 from saejax.train import optim
@@ -72,14 +72,14 @@ def initial_state(config: Config, spec: SAESpec, stats: ActivationStats, sample_
     scale = normalization_scale(config.sae.normalize, stats, spec.d_in)
     variance = stats.mean_sq_norm - float(np.square(stats.mean_D).sum())
     b_dec = initial_b_dec(config.sae.b_dec_init, sample_ND, scale)
-    make = _maker(spec, config.train, config.sae.decoder_init_norm, total_steps)
+    make = _maker(spec, config, total_steps)
     with jax.set_mesh(mesh):
         return jax.jit(make)(jax.random.key(config.seed), b_dec, np.float32(scale), np.float32(1 / (scale**2 * variance)))
 
 
 def abstract_state(config: Config, spec: SAESpec, total_steps: int, mesh: Mesh):
     """Shapes, dtypes and shardings of the state on a mesh, nothing allocated: what a checkpoint is restored into."""
-    make = _maker(spec, config.train, config.sae.decoder_init_norm, total_steps)
+    make = _maker(spec, config, total_steps)
     with jax.set_mesh(mesh):
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         shapes = jax.eval_shape(make, jax.random.key(0), jax.ShapeDtypeStruct((spec.d_in,), jnp.float32), scalar, scalar)
@@ -87,14 +87,14 @@ def abstract_state(config: Config, spec: SAESpec, total_steps: int, mesh: Mesh):
         mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
 
 
-def _maker(spec: SAESpec, options: TrainOptions, decoder_norm: float, total_steps: int):
-    return functools.partial(_make, spec, optim.optimizer(options, total_steps), decoder_norm)
+def _maker(spec: SAESpec, config: Config, total_steps: int):
+    return functools.partial(_make, spec, optim.optimizer(config.train, total_steps), config.sae)
 
 
-def _make(spec, tx, decoder_norm, key, b_dec, scale, inverse_variance) -> TrainState:
+def _make(spec, tx, options, key, b_dec, scale, inverse_variance) -> TrainState:
     key_init, key_probe = jax.random.split(key)
-    params = init_params(spec, key_init, b_dec, decoder_norm)
-    if spec.kind == "topk":
+    params = init_params(spec, key_init, b_dec, options)
+    if spec.kind != "relu":
         params = _input_scaled(spec, params, key_probe)
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), tokens_since_fired_F=since,
@@ -104,7 +104,8 @@ def _make(spec, tx, decoder_norm, key, b_dec, scale, inverse_variance) -> TrainS
 def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams:
     """Encoder divided by the mean norm of the reconstructions of unit vectors, so that outputs start at the inputs' scale.
 
-    Source: official training code of Gao et al. 2024 (256 random unit vectors around b_dec).
+    All kinds but relu, whose recipe starts small. Source: official training code of Gao et al. 2024 (256 random unit vectors
+    around b_dec).
     """
     n = 256
     probe = jax.random.normal(key, (n, spec.d_in), jnp.float32)

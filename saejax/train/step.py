@@ -30,11 +30,12 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
     """
     tx = optim.optimizer(config.train, total_steps)
     lr = optim.learning_rate(config.train, total_steps)
-    l1 = optim.l1_coefficient(config.train, config.sae.l1, total_steps)
+    penalty = config.sae.sparsity if spec.kind == "jumprelu" else config.sae.l1
+    sparsity = optim.l1_coefficient(config.train, penalty, total_steps)
 
     def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         x_BD = normalized(x_BD, state.scale)
-        inputs = LossInputs(sparsity=l1(state.step), inverse_variance=state.inverse_variance,
+        inputs = LossInputs(sparsity=sparsity(state.step), inverse_variance=state.inverse_variance,
                             tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
         (_, parts), gradients = jax.value_and_grad(
             lambda p: objective(spec, config.sae, p, x_BD, inputs), has_aux=True)(state.params)
@@ -52,7 +53,7 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
             "dead_fraction": (since_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
             "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step),
         }
-        metrics |= parts.own | ({"l1_coefficient": inputs.sparsity} if "l1" in parts.own else {})
+        metrics |= parts.own | {f"{name}_coefficient": inputs.sparsity for name in parts.own if name in ("l1", "sparsity")}
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
 
     return jax.jit(step, donate_argnums=0)

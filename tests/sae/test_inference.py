@@ -10,9 +10,10 @@ from saejax.config import MeshOptions
 from saejax.errors import FormatError
 from saejax.sae import SAEParams, SAESpec, reconstruct
 from saejax.sae.inference import SAE, SAEConfig, fold
-from saejax.sae.params import initial_per_feature
+from saejax.sae.params import PER_FEATURE
 
-SPECS = [SAESpec("relu", 12, 64), SAESpec("topk", 12, 64, k=5, pre_bias=True), SAESpec("gated", 12, 64, pre_bias=True)]
+SPECS = [SAESpec("relu", 12, 64), SAESpec("topk", 12, 64, k=5, pre_bias=True), SAESpec("gated", 12, 64, pre_bias=True),
+         SAESpec("jumprelu", 12, 64)]
 
 
 def make(spec):
@@ -22,7 +23,7 @@ def make(spec):
         W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
     params = SAEParams(*(jnp.asarray(v, jnp.float32) for v in (
         rng.standard_normal((64, 12)), rng.standard_normal(64) * 0.1, W_dec, rng.standard_normal(12))),
-        per_feature={name: jnp.asarray(rng.uniform(-2, 0, 64), jnp.float32) for name in initial_per_feature(spec.kind)})
+        per_feature={name: jnp.asarray(rng.uniform(-2, 0, 64), jnp.float32) for name in PER_FEATURE.get(spec.kind, ())})
     scale = jnp.float32(0.037)
     cfg = SAEConfig(kind=spec.kind, d_in=12, d_sae=64, k=spec.k, pre_bias=spec.pre_bias, hookpoint="h", model="m")
     x = rng.standard_normal((3, 7, 12)).astype(np.float32) * 30

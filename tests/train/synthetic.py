@@ -10,7 +10,7 @@ from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
 
-KINDS = ("relu", "topk", "gated")
+KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh")  # names of recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 
 
@@ -49,6 +49,8 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
         c.sae.aux_k = 16
     else:
         c.sae.l1 = 0.1
+    if c.sae.kind == "jumprelu":  # windows and targets for a problem of this size
+        c.sae.bandwidth, c.sae.threshold_init, c.sae.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
     c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
     c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
     c.checkpoint.every_tokens = 32 * 10
