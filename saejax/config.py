@@ -93,7 +93,7 @@ class SAEOptions:
     hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it is trained on; one of `harvest.hookpoints`")
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
-    k: int = opt(32, "active features per token (topk)", gt=0)
+    k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
     l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu, gated)", ge=0.0)
     objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / target_l0 - 1)^2, or tanh with a pre-activation loss",
                          choices=("l0", "target_l0", "tanh"))
@@ -101,6 +101,8 @@ class SAEOptions:
     target_l0: float = opt(80.0, "active features per token that objective `target_l0` aims at", gt=0.0)
     bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
     threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
+    threshold_beta: float = opt(0.999, "memory of the running mean of the least kept activation, the threshold after training "
+                                "(batchtopk)", ge=0.0, lt=1.0)
     penalty_scale: float = opt(4.0, "c in tanh(c f ||W_dec||)", gt=0.0)
     pre_act_coef: float = opt(3e-6, "weight of the pre-activation loss (jumprelu, objective `tanh`)", ge=0.0)
     frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
@@ -113,7 +115,7 @@ class SAEOptions:
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
                           choices=("zeros", "mean", "geometric_median"))
     decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
-    aux_k: int = opt(256, "dead features asked to explain the residual error (topk); 0 turns AuxK off", ge=0)
+    aux_k: int = opt(256, "dead features asked to explain the residual error (topk, batchtopk); 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
                            "and in the log", gt=0)

@@ -1,8 +1,8 @@
 """Published recipes, as differences from the defaults of `saejax.config`: what `default_config(name)` starts from."""
 
-KINDS = ("relu", "topk", "gated", "jumprelu")
-WITH_K = ("topk",)      # kinds that keep a given number of features
-WITH_AUX = ("topk",)    # kinds that AuxK belongs to
+KINDS = ("relu", "topk", "gated", "jumprelu", "batchtopk")
+WITH_K = ("topk", "batchtopk")      # kinds that keep a given number of features
+WITH_AUX = ("topk", "batchtopk")    # kinds that AuxK belongs to
 
 # Transformer Circuits update April 2024 (learning rate for ~200k steps; short runs need a larger one, see
 # configs/demo_relu.py).
@@ -43,4 +43,8 @@ _JUMPRELU_TANH = {
     "train.clip": 1.0,
 }
 
-RECIPES = {"relu": _RELU, "topk": _TOPK, "gated": _GATED, "jumprelu": _JUMPRELU, "jumprelu_tanh": _JUMPRELU_TANH}
+# Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32, threshold averaged with 0.999.
+_BATCHTOPK = {"sae.kind": "batchtopk", "sae.normalize": "mean_sq_norm_1", "sae.threshold_beta": 0.999}
+
+RECIPES = {"relu": _RELU, "topk": _TOPK, "gated": _GATED, "jumprelu": _JUMPRELU, "jumprelu_tanh": _JUMPRELU_TANH,
+           "batchtopk": _BATCHTOPK}

@@ -17,7 +17,7 @@ from saejax.train import loop
 from tests.train.synthetic import D_IN, leaves, make_config, make_store
 
 
-@pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu"])
+@pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu", "batchtopk"])
 def released(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("release")
     loop.train(make_config(request.param, path / "run"), make_store(path / "store"))

@@ -8,6 +8,7 @@ import jinja2
 import saejax
 from saejax import config as config_lib
 from saejax.logs import read_metrics
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths
 from saejax.report.plots import Plot, curves, histogram_plot, line_plot
 from saejax.report.summary import Result, described, rows
@@ -40,7 +41,7 @@ def render(result: Result, lines: list[dict]) -> str:
 def plots(result: Result, lines: list[dict]) -> list[Plot]:
     """Every figure for which there is data."""
     marks = [tokens for tokens, _ in _resamples(lines)]
-    limit = 1.25 * result.config.sae.k if result.config.sae.kind == "topk" else None
+    limit = 1.25 * result.config.sae.k if result.config.sae.kind in WITH_K else None
     parts = {"loss": "loss", "mse": "mean squared error", "aux": "auxiliary", "l1": "L1 penalty / lambda",
              "sparsity": "sparsity term / lambda"}
     wanted = [
@@ -50,6 +51,7 @@ def plots(result: Result, lines: list[dict]) -> list[Plot]:
         ("Dead features (share)", {"dead_fraction": "dead"}, {}),
         ("Learning rate", {"lr": "learning rate"}, {}),
         ("Sparsity coefficient lambda", {"l1_coefficient": "lambda", "sparsity_coefficient": "lambda"}, {}),
+        ("Threshold", {"threshold": "running mean of the least kept activation"}, {}),
         ("Tokens per second", {"tokens_per_second": "tokens/s"}, {}),
         ("Share of time spent waiting for data", {"data_wait_share": "waiting"}, {"top": 1.0}),
     ]

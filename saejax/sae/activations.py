@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import topk_mask
+from saejax.sae.select_batch import batch_topk_mask
 
 
 def relu(pre_BF: jax.Array) -> jax.Array:
@@ -20,6 +21,16 @@ def topk(pre_BF: jax.Array, k: int) -> jax.Array:
     The gradient passes through the kept entries only. Source: Gao et al. 2024, section 2.3.
     """
     keep_BF = topk_mask(jax.lax.stop_gradient(pre_BF), k)
+    return jnp.where(keep_BF, jax.nn.relu(pre_BF), 0.0)
+
+
+def batchtopk(pre_BF: jax.Array, k: int) -> jax.Array:
+    """acts = max(pre, 0) on the B x k largest pre-activations of the whole batch, 0 elsewhere: k per row on average.
+
+    A training-time function: a row's features depend on the other rows. A trained SAE uses a threshold (jumprelu) instead.
+    Source: Bussmann et al. 2024 (BatchTopK).
+    """
+    keep_BF = batch_topk_mask(jax.lax.stop_gradient(pre_BF), k)
     return jnp.where(keep_BF, jax.nn.relu(pre_BF), 0.0)
 
 
@@ -72,7 +83,7 @@ fires.defvjp(lambda pre, threshold, bandwidth: (fires(pre, threshold, bandwidth)
 
 
 def thresholds(params: SAEParams) -> jax.Array:
-    """Thresholds [F] of a jumprelu SAE: exp(log_threshold) in training, as they are in a folded one."""
+    """Thresholds [F]: exp(log_threshold) of a jumprelu SAE in training, else as they are."""
     own = params.per_feature
     return own["threshold"] if "threshold" in own else jnp.exp(own["log_threshold"])
 
@@ -85,4 +96,6 @@ def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array) -> jax.Array:
         return gated(pre_BF, params.b_enc, params.per_feature["r_mag"], params.per_feature["b_mag"])
     if spec.kind == "jumprelu":
         return jumprelu(pre_BF, thresholds(params), spec.bandwidth)
+    if spec.kind == "batchtopk":
+        return batchtopk(pre_BF, spec.k)
     return topk(pre_BF, spec.k)

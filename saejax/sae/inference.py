@@ -34,6 +34,11 @@ class SAEConfig:
         return SAESpec(kind=self.kind, d_in=self.d_in, d_sae=self.d_sae, k=self.k, pre_bias=self.pre_bias)
 
 
+def folded_kind(kind: str) -> str:
+    """The kind of a folded SAE: one of batchtopk encodes each row by itself, with a threshold."""
+    return "jumprelu" if kind == "batchtopk" else kind
+
+
 def fold(spec: SAESpec, params: SAEParams, scale: jax.Array) -> SAEParams:
     """Parameters for raw activations: the normalisation (x_normalised = scale * x) and, except for topk, decoder norms folded.
 
@@ -41,14 +46,15 @@ def fold(spec: SAESpec, params: SAEParams, scale: jax.Array) -> SAEParams:
     rows are unit. acts = f_i ||W_dec,i|| / scale with unit decoder rows; topk: acts = f_i / scale, decoder rows as trained
     (unit by default), since rescaling single rows would change which features win. All rest on relu(c z) = c relu(z) for
     c > 0; biases and thresholds are in the units of pre-activations and scale like b_enc, `r_mag` is a ratio and stays.
-    jumprelu: `log_threshold` becomes `threshold`.
+    The result is of `folded_kind`: batchtopk becomes jumprelu at its running threshold, which params.per_feature brings along as
+    `threshold`; `log_threshold` of jumprelu becomes `threshold`.
     """
     if spec.kind != "topk":
         norm_F = jnp.maximum(jnp.linalg.norm(params.W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
     else:
         norm_F = jnp.ones_like(params.b_enc)
     own = dict(params.per_feature)
-    if spec.kind == "jumprelu":
+    if folded_kind(spec.kind) == "jumprelu":
         own = {"threshold": thresholds(params)}
     return SAEParams(W_enc=params.W_enc * norm_F[:, None], b_enc=params.b_enc * norm_F / scale,
                      W_dec=params.W_dec / norm_F[:, None], b_dec=params.b_dec / scale,

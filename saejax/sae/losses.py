@@ -26,7 +26,10 @@ class LossInputs:
 
 @struct.dataclass
 class LossParts:
-    """Scalars of a batch for the log, and which features fired [F]. own: terms that only this kind has, by name."""
+    """Scalars of a batch for the log, and which features fired [F].
+
+    own: terms that only this kind has, by name. least: the smallest positive activation (infinite where there is none).
+    """
 
     loss: jax.Array
     mse: jax.Array
@@ -34,6 +37,7 @@ class LossParts:
     fvu: jax.Array
     fired_F: jax.Array
     own: dict[str, jax.Array]
+    least: jax.Array
 
 
 def squared_error(x_BD: jax.Array, recon_BD: jax.Array) -> jax.Array:

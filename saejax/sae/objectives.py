@@ -34,12 +34,13 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.A
     acts_BF = activate(spec, params, pre_BF)
     seen = Forward(x_BD=x_BD, pre_BF=pre_BF, acts_BF=acts_BF, recon_BD=decode(spec, params, acts_BF),
                    fired_F=(acts_BF > 0).any(0))
-    of_kind = {"relu": _relu, "topk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
+    of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     errors_B = squared_error(x_BD, seen.recon_BD)
     l0 = (acts_BF > 0).sum(dtype=jnp.float32) / x_BD.shape[0]
     fvu = errors_B.sum() / variance_total(x_BD)
-    return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=l0, fvu=fvu, fired_F=seen.fired_F, own=own)
+    return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=l0, fvu=fvu, fired_F=seen.fired_F, own=own,
+                           least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min())
 
 
 def _weighted_l1(params: SAEParams, acts_BF: jax.Array) -> jax.Array:

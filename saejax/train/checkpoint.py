@@ -168,15 +168,25 @@ def restore_step(step_dir: Path, abstract_state):
 
 
 def restore_params(step_dir: Path, mesh: Mesh) -> tuple[SAEParams, CheckpointMeta]:
-    """(params, meta) of one step on any mesh, verified; optimizer state is not read."""
+    """(params, meta) of one step on any mesh, verified; optimizer state is not read.
+
+    batchtopk: `per_feature["threshold"]` is the run's mean threshold, equal for all features.
+    """
     spec = read_meta(step_dir).spec
     sharding.check_features(spec.d_sae, mesh)
     shapes = param_shapes(spec)
     abstract = jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape, "float32", sharding=where), shapes,
                             param_shardings(mesh, shapes.per_feature), is_leaf=lambda shape: isinstance(shape, tuple))
     with jax.set_mesh(mesh):
-        tree, meta = _restore(Path(step_dir), {"params": abstract}, partial=True)
-    return tree["params"], meta
+        wanted = {"params": abstract}
+        if spec.kind == "batchtopk":
+            wanted["moving"] = {"threshold": jax.ShapeDtypeStruct((), "float32", sharding=sharding.sharding(mesh))}
+        tree, meta = _restore(Path(step_dir), wanted, partial=True)
+        params = tree["params"]
+        if spec.kind == "batchtopk":
+            equal_F = jax.jit(lambda value, b_enc: jax.numpy.zeros_like(b_enc) + value)(tree["moving"]["threshold"], params.b_enc)
+            params = params.replace(per_feature={"threshold": equal_F})
+    return params, meta
 
 
 def _restore(step_dir: Path, abstract, partial: bool):

@@ -1,5 +1,6 @@
 """The whole state of a training run that lives on devices, and its initialisation shard by shard."""
 
+import dataclasses
 import functools
 
 import jax
@@ -21,6 +22,7 @@ class TrainState:
 
     tokens_since_fired_F saturates at 2^31; scale: raw activation x scale = what the SAE sees; inverse_variance:
     1 / E||x - E x||^2 of the normalised data. Both are constants of a run, kept here so that a checkpoint is complete.
+    moving: running means; batchtopk's `threshold`, empty for the others.
     """
 
     step: jax.Array                  # int32
@@ -29,6 +31,17 @@ class TrainState:
     tokens_since_fired_F: jax.Array  # uint32
     scale: jax.Array                 # float32
     inverse_variance: jax.Array      # float32
+    moving: dict[str, jax.Array] = struct.field(default_factory=dict)  # float32
+
+
+def moved(moving: dict[str, jax.Array], least: jax.Array, step: jax.Array, beta: float) -> dict[str, jax.Array]:
+    """The running means after a step. threshold: exponential mean of `least` (Bussmann et al. 2024), plain mean at first.
+
+    beta grows as step / (step + 1) up to its final value, so that the first steps do not weigh more than later ones. A batch
+    without any positive activation leaves the mean alone.
+    """
+    beta = jnp.minimum(beta, step / (step + 1))
+    return {name: jnp.where(jnp.isfinite(least), beta * value + (1 - beta) * least, value) for name, value in moving.items()}
 
 
 def normalization_scale(convention: str, stats: ActivationStats, d_in: int) -> float:
@@ -98,7 +111,8 @@ def _make(spec, tx, options, key, b_dec, scale, inverse_variance) -> TrainState:
         params = _input_scaled(spec, params, key_probe)
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), tokens_since_fired_F=since,
-                      scale=scale, inverse_variance=inverse_variance)
+                      scale=scale, inverse_variance=inverse_variance,
+                      moving={"threshold": jnp.zeros((), jnp.float32)} if spec.kind == "batchtopk" else {})
 
 
 def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams:
@@ -113,5 +127,7 @@ def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams
     centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))
     # Rows are repeated up to a multiple of the data axis and the repeats not counted: the value is the same on every mesh.
     row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().shape["data"])
+    if spec.kind == "batchtopk":  # the repeated rows must not compete
+        spec = dataclasses.replace(spec, kind="topk")
     recon, _ = reconstruct(spec, centred, jax.sharding.reshard(probe[row % n], sharding.spec("rows", "d_in")))
     return params.replace(W_enc=params.W_enc * (n / jnp.where(row < n, jnp.linalg.norm(recon, axis=1), 0.0).sum()))

@@ -10,7 +10,7 @@ from saejax.sae import SAESpec
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
 from saejax.train import optim
-from saejax.train.state import TrainState
+from saejax.train.state import TrainState, moved
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
 
@@ -54,6 +54,9 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
             "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step),
         }
         metrics |= parts.own | {f"{name}_coefficient": inputs.sparsity for name in parts.own if name in ("l1", "sparsity")}
+        moving = moved(state.moving, parts.least, state.step, config.sae.threshold_beta)
+        metrics |= moving
+        state = state.replace(moving=moving)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -9,8 +9,9 @@ from saejax.config import Config, default_config, resolve
 from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
+from saejax.recipes import WITH_K
 
-KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh")  # names of recipes
+KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk")  # names of recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 
 
@@ -45,7 +46,7 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
-    if kind == "topk":
+    if c.sae.kind in WITH_K:
         c.sae.aux_k = 16
     else:
         c.sae.l1 = 0.1

@@ -71,6 +71,14 @@ def test_it_learns(single, kind):
     assert kind != "topk" or all(h["l0"] <= 4 for h in history)
 
 
+def test_the_threshold_is_the_mean_of_the_least_kept_activations(single):
+    state, history = single["batchtopk"]
+    assert all(h["l0"] <= 4 for h in history) and history[-1]["l0"] == 4
+    assert history[-1]["threshold"] == float(state.moving["threshold"]) > 0
+    steps = [h["threshold"] for h in history]
+    assert len(set(steps)) > 40 and abs(steps[-1] - steps[-2]) < abs(steps[2] - steps[1]) + 0.1
+
+
 def test_dead_counters_and_unit_decoder(single):
     state, history = single["topk"]
     np.testing.assert_allclose(np.linalg.norm(state.params.W_dec, axis=1), 1.0, rtol=1e-6)
