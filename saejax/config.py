@@ -103,6 +103,8 @@ class SAEOptions:
     threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
     threshold_beta: float = opt(0.999, "memory of the running mean of the least kept activation, the threshold after training "
                                 "(batchtopk)", ge=0.0, lt=1.0)
+    groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "
+                                    "(Matryoshka; batchtopk, jumprelu); empty: none", empty=True)
     penalty_scale: float = opt(4.0, "c in tanh(c f ||W_dec||)", gt=0.0)
     pre_act_coef: float = opt(3e-6, "weight of the pre-activation loss (jumprelu, objective `tanh`)", ge=0.0)
     frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
@@ -286,8 +288,12 @@ def _checked(value, hint, rules, path: str, problems: list[str]):
     if value is None and base is not hint:
         return None
     if typing.get_origin(base) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value) or not value:
-            problems.append(f"config.{path}: expected a non-empty tuple of strings, got {value!r}")
+        item, words = (str, "strings") if typing.get_args(base)[0] is str else (float, "numbers")
+        empty = rules.get("empty", False)
+        if item is float and isinstance(value, (list, tuple)):
+            value = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, item) for v in value) or not (value or empty):
+            problems.append(f"config.{path}: expected a {'' if empty else 'non-empty '}tuple of {words}, got {value!r}")
             return ()
         return tuple(value)
     if base is float and isinstance(value, int) and not isinstance(value, bool):

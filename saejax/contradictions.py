@@ -21,6 +21,11 @@ def _of_sae(sae, c) -> list[str]:
         out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kind {_either(WITH_AUX)}; set it to 0")
     if sae.kind == "jumprelu" and sae.objective == "target_l0" and sae.target_l0 > sae.d_sae:
         out.append(f"config.sae.target_l0: {sae.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
+    if sae.groups and sae.kind not in ("batchtopk", "jumprelu"):
+        out.append("config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'; leave it empty")
+    if sae.groups and not (abs(sum(sae.groups) - 1) < 1e-6 and min(sae.groups) * sae.d_sae >= 1):
+        out.append(f"config.sae.groups: {sae.groups} are not shares that add up to 1 with at least one feature of "
+                   f"config.sae.d_sae = {sae.d_sae} each")
     if sae.frequency_coef and (sae.kind != "jumprelu" or sae.objective == "tanh"):
         out.append("config.sae.frequency_coef: belongs to kind 'jumprelu' with objective 'l0' or 'target_l0'; set it to 0")
     return out

@@ -46,5 +46,12 @@ _JUMPRELU_TANH = {
 # Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32, threshold averaged with 0.999.
 _BATCHTOPK = {"sae.kind": "batchtopk", "sae.normalize": "mean_sq_norm_1", "sae.threshold_beta": 0.999}
 
+# Bussmann et al. 2025 (Matryoshka SAEs) as SAEBench trains them: five groups, batch 2048, learning rate 3e-4. On jumprelu: the
+# nesting of Gemma Scope 2, whose widths are not published, with the same groups.
+_GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
+_MATRYOSHKA = _BATCHTOPK | {"sae.groups": _GROUPS, "train.lr": 3e-4, "train.batch": 2048}
+_MATRYOSHKA_JUMPRELU = _JUMPRELU | {"sae.groups": _GROUPS}
+
 RECIPES = {"relu": _RELU, "topk": _TOPK, "gated": _GATED, "jumprelu": _JUMPRELU, "jumprelu_tanh": _JUMPRELU_TANH,
-           "batchtopk": _BATCHTOPK}
+           "batchtopk": _BATCHTOPK, "matryoshka": _MATRYOSHKA,
+           "matryoshka_jumprelu": _MATRYOSHKA_JUMPRELU}

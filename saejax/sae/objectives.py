@@ -10,30 +10,39 @@ from saejax.sae.activations import activate, fires, thresholds
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
 from saejax.sae.model import decode, pre_activations
 from saejax.sae.params import SAEParams, SAESpec
+from saejax.sae.prefixes import prefix_reconstructions
 
 
 @struct.dataclass
 class Forward:
-    """One pass over a batch: normalised rows, pre-activations, activations, reconstruction, and which features fired."""
+    """One pass over a batch: normalised rows, pre-activations, activations, reconstruction, which features fired, and
+    the nested reconstructions (none without `sae.groups`).
+    """
 
     x_BD: jax.Array
     pre_BF: jax.Array
     acts_BF: jax.Array
     recon_BD: jax.Array
     fired_F: jax.Array
+    prefixes_GBD: jax.Array | None
 
     @property
     def mse(self) -> jax.Array:
-        return squared_error(self.x_BD, self.recon_BD).mean()
+        """mean_b ||x - x^||^2, with nested prefixes its sum over them (Bussmann et al. 2025, Matryoshka SAEs)."""
+        if self.prefixes_GBD is None:
+            return squared_error(self.x_BD, self.recon_BD).mean()
+        return squared_error(self.x_BD, self.prefixes_GBD).mean(1).sum()
 
 
 def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array,
               inputs: LossInputs) -> tuple[jax.Array, LossParts]:
-    """The loss of a kind over a batch of normalised rows, and what it is made of."""
+    """The loss of a kind over a batch of normalised rows, and what it is made of (its `mse`: that of the whole dictionary)."""
     pre_BF = pre_activations(spec, params, x_BD)
     acts_BF = activate(spec, params, pre_BF)
-    seen = Forward(x_BD=x_BD, pre_BF=pre_BF, acts_BF=acts_BF, recon_BD=decode(spec, params, acts_BF),
-                   fired_F=(acts_BF > 0).any(0))
+    prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
+    recon_BD = decode(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
+    seen = Forward(x_BD=x_BD, pre_BF=pre_BF, acts_BF=acts_BF, recon_BD=recon_BD, fired_F=(acts_BF > 0).any(0),
+                   prefixes_GBD=prefixes_GBD)
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     errors_B = squared_error(x_BD, seen.recon_BD)

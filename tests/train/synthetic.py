@@ -4,6 +4,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from saejax.config import Config, default_config, resolve
 from saejax.data.manifest import StoreSpec
@@ -11,7 +12,7 @@ from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
 from saejax.recipes import WITH_K
 
-KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk")  # names of recipes
+KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka", "matryoshka_jumprelu")  # recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 
 
@@ -31,6 +32,23 @@ def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
         keep[:, 0] = 0
         writer.write_shard(shard, {HOOKPOINT: x}, rng.integers(0, 99, (n, CONTEXT)), keep, {})
     return writer.finalize(contexts)
+
+
+def kinds(*core: str) -> list:
+    """All kinds as test parameters; those not named here run in the slow tier."""
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+class OnDemand(dict):
+    """A dict whose missing values are made when they are asked for, once."""
+
+    def __init__(self, make):
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key):
+        self[key] = self._make(key)
+        return self[key]
 
 
 def leaves(params) -> dict:
