@@ -94,7 +94,10 @@ class SAEOptions:
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
-    l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu, gated)", ge=0.0)
+    multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
+    penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
+                       choices=("l1", "tanh", "log"))
+    l1: float = opt(5.0, "lambda of the decoder-norm-weighted penalty (relu, gated)", ge=0.0)
     objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / target_l0 - 1)^2, or tanh with a pre-activation loss",
                          choices=("l0", "target_l0", "tanh"))
     sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
@@ -105,7 +108,7 @@ class SAEOptions:
                                 "(batchtopk)", ge=0.0, lt=1.0)
     groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "
                                     "(Matryoshka; batchtopk, jumprelu); empty: none", empty=True)
-    penalty_scale: float = opt(4.0, "c in tanh(c f ||W_dec||)", gt=0.0)
+    penalty_scale: float = opt(4.0, "c in the tanh and log penalties (relu; jumprelu with objective `tanh`)", gt=0.0)
     pre_act_coef: float = opt(3e-6, "weight of the pre-activation loss (jumprelu, objective `tanh`)", ge=0.0)
     frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
                                 "i fires in a batch (jumprelu, objectives `l0` and `target_l0`)", ge=0.0)

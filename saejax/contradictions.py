@@ -21,6 +21,10 @@ def _of_sae(sae, c) -> list[str]:
         out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kind {_either(WITH_AUX)}; set it to 0")
     if sae.kind == "jumprelu" and sae.objective == "target_l0" and sae.target_l0 > sae.d_sae:
         out.append(f"config.sae.target_l0: {sae.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
+    if sae.penalty != "l1" and sae.kind != "relu":
+        out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
+    if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):
+        out.append("config.sae.multi_topk: belongs to kind 'topk' with 4 x config.sae.k <= config.sae.d_sae; turn it off")
     if sae.groups and sae.kind not in ("batchtopk", "jumprelu"):
         out.append("config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'; leave it empty")
     if sae.groups and not (abs(sum(sae.groups) - 1) < 1e-6 and min(sae.groups) * sae.d_sae >= 1):

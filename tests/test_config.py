@@ -29,6 +29,7 @@ def test_recipes_resolve_and_round_trip(name):
     ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk, "),
     ("harvest.hookpoints", [], "config.harvest.hookpoints: expected a non-empty tuple of strings"),
     ("sae.k", 9999, "config.sae.k: 9999 active features of config.sae.d_sae = 4608"),
+    ("sae.penalty", "log", "config.sae.penalty: 'log' belongs to kind 'relu'"),
     ("sae.groups", (0.5, 0.5), "config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'"),
     ("sae.groups", "half", "config.sae.groups: expected a tuple of numbers, got 'half'"),
     ("sae.frequency_coef", 0.1, "config.sae.frequency_coef: belongs to kind 'jumprelu'"),
@@ -68,6 +69,13 @@ def test_shares_of_nested_prefixes_must_make_sense(shares):
     values = default_config("matryoshka")
     values.sae.groups = shares
     with pytest.raises(ConfigError, match="are not shares that add up to 1 with at least one feature"):
+        resolve(values)
+
+
+def test_multi_topk_needs_room_for_four_times_k():
+    values = default_config("topk")
+    values.sae.multi_topk, values.sae.k, values.sae.d_sae = True, 17, 64
+    with pytest.raises(ConfigError, match="config.sae.multi_topk: belongs to kind 'topk' with 4 x config.sae.k"):
         resolve(values)
 
 

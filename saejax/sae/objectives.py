@@ -6,7 +6,7 @@ from flax import struct
 from jax import lax
 
 from saejax.config import SAEOptions
-from saejax.sae.activations import activate, fires, thresholds
+from saejax.sae.activations import activate, fires, thresholds, topk
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
 from saejax.sae.model import decode, pre_activations
 from saejax.sae.params import SAEParams, SAESpec
@@ -58,14 +58,30 @@ def _weighted_l1(params: SAEParams, acts_BF: jax.Array) -> jax.Array:
 
 
 def _relu(spec, options, params, seen, inputs):
-    """mean_b [ ||x - x^||^2 + lambda sum_i f_i ||W_dec,i|| ]. Source: Templeton et al. 2024, "Our SAE training"."""
-    l1 = _weighted_l1(params, seen.acts_BF)
+    """mean_b [ ||x - x^||^2 + lambda sum_i p(a_i) ],  a_i = f_i ||W_dec,i||,  p of slope 1 at 0 by `sae.penalty`.
+
+    l1: p(a) = a. Source: Templeton et al. 2024, "Our SAE training". tanh: p(a) = tanh(c a) / c. Source: Transformer Circuits
+    update February 2024. log: p(a) = log(1 + c a) / c. Both punish large activations less, and so shrink them less.
+    """
+    if options.penalty == "l1":
+        l1 = _weighted_l1(params, seen.acts_BF)
+    else:
+        bend, c = {"tanh": jnp.tanh, "log": jnp.log1p}[options.penalty], options.penalty_scale
+        weighted_BF = seen.acts_BF * jnp.linalg.norm(params.W_dec, axis=1)
+        l1 = bend(c * weighted_BF).sum(0).sum() / (c * seen.x_BD.shape[0])
     return seen.mse + inputs.sparsity * l1, {"l1": l1}
 
 
 def _topk(spec, options, params, seen, inputs):
-    """mean_b ||x - x^||^2 / Var(x) + aux_coef * aux. Source: Gao et al. 2024, sections 2.3 and A.2."""
+    """mean_b ||x - x^||^2 / Var(x) + aux_coef * aux. Source: Gao et al. 2024, sections 2.3 and A.2.
+
+    With `sae.multi_topk` the error with 4 k features is added at 1/8: L(k) + L(4k) / 8, so that the SAE can be used with another
+    k than it was trained with (one more selection and all-reduce of [B, D]). Source: Gao et al. 2024, multi-TopK.
+    """
     loss, aux = seen.mse * inputs.inverse_variance, jnp.zeros((), jnp.float32)
+    if options.multi_topk:
+        wider_BD = decode(spec, params, topk(seen.pre_BF, 4 * spec.k))
+        loss = loss + squared_error(seen.x_BD, wider_BD).mean() * inputs.inverse_variance / 8
     if options.aux_k:
         error_BD = lax.stop_gradient(seen.x_BD - seen.recon_BD)
         aux = aux_loss(spec, params, seen.pre_BF, error_BD, seen.fired_F, inputs, options.aux_k)

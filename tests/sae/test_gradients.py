@@ -1,4 +1,4 @@
-"""Straight-through gradients equal finite differences of the smoothed functions, and formulas derived by hand in float64."""
+"""Straight-through gradients equal finite differences of the smoothed functions; objectives equal float64 formulas."""
 
 import dataclasses
 
@@ -114,3 +114,40 @@ def test_objective_and_all_its_gradients(name):
     for key, value in ({k: getattr(grads, k) for k in p if k != "log_threshold"} | grads.per_feature).items():
         np.testing.assert_allclose(value, gradients[key], rtol=2e-4, atol=2e-5, err_msg=key)
         assert np.abs(gradients[key]).max() > 0
+
+
+def float32_params(seed=3):
+    rng = np.random.default_rng(seed)
+    p = [rng.standard_normal((F, D)) * 0.4, rng.standard_normal(F) * 0.1, rng.standard_normal((F, D)), rng.standard_normal(D)]
+    return p, SAEParams(*(jnp.asarray(v, jnp.float32) for v in p)), rng.standard_normal((B, D))
+
+
+INPUTS = LossInputs(sparsity=jnp.float32(LAMBDA), inverse_variance=jnp.float32(0.3), dead_after=jnp.uint32(9),
+                    tokens_since_fired_F=jnp.zeros(F, jnp.uint32))
+
+
+@pytest.mark.parametrize("penalty, bent", [("l1", lambda a: a), ("tanh", lambda a: np.tanh(4 * a) / 4),
+                                           ("log", lambda a: np.log(1 + 4 * a) / 4)])
+def test_penalties_of_relu(penalty, bent):
+    (W_enc, b_enc, W_dec, b_dec), params, x = float32_params()
+    options = SAEOptions(kind="relu", d_sae=F, penalty=penalty, penalty_scale=4.0)
+    acts = np.maximum(x @ W_enc.T + b_enc, 0)
+    mse = np.square(acts @ W_dec + b_dec - x).sum(1).mean()
+    term = bent(acts * np.linalg.norm(W_dec, axis=1)).sum(1).mean()
+    loss, parts = objective(SAESpec("relu", D, F), options, params, jnp.asarray(x, jnp.float32), INPUTS)
+    assert float(loss) == pytest.approx(mse + LAMBDA * term, rel=1e-5)
+    assert float(parts.own["l1"]) == pytest.approx(term, rel=1e-5)
+
+
+def test_multi_topk_adds_an_eighth_of_the_error_with_four_times_k():
+    (W_enc, b_enc, W_dec, b_dec), params, x = float32_params()
+    pre = x @ W_enc.T + b_enc
+
+    def mse(k):
+        kept = np.where(pre >= np.sort(pre, axis=1)[:, -k][:, None], np.maximum(pre, 0), 0)
+        return np.square(kept @ W_dec + b_dec - x).sum(1).mean()
+
+    options = SAEOptions(kind="topk", d_sae=F, k=3, aux_k=0, multi_topk=True)
+    loss, parts = objective(SAESpec("topk", D, F, k=3), options, params, jnp.asarray(x, jnp.float32), INPUTS)
+    assert float(loss) == pytest.approx(0.3 * (mse(3) + mse(12) / 8), rel=1e-5)
+    assert float(parts.mse) == pytest.approx(mse(3), rel=1e-5) and float(parts.l0) <= 3
