@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import ml_collections
 from ml_collections import config_dict
 
+from saejax.contradictions import contradictions
 from saejax.errors import ConfigError
+from saejax.recipes import KINDS, RECIPES
 
 SCHEMA_VERSION = 1
 
@@ -96,12 +98,30 @@ class StreamOptions:
 class SAEOptions:
     """The sparse autoencoder. `default_config(kind)` fills in the published recipe of a kind."""
 
-    kind: str = opt("topk", "activation function and objective", choices=("relu", "topk"))
+    kind: str = opt("topk", "activation function and objective", choices=KINDS)
     hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it is trained on; one of `harvest.hookpoints`")
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
-    k: int = opt(32, "active features per token (topk)", gt=0)
-    l1: float = opt(5.0, "lambda of the decoder-norm-weighted L1 penalty (relu)", ge=0.0)
+    k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
+    multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
+    penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
+                       choices=("l1", "tanh", "log"))
+    l1: float = opt(5.0, "lambda of the decoder-norm-weighted penalty (relu, gated)", ge=0.0)
+    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / target_l0 - 1)^2, or tanh with a pre-activation loss",
+                         choices=("l0", "target_l0", "tanh"))
+    sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
+    target_l0: float = opt(80.0, "active features per token that objective `target_l0` aims at", gt=0.0)
+    bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
+    threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
+    threshold_beta: float = opt(0.999, "memory of the running mean of the least kept activation, the threshold after training "
+                                "(batchtopk)", ge=0.0, lt=1.0)
+    groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "
+                                    "(Matryoshka; batchtopk, jumprelu); empty: none", empty=True)
+    penalty_scale: float = opt(4.0, "c in the tanh and log penalties (relu; jumprelu with objective `tanh`)", gt=0.0)
+    pre_act_coef: float = opt(3e-6, "weight of the pre-activation loss (jumprelu, objective `tanh`)", ge=0.0)
+    frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
+                                "i fires in a batch (jumprelu, objectives `l0` and `target_l0`)", ge=0.0)
+    max_frequency: float = opt(0.1, "firing rate above which a feature is penalised", gt=0.0, le=1.0)
     normalize: str = opt("mean_sq_norm_D", "scalar normalisation of the inputs; lambda and thresholds only carry over "
                          "inside one convention", choices=NORMALIZATIONS)
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
@@ -109,7 +129,7 @@ class SAEOptions:
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
                           choices=("zeros", "mean", "geometric_median"))
     decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
-    aux_k: int = opt(256, "dead features asked to explain the residual error (topk); 0 turns AuxK off", ge=0)
+    aux_k: int = opt(256, "dead features asked to explain the residual error (topk, batchtopk); 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
                            "and in the log", gt=0)
@@ -138,7 +158,7 @@ class TrainOptions:
     clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
     lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0", ge=0.0, le=1.0)
     lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls linearly to 0", ge=0.0, le=1.0)
-    l1_warmup: float = opt(0.05, "share of the steps over which lambda rises from 0 (relu)", ge=0.0, le=1.0)
+    l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
     compute_dtype: str = opt("float32", "dtype of the matrix products; parameters and optimizer stay float32",
                              choices=("float32", "bfloat16"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
@@ -192,26 +212,14 @@ class Config:
     log: LogOptions = field(default_factory=LogOptions)
 
 
-# Published recipes, as differences from the defaults above. relu: Transformer Circuits update April 2024 (learning rate for
-# ~200k steps; short runs need a larger one, see configs/demo_relu.py). topk: Gao et al. 2024, official training code.
-RECIPES = {
-    "relu": {
-        "sae.kind": "relu", "sae.unit_decoder": False, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
-        "sae.decoder_init_norm": 0.1, "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
-        "train.lr": 5e-5, "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
-        "train.l1_warmup": 0.05, "train.lr_decay": 0.2,
-    },
-    "topk": {"sae.kind": "topk", "sae.normalize": "mean_sq_norm_1"},
-}
-
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
 NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
-    """The locked default config with the recipe of an SAE kind ("relu" or "topk"), for a config file to change and return."""
+    """The locked default config with the recipe of this name (docs/config.md), for a config file to change and return."""
     if kind not in RECIPES:
-        raise ConfigError(f"default_config: no recipe for kind {kind!r}; choose one of {', '.join(RECIPES)}")
+        raise ConfigError(f"default_config: no recipe {kind!r}; choose one of {', '.join(RECIPES)}")
     config = _to_config_dict(Config())
     for path, value in RECIPES[kind].items():
         node = config
@@ -249,7 +257,7 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
     problems: list[str] = []
     resolved = _build(Config, plain, "", problems)
     if not problems:
-        problems = _contradictions(resolved)
+        problems = contradictions(resolved)
     if problems:
         raise ConfigError("; ".join(problems))
     return dataclasses.replace(
@@ -292,8 +300,12 @@ def _checked(value, hint, rules, path: str, problems: list[str]):
     if value is None and base is not hint:
         return None
     if typing.get_origin(base) is tuple:
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, str) for v in value) or not value:
-            problems.append(f"config.{path}: expected a non-empty tuple of strings, got {value!r}")
+        item, words = (str, "strings") if typing.get_args(base)[0] is str else (float, "numbers")
+        empty = rules.get("empty", False)
+        if item is float and isinstance(value, (list, tuple)):
+            value = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(v, item) for v in value) or not (value or empty):
+            problems.append(f"config.{path}: expected a {'' if empty else 'non-empty '}tuple of {words}, got {value!r}")
             return ()
         return tuple(value)
     if base is float and isinstance(value, int) and not isinstance(value, bool):
@@ -308,38 +320,6 @@ def _checked(value, hint, rules, path: str, problems: list[str]):
         if rule in rules and not ok(value, rules[rule]):
             problems.append(f"config.{path}: {value!r} must be {words} {rules[rule]}")
     return value
-
-
-def _contradictions(c: Config) -> list[str]:
-    out = []
-    if c.sae.hookpoint not in c.harvest.hookpoints:
-        out.append(f"config.sae.hookpoint: {c.sae.hookpoint!r} is not harvested; add it to config.harvest.hookpoints "
-                   f"({', '.join(c.harvest.hookpoints)})")
-    if c.sae.kind == "topk" and c.sae.k > c.sae.d_sae:
-        out.append(f"config.sae.k: {c.sae.k} active features of config.sae.d_sae = {c.sae.d_sae}; lower k")
-    if c.sae.kind == "relu" and c.sae.unit_decoder and c.sae.decoder_init_norm != 1.0:
-        out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
-    if c.sae.kind == "relu" and c.sae.aux_k:
-        out.append(f"config.sae.aux_k: {c.sae.aux_k}, but AuxK belongs to kind 'topk'; set it to 0")
-    rows = c.harvest.shard_contexts * c.text.context
-    if rows % c.harvest.chunk_rows:
-        out.append(f"config.harvest.chunk_rows: {c.harvest.chunk_rows} does not divide the rows of a shard "
-                   f"(harvest.shard_contexts x text.context = {rows})")
-    if c.harvest.shard_contexts % c.stream.block_contexts:
-        out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
-                   f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
-    if c.stream.window_rows < c.stream.block_contexts * c.text.context:
-        out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
-                   f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")
-    if c.train.lr_warmup + c.train.lr_decay > 1.0:
-        out.append("config.train.lr_warmup + config.train.lr_decay: together more than the whole run; lower one")
-    if c.mesh.data == -1 and c.mesh.dict == -1:
-        out.append("config.mesh: only one of data and dict can be -1")
-    if 0 in (c.mesh.data, c.mesh.dict):
-        out.append("config.mesh: data and dict are device counts or -1, not 0")
-    if c.lm.mesh.data == 0:
-        out.append("config.lm.mesh.data: a device count or -1, not 0")
-    return out
 
 
 def to_json(config: Config) -> dict:

@@ -17,6 +17,7 @@ from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_
 from saejax.errors import CheckpointError, FormatError, SaejaxError
 from saejax.evals import evaluate as evals
 from saejax.formats import saelens
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths
 from saejax.sae import SAESpec
 from saejax.storage import file_sha256, read_json
@@ -144,7 +145,7 @@ def _checkpoint(path: Path) -> Finding:
     if meta is None:
         return found
     s = meta.spec
-    found.facts = {"sae": f"{s.kind}{f', k = {s.k}' if s.kind == 'topk' else ''}", "d_in": s.d_in, "d_sae": s.d_sae,
+    found.facts = {"sae": f"{s.kind}{f', k = {s.k}' if s.kind in WITH_K else ''}", "d_in": s.d_in, "d_sae": s.d_sae,
                    **meta.data, "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
                    "position": meta.counters.stream.position, "resamples": meta.counters.resamples,
                    "leaves": len(meta.fingerprints)}

@@ -13,10 +13,10 @@ from saejax.config import Config, default_config, differences, from_json, resolv
 from saejax.errors import ConfigError
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
-def test_recipes_resolve_and_round_trip(kind):
-    config = resolve(default_config(kind))
-    assert config.sae.kind == kind
+@pytest.mark.parametrize("name", config_lib.RECIPES)
+def test_recipes_resolve_and_round_trip(name):
+    config = resolve(default_config(name))
+    assert config.sae.kind == config_lib.RECIPES[name]["sae.kind"]
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
     assert config.run_dir == "runs/run" and config.harvest.store == "runs/run/store"
 
@@ -26,9 +26,15 @@ def test_recipes_resolve_and_round_trip(kind):
     ("train.batch", True, "config.train.batch: expected int, got bool True"),
     ("train.batch", 0, "config.train.batch: 0 must be greater than 0"),
     ("train.lr_decay", 1.5, "config.train.lr_decay: 1.5 must be at most 1.0"),
-    ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk"),
+    ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk, "),
     ("harvest.hookpoints", [], "config.harvest.hookpoints: expected a non-empty tuple of strings"),
     ("sae.k", 9999, "config.sae.k: 9999 active features of config.sae.d_sae = 4608"),
+    ("sae.penalty", "log", "config.sae.penalty: 'log' belongs to kind 'relu'"),
+    ("sae.groups", (0.5, 0.5), "config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'"),
+    ("sae.groups", "half", "config.sae.groups: expected a tuple of numbers, got 'half'"),
+    ("sae.frequency_coef", 0.1, "config.sae.frequency_coef: belongs to kind 'jumprelu'"),
+    ("sae.kind", "gated", "config.sae.aux_k: 256, but AuxK belongs to kind 'topk' or 'batchtopk'; set it to 0"),
+    ("sae.decoder_init_norm", 0.1, "must be 1.0 while config.sae.unit_decoder is set"),
     ("sae.hookpoint", "blocks.3.hook_resid_post", "is not harvested; add it to config.harvest.hookpoints"),
     ("harvest.chunk_rows", 3000, "config.harvest.chunk_rows: 3000 does not divide"),
     ("stream.window_rows", 100, "config.stream.window_rows: 100 is less than one block"),
@@ -56,6 +62,21 @@ def test_unknown_keys_and_all_problems_at_once():
     for part in ("unknown key 'train.learning_rate'", "unknown key 'train.bacth'; did you mean 'train.batch'?",
                  "config.sae.k: expected int"):
         assert part in str(error.value)
+
+
+@pytest.mark.parametrize("shares", [(0.5, 0.4), (1e-9, 1.0), (1.5, -0.5)])
+def test_shares_of_nested_prefixes_must_make_sense(shares):
+    values = default_config("matryoshka")
+    values.sae.groups = shares
+    with pytest.raises(ConfigError, match="are not shares that add up to 1 with at least one feature"):
+        resolve(values)
+
+
+def test_multi_topk_needs_room_for_four_times_k():
+    values = default_config("topk")
+    values.sae.multi_topk, values.sae.k, values.sae.d_sae = True, 17, 64
+    with pytest.raises(ConfigError, match="config.sae.multi_topk: belongs to kind 'topk' with 4 x config.sae.k"):
+        resolve(values)
 
 
 def test_config_dict_is_locked():

@@ -14,10 +14,10 @@ from saejax.config import MeshOptions
 from saejax.errors import FormatError
 from saejax.formats.release import release
 from saejax.train import loop
-from tests.train.synthetic import D_IN, make_config, make_store
+from tests.train.synthetic import D_IN, leaves, make_config, make_store
 
 
-@pytest.fixture(scope="module", params=["relu", "topk"])
+@pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu", "batchtopk"])
 def released(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("release")
     loop.train(make_config(request.param, path / "run"), make_store(path / "store"))
@@ -41,8 +41,8 @@ def test_load_release_load_is_identical(released, tmp_path):
     from saejax.formats import saelens
     saelens.write(tmp_path / "again", first)
     second = saejax.load(tmp_path / "again")
-    for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    for name, value in leaves(first.params).items():
+        np.testing.assert_array_equal(value, leaves(second.params)[name])
     assert first.cfg == second.cfg
     assert first.W_enc.shape == (D_IN, 64) and first.W_dec.shape == (64, D_IN)
 
@@ -80,11 +80,12 @@ def test_truncated_file_of_another_writer(copy):
 def test_all_wrong_tensors_in_one_line(copy):
     forget_digest(copy)
     tensors = load_file(copy / "sae_weights.safetensors")
-    save_file({"W_enc": tensors["W_enc"][:, :-1].copy(), "W_dec": tensors["W_dec"].astype(np.float16), "extra": tensors["b_enc"],
+    save_file({"W_enc": tensors["W_enc"][:, :-1].copy(), "W_dec": tensors["W_dec"].astype(np.float16), "extra": tensors["b_dec"],
                "b_dec": tensors["b_dec"]}, copy / "sae_weights.safetensors")
     with pytest.raises(FormatError) as error:
         saejax.load(copy)
-    for part in ("b_enc: missing", "extra: unexpected", "W_enc: F32 (16, 63), expected F32 (16, 64)", "W_dec: F16"):
+    bias = "b_gate" if "b_gate" in tensors else "b_enc"
+    for part in (f"{bias}: missing", "extra: unexpected", "W_enc: F32 (16, 63), expected F32 (16, 64)", "W_dec: F16"):
         assert part in str(error.value)
 
 
@@ -98,7 +99,7 @@ def test_nan_is_refused(copy):
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"architecture": "gated"}, "architecture 'gated' is not one of"),
+    ({"architecture": "temporal"}, "architecture 'temporal' is not one of"),
     ({"normalize_activations": "layer_norm"}, "only folded SAEs"),
     ({"d_sae": "many"}, "missing or malformed key"),
     ({"metadata": {"saejax": {"schema_version": 7}}}, "release schema version 7"),

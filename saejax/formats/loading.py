@@ -11,9 +11,10 @@ from saejax.config import Config
 from saejax.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.formats import saelens
 from saejax.logs import say
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths
 from saejax.sae import SAEParams
-from saejax.sae.inference import SAE, SAEConfig, fold
+from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
 from saejax.storage import read_json
 from saejax.train.checkpoint import CheckpointMeta, restore_params, steps_in
 
@@ -65,7 +66,10 @@ def folded(config: Config, meta: CheckpointMeta, params: SAEParams, mesh: Mesh, 
         params = jax.tree.map(lambda x: jax.device_put(x, device), params)
     metadata = {"text": {"context": config.text.context, "bos": config.text.bos, "source": list(config.text.source)},
                 "lm": {"model": config.lm.model, "revision": config.lm.revision, "dtype": config.lm.dtype},
-                "training": {"tokens": meta.counters.tokens_seen, "scale": meta.scale, **meta.data}, "units": "raw"}
-    return SAE(params, SAEConfig(kind=meta.spec.kind, d_in=meta.spec.d_in, d_sae=meta.spec.d_sae, k=meta.spec.k,
+                "training": {"tokens": meta.counters.tokens_seen, "scale": meta.scale, "kind": meta.spec.kind, "k": meta.spec.k,
+                             **meta.data}, "units": "raw"}
+    kind = folded_kind(meta.spec.kind)
+    return SAE(params, SAEConfig(kind=kind, d_in=meta.spec.d_in, d_sae=meta.spec.d_sae,
+                                 k=meta.spec.k if kind in WITH_K else 0,
                                  pre_bias=meta.spec.pre_bias, hookpoint=meta.data["hookpoint"], model=config.lm.model,
                                  metadata=metadata), mesh if keep_mesh else None)

@@ -1,7 +1,8 @@
 """The release directory: `cfg.json` + `sae_weights.safetensors` with SAELens' names and layout, so that both libraries read it.
 
-Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]. Normalisation and, for relu, decoder
-norms are folded, so raw activations go in: pre = (x - b_dec if apply_b_dec_to_input) W_enc + b_enc.
+Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]; gated has b_gate, r_mag and b_mag
+[d_sae] instead of b_enc, jumprelu has threshold [d_sae]. Normalisation and, except for topk, decoder norms are folded, so raw
+activations go in: pre = (x - b_dec if apply_b_dec_to_input) W_enc + b_enc.
 """
 
 import hashlib
@@ -16,13 +17,14 @@ from safetensors.numpy import save
 import saejax
 from saejax import sharding
 from saejax.errors import FormatError
-from saejax.sae import SAEParams, param_shardings
+from saejax.sae import SAEParams, param_shapes, param_shardings
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.storage import file_sha256, is_writer, read_json, write_bytes, write_json
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-ARCHITECTURES = {"relu": "standard", "topk": "topk"}
+ARCHITECTURES = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
+COMMON = ("W_enc", "b_enc", "W_dec", "b_dec")
 SAELENS_VERSION = "6.54.12"  # the reader that releases are checked against; readers treat < 6 as an older layout
 
 
@@ -36,8 +38,9 @@ def write(directory: Path, sae: SAE) -> None:
 
     Every process must call it; one writes. The arrays pass through host memory whole.
     """
-    tensors = {"W_enc": np.ascontiguousarray(sharding.to_host(sae.params.W_enc).T), "W_dec": sharding.to_host(sae.params.W_dec),
-               "b_enc": sharding.to_host(sae.params.b_enc), "b_dec": sharding.to_host(sae.params.b_dec)}
+    values = {name: getattr(sae.params, name) for name in COMMON} | sae.params.per_feature
+    tensors = {_tensor(sae.cfg.kind, name): sharding.to_host(value) for name, value in values.items()}
+    tensors["W_enc"] = np.ascontiguousarray(tensors["W_enc"].T)
     bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if bad:
         raise FormatError(f"{directory}: not released, {', '.join(bad)} hold NaN or Inf")
@@ -45,6 +48,11 @@ def write(directory: Path, sae: SAE) -> None:
         weights = save(tensors, metadata={"format": "pt"})
         write_bytes(directory / WEIGHTS, weights)
         write_json(directory / CONFIG, _to_cfg(sae.cfg, hashlib.sha256(weights).hexdigest()))
+
+
+def _tensor(kind: str, name: str) -> str:
+    """The tensor of a file that holds a parameter."""
+    return "b_gate" if (kind, name) == ("gated", "b_enc") else name
 
 
 def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
@@ -70,20 +78,24 @@ def read(directory: Path, mesh: Mesh | None = None) -> SAE:
     cfg = _from_cfg(directory / CONFIG, read_json(directory / CONFIG, FormatError))
     path = directory / WEIGHTS
     _check_digest(path, cfg.metadata.get("weights_sha256"))
-    expected = {"W_enc": (cfg.d_in, cfg.d_sae), "b_enc": (cfg.d_sae,), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    shapes = param_shapes(cfg.spec, folded=True)
+    names = shapes.per_feature.keys()
+    expected = {_tensor(cfg.kind, name): getattr(shapes, name) for name in COMMON} | shapes.per_feature
+    expected["W_enc"] = (cfg.d_in, cfg.d_sae)
     try:
         with safe_open(path, framework="numpy") as f:
             _check_tensors(path, f, expected)
             if mesh is not None:
                 sharding.check_features(cfg.d_sae, mesh)
-            where = param_shardings(mesh) if mesh is not None else SAEParams(None, None, None, None)
-            params = SAEParams(W_enc=_load(f, "W_enc", where.W_enc, transposed=True), b_enc=_load(f, "b_enc", where.b_enc),
-                               W_dec=_load(f, "W_dec", where.W_dec), b_dec=_load(f, "b_dec", where.b_dec))
+            where = param_shardings(mesh, names) if mesh is not None else SAEParams(None, None, None, None, dict.fromkeys(names))
+            common = {name: _load(f, _tensor(cfg.kind, name), getattr(where, name), transposed=name == "W_enc")
+                      for name in COMMON}
+            params = SAEParams(**common, per_feature={name: _load(f, name, where.per_feature[name]) for name in names})
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
-    for name in expected:
-        if not np.isfinite(np.asarray(jax.device_get(abs(getattr(params, name)).max()))):
-            raise FormatError(f"{path}: tensor {name} holds NaN or Inf")
+    for name, value in ({name: getattr(params, name) for name in COMMON} | params.per_feature).items():
+        if not np.isfinite(np.asarray(jax.device_get(abs(value).max()))):
+            raise FormatError(f"{path}: tensor {_tensor(cfg.kind, name)} holds NaN or Inf")
     return SAE(params, cfg, mesh)
 
 

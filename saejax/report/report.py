@@ -8,9 +8,10 @@ import jinja2
 import saejax
 from saejax import config as config_lib
 from saejax.logs import read_metrics
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths
 from saejax.report.plots import Plot, curves, histogram_plot, line_plot
-from saejax.report.summary import Result, rows
+from saejax.report.summary import Result, described, rows
 from saejax.storage import write_bytes
 
 
@@ -40,19 +41,20 @@ def render(result: Result, lines: list[dict]) -> str:
 def plots(result: Result, lines: list[dict]) -> list[Plot]:
     """Every figure for which there is data."""
     marks = [tokens for tokens, _ in _resamples(lines)]
-    topk = result.config.sae.kind == "topk"
-    parts = {"loss": "loss", "mse": "mean squared error"} | ({"aux": "AuxK"} if topk else {"l1": "L1 penalty / lambda"})
+    limit = 1.25 * result.config.sae.k if result.config.sae.kind in WITH_K else None
+    parts = {"loss": "loss", "mse": "mean squared error", "aux": "auxiliary", "l1": "L1 penalty / lambda",
+             "sparsity": "sparsity term / lambda"}
     wanted = [
         ("Loss and its parts", parts, {"log": True}),
-        ("L0: active features per token", {"l0": "L0"}, {"top": None if not topk else 1.25 * result.config.sae.k}),
+        ("L0: active features per token", {"l0": "L0"}, {"top": limit}),
         ("Fraction of variance", {"explained_variance": "explained", "fvu": "unexplained"}, {"top": 1.0}),
         ("Dead features (share)", {"dead_fraction": "dead"}, {}),
         ("Learning rate", {"lr": "learning rate"}, {}),
+        ("Sparsity coefficient lambda", {"l1_coefficient": "lambda", "sparsity_coefficient": "lambda"}, {}),
+        ("Threshold", {"threshold": "running mean of the least kept activation"}, {}),
         ("Tokens per second", {"tokens_per_second": "tokens/s"}, {}),
         ("Share of time spent waiting for data", {"data_wait_share": "waiting"}, {"top": 1.0}),
     ]
-    if not topk:
-        wanted.insert(5, ("Sparsity coefficient lambda", {"l1_coefficient": "lambda"}, {}))
     out = [line_plot(title, found, marks=marks, **options) for title, labels, options in wanted
            if (found := curves(lines, labels))]
     if result.evaluation.get("density_histogram"):
@@ -68,8 +70,7 @@ def _resamples(lines: list[dict]) -> list[tuple[int, int]]:
 
 def _story(result: Result) -> str:
     c, e = result.config, result.evaluation
-    kind = f"TopK (k = {c.sae.k})" if c.sae.kind == "topk" else f"ReLU with L1 (lambda = {c.sae.l1:g})"
-    return (f"A {kind} sparse autoencoder with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
+    return (f"A sparse autoencoder ({described(c.sae)}) with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
             f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {c.sae.hookpoint}. Text: "
             f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
             "contexts of held-out text.")

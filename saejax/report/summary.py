@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saejax.config import Config
+from saejax.config import Config, SAEOptions
 from saejax.logs import read_metrics
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths
 
 
@@ -34,12 +35,19 @@ def training_rate(paths: RunPaths) -> float | None:
     return float(np.median(rates)) if rates else None
 
 
+def described(sae: SAEOptions) -> str:
+    """The kind and what sets its sparsity."""
+    if sae.kind == "jumprelu":
+        target = f", target L0 {sae.target_l0:g}" if sae.objective == "target_l0" else ""
+        return f"jumprelu, {sae.objective} with lambda = {sae.sparsity:g}{target}"
+    return f"{sae.kind}, " + (f"k = {sae.k}" if sae.kind in WITH_K else f"lambda = {sae.l1:g}")
+
+
 def rows(result: Result) -> list[tuple[str, str]]:
     """(label, value) of every line of the table."""
     e, sae = result.evaluation, result.config.sae
-    kind = f"topk, k = {sae.k}" if sae.kind == "topk" else f"relu, lambda = {sae.l1:g}"
     return [
-        ("SAE", f"{kind}, {sae.d_sae} features"),
+        ("SAE", f"{described(sae)}, {sae.d_sae} features"),
         ("hookpoint", f"{e['hookpoint']} of {result.config.lm.model}"),
         ("step", f"{result.step:,} ({result.step * result.config.train.batch:,} tokens)"),
         ("held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),

@@ -1,10 +1,13 @@
 """Activation functions: pre-activations [B, F] -> feature activations [B, F], one small function per kind."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from saejax.sae.params import SAESpec
+from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import topk_mask
+from saejax.sae.select_batch import batch_topk_mask
 
 
 def relu(pre_BF: jax.Array) -> jax.Array:
@@ -21,8 +24,78 @@ def topk(pre_BF: jax.Array, k: int) -> jax.Array:
     return jnp.where(keep_BF, jax.nn.relu(pre_BF), 0.0)
 
 
-def activate(spec: SAESpec, pre_BF: jax.Array) -> jax.Array:
+def batchtopk(pre_BF: jax.Array, k: int) -> jax.Array:
+    """acts = max(pre, 0) on the B x k largest pre-activations of the whole batch, 0 elsewhere: k per row on average.
+
+    A training-time function: a row's features depend on the other rows. A trained SAE uses a threshold (jumprelu) instead.
+    Source: Bussmann et al. 2024 (BatchTopK).
+    """
+    keep_BF = batch_topk_mask(jax.lax.stop_gradient(pre_BF), k)
+    return jnp.where(keep_BF, jax.nn.relu(pre_BF), 0.0)
+
+
+def gated(pre_BF: jax.Array, b_gate_F: jax.Array, r_mag_F: jax.Array, b_mag_F: jax.Array) -> jax.Array:
+    """acts = 1[pre > 0] max(exp(r_mag) (pre - b_gate) + b_mag, 0), where pre = W_gate x + b_gate.
+
+    The gate itself passes no gradient. Source: Rajamanoharan et al. 2024 (Gated SAEs), section 3.
+    """
+    magnitude_BF = jnp.exp(r_mag_F) * (pre_BF - b_gate_F) + b_mag_F
+    return jnp.where(pre_BF > 0, jax.nn.relu(magnitude_BF), 0.0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def jumprelu(pre_BF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Array:
+    """acts = pre where pre > threshold (and > 0), else 0.
+
+    Gradient: d acts / d pre = 1[pre > threshold]; d acts / d threshold = -(threshold / bandwidth) 1[|pre - threshold| <
+    bandwidth / 2], a straight-through estimator with a rectangle. Source: Rajamanoharan et al. 2024 (JumpReLU), section 4.
+    """
+    return jnp.where(pre_BF > threshold_F, jax.nn.relu(pre_BF), 0.0)
+
+
+def _jumprelu_backward(bandwidth, saved, gradient_BF):
+    pre_BF, threshold_F = saved
+    passed_BF = jnp.where(pre_BF > jnp.maximum(threshold_F, 0.0), gradient_BF, 0.0)
+    return passed_BF, -threshold_F / bandwidth * _in_window(saved, bandwidth, gradient_BF).sum(0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def fires(pre_BF: jax.Array, threshold_F: jax.Array, bandwidth: float) -> jax.Array:
+    """1 where pre > threshold, else 0: what L0 counts, seen from the pre-activations.
+
+    Gradient: 0 with respect to pre; d / d threshold = -(1 / bandwidth) 1[|pre - threshold| < bandwidth / 2]. Both halves of the
+    window count, those just below the threshold too. Source: Rajamanoharan et al. 2024 (JumpReLU), section 4.
+    """
+    return (pre_BF > threshold_F).astype(pre_BF.dtype)
+
+
+def _fires_backward(bandwidth, saved, gradient_BF):
+    return jnp.zeros_like(saved[0]), -_in_window(saved, bandwidth, gradient_BF).sum(0) / bandwidth
+
+
+def _in_window(saved, bandwidth, gradient_BF):
+    pre_BF, threshold_F = saved
+    return jnp.where(jnp.abs(pre_BF - threshold_F) < bandwidth / 2, gradient_BF, 0.0)
+
+
+jumprelu.defvjp(lambda pre, threshold, bandwidth: (jumprelu(pre, threshold, bandwidth), (pre, threshold)), _jumprelu_backward)
+fires.defvjp(lambda pre, threshold, bandwidth: (fires(pre, threshold, bandwidth), (pre, threshold)), _fires_backward)
+
+
+def thresholds(params: SAEParams) -> jax.Array:
+    """Thresholds [F]: exp(log_threshold) of a jumprelu SAE in training, else as they are."""
+    own = params.per_feature
+    return own["threshold"] if "threshold" in own else jnp.exp(own["log_threshold"])
+
+
+def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array) -> jax.Array:
     """Feature activations of an SAE's kind."""
     if spec.kind == "relu":
         return relu(pre_BF)
+    if spec.kind == "gated":
+        return gated(pre_BF, params.b_enc, params.per_feature["r_mag"], params.per_feature["b_mag"])
+    if spec.kind == "jumprelu":
+        return jumprelu(pre_BF, thresholds(params), spec.bandwidth)
+    if spec.kind == "batchtopk":
+        return batchtopk(pre_BF, spec.k)
     return topk(pre_BF, spec.k)

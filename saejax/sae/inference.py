@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from saejax import sharding
 from saejax.errors import FormatError
+from saejax.sae.activations import thresholds
 from saejax.sae.model import decode, encode
 from saejax.sae.params import SAEParams, SAESpec, param_shardings
 
@@ -33,20 +34,32 @@ class SAEConfig:
         return SAESpec(kind=self.kind, d_in=self.d_in, d_sae=self.d_sae, k=self.k, pre_bias=self.pre_bias)
 
 
+def folded_kind(kind: str) -> str:
+    """The kind of a folded SAE: one of batchtopk encodes each row by itself, with a threshold."""
+    return "jumprelu" if kind == "batchtopk" else kind
+
+
 def fold(spec: SAESpec, params: SAEParams, scale: jax.Array) -> SAEParams:
-    """Parameters for raw activations: the normalisation (x_normalised = scale * x) and, for relu, decoder norms folded in.
+    """Parameters for raw activations: the normalisation (x_normalised = scale * x) and, except for topk, decoder norms folded.
 
     Feature activations come out in raw units: the length of the feature's contribution to the residual stream where decoder
-    rows are unit. relu: acts = f_i ||W_dec,i|| / scale with unit decoder rows. topk: acts = f_i / scale, decoder rows as
-    trained (unit by default), since rescaling single rows would change which features win. Both rest on
-    relu(c z) = c relu(z) for c > 0.
+    rows are unit. acts = f_i ||W_dec,i|| / scale with unit decoder rows; topk: acts = f_i / scale, decoder rows as trained
+    (unit by default), since rescaling single rows would change which features win. All rest on relu(c z) = c relu(z) for
+    c > 0; biases and thresholds are in the units of pre-activations and scale like b_enc, `r_mag` is a ratio and stays.
+    The result is of `folded_kind`: batchtopk becomes jumprelu at its running threshold, which params.per_feature brings along as
+    `threshold`; `log_threshold` of jumprelu becomes `threshold`.
     """
-    if spec.kind == "relu":
+    if spec.kind != "topk":
         norm_F = jnp.maximum(jnp.linalg.norm(params.W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
     else:
         norm_F = jnp.ones_like(params.b_enc)
+    own = dict(params.per_feature)
+    if folded_kind(spec.kind) == "jumprelu":
+        own = {"threshold": thresholds(params)}
     return SAEParams(W_enc=params.W_enc * norm_F[:, None], b_enc=params.b_enc * norm_F / scale,
-                     W_dec=params.W_dec / norm_F[:, None], b_dec=params.b_dec / scale)
+                     W_dec=params.W_dec / norm_F[:, None], b_dec=params.b_dec / scale,
+                     per_feature={name: value if name == "r_mag" else value * norm_F / scale
+                                  for name, value in own.items()})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -70,7 +83,7 @@ class SAE:
     def __init__(self, params: SAEParams, cfg: SAEConfig, mesh: Mesh | None = None):
         """params: folded (see `fold`); placed by feature over `mesh`, or on the default device."""
         self.cfg, self.mesh = cfg, mesh
-        self.params = jax.device_put(params, param_shardings(mesh)) if mesh is not None else params
+        self.params = jax.device_put(params, param_shardings(mesh, params.per_feature)) if mesh is not None else params
 
     @property
     def W_enc(self) -> jax.Array:

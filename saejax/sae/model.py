@@ -30,7 +30,7 @@ def decode(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
 
 def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Array:
     """Feature activations, float32 [B, F]."""
-    return activate(spec, pre_activations(spec, params, x_BD))
+    return activate(spec, params, pre_activations(spec, params, x_BD))
 
 
 def reconstruct(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 
 import jax
@@ -19,7 +19,7 @@ from saejax import sharding
 from saejax.errors import CheckpointCorruptError, CheckpointError
 from saejax.logs import say
 from saejax.records import StreamState
-from saejax.sae import SAEParams, SAESpec, param_shardings
+from saejax.sae import SAEParams, SAESpec, param_shapes, param_shardings
 from saejax.storage import barrier, disk_errors, fingerprints, is_writer, text_sha256
 
 SCHEMA_VERSION = 1
@@ -91,8 +91,9 @@ class Checkpoints:
         meta = {"schema_version": SCHEMA_VERSION, "kind": "saejax-checkpoint", "spec": asdict(spec), "data": data,
                 "scale": float(state.scale), "counters": asdict(counters), "fingerprints": fingerprints(state)}
         with disk_errors(self.directory):
-            if not self._manager.save(step, args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)})), force=True):
+            items = ocp.args.Composite(state=ocp.args.PyTreeSave(_on_disk(state)),
+                                       meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)}))
+            if not self._manager.save(step, args=items, force=True):
                 raise CheckpointError(f"{self.directory}: step {step} was not saved; a newer step is there already")
 
     def wait(self) -> None:
@@ -171,16 +172,25 @@ def restore_step(step_dir: Path, abstract_state):
 
 
 def restore_params(step_dir: Path, mesh: Mesh) -> tuple[SAEParams, CheckpointMeta]:
-    """(params, meta) of one step on any mesh, verified; optimizer state is not read."""
+    """(params, meta) of one step on any mesh, verified; optimizer state is not read.
+
+    batchtopk: `per_feature["threshold"]` is the run's mean threshold, equal for all features.
+    """
     spec = read_meta(step_dir).spec
     sharding.check_features(spec.d_sae, mesh)
-    shapes = SAEParams(W_enc=(spec.d_sae, spec.d_in), b_enc=(spec.d_sae,), W_dec=(spec.d_sae, spec.d_in), b_dec=(spec.d_in,))
-    where = param_shardings(mesh)
-    abstract = SAEParams(**{f.name: jax.ShapeDtypeStruct(getattr(shapes, f.name), "float32", sharding=getattr(where, f.name))
-                            for f in fields(SAEParams)})
+    shapes = param_shapes(spec)
+    abstract = jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape, "float32", sharding=where), shapes,
+                            param_shardings(mesh, shapes.per_feature), is_leaf=lambda shape: isinstance(shape, tuple))
     with jax.set_mesh(mesh):
-        tree, meta = _restore(Path(step_dir), {"params": abstract}, partial=True)
-    return tree["params"], meta
+        wanted = {"params": abstract}
+        if spec.kind == "batchtopk":
+            wanted["moving"] = {"threshold": jax.ShapeDtypeStruct((), "float32", sharding=sharding.sharding(mesh))}
+        tree, meta = _restore(Path(step_dir), wanted, partial=True)
+        params = tree["params"]
+        if spec.kind == "batchtopk":
+            equal_F = jax.jit(lambda value, b_enc: jax.numpy.zeros_like(b_enc) + value)(tree["moving"]["threshold"], params.b_enc)
+            params = params.replace(per_feature={"threshold": equal_F})
+    return params, meta
 
 
 def _restore(step_dir: Path, abstract, partial: bool):
@@ -188,10 +198,12 @@ def _restore(step_dir: Path, abstract, partial: bool):
     _check_tree(step_dir, abstract, meta, partial)
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as reader:
-            tree = reader.restore((step_dir / "state").absolute(), args=ocp.args.PyTreeRestore(
-                item=abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=partial))
+            item = _on_disk(abstract)
+            found = _by_path(reader.restore((step_dir / "state").absolute(), args=ocp.args.PyTreeRestore(
+                item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)))
     except Exception as error:
         raise CheckpointCorruptError(f"{step_dir}/state: not readable ({_first_line(error)})") from error
+    tree = jax.tree.unflatten(jax.tree.structure(abstract), [found[path] for path in _by_path(abstract)])
     found = fingerprints(tree)
     bad = sorted(leaf for leaf in found if found[leaf] != meta.fingerprints.get(leaf))
     if bad:
@@ -210,7 +222,7 @@ def _check_tree(step_dir: Path, abstract, meta: CheckpointMeta, partial: bool) -
                  for p, m in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda m: hasattr(m, "shape"))[0]}
     except Exception as error:
         raise CheckpointCorruptError(f"{step_dir}/state: metadata not readable ({_first_line(error)})") from error
-    wanted = {_path(p): (tuple(s.shape), str(s.dtype)) for p, s in jax.tree_util.tree_flatten_with_path(abstract)[0]}
+    wanted = {path: (tuple(s.shape), str(s.dtype)) for path, s in _by_path(abstract).items()}
     wrong = [f"{k}: saved {saved.get(k, 'nothing')}, expected {wanted.get(k, 'nothing')}"
              for k in sorted(wanted if partial else saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]
     if wrong:
@@ -220,6 +232,21 @@ def _check_tree(step_dir: Path, abstract, meta: CheckpointMeta, partial: bool) -
 
 def _path(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _on_disk(tree):
+    """Dataclasses as dicts without their empty parts: what a kind does not have leaves no trace in its checkpoints."""
+    def plain(node):
+        if not is_dataclass(node):
+            return node
+        values = {f.name: getattr(node, f.name) for f in fields(node)}
+        return {name: _on_disk(value) for name, value in values.items() if not (isinstance(value, dict) and not value)}
+
+    return jax.tree.map(plain, tree, is_leaf=is_dataclass)
+
+
+def _by_path(tree) -> dict:
+    return {_path(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _first_line(error: BaseException) -> str:

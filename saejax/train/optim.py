@@ -53,7 +53,8 @@ def reset_rows(opt_state, rows_F: jax.Array):
     def reset(moments: SAEParams) -> SAEParams:
         return moments.replace(
             W_enc=jnp.where(rows_F[:, None], 0.0, moments.W_enc), b_enc=jnp.where(rows_F, 0.0, moments.b_enc),
-            W_dec=jnp.where(rows_F[:, None], 0.0, moments.W_dec))
+            W_dec=jnp.where(rows_F[:, None], 0.0, moments.W_dec),
+            per_feature={name: jnp.where(rows_F, 0.0, value) for name, value in moments.per_feature.items()})
 
     return jax.tree.map(lambda node: reset(node) if isinstance(node, SAEParams) else node, opt_state,
                         is_leaf=lambda node: isinstance(node, SAEParams))

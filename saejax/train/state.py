@@ -1,5 +1,6 @@
 """The whole state of a training run that lives on devices, and its initialisation shard by shard."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,7 +10,7 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import sharding
-from saejax.config import Config, TrainOptions
+from saejax.config import Config
 from saejax.records import ActivationStats
 from saejax.sae import SAEParams, SAESpec, init_params, reconstruct
 from saejax.train import optim
@@ -21,6 +22,7 @@ class TrainState:
 
     tokens_since_fired_F saturates at 2^31; scale: raw activation x scale = what the SAE sees; inverse_variance:
     1 / E||x - E x||^2 of the normalised data. Both are constants of a run, kept here so that a checkpoint is complete.
+    moving: running means; batchtopk's `threshold`, empty for the others.
     """
 
     step: jax.Array                  # int32
@@ -29,6 +31,17 @@ class TrainState:
     tokens_since_fired_F: jax.Array  # uint32
     scale: jax.Array                 # float32
     inverse_variance: jax.Array      # float32
+    moving: dict[str, jax.Array] = struct.field(default_factory=dict)  # float32
+
+
+def moved(moving: dict[str, jax.Array], least: jax.Array, step: jax.Array, beta: float) -> dict[str, jax.Array]:
+    """The running means after a step. threshold: exponential mean of `least` (Bussmann et al. 2024), plain mean at first.
+
+    beta grows as step / (step + 1) up to its final value, so that the first steps do not weigh more than later ones. A batch
+    without any positive activation leaves the mean alone.
+    """
+    beta = jnp.minimum(beta, step / (step + 1))
+    return {name: jnp.where(jnp.isfinite(least), beta * value + (1 - beta) * least, value) for name, value in moving.items()}
 
 
 def normalization_scale(convention: str, stats: ActivationStats, d_in: int) -> float:
@@ -72,14 +85,14 @@ def initial_state(config: Config, spec: SAESpec, stats: ActivationStats, sample_
     scale = normalization_scale(config.sae.normalize, stats, spec.d_in)
     variance = stats.mean_sq_norm - float(np.square(stats.mean_D).sum())
     b_dec = initial_b_dec(config.sae.b_dec_init, sample_ND, scale)
-    make = _maker(spec, config.train, config.sae.decoder_init_norm, total_steps)
+    make = _maker(spec, config, total_steps)
     with jax.set_mesh(mesh):
         return jax.jit(make)(jax.random.key(config.seed), b_dec, np.float32(scale), np.float32(1 / (scale**2 * variance)))
 
 
 def abstract_state(config: Config, spec: SAESpec, total_steps: int, mesh: Mesh):
     """Shapes, dtypes and shardings of the state on a mesh, nothing allocated: what a checkpoint is restored into."""
-    make = _maker(spec, config.train, config.sae.decoder_init_norm, total_steps)
+    make = _maker(spec, config, total_steps)
     with jax.set_mesh(mesh):
         scalar = jax.ShapeDtypeStruct((), jnp.float32)
         shapes = jax.eval_shape(make, jax.random.key(0), jax.ShapeDtypeStruct((spec.d_in,), jnp.float32), scalar, scalar)
@@ -87,24 +100,26 @@ def abstract_state(config: Config, spec: SAESpec, total_steps: int, mesh: Mesh):
         mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
 
 
-def _maker(spec: SAESpec, options: TrainOptions, decoder_norm: float, total_steps: int):
-    return functools.partial(_make, spec, optim.optimizer(options, total_steps), decoder_norm)
+def _maker(spec: SAESpec, config: Config, total_steps: int):
+    return functools.partial(_make, spec, optim.optimizer(config.train, total_steps), config.sae)
 
 
-def _make(spec, tx, decoder_norm, key, b_dec, scale, inverse_variance) -> TrainState:
+def _make(spec, tx, options, key, b_dec, scale, inverse_variance) -> TrainState:
     key_init, key_probe = jax.random.split(key)
-    params = init_params(spec, key_init, b_dec, decoder_norm)
-    if spec.kind == "topk":
+    params = init_params(spec, key_init, b_dec, options)
+    if spec.kind != "relu":
         params = _input_scaled(spec, params, key_probe)
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), tokens_since_fired_F=since,
-                      scale=scale, inverse_variance=inverse_variance)
+                      scale=scale, inverse_variance=inverse_variance,
+                      moving={"threshold": jnp.zeros((), jnp.float32)} if spec.kind == "batchtopk" else {})
 
 
 def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams:
     """Encoder divided by the mean norm of the reconstructions of unit vectors, so that outputs start at the inputs' scale.
 
-    Source: official training code of Gao et al. 2024 (256 random unit vectors around b_dec).
+    All kinds but relu, whose recipe starts small. Source: official training code of Gao et al. 2024 (256 random unit vectors
+    around b_dec).
     """
     n = 256
     probe = jax.random.normal(key, (n, spec.d_in), jnp.float32)
@@ -112,5 +127,7 @@ def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams
     centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))
     # Rows are repeated up to a multiple of the data axis and the repeats not counted: the value is the same on every mesh.
     row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().shape["data"])
+    if spec.kind == "batchtopk":  # the repeated rows must not compete
+        spec = dataclasses.replace(spec, kind="topk")
     recon, _ = reconstruct(spec, centred, jax.sharding.reshard(probe[row % n], sharding.spec("rows", "d_in")))
     return params.replace(W_enc=params.W_enc * (n / jnp.where(row < n, jnp.linalg.norm(recon, axis=1), 0.0).sum()))

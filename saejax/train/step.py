@@ -7,9 +7,10 @@ import optax
 from saejax import sharding
 from saejax.config import Config
 from saejax.sae import SAESpec
-from saejax.sae.losses import LossInputs, objective
+from saejax.sae.losses import LossInputs
+from saejax.sae.objectives import objective
 from saejax.train import optim
-from saejax.train.state import TrainState
+from saejax.train.state import TrainState, moved
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
 
@@ -23,20 +24,21 @@ def normalized(x_BD: jax.Array, scale: jax.Array) -> jax.Array:
 def make_step(config: Config, spec: SAESpec, total_steps: int):
     """`step(state, x_BD) -> (state, metrics)`; x_BD: raw rows [B, D] (any float dtype) sharded as `rows_at_rest`.
 
-    metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr; relu adds l1 and
-    l1_coefficient, topk adds aux.
+    metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, and the
+    terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient.
     Call it with the mesh set (`jax.set_mesh`).
     """
     tx = optim.optimizer(config.train, total_steps)
     lr = optim.learning_rate(config.train, total_steps)
-    l1 = optim.l1_coefficient(config.train, config.sae.l1, total_steps)
+    penalty = config.sae.sparsity if spec.kind == "jumprelu" else config.sae.l1
+    sparsity = optim.l1_coefficient(config.train, penalty, total_steps)
 
     def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
         x_BD = normalized(x_BD, state.scale)
-        inputs = LossInputs(l1=l1(state.step), inverse_variance=state.inverse_variance,
+        inputs = LossInputs(sparsity=sparsity(state.step), inverse_variance=state.inverse_variance,
                             tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
         (_, parts), gradients = jax.value_and_grad(
-            lambda p: objective(spec, p, x_BD, inputs, config.sae.aux_k, config.sae.aux_coef), has_aux=True)(state.params)
+            lambda p: objective(spec, config.sae, p, x_BD, inputs), has_aux=True)(state.params)
         if config.sae.unit_decoder:
             gradients = optim.without_parallel(gradients, state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
@@ -51,7 +53,10 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
             "dead_fraction": (since_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
             "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step),
         }
-        metrics |= {"l1": parts.l1, "l1_coefficient": inputs.l1} if spec.kind == "relu" else {"aux": parts.aux}
+        metrics |= parts.own | {f"{name}_coefficient": inputs.sparsity for name in parts.own if name in ("l1", "sparsity")}
+        moving = moved(state.moving, parts.least, state.step, config.sae.threshold_beta)
+        metrics |= moving
+        state = state.replace(moving=moving)
         return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
 
     return jax.jit(step, donate_argnums=0)

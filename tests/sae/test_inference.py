@@ -10,8 +10,10 @@ from saejax.config import MeshOptions
 from saejax.errors import FormatError
 from saejax.sae import SAEParams, SAESpec, reconstruct
 from saejax.sae.inference import SAE, SAEConfig, fold
+from saejax.sae.params import PER_FEATURE
 
-SPECS = [SAESpec("relu", 12, 64), SAESpec("topk", 12, 64, k=5, pre_bias=True)]
+SPECS = [SAESpec("relu", 12, 64), SAESpec("topk", 12, 64, k=5, pre_bias=True), SAESpec("gated", 12, 64, pre_bias=True),
+         SAESpec("jumprelu", 12, 64)]
 
 
 def make(spec):
@@ -20,7 +22,8 @@ def make(spec):
     if spec.kind == "topk":
         W_dec /= np.linalg.norm(W_dec, axis=1, keepdims=True)
     params = SAEParams(*(jnp.asarray(v, jnp.float32) for v in (
-        rng.standard_normal((64, 12)), rng.standard_normal(64) * 0.1, W_dec, rng.standard_normal(12))))
+        rng.standard_normal((64, 12)), rng.standard_normal(64) * 0.1, W_dec, rng.standard_normal(12))),
+        per_feature={name: jnp.asarray(rng.uniform(-2, 0, 64), jnp.float32) for name in PER_FEATURE.get(spec.kind, ())})
     scale = jnp.float32(0.037)
     cfg = SAEConfig(kind=spec.kind, d_in=12, d_sae=64, k=spec.k, pre_bias=spec.pre_bias, hookpoint="h", model="m")
     x = rng.standard_normal((3, 7, 12)).astype(np.float32) * 30
@@ -33,7 +36,8 @@ def test_fold_keeps_the_function_and_states_units(spec):
     recon, acts = reconstruct(spec, params, x.reshape(-1, 12) * scale)
     sae = SAE(fold(spec, params, scale), cfg)
     np.testing.assert_allclose(sae(x).reshape(-1, 12), recon / scale, rtol=2e-5, atol=2e-3)
-    norms = np.linalg.norm(params.W_dec, axis=1) if spec.kind == "relu" else 1.0
+    norms = np.linalg.norm(params.W_dec, axis=1)
+    assert 0 < (np.asarray(acts) > 0).mean() < 0.7
     np.testing.assert_allclose(sae.encode(x).reshape(-1, 64), acts * norms / scale, rtol=2e-5, atol=2e-3)
     np.testing.assert_allclose(np.linalg.norm(sae.W_dec, axis=1), 1.0, rtol=1e-5)
 

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import pytest
 
 from saejax.config import Config, default_config, resolve
 from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
+from saejax.recipes import WITH_K
 
+KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka", "matryoshka_jumprelu")  # recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 
 
@@ -31,6 +34,28 @@ def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
     return writer.finalize(contexts)
 
 
+def kinds(*core: str) -> list:
+    """All kinds as test parameters; those not named here run in the slow tier."""
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+
+
+class OnDemand(dict):
+    """A dict whose missing values are made when they are asked for, once."""
+
+    def __init__(self, make):
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, key):
+        self[key] = self._make(key)
+        return self[key]
+
+
+def leaves(params) -> dict:
+    """{name: array} of an SAE's parameters, those per feature included."""
+    return {name: getattr(params, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | params.per_feature
+
+
 def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     """A config for the store above; overrides are {"section.key": value} with dots as double underscores."""
     c = default_config(kind)
@@ -39,10 +64,12 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
-    if kind == "topk":
+    if c.sae.kind in WITH_K:
         c.sae.aux_k = 16
     else:
         c.sae.l1 = 0.1
+    if c.sae.kind == "jumprelu":  # windows and targets for a problem of this size
+        c.sae.bandwidth, c.sae.threshold_init, c.sae.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
     c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
     c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
     c.checkpoint.every_tokens = 32 * 10

@@ -9,11 +9,12 @@ from saejax import sharding
 from saejax.config import MeshOptions, ResampleOptions
 from saejax.records import ActivationStats
 from saejax.sae import SAESpec
+from saejax.sae.params import initial_per_feature
 from saejax.train.resample import draw, due, resample
 from saejax.train.state import initial_state
 from saejax.train.step import make_step
 
-from .synthetic import D_IN, make_config
+from .synthetic import D_IN, kinds, leaves, make_config
 
 
 def batches(n, rows=32, seed=5):
@@ -47,21 +48,26 @@ def run(kind, mesh_shape, tmp_path, pool):
     return before, jax.device_get(state), n
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind", kinds("relu", "topk", "gated", "jumprelu"))
 def test_dead_rows_become_inputs_and_nothing_else_changes(kind, tmp_path):
     pool = batches(5, seed=9)
     before, after, n = run(kind, (2, 4), tmp_path, pool)
     dead = np.arange(64) % 3 == 0
     assert n == dead.sum()
-    for name in ("W_enc", "b_enc", "W_dec"):
-        np.testing.assert_array_equal(getattr(after.params, name)[~dead], getattr(before.params, name)[~dead])
+    for name, value in leaves(after.params).items():
+        if name != "b_dec":
+            np.testing.assert_array_equal(value[~dead], leaves(before.params)[name][~dead])
+    for name, value in initial_per_feature(make_config(kind, tmp_path).sae).items():
+        assert (before.params.per_feature[name][dead] != np.float32(value)).any(), "training had changed it"
+        np.testing.assert_array_equal(after.params.per_feature[name][dead], np.float32(value))
     np.testing.assert_array_equal(after.params.b_dec, before.params.b_dec)
     inputs = np.concatenate(pool) * np.float32(before.scale) - before.params.b_dec
     inputs /= np.linalg.norm(inputs, axis=1, keepdims=True)
     W_dec, W_enc = after.params.W_dec[dead], after.params.W_enc[dead]
     alive_enc = np.linalg.norm(before.params.W_enc[~dead], axis=1).mean()
     alive_dec = np.linalg.norm(before.params.W_dec[~dead], axis=1).mean()
-    np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), alive_dec if kind == "relu" else 1.0, rtol=1e-5)
+    unit = make_config(kind, tmp_path).sae.unit_decoder
+    np.testing.assert_allclose(np.linalg.norm(W_dec, axis=1), 1.0 if unit else alive_dec, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(W_enc, axis=1), 0.2 * alive_enc, rtol=1e-5)
     direction = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
     assert (np.abs(direction @ inputs.T).max(1) > 1 - 1e-5).all(), "each new row is the direction of a pool input"
@@ -69,21 +75,21 @@ def test_dead_rows_become_inputs_and_nothing_else_changes(kind, tmp_path):
     assert (after.params.b_enc[dead] == 0).all() and (after.tokens_since_fired_F[dead] == 0).all()
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind", kinds("relu", "topk"))
 def test_adam_forgets_exactly_the_changed_rows(kind, tmp_path):
     before, after, _ = run(kind, (1, 1), tmp_path, batches(3))
     dead = np.arange(64) % 3 == 0
     adam_before = next(s for s in before.opt_state if hasattr(s, "mu"))
     adam = next(s for s in after.opt_state if hasattr(s, "mu"))
     for moments, old in ((adam.mu, adam_before.mu), (adam.nu, adam_before.nu)):
-        for name in ("W_enc", "b_enc", "W_dec"):
-            assert (getattr(moments, name)[dead] == 0).all()
-            np.testing.assert_array_equal(getattr(moments, name)[~dead], getattr(old, name)[~dead])
+        for name in leaves(moments).keys() - {"b_dec"}:
+            assert (leaves(moments)[name][dead] == 0).all()
+            np.testing.assert_array_equal(leaves(moments)[name][~dead], leaves(old)[name][~dead])
         np.testing.assert_array_equal(moments.b_dec, old.b_dec)
     assert adam.count == adam_before.count
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind", kinds("relu", "topk"))
 def test_the_mesh_does_not_matter(kind, tmp_path):
     pool = batches(5, seed=9)
     _, one, _ = run(kind, (1, 1), tmp_path, pool)

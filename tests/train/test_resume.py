@@ -1,5 +1,6 @@
 """Stopped anywhere and started again, a run ends in the same bits; whatever is damaged is named and never used."""
 
+import itertools
 import json
 import os
 import shutil
@@ -19,11 +20,24 @@ from saejax.train.checkpoint import read_meta, restore_step, steps_in
 from saejax.train.preemption import Preempted
 from saejax.train.state import abstract_state
 
-from .synthetic import D_IN, HOOKPOINT, make_config, make_store
+from .synthetic import D_IN, HOOKPOINT, KINDS, OnDemand, kinds, make_config, make_store
 
 # 336 unmasked rows and batches of 32: the epoch edge lies inside step 11. Resampling happens after steps 15, 30 and 45.
 OPTIONS = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
            "sae__dead_tokens": 64, "sae__l1": 30.0}
+
+
+
+def options(kind):
+    """Features of kinds that start strong die within 50 steps only at a larger learning rate; not all of them should."""
+    return OPTIONS | ({} if kind in ("relu", "topk") else {"train__lr": 0.03, "sae__l1": 0.3})
+
+
+def moments(steps, typical):
+    """The two oldest kinds at every step; the others at a typical one, some of them in the slow tier."""
+    core = ("gated", "batchtopk")
+    return [*itertools.product(("relu", "topk"), steps),
+            *(pytest.param(kind, typical, marks=() if kind in core else pytest.mark.slow) for kind in KINDS[2:])]
 
 
 @pytest.fixture(scope="module")
@@ -34,29 +48,28 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def straight(store, tmp_path_factory):
     """Final fingerprints of runs that nobody disturbed, and the run directories."""
-    out = {}
-    for kind in ("relu", "topk"):
+    def make(kind):
         run_dir = tmp_path_factory.mktemp("straight") / kind
-        trained = loop.train(make_config(kind, run_dir, **OPTIONS), store)
-        out[kind] = storage.fingerprints(trained.state), run_dir
-    return out
+        trained = loop.train(make_config(kind, run_dir, **options(kind)), store)
+        return storage.fingerprints(trained.state), run_dir
+
+    return OnDemand(make)
 
 
 def finish(config, store):
     return storage.fingerprints(loop.train(config, store).state)
 
 
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind", kinds("relu", "topk", "gated", "batchtopk"))
 def test_the_disturbed_moments_exist(straight, kind):
     lines = read_metrics(straight[kind][1] / "metrics.jsonl")
     assert sum(line.get("resampled", 0) for line in lines) > 0, "a resampling step replaced something"
     assert read_meta(straight[kind][1] / "checkpoints" / "50").counters.stream.epoch >= 3
 
 
-@pytest.mark.parametrize("stop", [1, 10, 11, 15, 16, 49])
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind, stop", moments([1, 10, 11, 15, 16, 49], 16))
 def test_preempted_and_resumed_is_bitwise_equal(store, straight, tmp_path, monkeypatch, kind, stop):
-    config = make_config(kind, tmp_path / "run", **OPTIONS)
+    config = make_config(kind, tmp_path / "run", **options(kind))
     with monkeypatch.context() as patch:
         patch.setattr(loop.Preemption, "requested", lambda self, step: step == stop)
         with pytest.raises(Preempted, match=f"stopped at step {stop} of 50"):
@@ -66,10 +79,9 @@ def test_preempted_and_resumed_is_bitwise_equal(store, straight, tmp_path, monke
     assert steps == sorted(set(steps)) and steps[-1] == 50
 
 
-@pytest.mark.parametrize("crash", [3, 17, 44])
-@pytest.mark.parametrize("kind", ["relu", "topk"])
+@pytest.mark.parametrize("kind, crash", moments([3, 17, 44], 44))
 def test_crashed_and_resumed_is_bitwise_equal(store, straight, tmp_path, monkeypatch, kind, crash):
-    config = make_config(kind, tmp_path / "run", **OPTIONS)
+    config = make_config(kind, tmp_path / "run", **options(kind))
     step = loop._Log.step
 
     def crashing(self, n, metrics):
@@ -219,15 +231,16 @@ def test_diverging_run_stops_with_the_step_named(store, tmp_path):
         assert np.isfinite(np.asarray(saejax.load(tmp_path / "run" / "checkpoints" / str(step)).W_dec)).all()
 
 
-def test_release_run_and_checkpoint_are_the_same_sae(straight):
+@pytest.mark.parametrize("kind", kinds("relu", "topk", "gated", "batchtopk"))
+def test_release_run_and_checkpoint_are_the_same_sae(straight, kind):
     from saejax.formats.release import release
-    run = straight["topk"][1]
+    run = straight[kind][1]
     out = release(run)
     x = np.random.default_rng(0).standard_normal((5, 3, D_IN)).astype(np.float32)
     values = [np.asarray(saejax.load(p).encode(x)) for p in (run, run / "checkpoints" / "50", out)]
     np.testing.assert_array_equal(values[0], values[1])
     np.testing.assert_array_equal(values[0], values[2])
-    assert (values[0] > 0).sum(-1).max() <= 4
+    assert kind != "topk" or (values[0] > 0).sum(-1).max() <= 4
     mid = release(run / "checkpoints" / "40", run / "mid")
     assert np.abs(np.asarray(saejax.load(mid).encode(x)) - values[0]).max() > 0
 

@@ -1,0 +1,67 @@
+"""Options that contradict each other, each with the key to change: all of them are reported at once."""
+
+from saejax.recipes import WITH_AUX, WITH_K
+
+
+def contradictions(c) -> list[str]:
+    """One line per contradiction of a `Config`, naming keys and fixes."""
+    return _of_sae(c.sae, c) + _of_data(c) + _of_run(c)
+
+
+def _of_sae(sae, c) -> list[str]:
+    out = []
+    if c.sae.hookpoint not in c.harvest.hookpoints:
+        out.append(f"config.sae.hookpoint: {c.sae.hookpoint!r} is not harvested; add it to config.harvest.hookpoints "
+                   f"({', '.join(c.harvest.hookpoints)})")
+    if sae.kind in WITH_K and sae.k > sae.d_sae:
+        out.append(f"config.sae.k: {sae.k} active features of config.sae.d_sae = {sae.d_sae}; lower k")
+    if sae.unit_decoder and sae.decoder_init_norm != 1.0:
+        out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
+    if sae.aux_k and sae.kind not in WITH_AUX:
+        out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kind {_either(WITH_AUX)}; set it to 0")
+    if sae.kind == "jumprelu" and sae.objective == "target_l0" and sae.target_l0 > sae.d_sae:
+        out.append(f"config.sae.target_l0: {sae.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
+    if sae.penalty != "l1" and sae.kind != "relu":
+        out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
+    if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):
+        out.append("config.sae.multi_topk: belongs to kind 'topk' with 4 x config.sae.k <= config.sae.d_sae; turn it off")
+    if sae.groups and sae.kind not in ("batchtopk", "jumprelu"):
+        out.append("config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'; leave it empty")
+    if sae.groups and not (abs(sum(sae.groups) - 1) < 1e-6 and min(sae.groups) * sae.d_sae >= 1):
+        out.append(f"config.sae.groups: {sae.groups} are not shares that add up to 1 with at least one feature of "
+                   f"config.sae.d_sae = {sae.d_sae} each")
+    if sae.frequency_coef and (sae.kind != "jumprelu" or sae.objective == "tanh"):
+        out.append("config.sae.frequency_coef: belongs to kind 'jumprelu' with objective 'l0' or 'target_l0'; set it to 0")
+    return out
+
+
+def _of_data(c) -> list[str]:
+    out = []
+    rows = c.harvest.shard_contexts * c.text.context
+    if rows % c.harvest.chunk_rows:
+        out.append(f"config.harvest.chunk_rows: {c.harvest.chunk_rows} does not divide the rows of a shard "
+                   f"(harvest.shard_contexts x text.context = {rows})")
+    if c.harvest.shard_contexts % c.stream.block_contexts:
+        out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
+                   f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
+    if c.stream.window_rows < c.stream.block_contexts * c.text.context:
+        out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
+                   f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")
+    return out
+
+
+def _of_run(c) -> list[str]:
+    out = []
+    if c.train.lr_warmup + c.train.lr_decay > 1.0:
+        out.append("config.train.lr_warmup + config.train.lr_decay: together more than the whole run; lower one")
+    if c.mesh.data == -1 and c.mesh.dict == -1:
+        out.append("config.mesh: only one of data and dict can be -1")
+    if 0 in (c.mesh.data, c.mesh.dict):
+        out.append("config.mesh: data and dict are device counts or -1, not 0")
+    if c.lm.mesh.data == 0:
+        out.append("config.lm.mesh.data: a device count or -1, not 0")
+    return out
+
+
+def _either(kinds: tuple[str, ...]) -> str:
+    return " or ".join(repr(kind) for kind in kinds)

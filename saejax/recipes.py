@@ -1,0 +1,57 @@
+"""Published recipes, as differences from the defaults of `saejax.config`: what `default_config(name)` starts from."""
+
+KINDS = ("relu", "topk", "gated", "jumprelu", "batchtopk")
+WITH_K = ("topk", "batchtopk")      # kinds that keep a given number of features
+WITH_AUX = ("topk", "batchtopk")    # kinds that AuxK belongs to
+
+# Transformer Circuits update April 2024 (learning rate for ~200k steps; short runs need a larger one, see
+# configs/demo_relu.py).
+_RELU = {
+    "sae.kind": "relu", "sae.unit_decoder": False, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
+    "sae.decoder_init_norm": 0.1, "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
+    "train.lr": 5e-5, "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
+    "train.l1_warmup": 0.05, "train.lr_decay": 0.2,
+}
+
+# Gao et al. 2024, official training code.
+_TOPK = {"sae.kind": "topk", "sae.normalize": "mean_sq_norm_1"}
+
+# Rajamanoharan et al. 2024 (Gated SAEs): unit decoder rows, pre-encoder bias, beta1 = 0. Learning rate, decay and lambda (the
+# middle of its grid .012-.06) from the SAEBench suite (Karvonen et al. 2025), which normalises to unit mean squared norm.
+_GATED = {
+    "sae.kind": "gated", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_1", "sae.l1": 0.03,
+    "train.lr": 5e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_decay": 0.2,
+}
+
+# Gemma Scope (Lieberum et al. 2024): bandwidth, initial threshold, optimiser, unit mean squared norm, unit decoder, pre-encoder
+# bias. Its lambda is not published: the objective, its weight 1 and the target are those of the SAEBench suite. Short warm-ups
+# are shares of the run here (1,000 and 10,000 steps there).
+_JUMPRELU = {
+    "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_1", "sae.objective": "target_l0", "sae.sparsity": 1.0,
+    "sae.target_l0": 80.0, "sae.bandwidth": 0.001, "sae.threshold_init": 0.001,
+    "train.lr": 7e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_warmup": 0.01,
+    "train.lr_decay": 0.0, "train.l1_warmup": 0.1,
+}
+
+# Transformer Circuits update January 2025; decoder rows start at the norm that U(-1/sqrt(n), 1/sqrt(n)) gives, 1/sqrt(3). Lambda
+# rises over the whole run. Encoder biases start at 0, where the update sets them so that each feature fires 10,000/m of the time.
+_JUMPRELU_TANH = {
+    "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_norm_sqrt_D", "sae.objective": "tanh", "sae.sparsity": 10.0,
+    "sae.penalty_scale": 4.0, "sae.pre_act_coef": 3e-6, "sae.bandwidth": 2.0, "sae.threshold_init": 0.1,
+    "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
+    "train.lr": 2e-4, "train.batch": 32_768, "train.eps": 1e-8, "train.lr_decay": 0.2, "train.l1_warmup": 1.0,
+    "train.clip": 1.0,
+}
+
+# Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32, threshold averaged with 0.999.
+_BATCHTOPK = {"sae.kind": "batchtopk", "sae.normalize": "mean_sq_norm_1", "sae.threshold_beta": 0.999}
+
+# Bussmann et al. 2025 (Matryoshka SAEs) as SAEBench trains them: five groups, batch 2048, learning rate 3e-4. On jumprelu: the
+# nesting of Gemma Scope 2, whose widths are not published, with the same groups.
+_GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
+_MATRYOSHKA = _BATCHTOPK | {"sae.groups": _GROUPS, "train.lr": 3e-4, "train.batch": 2048}
+_MATRYOSHKA_JUMPRELU = _JUMPRELU | {"sae.groups": _GROUPS}
+
+RECIPES = {"relu": _RELU, "topk": _TOPK, "gated": _GATED, "jumprelu": _JUMPRELU, "jumprelu_tanh": _JUMPRELU_TANH,
+           "batchtopk": _BATCHTOPK, "matryoshka": _MATRYOSHKA,
+           "matryoshka_jumprelu": _MATRYOSHKA_JUMPRELU}
