@@ -60,6 +60,16 @@ def test_rows_are_what_the_model_computes_for_the_packed_text(straight, tiny):
         assert (bits(got) == bits(rounded)).mean() > 0.99
 
 
+def test_a_model_split_over_devices_harvests_the_same_rows(straight, parts, tmp_path):
+    config = tiny_config(*parts, tmp_path / "store", **{"lm.mesh.model": 2, "harvest.batch_contexts": 4})
+    split = harvest(config)
+    whole = straight[1]
+    for name in whole.hookpoints:
+        a, b = (store.read(name, 0, store.rows).astype(np.float32) for store in (split, whole))
+        np.testing.assert_allclose(a, b, rtol=2**-7, atol=1e-4)
+    assert np.array_equal(split.tokens(0, split.rows), whole.tokens(0, whole.rows))
+
+
 def test_a_finished_store_is_opened_without_the_model(straight, parts, monkeypatch):
     config, store = straight
 
