@@ -24,7 +24,7 @@ from saejax.lm.leaves import Leaf, leaves
 from saejax.lm.mesh import leaf_sharding
 from saejax.lm.model import Decoder
 from saejax.lm.names import HF_ALIASES, HF_NAMES
-from saejax.lm.recipes import Recipe, TensorSource, gguf_recipes, hf_recipes
+from saejax.lm.tensor_layout import Recipe, TensorSource, gguf_recipes, hf_recipes
 
 # Tensors that some exporters write and that hold nothing new: rope frequencies, causal masks.
 _HARMLESS = re.compile(r".*\.rotary_emb\.inv_freq|(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)"

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from saejax.lm.arch import LMConfig
 from saejax.lm.hf_config import from_hf
-from saejax.lm.recipes import hf_recipes
+from saejax.lm.tensor_layout import hf_recipes
 
 LENGTH = 64
 TOKENS = np.random.default_rng(11).integers(0, 53, (2, LENGTH))
