@@ -99,7 +99,13 @@ class SAEOptions:
     """The sparse autoencoder. `default_config(kind)` fills in the published recipe of a kind."""
 
     kind: str = opt("topk", "activation function and objective", choices=KINDS)
-    hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it is trained on; one of `harvest.hookpoints`")
+    hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it reads, and reconstructs; one of `harvest.hookpoints`")
+    target: str = opt("", "transcoder: the hookpoint that it predicts from `hookpoint`; empty: none")
+    skip: bool = opt(False, "add x W_skip to what a transcoder predicts")
+    crosscoder: tuple[str, ...] = opt((), "crosscoder: the hookpoints that it reads and reconstructs together, instead of "
+                                      "`hookpoint`; empty: none", empty=True)
+    crosscoder_norm: str = opt("l1", "decoder norm of a crosscoder's feature in penalties: sum of the layers' norms, or norm of "
+                               "all of them together", choices=("l1", "l2"))
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
@@ -122,8 +128,9 @@ class SAEOptions:
     frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
                                 "i fires in a batch (jumprelu, objectives `l0` and `target_l0`)", ge=0.0)
     max_frequency: float = opt(0.1, "firing rate above which a feature is penalised", gt=0.0, le=1.0)
-    normalize: str = opt("mean_sq_norm_D", "scalar normalisation of the inputs; lambda and thresholds only carry over "
+    normalize: str = opt("mean_sq_norm_D", "scalar normalisation of each hookpoint; lambda and thresholds only carry over "
                          "inside one convention", choices=NORMALIZATIONS)
+    center: bool = opt(False, "subtract the store's mean from each hookpoint first")
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
     pre_bias: bool = opt(True, "subtract b_dec from the input of the encoder")
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
@@ -133,6 +140,16 @@ class SAEOptions:
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
                            "and in the log", gt=0)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The hookpoints that are read."""
+        return self.crosscoder or (self.hookpoint,)
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """The hookpoints whose activations a row consists of: those that are read, then a transcoder's target."""
+        return self.sources + ((self.target,) if self.target else ())
 
 
 @dataclass(frozen=True)

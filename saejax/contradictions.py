@@ -9,10 +9,7 @@ def contradictions(c) -> list[str]:
 
 
 def _of_sae(sae, c) -> list[str]:
-    out = []
-    if c.sae.hookpoint not in c.harvest.hookpoints:
-        out.append(f"config.sae.hookpoint: {c.sae.hookpoint!r} is not harvested; add it to config.harvest.hookpoints "
-                   f"({', '.join(c.harvest.hookpoints)})")
+    out = _of_shape(sae, c)
     if sae.kind in WITH_K and sae.k > sae.d_sae:
         out.append(f"config.sae.k: {sae.k} active features of config.sae.d_sae = {sae.d_sae}; lower k")
     if sae.unit_decoder and sae.decoder_init_norm != 1.0:
@@ -32,6 +29,25 @@ def _of_sae(sae, c) -> list[str]:
                    f"config.sae.d_sae = {sae.d_sae} each")
     if sae.frequency_coef and (sae.kind != "jumprelu" or sae.objective == "tanh"):
         out.append("config.sae.frequency_coef: belongs to kind 'jumprelu' with objective 'l0' or 'target_l0'; set it to 0")
+    return out
+
+
+def _of_shape(sae, c) -> list[str]:
+    keys = {"crosscoder" if sae.crosscoder else "hookpoint": sae.sources, "target": (sae.target,) if sae.target else ()}
+    out = [f"config.sae.{key}: {name!r} is not harvested; add it to config.harvest.hookpoints ({', '.join(c.harvest.hookpoints)})"
+           for key, names in keys.items() for name in names if name not in c.harvest.hookpoints]
+    if len(set(sae.crosscoder)) != len(sae.crosscoder) or len(sae.crosscoder) == 1:
+        out.append(f"config.sae.crosscoder: {sae.crosscoder} should be at least two different hookpoints; for one hookpoint "
+                   "leave it empty and set config.sae.hookpoint")
+    if sae.crosscoder and sae.target:
+        out.append("config.sae.target: a crosscoder reconstructs the hookpoints that it reads; empty target or crosscoder")
+    if sae.target and sae.target == sae.hookpoint:
+        out.append(f"config.sae.target: {sae.target!r} is config.sae.hookpoint itself; leave it empty for a plain SAE")
+    if sae.target and sae.pre_bias:
+        out.append("config.sae.pre_bias: b_dec of a transcoder belongs to its target, its encoder cannot subtract it; set it to "
+                   "False")
+    if sae.skip and not sae.target:
+        out.append("config.sae.skip: a skip connection belongs to a transcoder; set config.sae.target, or skip to False")
     return out
 
 

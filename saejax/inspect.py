@@ -183,7 +183,8 @@ def _release(path: Path) -> Finding:
     if sae is not None:
         c = sae.cfg
         found.facts = {"sae": f"{c.kind}{f', k = {c.k}' if c.kind == 'topk' else ''}", "d_in": c.d_in, "d_sae": c.d_sae,
-                       "hookpoint": c.hookpoint, "model": c.model, "schema_version": c.metadata.get("schema_version"),
+                       "hookpoint": c.hookpoint, **({"target": c.target} if c.target else {}), "model": c.model,
+                       "schema_version": c.metadata.get("schema_version"),
                        "tokens_seen": c.metadata.get("training", {}).get("tokens"),
                        "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
     return found
@@ -195,7 +196,7 @@ def _run(path: Path) -> Finding:
     if config is None:
         return found
     steps = steps_in(paths.checkpoints)
-    found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": config.sae.hookpoint,
+    found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
                    "sae": f"{config.sae.kind}, {config.sae.d_sae} features", "steps": f"{steps[-1] if steps else 0} of "
                    f"{total_steps(config)}", "checkpoints": steps,
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),

@@ -24,7 +24,8 @@ from saejax.logs import say
 from saejax.records import RunPaths
 from saejax.report.report import write_report
 from saejax.report.summary import Rates, Result, table, training_rate
-from saejax.storage import is_writer, read_json, write_json
+from saejax.storage import is_writer, read_json, text_sha256, write_json
+from saejax.train.checkpoint import read_meta
 from saejax.train.loop import check_run_dir, train
 
 
@@ -54,7 +55,7 @@ def run(config: Config) -> None:
     say("3/4 evaluate")
     evaluation = _evaluated(config, paths, paths.checkpoints / str(step))
     say("4/4 release")
-    release(paths.root, metrics=_scalars(evaluation))
+    release(paths.checkpoints / str(step), metrics=_scalars(evaluation), mesh=_mesh(config))
     if is_writer():
         result = _result(config, paths, step, evaluation)
         page = write_report(paths, result)
@@ -105,15 +106,21 @@ def _rates_file(paths: RunPaths) -> Path:
 
 def _evaluated(config: Config, paths: RunPaths, step_dir: Path) -> dict:
     """The evaluation of a checkpoint step: from `eval.json` when it is there, else measured and kept."""
-    key = cache_key(config, int(step_dir.name))
+    key = _cache_key(config, step_dir)
     result = cached(paths, key)
     if result is None:
-        stats = Store.open(config.harvest.store).stats(config.sae.hookpoint)
+        store = Store.open(config.harvest.store)
+        stats = {hookpoint: store.stats(hookpoint) for hookpoint in config.sae.hookpoints}
         lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype,
                        mesh=lm_mesh(config) if config.lm.mesh.model > 1 else None)
         result = evaluate(config, load(step_dir, mesh=_mesh(config)), lm_, stats)
         remember(paths, key, result)
     return result
+
+
+def _cache_key(config: Config, step_dir: Path) -> dict:
+    fingerprints = json.dumps(read_meta(step_dir).fingerprints, sort_keys=True)
+    return cache_key(config, int(step_dir.name), text_sha256(fingerprints))
 
 
 def _mesh(config: Config) -> Mesh | None:
@@ -133,7 +140,7 @@ def _eval(arguments: Arguments) -> int:
         if arguments.contexts is not None:
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=arguments.contexts))
         paths = RunPaths(Path(config.run_dir))
-        step_dir = path if path != paths.root else newest_step(path)
+        step_dir = path if path != paths.root else newest_step(path, _mesh(config))
         results.append(_result(config, paths, int(step_dir.name), _evaluated(config, paths, step_dir)))
     if is_writer():
         if arguments.json:
@@ -149,9 +156,9 @@ def _release(arguments: Arguments) -> int:
         raise ConfigError(f"saejax release: --out={arguments.out} takes one run; release them one by one")
     for config, path in located:
         paths = RunPaths(Path(config.run_dir))
-        step_dir = path if path != paths.root else newest_step(path)
-        evaluation = cached(paths, cache_key(config, int(step_dir.name)))
-        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}))
+        step_dir = path if path != paths.root else newest_step(path, _mesh(config))
+        evaluation = cached(paths, _cache_key(config, step_dir))
+        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=_mesh(config))
         if is_writer():
             print(f"release  {out} (step {step_dir.name})")
     return 0

@@ -15,6 +15,7 @@ AXES: dict[str, str | tuple[str, str] | None] = {
     "rows_at_rest": ("data", "dict"),
     "features": "dict",
     "d_in": None,
+    "d_out": None,
     "k": None,
 }
 

@@ -13,8 +13,9 @@ from saejax import sharding
 from saejax.config import MeshOptions
 from saejax.errors import FormatError
 from saejax.formats.release import release
+from saejax.sae import tensors
 from saejax.train import loop
-from tests.train.synthetic import D_IN, leaves, make_config, make_store
+from tests.train.synthetic import D_IN, make_config, make_store
 
 
 @pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu", "batchtopk"])
@@ -41,8 +42,8 @@ def test_load_release_load_is_identical(released, tmp_path):
     from saejax.formats import saelens
     saelens.write(tmp_path / "again", first)
     second = saejax.load(tmp_path / "again")
-    for name, value in leaves(first.params).items():
-        np.testing.assert_array_equal(value, leaves(second.params)[name])
+    for name, value in tensors(first.params).items():
+        np.testing.assert_array_equal(value, tensors(second.params)[name])
     assert first.cfg == second.cfg
     assert first.W_enc.shape == (D_IN, 64) and first.W_dec.shape == (64, D_IN)
 

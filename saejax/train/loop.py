@@ -78,10 +78,11 @@ def train(config: Config, store: Store) -> Trained:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.train.batch, mesh)
     sharding.check_features(config.sae.d_sae, mesh)
-    check_matches(store, hookpoint=config.sae.hookpoint, d_in=config.sae.d_in, model=config.lm.model,
+    check_matches(store, hookpoints=config.sae.hookpoints, d_in=config.sae.d_in, model=config.lm.model,
                   context=config.text.context)
     paths = claim_run_dir(config)
-    spec = SAESpec.from_options(config.sae, store.width(config.sae.hookpoint), config.train.compute_dtype)
+    widths = {hookpoint: store.width(hookpoint) for hookpoint in config.sae.hookpoints}
+    spec = SAESpec.from_options(config.sae, widths, config.train.compute_dtype)
     with jax.set_mesh(mesh):
         return _Run(config, store, mesh, paths, spec).go()
 
@@ -96,8 +97,9 @@ class _Run:
         keep_every = -(-config.checkpoint.keep_every_tokens // config.train.batch)
         self.checkpoints = Checkpoints(paths.checkpoints, keep=config.checkpoint.keep, strict=config.checkpoint.strict,
                                        keep_every_steps=-(-keep_every // self.every) * self.every)
-        self.rest = sharding.sharding(mesh, "rows_at_rest", "d_in")
-        self.data = {"hookpoint": config.sae.hookpoint, "store_digest": store.digest, "normalize": config.sae.normalize,
+        self.rest = sharding.sharding(mesh, "rows_at_rest", None)
+        self.stats = [store.stats(hookpoint) for hookpoint in config.sae.hookpoints]
+        self.data = {"hookpoints": list(config.sae.hookpoints), "store_digest": store.digest, "normalize": config.sae.normalize,
                      "stream_order": str(ORDER_VERSION)}
 
     def go(self) -> Trained:
@@ -125,16 +127,15 @@ class _Run:
 
     def start(self) -> tuple[TrainState, RunCounters, int]:
         origin = StreamState(seed=self.config.seed, epoch=0, position=0)
-        rows = min(self.config.train.init_rows, self.store.stats(self.config.sae.hookpoint).rows)
+        rows = min(self.config.train.init_rows, self.store.kept_rows)
         with self.stream(origin) as stream:
             n = math.ceil(rows / self.config.train.batch)
-            sample_ND = np.concatenate([b.x_BD.astype(np.float32) for b in itertools.islice(stream, n)])[:rows]
-        stats = self.store.stats(self.config.sae.hookpoint)
-        state = initial_state(self.config, self.spec, stats, sample_ND, self.total, self.mesh)
+            sample_NW = np.concatenate([b.x_BW.astype(np.float32) for b in itertools.islice(stream, n)])[:rows]
+        state = initial_state(self.config, self.spec, self.stats, sample_NW, self.total, self.mesh)
         return state, RunCounters(stream=origin, tokens_seen=0, resamples=0), 0
 
     def stream(self, state: StreamState) -> Stream:
-        return Stream(self.store, self.config.sae.hookpoint, self.config.train.batch, self.config.stream, state)
+        return Stream(self.store, self.config.sae.hookpoints, self.config.train.batch, self.config.stream, state)
 
     def steps(self, state: TrainState, counters: RunCounters, start: int) -> TrainState:
         config, batch = self.config, self.config.train.batch
@@ -146,7 +147,7 @@ class _Run:
                                                     name=config.name, config=config_lib.to_json(config), resume_step=start),
                    stream, bar) as log):
             for step, rows in zip(range(start + 1, self.total + 1), stream, strict=False):  # the stream has no end
-                state, metrics = step_fn(state, sharding.place(rows.x_BD, self.rest))
+                state, metrics = step_fn(state, sharding.place(rows.x_BW, self.rest))
                 counters = dataclasses.replace(counters, stream=stream.state, tokens_seen=step * batch)
                 log.step(step, metrics)
                 if due(config.train.resample, (step - 1) * batch, step * batch) and step < self.total:
@@ -165,13 +166,13 @@ class _Run:
         """Candidates come from a second, differently seeded stream over the same store: the training order is not touched."""
         occasion = counters.resamples
         n = max(1, self.config.train.resample.sample_rows // self.config.train.batch)
-        n = min(n, max(1, self.store.stats(self.config.sae.hookpoint).rows // self.config.train.batch))
+        n = min(n, max(1, self.store.kept_rows // self.config.train.batch))
         origin = StreamState(seed=self.config.seed + 1 + occasion, epoch=0, position=0)
 
         def batches() -> Iterator[jax.Array]:
             with self.stream(origin) as stream:
                 for rows in itertools.islice(stream, n):
-                    yield sharding.place(rows.x_BD, self.rest)
+                    yield sharding.place(rows.x_BW, self.rest)
 
         state, replaced = resample(self.config, self.spec, state, (batches(), batches()), occasion)
         log.note(step, resampled=replaced)

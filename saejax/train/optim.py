@@ -48,7 +48,7 @@ def with_unit_decoder(params: SAEParams) -> SAEParams:
 
 
 def reset_rows(opt_state, rows_F: jax.Array):
-    """Zeroes Adam's moments of the marked features in every parameter that has a row per feature; b_dec's stay."""
+    """Zeroes Adam's moments of the marked features in every parameter that has a row per feature; the others' stay."""
 
     def reset(moments: SAEParams) -> SAEParams:
         return moments.replace(

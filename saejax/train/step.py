@@ -15,14 +15,14 @@ from saejax.train.state import TrainState, moved
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
 
 
-def normalized(x_BD: jax.Array, scale: jax.Array) -> jax.Array:
-    """Raw rows resting over all devices -> float32 normalised rows split over `data` (one all-gather of [B, D] along `dict`)."""
-    x_BD = jax.sharding.reshard(x_BD, sharding.spec("rows", "d_in"))
-    return x_BD.astype(jnp.float32) * scale
+def normalized(state: TrainState, rows_BW: jax.Array) -> jax.Array:
+    """Raw rows resting over all devices -> float32 normalised rows split over `data` (one all-gather of [B, W] along `dict`)."""
+    return state.normalization.apply(jax.sharding.reshard(rows_BW, sharding.spec("rows", None)))
 
 
 def make_step(config: Config, spec: SAESpec, total_steps: int):
-    """`step(state, x_BD) -> (state, metrics)`; x_BD: raw rows [B, D] (any float dtype) sharded as `rows_at_rest`.
+    """`step(state, rows_BW) -> (state, metrics)`; rows_BW: raw rows of `config.sae.hookpoints` side by side (any float dtype),
+    sharded as `rows_at_rest`.
 
     metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, and the
     terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient.
@@ -33,19 +33,19 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
     penalty = config.sae.sparsity if spec.kind == "jumprelu" else config.sae.l1
     sparsity = optim.l1_coefficient(config.train, penalty, total_steps)
 
-    def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        x_BD = normalized(x_BD, state.scale)
+    def step(state: TrainState, rows_BW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        rows_BW = normalized(state, rows_BW)
         inputs = LossInputs(sparsity=sparsity(state.step), inverse_variance=state.inverse_variance,
                             tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
         (_, parts), gradients = jax.value_and_grad(
-            lambda p: objective(spec, config.sae, p, x_BD, inputs), has_aux=True)(state.params)
+            lambda p: objective(spec, config.sae, p, rows_BW, inputs), has_aux=True)(state.params)
         if config.sae.unit_decoder:
             gradients = optim.without_parallel(gradients, state.params)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         if config.sae.unit_decoder:
             params = optim.with_unit_decoder(params)
-        counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(x_BD))
+        counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(rows_BW))
         since_F = jnp.where(parts.fired_F, 0, counted_F)
         metrics = {
             "loss": parts.loss, "mse": parts.mse, "l0": parts.l0, "fvu": parts.fvu,

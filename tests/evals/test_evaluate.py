@@ -31,21 +31,21 @@ class Linear:
 
     def __init__(self, factor):
         self.factor = factor
-        self.cfg = SimpleNamespace(d_in=D_IN, d_sae=D_IN, hookpoint=HOOKPOINT)
+        self.cfg = SimpleNamespace(d_in=D_IN, d_sae=D_IN, hookpoint=HOOKPOINT, hookpoints=(HOOKPOINT,), targets=(HOOKPOINT,))
 
     def reconstruct(self, x):
         return x * self.factor, x * self.factor
 
 
 def stats(mean=0.3, median=5.0):
-    return ActivationStats(1000, np.full(D_IN, mean), median, median**2, median)
+    return {HOOKPOINT: ActivationStats(1000, np.full(D_IN, mean), median, median**2, median)}
 
 
 def random_sae(mesh=None, d_sae=64, k=8, seed=0):
     rng = np.random.default_rng(seed)
     W = rng.standard_normal((d_sae, D_IN)).astype(np.float32) / D_IN**0.5
     params = SAEParams(W_enc=jnp.asarray(W), b_enc=jnp.zeros(d_sae), W_dec=jnp.asarray(W), b_dec=jnp.zeros(D_IN))
-    return SAE(params, SAEConfig("topk", D_IN, d_sae, k, False, HOOKPOINT, "tiny"), mesh)
+    return SAE(params, SAEConfig("topk", D_IN, d_sae, k, False, (HOOKPOINT,), "tiny"), mesh)
 
 
 def held_out(config, lm):
@@ -190,14 +190,15 @@ def test_wrong_width_names_the_model(config, tiny_lm):
 
 def test_cache_is_keyed_by_step_and_options(config, tmp_path):
     paths = RunPaths(tmp_path)
-    key = cache_key(config, 7)
+    key = cache_key(config, 7, "d")
     assert cached(paths, key) is None
     remember(paths, key, {"fvu": 0.5})
-    remember(paths, cache_key(config, 8), {"fvu": 0.4})
+    remember(paths, cache_key(config, 8, "d"), {"fvu": 0.4})
     assert cached(paths, key) == {"fvu": 0.5}
     more = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=11))
-    assert cached(paths, cache_key(more, 7)) is None
-    assert cached(paths, cache_key(dataclasses.replace(config, seed=1), 7)) is None
+    assert cached(paths, cache_key(more, 7, "d")) is None
+    assert cached(paths, cache_key(dataclasses.replace(config, seed=1), 7, "d")) is None
+    assert cached(paths, cache_key(config, 7, "of another SAE at the same step")) is None
     newer = json.loads(paths.evaluation.read_text()) | {"schema_version": 99}
     paths.evaluation.write_text(json.dumps(newer))
     with pytest.raises(SaejaxError, match="schema version 99"):

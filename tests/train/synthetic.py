@@ -14,29 +14,36 @@ from saejax.recipes import WITH_K
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka", "matryoshka_jumprelu")  # recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
+TARGET = "blocks.1.hook_mlp_out"
+WIDTHS = {HOOKPOINT: D_IN, TARGET: 12}
+SHAPES = {  # more names for `make_config`: a recipe, and what makes it another shape
+    "transcoder": ("topk", {"sae__target": TARGET, "sae__pre_bias": False}),
+    "skip_transcoder": ("jumprelu", {"sae__target": TARGET, "sae__pre_bias": False, "sae__skip": True}),
+    "crosscoder": ("relu", {"sae__crosscoder": (HOOKPOINT, TARGET), "sae__center": True}),
+}
 
 
 def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
-    """`contexts` x 8 rows of width 16, the first token of each context masked."""
+    """`contexts` x 8 rows at two hookpoints that share their features, the first token of each context masked."""
     spec = StoreSpec(model="synthetic", model_digest="0" * 64, lm_dtype="float32", tokenizer_digest="1" * 64,
-                     text={"context": CONTEXT, "source": ["synthetic"]}, hookpoints=((HOOKPOINT, D_IN),), context=CONTEXT,
+                     text={"context": CONTEXT, "source": ["synthetic"]}, hookpoints=tuple(WIDTHS.items()), context=CONTEXT,
                      shard_contexts=SHARD_CONTEXTS, chunk_rows=32, mask_special=True, target_contexts=contexts)
     rng = np.random.default_rng(seed)
-    directions = rng.standard_normal((48, D_IN))
+    directions = {name: np.random.default_rng(seed).standard_normal((48, width)) for name, width in WIDTHS.items()}
     writer = StoreWriter(path, spec)
     for shard in writer.missing_shards():
         n = min(SHARD_CONTEXTS, contexts - shard * SHARD_CONTEXTS)
         codes = (rng.random((n * CONTEXT, 48)) < 0.08) * rng.random((n * CONTEXT, 48))
-        x = (codes @ directions + 0.3).astype(ml_dtypes.bfloat16)
+        x = {name: (codes @ W + 0.3).astype(ml_dtypes.bfloat16) for name, W in directions.items()}
         keep = np.ones((n, CONTEXT), np.uint8)
         keep[:, 0] = 0
-        writer.write_shard(shard, {HOOKPOINT: x}, rng.integers(0, 99, (n, CONTEXT)), keep, {})
+        writer.write_shard(shard, x, rng.integers(0, 99, (n, CONTEXT)), keep, {})
     return writer.finalize(contexts)
 
 
 def kinds(*core: str) -> list:
-    """All kinds as test parameters; those not named here run in the slow tier."""
-    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    """All kinds and shapes as test parameters; those not named here run in the slow tier."""
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in (*KINDS, *SHAPES)]
 
 
 class OnDemand(dict):
@@ -51,16 +58,12 @@ class OnDemand(dict):
         return self[key]
 
 
-def leaves(params) -> dict:
-    """{name: array} of an SAE's parameters, those per feature included."""
-    return {name: getattr(params, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | params.per_feature
-
-
 def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     """A config for the store above; overrides are {"section.key": value} with dots as double underscores."""
+    kind, shape = SHAPES.get(kind, (kind, {}))
     c = default_config(kind)
     c.lm.model = "synthetic"
-    c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), (HOOKPOINT,), HOOKPOINT
+    c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), tuple(WIDTHS), HOOKPOINT
     c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
@@ -73,7 +76,7 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
     c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
     c.checkpoint.every_tokens = 32 * 10
-    for key, value in overrides.items():
+    for key, value in (shape | overrides).items():
         node, *rest = key.split("__")
         target = c
         for part in rest:

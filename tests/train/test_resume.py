@@ -20,7 +20,7 @@ from saejax.train.checkpoint import read_meta, restore_step, steps_in
 from saejax.train.preemption import Preempted
 from saejax.train.state import abstract_state
 
-from .synthetic import D_IN, HOOKPOINT, KINDS, OnDemand, kinds, make_config, make_store
+from .synthetic import D_IN, HOOKPOINT, KINDS, WIDTHS, OnDemand, kinds, make_config, make_store
 
 # 336 unmasked rows and batches of 32: the epoch edge lies inside step 11. Resampling happens after steps 15, 30 and 45.
 OPTIONS = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
@@ -104,7 +104,7 @@ def test_a_finished_run_starts_nothing(store, straight):
 
 def test_every_mesh_restores_the_same_bits(straight):
     config = make_config("topk", straight["topk"][1], **OPTIONS)
-    spec = SAESpec.from_options(config.sae, D_IN)
+    spec = SAESpec.from_options(config.sae, WIDTHS)
     for shape in ((1, 1), (1, 8), (8, 1), (2, 4)):
         mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[: shape[0] * shape[1]])
         state, _ = restore_step(straight["topk"][1] / "checkpoints" / "50", abstract_state(config, spec, 50, mesh))
@@ -133,7 +133,7 @@ def test_damage_is_equal_or_a_typed_error(straight, tmp_path, damage):
     source = straight["topk"][1] / "checkpoints" / "50"
     config = make_config("topk", tmp_path, **OPTIONS)
     mesh = sharding.make_mesh(MeshOptions(1, 8))
-    abstract = abstract_state(config, SAESpec.from_options(config.sae, D_IN), 50, mesh)
+    abstract = abstract_state(config, SAESpec.from_options(config.sae, WIDTHS), 50, mesh)
     refused = 0
     for file in checkpoint_files(source):
         step = tmp_path / "50"
