@@ -222,10 +222,7 @@ class Stream:
             while position < len(window.order):
                 slots = window.order[position:position + self.batch - have]
                 part = slice(have, have + len(slots))
-                column = 0
-                for values, width in zip(window.x, self.widths, strict=True):
-                    np.take(values.view(np.uint16), slots, axis=0, out=x[part, column:column + width], mode="clip")
-                    column += width
+                self._gather(window, slots, x[part])
                 tokens[part], rows[part] = window.tokens[slots], window.rows[slots]
                 have, position = have + len(slots), position + len(slots)
                 state = StreamState(state.seed, epoch, (state.position if epoch == state.epoch else 0) + len(slots))
@@ -254,8 +251,6 @@ class Stream:
                 if number == self.order.n_windows:
                     number, epoch = 0, epoch + 1
                 ahead = self._start(state.seed, epoch, number, buffer)
-                for hookpoint, values in zip(self.hookpoints, current.x, strict=True):
-                    self._check_finite(current, hookpoint, values)
                 yield current_epoch, current, skip
         finally:
             for read in ahead.pending:
@@ -271,18 +266,22 @@ class Stream:
         pending.append(self.store.start_read("tokens", spans, tokens))
         return _Window(order, rows, x, tokens, pending)
 
-    def _check_finite(self, window: _Window, hookpoint: str, values: np.ndarray) -> None:
-        bits = values.view(np.uint16)
-        scratch = np.empty((_ROWS_AT_ONCE, bits.shape[1]), np.uint16)
-        for a in range(0, len(bits), _ROWS_AT_ONCE):
-            piece = bits[a:a + _ROWS_AT_ONCE]
+    def _gather(self, window: _Window, slots: np.ndarray, out: np.ndarray) -> None:
+        """The rows in these slots, their hookpoints side by side; each piece is checked while it is still in the cache."""
+        scratch = np.empty((_ROWS_AT_ONCE, out.shape[1]), np.uint16)
+        for a in range(0, len(slots), _ROWS_AT_ONCE):
+            piece, column = out[a:a + _ROWS_AT_ONCE], 0
+            for values, width in zip(window.x, self.widths, strict=True):
+                columns = piece[:, column:column + width]
+                np.take(values.view(np.uint16), slots[a:a + _ROWS_AT_ONCE], axis=0, out=columns, mode="clip")
+                column += width
             if np.bitwise_and(piece, _EXPONENT, out=scratch[:len(piece)]).max() == _EXPONENT:
-                break
-        else:
-            return
-        bad = window.order[((bits[window.order] & _EXPONENT) == _EXPONENT).any(axis=1)]
-        if bad.size:
-            rows = np.sort(window.rows[bad])
-            places = [divmod(int(r), self.store.context) for r in rows[:5]]
-            raise NonFiniteError(f"{self.store.path}: " + non_finite_message(
-                hookpoint, bad.size, len(window.order), places))
+                self._refuse(window)
+
+    def _refuse(self, window: _Window) -> None:
+        """Raises `NonFiniteError` with the number and the place of the window's rows that are not finite."""
+        for hookpoint, values in zip(self.hookpoints, window.x, strict=True):
+            bad = window.order[((values.view(np.uint16)[window.order] & _EXPONENT) == _EXPONENT).any(axis=1)]
+            if bad.size:
+                places = [divmod(int(row), self.store.context) for row in np.sort(window.rows[bad])[:5]]
+                raise NonFiniteError(f"{self.store.path}: " + non_finite_message(hookpoint, bad.size, len(window.order), places))

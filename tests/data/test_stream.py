@@ -188,14 +188,15 @@ def test_non_finite_rows_are_counted_and_named(tmp_path, monkeypatch):
         store = writer.finalize(37)
     with Stream(store, (HOOK,), 10, StreamOptions(64, 2000), START) as stream:
         with pytest.raises(NonFiniteError, match=r"2 of \d+ .* \(9, 4\), \(30, 0\)"):
-            next(stream)
+            for batch in stream:
+                assert np.isfinite(batch.x_BW.astype(np.float32)).all()
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(store, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(Stream, "_check_finite", fail)
+    monkeypatch.setattr(Stream, "_gather", fail)
     with Stream(store, (HOOK,), 10, StreamOptions(4, 150), START) as stream:
         with pytest.raises(MemoryError, match="no room"):
             next(stream)

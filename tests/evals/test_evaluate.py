@@ -65,6 +65,32 @@ def test_identity_recovers_exactly_one_and_zero_exactly_none(config, tiny_lm):
     assert zero["kl"] > 0 and zero["dead_fraction"] == 1.0 and zero["l0_mean"] == 0
 
 
+class Between(Linear):
+    """The same, from some hookpoints to others."""
+
+    def __init__(self, factor, hookpoints, targets):
+        super().__init__(factor)
+        width = D_IN * len(hookpoints)
+        self.cfg = SimpleNamespace(d_in=width, d_sae=width, hookpoint="", hookpoints=hookpoints, targets=targets)
+
+
+def test_what_is_reconstructed_is_replaced(config, tiny_lm):
+    """A transcoder between two names of the same activation, and a crosscoder over two layers."""
+    before, after, last = "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"
+    names = {name: stats()[HOOKPOINT] for name in (before, after, last)}
+    transcoder = evaluate(config, Between(1.0, (before,), (after,)), tiny_lm, names)
+    assert transcoder["ce_recovered"] == 1.0 and transcoder["explained_variance"] == 1.0 and "layers" not in transcoder
+    zero = evaluate(config, Between(0.0, (last,), (after,)), tiny_lm, names)
+    assert zero["ce_spliced"] == zero["ce_zero"] == evaluate(config, Linear(0.0), tiny_lm, names)["ce_zero"]
+    crosscoder = evaluate(config, Between(1.0, (before, last), (before, last)), tiny_lm, names)
+    assert crosscoder["ce_recovered"] == 1.0 and set(crosscoder["layers"]) == {before, last}
+    half = evaluate(config, Between(0.5, (before, last), (before, last)), tiny_lm, names)
+    single = evaluate(config, Between(0.5, (last,), (last,)), tiny_lm, names)
+    assert half["ce_spliced"] == pytest.approx(single["ce_spliced"], rel=1e-6), "the later layer decides what follows"
+    assert half["fvu"] == pytest.approx(np.mean([layer["fvu"] for layer in half["layers"].values()]))
+    assert half["layers"][last]["fvu"] == pytest.approx(single["fvu"], rel=1e-6)
+
+
 def test_mean_ablation_with_the_mean_zero_is_zero_ablation(config, tiny_lm):
     result = evaluate(config, Linear(0.5), tiny_lm, stats(mean=0.0))
     assert result["ce_mean"] == result["ce_zero"] and result["ce_recovered_mean"] == result["ce_recovered"]
