@@ -33,6 +33,7 @@ class Arguments:
     out: Path | None
     contexts: int | None
     json: bool
+    jumprelu: bool
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -58,7 +59,8 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
     return Arguments(config=config, paths=tuple(Path(p) for p in paths), distributed=_distributed(fv),
                      out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
                      contexts=fv["contexts"].value if "contexts" in fv else None,
-                     json=bool(fv["json"].value) if "json" in fv else False)
+                     json=bool(fv["json"].value) if "json" in fv else False,
+                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -75,6 +77,8 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_string("out", None, "output directory", flag_values=fv)
     if "contexts" in options:
         flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
+    if "jumprelu" in options:
+        flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

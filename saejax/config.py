@@ -17,7 +17,7 @@ from ml_collections import config_dict
 
 from saejax.contradictions import contradictions
 from saejax.errors import ConfigError
-from saejax.recipes import KINDS, RECIPES
+from saejax.recipes import KINDS, RECIPES, WITH_K
 
 SCHEMA_VERSION = 1
 
@@ -109,14 +109,15 @@ class SAEOptions:
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
+    k_start: int = opt(0, "active features at the first step, falling to `k` over `train.k_anneal` (topk, batchtopk); 0: always "
+                       "`k`", ge=0)
     multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
     penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
                        choices=("l1", "tanh", "log"))
     l1: float = opt(5.0, "lambda of the decoder-norm-weighted penalty (relu, gated)", ge=0.0)
-    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / target_l0 - 1)^2, or tanh with a pre-activation loss",
-                         choices=("l0", "target_l0", "tanh"))
+    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / train.target_l0 - 1)^2, or tanh with a "
+                         "pre-activation loss", choices=("l0", "target_l0", "tanh"))
     sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
-    target_l0: float = opt(80.0, "active features per token that objective `target_l0` aims at", gt=0.0)
     bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
     threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
     threshold_beta: float = opt(0.999, "memory of the running mean of the least kept activation, the threshold after training "
@@ -136,7 +137,11 @@ class SAEOptions:
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
                           choices=("zeros", "mean", "geometric_median"))
     decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
-    aux_k: int = opt(256, "dead features asked to explain the residual error (topk, batchtopk); 0 turns AuxK off", ge=0)
+    init_l0: float = opt(0.0, "features per token that fire at initialisation, by encoder biases taken from a sample of rows; 0: "
+                         "biases 0", ge=0.0)
+    align: bool = opt(False, "keep the inner product of each feature's encoder and decoder rows at 1, which keeps features "
+                      "alive; needs `unit_decoder`")
+    aux_k: int = opt(256, "dead features asked to explain the residual error; 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
                            "and in the log", gt=0)
@@ -173,9 +178,20 @@ class TrainOptions:
     beta2: float = opt(0.999, "Adam's second-moment decay", ge=0.0, lt=1.0)
     eps: float = opt(6.25e-10, "Adam's epsilon", gt=0.0)
     clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
-    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0", ge=0.0, le=1.0)
-    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls linearly to 0", ge=0.0, le=1.0)
+    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from `lr_start`", ge=0.0, le=1.0)
+    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls to `lr_end`", ge=0.0, le=1.0)
+    lr_shape: str = opt("linear", "shape of rise and fall", choices=("linear", "cosine"))
+    lr_start: float = opt(0.0, "learning rate at the start of the rise, as a share of `lr`", ge=0.0, le=1.0)
+    lr_end: float = opt(0.0, "learning rate at the end of the fall, as a share of `lr`", ge=0.0, le=1.0)
     l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
+    target_l0: float = opt(0.0, "active features per token to aim at: k of kinds that have one, else the penalty's lambda is "
+                           "steered towards it; 0: off", ge=0.0)
+    k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`", ge=0.0, le=1.0)
+    accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "
+                          "and target_l0 count within a part", gt=0)
+    ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: off",
+                     ge=0.0, lt=1.0)
+    max_skipped: int = opt(10, "steps in a row with a non-finite loss or gradient, each left out, that stop the run", gt=0)
     compute_dtype: str = opt("float32", "dtype of the matrix products; parameters and optimizer stay float32",
                              choices=("float32", "bfloat16"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
@@ -279,10 +295,16 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         raise ConfigError("; ".join(problems))
     return dataclasses.replace(
         resolved,
+        sae=dataclasses.replace(resolved.sae, k=_k(resolved)),
         run_dir=resolved.run_dir or f"runs/{resolved.name}",
         harvest=dataclasses.replace(
             resolved.harvest,
             store=resolved.harvest.store or f"{resolved.run_dir or f'runs/{resolved.name}'}/store"))
+
+
+def _k(config: Config) -> int:
+    given = config.train.target_l0 if config.sae.kind in WITH_K else 0
+    return max(1, round(given)) if given else config.sae.k
 
 
 def _build(cls, values, path: str, problems: list[str]):

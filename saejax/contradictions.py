@@ -1,6 +1,6 @@
 """Options that contradict each other, each with the key to change: all of them are reported at once."""
 
-from saejax.recipes import WITH_AUX, WITH_K
+from saejax.recipes import WITH_K
 
 
 def contradictions(c) -> list[str]:
@@ -14,10 +14,17 @@ def _of_sae(sae, c) -> list[str]:
         out.append(f"config.sae.k: {sae.k} active features of config.sae.d_sae = {sae.d_sae}; lower k")
     if sae.unit_decoder and sae.decoder_init_norm != 1.0:
         out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
-    if sae.aux_k and sae.kind not in WITH_AUX:
-        out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kind {_either(WITH_AUX)}; set it to 0")
-    if sae.kind == "jumprelu" and sae.objective == "target_l0" and sae.target_l0 > sae.d_sae:
-        out.append(f"config.sae.target_l0: {sae.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
+    if sae.k_start and (sae.kind not in WITH_K or not sae.k < sae.k_start <= sae.d_sae):
+        out.append(f"config.sae.k_start: {sae.k_start} belongs to kinds with k ({', '.join(WITH_K)}), above config.sae.k = "
+                   f"{sae.k} and at most config.sae.d_sae = {sae.d_sae}; set it to 0")
+    if sae.align and not sae.unit_decoder:
+        out.append("config.sae.align: needs unit decoder rows; set config.sae.unit_decoder, or align to False")
+    if sae.align and sae.target:
+        out.append("config.sae.align: encoder and decoder rows of a transcoder live in different spaces; set it to False")
+    if c.train.target_l0 > sae.d_sae:
+        out.append(f"config.train.target_l0: {c.train.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
+    if sae.kind == "jumprelu" and sae.objective == "target_l0" and not c.train.target_l0:
+        out.append("config.train.target_l0: objective 'target_l0' of jumprelu needs it; set it, or config.sae.objective to 'l0'")
     if sae.penalty != "l1" and sae.kind != "relu":
         out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
     if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):
@@ -70,6 +77,8 @@ def _of_run(c) -> list[str]:
     out = []
     if c.train.lr_warmup + c.train.lr_decay > 1.0:
         out.append("config.train.lr_warmup + config.train.lr_decay: together more than the whole run; lower one")
+    if c.train.batch % c.train.accumulate:
+        out.append(f"config.train.accumulate: {c.train.accumulate} parts do not divide config.train.batch = {c.train.batch}")
     if c.mesh.data == -1 and c.mesh.dict == -1:
         out.append("config.mesh: only one of data and dict can be -1")
     if 0 in (c.mesh.data, c.mesh.dict):
@@ -77,7 +86,3 @@ def _of_run(c) -> list[str]:
     if c.lm.mesh.data == 0:
         out.append("config.lm.mesh.data: a device count or -1, not 0")
     return out
-
-
-def _either(kinds: tuple[str, ...]) -> str:
-    return " or ".join(repr(kind) for kind in kinds)

@@ -160,7 +160,7 @@ def _checkpoint(path: Path) -> Finding:
 
 
 def _abstract(config: Config, spec: SAESpec, mesh: Mesh):
-    return abstract_state(config, spec, total_steps(config), mesh)
+    return abstract_state(config, spec, mesh)
 
 
 def _mesh(d_sae: int) -> Mesh:

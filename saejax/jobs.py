@@ -158,7 +158,8 @@ def _release(arguments: Arguments) -> int:
         paths = RunPaths(Path(config.run_dir))
         step_dir = path if path != paths.root else newest_step(path, _mesh(config))
         evaluation = cached(paths, _cache_key(config, step_dir))
-        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=_mesh(config))
+        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=_mesh(config),
+                      as_jumprelu=arguments.jumprelu)
         if is_writer():
             print(f"release  {out} (step {step_dir.name})")
     return 0

@@ -73,12 +73,13 @@ JOBS = {
         "saejax eval runs/demo runs/demo_relu", options=("distributed", "contexts", "json")),
     "release": Job(
         "a checkpoint -> a directory that loads anywhere",
-        "saejax release RUN_OR_STEP [--out=DIR]\n       saejax release --config=FILE",
+        "saejax release RUN_OR_STEP [--out=DIR] [--jumprelu]\n       saejax release --config=FILE",
         "Reads a run directory (its newest checkpoint that verifies) or one checkpoint step, also while the run\n"
         "goes on; writes cfg.json, sae_weights.safetensors, metrics.json and README.md to DIR (default\n"
         "RUN/release). saejax.load and SAELens read it.\n\n"
-        "options:\n  --out=DIR                where to write\n" + _CONFIG + _DISTRIBUTED,
-        "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out")),
+        "options:\n  --out=DIR                where to write\n"
+        "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
+        "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",

@@ -2,7 +2,6 @@
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "batchtopk")
 WITH_K = ("topk", "batchtopk")      # kinds that keep a given number of features
-WITH_AUX = ("topk", "batchtopk")    # kinds that AuxK belongs to
 
 # Transformer Circuits update April 2024 (learning rate for ~200k steps; short runs need a larger one, see
 # configs/demo_relu.py).
@@ -25,20 +24,21 @@ _GATED = {
 
 # Gemma Scope (Lieberum et al. 2024): bandwidth, initial threshold, optimiser, unit mean squared norm, unit decoder, pre-encoder
 # bias. Its lambda is not published: the objective, its weight 1 and the target are those of the SAEBench suite. Short warm-ups
-# are shares of the run here (1,000 and 10,000 steps there).
+# are shares of the run here (1,000 steps of cosine from 0.1 of the rate, and 10,000 steps of lambda there).
 _JUMPRELU = {
     "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_1", "sae.objective": "target_l0", "sae.sparsity": 1.0,
-    "sae.target_l0": 80.0, "sae.bandwidth": 0.001, "sae.threshold_init": 0.001,
+    "train.target_l0": 80.0, "sae.bandwidth": 0.001, "sae.threshold_init": 0.001,
     "train.lr": 7e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_warmup": 0.01,
-    "train.lr_decay": 0.0, "train.l1_warmup": 0.1,
+    "train.lr_shape": "cosine", "train.lr_start": 0.1, "train.lr_decay": 0.0, "train.l1_warmup": 0.1,
 }
 
 # Transformer Circuits update January 2025; decoder rows start at the norm that U(-1/sqrt(n), 1/sqrt(n)) gives, 1/sqrt(3). Lambda
-# rises over the whole run. Encoder biases start at 0, where the update sets them so that each feature fires 10,000/m of the time.
+# rises over the whole run. Encoder biases start where each feature fires 10,000/m of the time.
 _JUMPRELU_TANH = {
     "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_norm_sqrt_D", "sae.objective": "tanh", "sae.sparsity": 10.0,
     "sae.penalty_scale": 4.0, "sae.pre_act_coef": 3e-6, "sae.bandwidth": 2.0, "sae.threshold_init": 0.1,
-    "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
+    "sae.init_l0": 10_000.0, "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.pre_bias": False,
+    "sae.b_dec_init": "zeros",
     "train.lr": 2e-4, "train.batch": 32_768, "train.eps": 1e-8, "train.lr_decay": 0.2, "train.l1_warmup": 1.0,
     "train.clip": 1.0,
 }

@@ -35,6 +35,20 @@ def out(*logical: str | None) -> PartitionSpec | None:
     return spec(*logical) if mesh_is_set() else None
 
 
+MEMBERS = "members"  # the vmapped axis of SAEs that train as one program
+
+
+def any_member(condition: jax.Array) -> jax.Array:
+    """`condition` of any SAE that trains in the same program: under `vmap` a `cond` that depends on its own SAE only would become
+    a select, which computes both branches.
+    """
+    try:
+        jax.lax.axis_size(MEMBERS)
+    except NameError:  # no such axis: one SAE
+        return condition
+    return jax.lax.pmax(condition.astype(np.int32), MEMBERS) > 0
+
+
 def make_mesh(options: MeshOptions, devices=None) -> Mesh:
     """Mesh ("data", "dict") with explicit axis types over all devices. Raises `ConfigError` when the sizes do not fit."""
     devices = list(jax.devices() if devices is None else devices)

@@ -51,21 +51,26 @@ def _newest(run: Path, mesh: Mesh | None) -> tuple[Path, SAE]:
     raise CheckpointError(f"{directory}: no checkpoint that verifies; train first (saejax train --config=...)")
 
 
-def from_checkpoint(step_dir: Path, mesh: Mesh | None = None) -> SAE:
-    """The SAE of one checkpoint step, verified, normalisation folded."""
+def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, as_jumprelu: bool = False) -> SAE:
+    """The SAE of one checkpoint step, verified, normalisation folded.
+
+    as_jumprelu: a topk SAE with the one threshold at which as many features fire on average, instead of the k largest of each
+    row.
+    """
     where = mesh or sharding.single_device_mesh()
-    params, normalization, meta = restore_params(step_dir, where)
+    params, normalization, meta = restore_params(step_dir, where, as_jumprelu=as_jumprelu)
+    kind = folded_kind(meta.spec.kind, params)
     config_file = RunPaths(Path(step_dir).absolute().parent.parent).config
     config = config_lib.from_json(read_json(config_file, CheckpointError), str(config_file))
     with jax.set_mesh(where):
         params = jax.jit(fold, static_argnums=0)(meta.spec, params, normalization)
     if mesh is None:
         params = jax.device_put(params, SingleDeviceSharding(where.devices.flat[0]))
-    return SAE(params, _describe(config, meta, normalization), mesh)
+    return SAE(params, _describe(kind, config, meta, normalization), mesh)
 
 
-def _describe(config: Config, meta: CheckpointMeta, normalization: Normalization) -> SAEConfig:
-    spec, kind = meta.spec, folded_kind(meta.spec.kind)
+def _describe(kind: str, config: Config, meta: CheckpointMeta, normalization: Normalization) -> SAEConfig:
+    spec = meta.spec
     read, written = (part.scale for part in normalization.parts(spec))
     firsts = [sum(spec.layers[:n]) for n in range(max(1, len(spec.layers)))]
     scales = [float(read[first]) for first in firsts] + ([float(written[0])] if spec.d_out is not None else [])

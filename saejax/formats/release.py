@@ -17,18 +17,19 @@ MEASURED = ("tokens", "outlier_tokens", "l0_mean", "l0_median", "fvu", "explaine
             "ce_mean", "ce_recovered", "ce_recovered_mean", "kl")
 
 
-def release(path: Path, out: Path | None = None, metrics: dict | None = None, mesh: Mesh | None = None) -> Path:
+def release(path: Path, out: Path | None = None, metrics: dict | None = None, mesh: Mesh | None = None, *,
+            as_jumprelu: bool = False) -> Path:
     """Writes the release of a run (its newest checkpoint) or of one checkpoint step, and returns its directory.
 
     out: default `<run>/release`. metrics: what evaluation measured, written as `metrics.json` and shown in the README.
-    mesh: the dictionary is split over it on the way; None: one device.
+    mesh: the dictionary is split over it on the way; None: one device. as_jumprelu: see `from_checkpoint`.
     """
     path = Path(path).absolute()
     step = path if (path / "state").is_dir() else newest_step(path, mesh)
     run = RunPaths(step.parent.parent)
     if not run.config.is_file():
         raise CheckpointError(f"{step}: no config.json two levels up; keep the checkpoint inside its run directory")
-    sae = from_checkpoint(step, mesh)
+    sae = from_checkpoint(step, mesh, as_jumprelu=as_jumprelu)
     out = Path(out) if out else run.release
     saelens.write(out, sae)
     if is_writer():

@@ -54,9 +54,9 @@ class SAEConfig:
         return (self.target,) if self.target else self.hookpoints
 
 
-def folded_kind(kind: str) -> str:
-    """The kind of a folded SAE: one of batchtopk encodes each row by itself, with a threshold."""
-    return "jumprelu" if kind == "batchtopk" else kind
+def folded_kind(kind: str, params: SAEParams) -> str:
+    """The kind of a folded SAE: where a kind with k comes with a threshold it encodes each row by itself, as jumprelu."""
+    return "jumprelu" if "threshold" in params.per_feature else kind
 
 
 def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEParams:
@@ -67,8 +67,8 @@ def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEP
     c = max(1 / scale) for all features, decoder rows as trained (unit by default), since rescaling single rows would change
     which features win. All rest on relu(c z) = c relu(z) for c > 0; biases and thresholds are in the units of pre-activations
     and scale like b_enc, `r_mag` is a ratio and stays. The centre goes into b_enc, or into b_dec where the encoder subtracts it.
-    The result is of `folded_kind`: batchtopk becomes jumprelu at its running threshold, which params.per_feature brings along as
-    `threshold`; `log_threshold` of jumprelu becomes `threshold`.
+    The result is of `folded_kind`: batchtopk (and topk where that is asked for) becomes jumprelu at its running threshold, which
+    params.per_feature brings along as `threshold`; `log_threshold` of jumprelu becomes `threshold`.
     """
     read, written = normalization.parts(spec)
     W_dec, b_dec = params.W_dec / written.scale, params.b_dec / written.scale + written.center
@@ -78,12 +78,13 @@ def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEP
     if W_skip is not None:
         W_skip = W_skip * read.scale[:, None] / written.scale
         b_dec = b_dec - read.center @ W_skip
-    if spec.kind != "topk":
+    kind = folded_kind(spec.kind, params)
+    if kind != "topk":
         unit_F = jnp.maximum(jnp.linalg.norm(W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
     else:
         unit_F = jnp.ones_like(b_enc) / written.scale.min()
     own = dict(params.per_feature)
-    if folded_kind(spec.kind) == "jumprelu":
+    if kind == "jumprelu":
         own = {"threshold": thresholds(params)}
     return SAEParams(W_enc=W_enc * unit_F[:, None], b_enc=b_enc * unit_F, W_dec=W_dec / unit_F[:, None], b_dec=b_dec,
                      W_skip=W_skip,

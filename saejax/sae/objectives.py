@@ -8,6 +8,7 @@ from flax import struct
 from jax import lax
 
 from saejax.config import SAEOptions
+from saejax.recipes import WITH_K
 from saejax.sae.activations import activate, fires, thresholds, topk
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
 from saejax.sae.model import decode, pre_activations, skipped
@@ -42,6 +43,8 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
               inputs: LossInputs) -> tuple[jax.Array, LossParts]:
     """The loss of a kind over a batch of normalised rows, and what it is made of (its `mse`: that of the whole dictionary).
 
+    With `sae.aux_k`, aux_coef * aux is added to the loss of any kind, times Var(x) where the kind's loss is not divided by it.
+
     rows_BW: input columns, then those of a transcoder's target. In the formulas x is what is reconstructed.
     """
     x_BD, y_BD = columns(spec, rows_BW)
@@ -55,11 +58,17 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
                    prefixes_GBD=prefixes_GBD, through_BD=through_BD)
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
+    if options.aux_k:
+        error_BD = lax.stop_gradient(y_BD - recon_BD)
+        own |= {"aux": aux_loss(spec, params, pre_BF, error_BD, seen.fired_F, inputs, options.aux_k)}
+        in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
+        loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     errors_B = squared_error(y_BD, seen.recon_BD)
     l0 = (acts_BF > 0).sum(dtype=jnp.float32) / y_BD.shape[0]
     fvu = errors_B.sum() / variance_total(y_BD)
     return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=l0, fvu=fvu, fired_F=seen.fired_F, own=own,
-                           least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min())
+                           least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(),
+                           above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / y_BD.shape[0])
 
 
 def _decoder_norms(spec: SAESpec, options: SAEOptions, params: SAEParams) -> jax.Array:
@@ -94,20 +103,16 @@ def _relu(spec, options, params, seen, inputs):
 
 
 def _topk(spec, options, params, seen, inputs):
-    """mean_b ||x - x^||^2 / Var(x) + aux_coef * aux. Source: Gao et al. 2024, sections 2.3 and A.2.
+    """mean_b ||x - x^||^2 / Var(x). Source: Gao et al. 2024, section 2.3.
 
     With `sae.multi_topk` the error with 4 k features is added at 1/8: L(k) + L(4k) / 8, so that the SAE can be used with another
     k than it was trained with (one more selection and all-reduce of [B, D]). Source: Gao et al. 2024, multi-TopK.
     """
-    loss, aux = seen.mse * inputs.inverse_variance, jnp.zeros((), jnp.float32)
+    loss = seen.mse * inputs.inverse_variance
     if options.multi_topk:
         wider_BD = decode(spec, params, topk(seen.pre_BF, 4 * spec.k)) + seen.through_BD
         loss = loss + squared_error(seen.y_BD, wider_BD).mean() * inputs.inverse_variance / 8
-    if options.aux_k:
-        error_BD = lax.stop_gradient(seen.y_BD - seen.recon_BD)
-        aux = aux_loss(spec, params, seen.pre_BF, error_BD, seen.fired_F, inputs, options.aux_k)
-        loss = loss + options.aux_coef * aux
-    return loss, {"aux": aux}
+    return loss, {}
 
 
 def _gated(spec, options, params, seen, inputs):
@@ -120,8 +125,8 @@ def _gated(spec, options, params, seen, inputs):
     gate_BF = jax.nn.relu(seen.pre_BF)
     l1 = _weighted_l1(_decoder_norms(spec, options, params), gate_BF)
     frozen_BD = decode(spec, lax.stop_gradient(params), gate_BF) + lax.stop_gradient(seen.through_BD)
-    aux = squared_error(seen.y_BD, frozen_BD).mean()
-    return seen.mse + inputs.sparsity * l1 + aux, {"l1": l1, "aux": aux}
+    gate_error = squared_error(seen.y_BD, frozen_BD).mean()
+    return seen.mse + inputs.sparsity * l1 + gate_error, {"l1": l1, "gate_error": gate_error}
 
 
 def _jumprelu(spec, options, params, seen, inputs):
@@ -134,7 +139,7 @@ def _jumprelu(spec, options, params, seen, inputs):
     if options.objective == "l0":
         sparsity = rate_F.sum()
     else:
-        sparsity = jnp.square(rate_F.sum() / options.target_l0 - 1)
+        sparsity = jnp.square(rate_F.sum() / inputs.target_l0 - 1)
     loss = seen.mse + inputs.sparsity * sparsity
     if options.frequency_coef:
         loss = loss + options.frequency_coef * jnp.square(jax.nn.relu(rate_F / options.max_frequency - 1)).sum()

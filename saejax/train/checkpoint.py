@@ -172,24 +172,27 @@ def restore_step(step_dir: Path, abstract_state):
     return _restore(Path(step_dir), abstract_state, partial=False)
 
 
-def restore_params(step_dir: Path, mesh: Mesh) -> tuple[SAEParams, Normalization, CheckpointMeta]:
+def restore_params(step_dir: Path, mesh: Mesh, *, as_jumprelu: bool = False) -> tuple[SAEParams, Normalization, CheckpointMeta]:
     """(params, normalization, meta) of one step on any mesh, verified; optimizer state is not read.
 
-    batchtopk: `per_feature["threshold"]` is the run's mean threshold, equal for all features.
+    Parameters are their running mean where the run keeps one (`train.ema`). batchtopk, and topk with `as_jumprelu`:
+    `per_feature["threshold"]` is the run's threshold, equal for all features.
     """
-    spec = read_meta(step_dir).spec
+    meta = read_meta(step_dir)
+    spec, which = meta.spec, "ema" if any(leaf.startswith("ema.") for leaf in meta.fingerprints) else "params"
+    threshold = spec.kind == "batchtopk" or (spec.kind == "topk" and as_jumprelu)
     sharding.check_features(spec.d_sae, mesh)
     shapes = tensors(param_shapes(spec))
     places = tensors(param_shardings(mesh, shapes))
     abstract = {name: jax.ShapeDtypeStruct(shape, "float32", sharding=places[name]) for name, shape in shapes.items()}
     row = jax.ShapeDtypeStruct((spec.d_in + (spec.d_out or 0),), "float32", sharding=sharding.sharding(mesh))
     with jax.set_mesh(mesh):
-        wanted = {"params": from_tensors(abstract), "normalization": Normalization(row, row)}
-        if spec.kind == "batchtopk":
+        wanted = {which: from_tensors(abstract), "normalization": Normalization(row, row)}
+        if threshold:
             wanted["moving"] = {"threshold": jax.ShapeDtypeStruct((), "float32", sharding=sharding.sharding(mesh))}
         tree, meta = _restore(Path(step_dir), wanted, partial=True)
-        params = tree["params"]
-        if spec.kind == "batchtopk":
+        params = tree[which]
+        if threshold:
             equal_F = jax.jit(lambda value, b_enc: jax.numpy.zeros_like(b_enc) + value)(tree["moving"]["threshold"], params.b_enc)
             params = params.replace(per_feature={"threshold": equal_F})
     return params, tree["normalization"], meta

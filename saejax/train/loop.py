@@ -1,6 +1,7 @@
 """A training run, read from top to bottom: claim the directory, resume or start, step, log one step late, checkpoint."""
 
 import dataclasses
+import functools
 import itertools
 import math
 import time
@@ -19,9 +20,11 @@ from saejax.data.store import Store, check_matches
 from saejax.data.stream import ORDER_VERSION, Stream
 from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
+from saejax.recipes import WITH_K
 from saejax.records import RunPaths, StreamState
 from saejax.sae import SAESpec
 from saejax.storage import barrier, is_writer, read_json, write_json
+from saejax.train import optim
 from saejax.train.checkpoint import Checkpoints, RunCounters, steps_in
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.resample import due, resample
@@ -113,10 +116,12 @@ class _Run:
         return Trained(state=state, spec=self.spec, mesh=self.mesh, step=self.total)
 
     def resume(self) -> tuple[TrainState, RunCounters, int] | None:
-        restored = self.checkpoints.restore_latest(abstract_state(self.config, self.spec, self.total, self.mesh))
+        restored = self.checkpoints.restore_latest(abstract_state(self.config, self.spec, self.mesh))
         if restored is None:
             return None
         state, meta, step = restored
+        if int(state.skipped_in_row) >= self.config.train.max_skipped:  # a run that was stopped for it gets another chance
+            state = state.replace(skipped_in_row=state.skipped_in_row * 0)
         if meta.data != self.data:
             changed = "; ".join(f"{k}: {meta.data.get(k)} -> {v}" for k, v in self.data.items() if meta.data.get(k) != v)
             raise CheckpointError(f"{self.paths.checkpoints}/{step}: was trained on other data ({changed}); choose another "
@@ -127,11 +132,14 @@ class _Run:
 
     def start(self) -> tuple[TrainState, RunCounters, int]:
         origin = StreamState(seed=self.config.seed, epoch=0, position=0)
+        if self.config.sae.aux_k and self.config.sae.dead_tokens >= self.config.train.tokens:
+            say(f"config.sae.dead_tokens = {self.config.sae.dead_tokens:,} is not less than config.train.tokens = "
+                f"{self.config.train.tokens:,}: no feature can count as dead, and AuxK has nothing to do")
         rows = min(self.config.train.init_rows, self.store.kept_rows)
         with self.stream(origin) as stream:
             n = math.ceil(rows / self.config.train.batch)
             sample_NW = np.concatenate([b.x_BW.astype(np.float32) for b in itertools.islice(stream, n)])[:rows]
-        state = initial_state(self.config, self.spec, self.stats, sample_NW, self.total, self.mesh)
+        state = initial_state(self.config, self.spec, self.stats, sample_NW, self.mesh)
         return state, RunCounters(stream=origin, tokens_seen=0, resamples=0), 0
 
     def stream(self, state: StreamState) -> Stream:
@@ -139,7 +147,7 @@ class _Run:
 
     def steps(self, state: TrainState, counters: RunCounters, start: int) -> TrainState:
         config, batch = self.config, self.config.train.batch
-        step_fn = make_step(config, self.spec, self.total)
+        k_at = optim.annealed_k(config.sae.k, config.sae.k_start, config.train.k_anneal, self.total)
         tensorboard = self.paths.tensorboard if config.log.tensorboard else None
         with (self.stream(counters.stream) as stream, Preemption() as preemption,
               Progress("train", self.total * batch, initial=start * batch, enabled=config.log.progress) as bar,
@@ -147,9 +155,10 @@ class _Run:
                                                     name=config.name, config=config_lib.to_json(config), resume_step=start),
                    stream, bar) as log):
             for step, rows in zip(range(start + 1, self.total + 1), stream, strict=False):  # the stream has no end
-                state, metrics = step_fn(state, sharding.place(rows.x_BW, self.rest))
+                state, metrics = self.step_fn(k_at(step))(state, sharding.place(rows.x_BW, self.rest))
                 counters = dataclasses.replace(counters, stream=stream.state, tokens_seen=step * batch)
-                log.step(step, metrics)
+                if log.step(step, metrics):
+                    self.stop_broken(state, counters, step)
                 if due(config.train.resample, (step - 1) * batch, step * batch) and step < self.total:
                     state, counters = self.resample(state, counters, log, step)
                 leaving = preemption.requested(step) and step < self.total
@@ -161,6 +170,20 @@ class _Run:
                     raise Preempted(f"{self.paths.root}: stopped at step {step} of {self.total} on request, state saved; "
                                     "start the same command again to go on")
         return state
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 - a run lives as long as its program
+    def step_fn(self, k: int):
+        """The compiled step while k features are active."""
+        return make_step(self.config, dataclasses.replace(self.spec, k=k if self.spec.kind in WITH_K else 0), self.total)
+
+    def stop_broken(self, state: TrainState, counters: RunCounters, step: int) -> None:
+        """Too many steps in a row were left out: the last good parameters are saved, and the run ends."""
+        self.checkpoints.save(step, state, self.spec, self.data, counters)
+        self.checkpoints.wait()
+        n = self.config.train.max_skipped
+        raise NonFiniteError(f"{self.paths.root}: loss or gradient not finite in {n} steps in a row up to step {step}; the "
+                             "parameters from before them are saved. Lower config.train.lr, or look for outlier tokens "
+                             "(config.stream.mask_outliers)")
 
     def resample(self, state: TrainState, counters: RunCounters, log: "_Log", step: int) -> tuple[TrainState, RunCounters]:
         """Candidates come from a second, differently seeded stream over the same store: the training order is not touched."""
@@ -198,10 +221,13 @@ class _Log:
         finally:
             self.writer.close()
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """Takes the metrics of a step, reads those of the one before; True when that one was the last that may be left out."""
         previous, self.pending = self.pending, (step, metrics)
-        if previous is not None:
-            self._read(*previous)
+        if previous is None:
+            return False
+        self._read(*previous)
+        return int(previous[1]["skipped_in_row"]) >= self.config.train.max_skipped
 
     def note(self, step: int, **values: float) -> None:
         """Values that appear in the next metric line."""
@@ -221,12 +247,11 @@ class _Log:
             self.bar.advance(batch)
             return
         values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise NonFiniteError(f"{self.paths.root}: loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; "
-                                 "lower config.train.lr, or look for outlier tokens (config.stream.mask_outliers)")
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # those of a step that was left out
         self.writer.write(step, {"tokens_seen": step * batch, **values, **self._rates(step), **self.extra})
         self.extra = {}
-        self.bar.advance(batch, loss=values["loss"], l0=values["l0"], fvu=values["fvu"], dead=values["dead_fraction"])
+        shown = ["loss", "l0", "fvu", "dead_fraction"] + (["skipped"] if values["skipped"] else [])
+        self.bar.advance(batch, **{name.removesuffix("_fraction"): values.get(name, math.nan) for name in shown})
 
     def _rates(self, step: int) -> dict[str, float]:
         before, self.clock = self.clock, (step, time.monotonic(), self.stream.wait_seconds)

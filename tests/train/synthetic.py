@@ -67,12 +67,14 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
+    if c.sae.init_l0:
+        c.sae.init_l0 = 8.0
     if c.sae.kind in WITH_K:
         c.sae.aux_k = 16
     else:
         c.sae.l1 = 0.1
     if c.sae.kind == "jumprelu":  # windows and targets for a problem of this size
-        c.sae.bandwidth, c.sae.threshold_init, c.sae.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
+        c.sae.bandwidth, c.sae.threshold_init, c.train.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
     c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
     c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
     c.checkpoint.every_tokens = 32 * 10

@@ -29,7 +29,7 @@ def prepared(kind, mesh_shape, tmp_path):
     spec = SAESpec.from_options(config.sae, WIDTHS)
     x = np.concatenate(batches(4))
     stats = ActivationStats(len(x), x.mean(0), float(np.linalg.norm(x, axis=1).mean()), float(np.square(x).sum(1).mean()), 1.0)
-    state = initial_state(config, spec, [stats], x, 20, mesh)
+    state = initial_state(config, spec, [stats], x, mesh)
     rest = sharding.sharding(mesh, "rows_at_rest", None)
     with jax.set_mesh(mesh):
         step = make_step(config, spec, 20)

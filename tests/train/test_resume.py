@@ -107,7 +107,7 @@ def test_every_mesh_restores_the_same_bits(straight):
     spec = SAESpec.from_options(config.sae, WIDTHS)
     for shape in ((1, 1), (1, 8), (8, 1), (2, 4)):
         mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[: shape[0] * shape[1]])
-        state, _ = restore_step(straight["topk"][1] / "checkpoints" / "50", abstract_state(config, spec, 50, mesh))
+        state, _ = restore_step(straight["topk"][1] / "checkpoints" / "50", abstract_state(config, spec, mesh))
         assert storage.fingerprints(state) == straight["topk"][0]
         assert state.params.W_enc.sharding.mesh.shape == mesh.shape
 
@@ -133,7 +133,7 @@ def test_damage_is_equal_or_a_typed_error(straight, tmp_path, damage):
     source = straight["topk"][1] / "checkpoints" / "50"
     config = make_config("topk", tmp_path, **OPTIONS)
     mesh = sharding.make_mesh(MeshOptions(1, 8))
-    abstract = abstract_state(config, SAESpec.from_options(config.sae, WIDTHS), 50, mesh)
+    abstract = abstract_state(config, SAESpec.from_options(config.sae, WIDTHS), mesh)
     refused = 0
     for file in checkpoint_files(source):
         step = tmp_path / "50"

@@ -34,7 +34,7 @@ def train(store, config, mesh_shape, n_steps):
     with Stream(store, config.sae.hookpoints, config.train.batch, config.stream, StreamState(0, 0, 0)) as stream:
         batches = [b.x_BW for b in itertools.islice(stream, n_steps)]
     sample, stats = np.concatenate(batches[:4]).astype(np.float32), [store.stats(name) for name in config.sae.hookpoints]
-    state = initial_state(config, spec, stats, sample, n_steps, mesh)
+    state = initial_state(config, spec, stats, sample, mesh)
     step = make_step(config, spec, n_steps)
     history = []
     with jax.set_mesh(mesh):
@@ -109,7 +109,7 @@ def test_bfloat16_compute_keeps_float32_parameters(store, tmp_path, compute):
     spec = SAESpec.from_options(config.sae, WIDTHS, compute)
     mesh = sharding.make_mesh(MeshOptions(2, 4))
     x = store.read(HOOKPOINT, 0, 32)
-    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), 10, mesh)
+    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
     with jax.set_mesh(mesh):
         state, metrics = make_step(config, spec, 10)(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
@@ -122,7 +122,7 @@ def test_the_step_moves_no_dictionary_wide_array(store, tmp_path, kind):
     spec = SAESpec.from_options(config.sae, WIDTHS)
     mesh = sharding.make_mesh(MeshOptions(1, 8))
     x = store.read(HOOKPOINT, 0, 32)
-    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), 10, mesh)
+    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
     with jax.set_mesh(mesh):
         rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))
         hlo = make_step(config, spec, 10).lower(state, rows).compile().as_text()
