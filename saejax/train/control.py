@@ -1,8 +1,8 @@
 """Running values that steer a run: the batch threshold, and the factor that brings a penalty's L0 to `train.target_l0`.
 
-The controller is proportional-integral on e = log(L0 / target), L0 smoothed over about 20 steps:
-penalty = lambda exp(P e + I sum e). L0 follows a change of the penalty after some hundred steps, so the integral is slow (it
-moves by 10 e over a run, at most 0.02 e per step); the proportional part damps.
+The controller is proportional-integral on where L0 is heading: e = log(L0 / target) + T d log(L0) / d step, penalty =
+lambda exp(P e + I sum e). L0 answers a change of the penalty late and, where thresholds integrate it (jumprelu), for long; so e looks
+a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02 e per step.
 """
 
 import jax
@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from saejax.config import Config
 from saejax.recipes import WITH_K
 
-PROPORTIONAL, INTEGRAL, FASTEST, SMOOTHING = 1.0, 10.0, 0.02, 0.95
+PROPORTIONAL, INTEGRAL, FASTEST, AHEAD = 1.0, 10.0, 0.02, 0.1
+SHORT, LONG = 0.95, 0.99  # memories of the two means of log L0 whose difference gives its slope
 FOLLOW = 0.05  # how fast topk's threshold follows, in the logarithm per step
 
 
@@ -20,27 +21,26 @@ def initial(config: Config) -> dict[str, jax.Array]:
 
     threshold (topk, batchtopk): what a release as jumprelu uses. log_l0, log_penalty: state of the controller.
     """
-    names = ("threshold",) if config.sae.kind in WITH_K else ("log_l0", "log_penalty") if controlled(config) else ()
+    names = ("threshold",) if config.sae.kind in WITH_K else ("log_l0", "log_l0_long", "log_penalty") if controlled(config) else ()
     return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
 def controlled(config: Config) -> bool:
-    """True where the penalty is steered; kinds with k are given `train.target_l0` as k, and one jumprelu objective has it inside.
-    """
-    return bool(config.train.target_l0) and config.sae.kind not in WITH_K and not (
-        config.sae.kind == "jumprelu" and config.sae.objective == "target_l0")
+    """True where the penalty is steered; kinds with k are given `train.target_l0` as k instead."""
+    return bool(config.train.target_l0) and config.sae.kind not in WITH_K
 
 
-def penalty_factor(moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array) -> jax.Array:
+def penalty_factor(moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
     """What lambda is multiplied by at this step; 1 without a controller."""
     if "log_penalty" not in moving:
         return jnp.float32(1.0)
-    error = jnp.where(step == 0, 0.0, _error(moving["log_l0"], target_l0))
+    error = jnp.where(step == 0, 0.0, _error(moving, target_l0, total_steps))
     return jnp.exp(PROPORTIONAL * error + moving["log_penalty"])
 
 
-def _error(log_l0: jax.Array, target_l0: jax.Array) -> jax.Array:
-    return jnp.clip(log_l0 - jnp.log(target_l0), -1.0, 1.0)
+def _error(moving: dict[str, jax.Array], target_l0: jax.Array, total_steps: int) -> jax.Array:
+    slope = (moving["log_l0"] - moving["log_l0_long"]) / (1 / (1 - LONG) - 1 / (1 - SHORT))
+    return jnp.clip(moving["log_l0"] + AHEAD * total_steps * slope - jnp.log(target_l0), -1.0, 1.0)
 
 
 def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, target_l0: jax.Array,
@@ -48,10 +48,13 @@ def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, t
     """The running values after a step; seen: the batch's `LossParts`."""
     if "log_penalty" in moving:
         log_l0 = jnp.log(jnp.maximum(seen.l0, 0.01))
-        smoothing = jnp.minimum(SMOOTHING, step / (step + 1))
-        log_l0 = smoothing * moving["log_l0"] + (1 - smoothing) * log_l0
+        moving = dict(moving)
+        for name, memory in (("log_l0", SHORT), ("log_l0_long", LONG)):
+            memory = jnp.minimum(memory, step / (step + 1))
+            moving[name] = memory * moving[name] + (1 - memory) * log_l0
         gain = min(INTEGRAL / total_steps, FASTEST)
-        return {"log_l0": log_l0, "log_penalty": jnp.clip(moving["log_penalty"] + gain * _error(log_l0, target_l0), -12.0, 12.0)}
+        log_penalty = moving["log_penalty"] + gain * _error(moving, target_l0, total_steps)
+        return moving | {"log_penalty": jnp.clip(log_penalty, -12.0, 12.0)}
     if "threshold" not in moving:
         return moving
     if config.sae.kind == "topk":

@@ -24,8 +24,11 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
 
 
 def penalty_ramp(options: TrainOptions, total_steps: int) -> optax.Schedule:
-    """The share of lambda at a step: linearly from 0 to 1 over the share `l1_warmup` of the steps (April 2024: 5 %)."""
-    warmup = max(round(options.l1_warmup * total_steps), 1)
+    """The share of lambda at a step: linearly from 0 to 1 over the share `l1_warmup` of the steps (April 2024: 5 %).
+
+    At most 5 % where L0 is aimed at: a longer rise would work against what steers it.
+    """
+    warmup = max(round((min(options.l1_warmup, 0.05) if options.target_l0 else options.l1_warmup) * total_steps), 1)
     return lambda step: jnp.minimum(1.0, step / warmup)
 
 

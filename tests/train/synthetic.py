@@ -16,10 +16,13 @@ KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "mat
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 TARGET = "blocks.1.hook_mlp_out"
 WIDTHS = {HOOKPOINT: D_IN, TARGET: 12}
-SHAPES = {  # more names for `make_config`: a recipe, and what makes it another shape
+VARIANTS = {  # more names for `make_config`: a recipe, and what is changed in it
     "transcoder": ("topk", {"sae__target": TARGET, "sae__pre_bias": False}),
     "skip_transcoder": ("jumprelu", {"sae__target": TARGET, "sae__pre_bias": False, "sae__skip": True}),
     "crosscoder": ("relu", {"sae__crosscoder": (HOOKPOINT, TARGET), "sae__center": True}),
+    "steered": ("relu", {"train__target_l0": 6.0}),
+    "options": ("batchtopk", {"train__ema": 0.9, "train__accumulate": 2, "sae__k_start": 16, "train__k_anneal": 0.3,
+                              "sae__align": True, "train__lr_shape": "cosine", "train__lr_warmup": 0.2}),
 }
 
 
@@ -43,7 +46,7 @@ def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
 
 def kinds(*core: str) -> list:
     """All kinds and shapes as test parameters; those not named here run in the slow tier."""
-    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in (*KINDS, *SHAPES)]
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in (*KINDS, *VARIANTS)]
 
 
 class OnDemand(dict):
@@ -60,7 +63,7 @@ class OnDemand(dict):
 
 def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     """A config for the store above; overrides are {"section.key": value} with dots as double underscores."""
-    kind, shape = SHAPES.get(kind, (kind, {}))
+    kind, shape = VARIANTS.get(kind, (kind, {}))
     c = default_config(kind)
     c.lm.model = "synthetic"
     c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), tuple(WIDTHS), HOOKPOINT

@@ -18,7 +18,7 @@ from saejax.train.loop import total_steps
 from saejax.train.state import geometric_median, initial_state, normalization_scale
 from saejax.train.step import make_step
 
-from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, SHAPES, WIDTHS, OnDemand, kinds, make_config, make_store
+from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,8 @@ def single(store, tmp_path_factory):
 
 def kinds_and_meshes():
     """The two oldest kinds on every mesh, the others on the mixed one; what remains is slow."""
-    for kind, shape in itertools.product((*KINDS, *SHAPES), [(1, 8), (8, 1), (2, 4), (4, 2)]):
-        core = kind in ("relu", "topk") or (shape == (2, 4) and kind in ("gated", "jumprelu", "batchtopk", "matryoshka", *SHAPES))
+    for kind, shape in itertools.product((*KINDS, *VARIANTS), [(1, 8), (8, 1), (2, 4), (4, 2)]):
+        core = kind in ("relu", "topk") or (shape == (2, 4) and kind in ("gated", "jumprelu", "batchtopk", "matryoshka", *VARIANTS))
         yield pytest.param(kind, shape, marks=() if core else pytest.mark.slow)
 
 
