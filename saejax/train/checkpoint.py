@@ -155,20 +155,25 @@ def is_step(path: Path) -> bool:
 def _corrupt(what: str):
     """Errors of reading -> `CheckpointCorruptError`, except those that say nothing about the bytes.
 
-    orbax and tensorstore raise many classes, and tensorstore `ValueError` with the name of a status for most of them.
+    orbax and tensorstore raise many classes for damage; out of memory, on the host or a device, passes through.
     """
     try:
         yield
-    except (MemoryError, TimeoutError, jax.errors.JaxRuntimeError):
+    except (MemoryError, jax.errors.JaxRuntimeError):
         raise
     except Exception as error:
-        if isinstance(error, PermissionError) or re.match(_NOT_THE_BYTES, str(error)):
+        if _no_answer(error):
             raise CheckpointError(f"{what}: could not be read ({_first_line(error)}); give this user access to it, or try "
                                   "again once the storage answers") from error
         raise CheckpointCorruptError(f"{what}: not readable ({_first_line(error)})") from error
 
 
-_NOT_THE_BYTES = r"(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|ABORTED):"
+def _no_answer(error: Exception) -> bool:
+    """True when the storage refused or failed; tensorstore's errors are `ValueError`s that begin with the name of a status."""
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+    return re.match(r"(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|ABORTED):",
+                    str(error)) is not None
 
 
 def read_meta(step_dir: Path) -> CheckpointMeta:

@@ -197,7 +197,8 @@ def test_a_run_whose_checkpoints_all_fail_does_not_start_over(store, straight, t
 @pytest.mark.parametrize("error, raised", [
     (MemoryError(), MemoryError),
     (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes."), jax.errors.JaxRuntimeError),
-    (TimeoutError("no answer"), TimeoutError),
+    (TimeoutError("no answer"), CheckpointError),
+    (OSError(24, "Too many open files"), CheckpointError),
     (PermissionError(13, "Permission denied"), CheckpointError),
     (ValueError("PERMISSION_DENIED: Error opening file"), CheckpointError),
 ])
