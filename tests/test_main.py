@@ -198,7 +198,7 @@ def test_a_moved_run_is_still_a_run(finished, tmp_path, capsys):
     assert main(["eval", str(tmp_path / "elsewhere")]) == 0 and main(["train", str(tmp_path / "elsewhere")]) == 0
 
 
-def test_a_config_with_paths_changes_only_what_is_neutral(finished, tmp_path, capsys):
+def test_a_config_for_a_finished_run_changes_only_what_decides_no_result(finished, capsys):
     config, run = finished
     assert main(["eval", f"--config={config}", "--config.eval.contexts=5", "--json"]) == 0
     [result] = json.loads(capsys.readouterr().out)
