@@ -15,8 +15,8 @@ def _of_sae(sae, c) -> list[str]:
     if sae.unit_decoder and sae.decoder_init_norm != 1.0:
         out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
     if sae.aux_k and sae.kind not in WITH_AUX:
-        out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kinds {', '.join(WITH_AUX)} (dead features of {sae.kind!r} have "
-                   "no positive pre-activation to learn from); set it to 0 and use config.train.resample")
+        out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kinds {', '.join(WITH_AUX)} (dead features of "
+                   f"{sae.kind!r} have no positive pre-activation to learn from); set it to 0 and use config.train.resample")
     if sae.k_start and (sae.kind not in WITH_K or not sae.k < sae.k_start <= sae.d_sae):
         out.append(f"config.sae.k_start: {sae.k_start} belongs to kinds with k ({', '.join(WITH_K)}), above config.sae.k = "
                    f"{sae.k} and at most config.sae.d_sae = {sae.d_sae}; set it to 0")
@@ -28,8 +28,8 @@ def _of_sae(sae, c) -> list[str]:
         out.append(f"config.train.target_l0: {c.train.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
     if sae.kind == "jumprelu" and (sae.objective == "target_l0" and not c.train.target_l0
                                    or sae.objective == "l0" and c.train.target_l0):
-        out.append(f"config.train.target_l0: {c.train.target_l0:g}, but of jumprelu's objectives 'target_l0' needs an L0 to aim at and "
-                   "'l0' cannot have one; set config.sae.objective to the other, or to 'tanh'")
+        out.append(f"config.train.target_l0: {c.train.target_l0:g}, but of jumprelu's objectives 'target_l0' needs an L0 to aim "
+                   "at and 'l0' cannot have one; set config.sae.objective to the other, or to 'tanh'")
     if sae.penalty != "l1" and sae.kind != "relu":
         out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
     if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):

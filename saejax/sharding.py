@@ -16,7 +16,6 @@ AXES: dict[str, str | tuple[str, str] | None] = {
     "features": "dict",
     "d_in": None,
     "d_out": None,
-    "k": None,
 }
 
 

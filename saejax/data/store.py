@@ -110,19 +110,6 @@ class Store:
         """Starts reading row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`; `.wait()` for them."""
         return self._readers[array].start(spans, out)
 
-    def describe(self) -> dict:
-        """What `saejax inspect` shows."""
-        s = self.spec
-        return {
-            "kind": mf.KIND, "schema_version": self.manifest["schema_version"], "digest": self.digest, "model": s.model,
-            "model_digest": s.model_digest, "lm_dtype": s.lm_dtype, "tokenizer_digest": s.tokenizer_digest,
-            "text": s.text, "context": s.context, "contexts": self.n_contexts, "rows": self.rows,
-            "kept_rows": self.kept_rows, "mask_special": s.mask_special, "shards": len(self._contexts),
-            "bytes": sum(f["bytes"] for e in self.manifest["shards"] for f in e["files"].values()),
-            "hookpoints": {name: {"width": width, **_scalars(self.manifest["stats"][name])}
-                           for name, width in s.hookpoints},
-        }
-
     def _verify(self, full: bool) -> None:
         arrays = self.spec.arrays()
         for name, array in arrays.items():
@@ -147,10 +134,6 @@ class Store:
     def _truth(self, name: str, shard: int) -> ShardTruth:
         record = self._record(shard)
         return ShardTruth(self._contexts[shard] * self.context, bytes.fromhex(record["files"][name]["crcs"]))
-
-
-def _scalars(stats: dict) -> dict:
-    return {key: value for key, value in stats.items() if key != "mean"}
 
 
 def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dict:

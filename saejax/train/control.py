@@ -1,8 +1,8 @@
 """Running values that steer a run: the batch threshold, and the factor that brings a penalty's L0 to `train.target_l0`.
 
 The controller is proportional-integral on where L0 is heading: e = log(L0 / target) + T d log(L0) / d step, penalty =
-lambda exp(P e + I sum e). L0 answers a change of the penalty late and, where thresholds integrate it (jumprelu), for long; so e looks
-a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02 e per step.
+lambda exp(P e + I sum e). L0 answers a change of the penalty late and, where thresholds integrate it (jumprelu), for long; so e
+looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02 e per step.
 """
 
 import jax
@@ -21,7 +21,9 @@ def initial(config: Config) -> dict[str, jax.Array]:
 
     threshold (topk, batchtopk): what a release as jumprelu uses. log_l0, log_penalty: state of the controller.
     """
-    names = ("threshold",) if config.sae.kind in WITH_K else ("log_l0", "log_l0_long", "log_penalty") if controlled(config) else ()
+    names = ("threshold",) if config.sae.kind in WITH_K else ()
+    if controlled(config):
+        names = ("log_l0", "log_l0_long", "log_penalty")
     return {name: jnp.zeros((), jnp.float32) for name in names}
 
 

@@ -1,7 +1,5 @@
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from saejax.data.text import token_batches
 from saejax.data.writer import StoreWriter
 from saejax.errors import AssetError, HookpointError, NonFiniteError, StoreError, TextError
 from tests.data.making import bits, directory, sentences, tiny_config, tiny_model, write_jsonl
+from tests.processes import environment, free_port
 
 N_CONTEXTS = 40     # 640 tokens in contexts of 16, shards of 4
 
@@ -125,9 +124,7 @@ def child(config: C.Config, folder, *lines: str, devices: int = 8) -> subprocess
     code = "\n".join(["import json, sys", "import jax", *lines, "from saejax import config as C",
                       "from saejax.data.harvest import harvest",
                       "harvest(C.from_json(json.load(open(sys.argv[1]))))"])
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.lower().endswith("_proxy")}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    return subprocess.Popen([sys.executable, "-c", code, str(folder / "config.json")], env=env,
+    return subprocess.Popen([sys.executable, "-c", code, str(folder / "config.json")], env=environment(devices),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -149,9 +146,7 @@ def test_two_processes_write_the_same_store_as_one(parts, tiny, tmp_path):
     """Three devices for every forward pass in each of them, as in the one process of `straight`."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     config = tiny_config(*parts, tmp_path / "two/store")
     processes = [child(config, tmp_path / "two", f"jax.distributed.initialize('127.0.0.1:{port}', 2, {i})", devices=3)
                  for i in range(2)]

@@ -45,7 +45,7 @@ def test_statistics_are_of_the_kept_rows(tmp_path):
     assert np.isclose(stats.mean_norm, norms.mean(), rtol=1e-6)
     assert np.isclose(stats.mean_sq_norm, (norms**2).mean(), rtol=1e-6)
     assert np.isclose(stats.median_norm, np.median(norms), rtol=1e-6)
-    assert store.describe()["hookpoints"][HOOK]["outliers"] == (norms > OUTLIER_FACTOR * np.median(norms)).sum() == 1
+    assert store.manifest["stats"][HOOK]["outliers"] == (norms > OUTLIER_FACTOR * np.median(norms)).sum() == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000, 1001])
