@@ -102,7 +102,7 @@ def _store(path: Path) -> Finding:
             found.attempt(lambda r=record, n=entry["contexts"]: read_record(r, spec, n))
     _same(found, path / SPEC, values["spec_file_sha256"])
     if not found.problems:
-        found.attempt(lambda: Store.open(path, verify="full"))
+        found.attempt(lambda: Store.open(path, full=True))
     return found
 
 

@@ -80,7 +80,7 @@ def test_every_file_under_every_change(original, tmp_path, change):
                 shutil.rmtree(copied)
                 continue
             with pytest.raises(StoreError) as error:
-                Store.open(copied, verify="full")
+                Store.open(copied, full=True)
             assert any(d in str(error.value) for d in damaged), (damaged, trial, str(error.value))
             try:
                 got = values_of(Store.open(copied))
