@@ -2,8 +2,8 @@
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "batchtopk")
 WITH_K = ("topk", "batchtopk")      # kinds that keep a given number of features
-# Kinds that AuxK can help: their dead features have positive pre-activations, only too small ones. Those of relu and gated have none,
-# and what passes no ReLU gets no gradient from AuxK either: resampling is for them.
+# Kinds that AuxK can help: their dead features have positive pre-activations, only too small ones. Those of relu and gated
+# have none, and what passes no ReLU gets no gradient from AuxK either: resampling is for them.
 WITH_AUX = ("topk", "batchtopk", "jumprelu")
 
 # Transformer Circuits update April 2024 (learning rate for ~200k steps; short runs need a larger one, see

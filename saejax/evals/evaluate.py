@@ -48,7 +48,7 @@ def evaluate(config: Config, sae: SAE, lm_: LM, stats: Mapping[str, ActivationSt
     with Progress("evaluate", total, enabled=config.log.progress) as bar:
         for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed,
                                    split="heldout", mask_special=config.harvest.mask_special,
-                                   vocab_size=lm_.cfg.vocab_size, max_contexts=config.eval.contexts):
+                                   max_contexts=config.eval.contexts):
             rows = len(batch.tokens_BT)
             tokens_BT, keep_BT = _padded(batch, config.eval.batch_contexts)
             clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
