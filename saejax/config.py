@@ -204,7 +204,8 @@ class CheckpointOptions:
 
     every_tokens: int = opt(1_000_000, "tokens between checkpoints", gt=0)
     keep: int = opt(2, "newest checkpoints kept", gt=0)
-    keep_every_tokens: int = opt(0, "also keep the checkpoints that cross a multiple of this; 0: none", ge=0)
+    keep_every_tokens: int = opt(0, "also keep the checkpoints at multiples of this (rounded up to one of `every_tokens`); "
+                                 "0: none", ge=0)
     strict: bool = opt(False, "stop at a checkpoint that does not verify instead of falling back to an older one")
 
 

@@ -34,6 +34,9 @@ def _of_sae(sae, c) -> list[str]:
         out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
     if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):
         out.append("config.sae.multi_topk: belongs to kind 'topk' with 4 x config.sae.k <= config.sae.d_sae; turn it off")
+    if sae.kind == "batchtopk" and c.train.batch // c.train.accumulate * max(sae.k, sae.k_start) >= 2**31 - 2**16:
+        out.append(f"config.train.batch: {c.train.batch} rows with config.sae.k = {sae.k} are more choices than 32 bits count; "
+                   "lower one, or raise config.train.accumulate")
     if sae.groups and sae.kind not in ("batchtopk", "jumprelu"):
         out.append("config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'; leave it empty")
     if sae.groups and not (abs(sum(sae.groups) - 1) < 1e-6 and min(sae.groups) * sae.d_sae >= 1):

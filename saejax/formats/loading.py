@@ -5,18 +5,16 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from saejax import config as config_lib
 from saejax import sharding
 from saejax.config import Config
 from saejax.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.formats import saelens
 from saejax.logs import say
 from saejax.recipes import WITH_K
-from saejax.records import RunPaths
+from saejax.records import RunPaths, read_config
 from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
 from saejax.sae.normalization import Normalization
-from saejax.storage import read_json
-from saejax.train.checkpoint import CheckpointMeta, restore_params, steps_in
+from saejax.train.checkpoint import CheckpointMeta, is_step, restore_params, steps_in
 
 
 def load(path: str | Path, mesh: Mesh | None = None) -> SAE:
@@ -28,7 +26,7 @@ def load(path: str | Path, mesh: Mesh | None = None) -> SAE:
     path = Path(path)
     if saelens.is_release(path):
         return saelens.read(path, mesh)
-    if (path / "meta").is_dir() and (path / "state").is_dir():
+    if is_step(path):
         return from_checkpoint(path, mesh)
     if RunPaths(path).config.is_file():
         return _newest(path, mesh)[1]
@@ -60,8 +58,7 @@ def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, as_jumprelu: bo
     where = mesh or sharding.single_device_mesh()
     params, normalization, meta = restore_params(step_dir, where, as_jumprelu=as_jumprelu)
     kind = folded_kind(meta.spec.kind, params)
-    config_file = RunPaths(Path(step_dir).absolute().parent.parent).config
-    config = config_lib.from_json(read_json(config_file, CheckpointError), str(config_file))
+    config = read_config(RunPaths(Path(step_dir).absolute().parent.parent).config)
     with jax.set_mesh(where):
         params = jax.jit(fold, static_argnums=0)(meta.spec, params, normalization)
     if mesh is None:

@@ -10,6 +10,7 @@ from saejax.formats.loading import from_checkpoint, newest_step
 from saejax.records import RunPaths
 from saejax.sae.inference import SAE
 from saejax.storage import is_writer, write_bytes, write_json
+from saejax.train.checkpoint import is_step
 
 # What of an evaluation is a measurement, and belongs into the README of a release.
 MEASURED = ("tokens", "outlier_tokens", "l0_mean", "l0_median", "fvu", "explained_variance", "fvu_no_outliers",
@@ -25,7 +26,7 @@ def release(path: Path, out: Path | None = None, metrics: dict | None = None, me
     mesh: the dictionary is split over it on the way; None: one device. as_jumprelu: see `from_checkpoint`.
     """
     path = Path(path).absolute()
-    step = path if (path / "state").is_dir() else newest_step(path, mesh)
+    step = path if is_step(path) else newest_step(path, mesh)
     run = RunPaths(step.parent.parent)
     if not run.config.is_file():
         raise CheckpointError(f"{step}: no config.json two levels up; keep the checkpoint inside its run directory")

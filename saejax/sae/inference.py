@@ -163,7 +163,8 @@ class SAE:
         lead = value.shape[:-1]
         rows = value.reshape(-1, width)
         if self.mesh is None:
-            return function(self.cfg.spec, self.params, rows).reshape(*lead, -1)
+            out = function(self.cfg.spec, self.params, rows)
+            return out.reshape(*lead, out.shape[-1])
         n = math.prod(lead)
         data = self.mesh.shape["data"]
         with jax.set_mesh(self.mesh):

@@ -31,8 +31,8 @@ def due(options: ResampleOptions, tokens_before: int, tokens_after: int) -> bool
     """True when a multiple of `every_tokens`, not beyond `until_tokens`, lies in (tokens_before, tokens_after]."""
     if not options.every_tokens:
         return False
-    mark = tokens_after // options.every_tokens * options.every_tokens
-    return tokens_before < mark and (options.until_tokens == 0 or mark <= options.until_tokens)
+    last = min(tokens_after, options.until_tokens or tokens_after)
+    return tokens_before < last // options.every_tokens * options.every_tokens
 
 
 def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -76,10 +76,11 @@ def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: 
 
 @jax.jit
 def _alive_norms(state: TrainState, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
-    alive = jnp.maximum((~dead_F).sum(dtype=jnp.float32), 1.0)
+    """Mean norms of the alive rows of W_enc and W_dec; of all rows where none is alive, since norms of 0 could never recover."""
+    counted_F = ~dead_F | dead_F.all()
 
     def mean_norm(W):
-        return jnp.where(dead_F, 0.0, jnp.linalg.norm(W, axis=1)).sum() / alive
+        return jnp.where(counted_F, jnp.linalg.norm(W, axis=1), 0.0).sum() / counted_F.sum(dtype=jnp.float32)
 
     return mean_norm(state.params.W_enc), mean_norm(state.params.W_dec)
 

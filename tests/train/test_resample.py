@@ -121,4 +121,18 @@ def test_due_at_multiples_up_to_the_end():
     options = ResampleOptions(every_tokens=100, until_tokens=250)
     steps = range(0, 512, 32)
     assert [t + 32 for t in steps if due(options, t, t + 32)] == [128, 224]
+    assert due(options, 0, 300), "a batch that spans several marks"
     assert not any(due(ResampleOptions(), t, t + 32) for t in steps)
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_dictionary_without_any_alive_feature_recovers(kind, tmp_path):
+    config, spec, mesh, state, rest = prepared(kind, (1, 1), tmp_path)
+    since = np.full(64, 1000, np.uint32)
+    state = state.replace(tokens_since_fired_F=sharding.place(since, state.tokens_since_fired_F.sharding))
+    with jax.set_mesh(mesh):
+        state, n = resample(config, spec, state, [(sharding.place(b, rest) for b in batches(3)) for _ in range(2)], occasion=0)
+        assert n == 64 and (np.linalg.norm(state.params.W_enc, axis=1) > 0).all()
+        for b in batches(3):
+            state, metrics = make_step(config, spec, 20)(state, sharding.place(b, rest))
+    assert float(metrics["l0"]) > 0 and int(state.skipped) == 0
