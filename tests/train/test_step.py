@@ -15,7 +15,7 @@ from saejax.errors import ConfigError
 from saejax.records import StreamState
 from saejax.sae import SAESpec, tensors
 from saejax.train.loop import total_steps
-from saejax.train.state import geometric_median, initial_state, moved, normalization_scale
+from saejax.train.state import geometric_median, initial_state, normalization_scale
 from saejax.train.step import make_step
 from tests.hlo import moved_shapes
 
@@ -78,20 +78,6 @@ def test_it_learns(single, kind):
     # relu ramps its penalty up, so the reconstruction is compared, not the loss
     assert last["fvu"] < 0.7 * first["fvu"]
     assert kind != "topk" or all(h["l0"] <= 4 for h in history)
-
-
-def test_a_running_mean_is_plain_at_first_and_exponential_later():
-    beta, least = 0.9, np.random.default_rng(0).uniform(0.1, 2.0, 40).astype(np.float32)
-    least[[3, 25]] = np.inf  # no positive activation in these batches
-    value, moving = 0.0, {"threshold": jnp.float32(0.0)}
-    for step, new in enumerate(least):
-        moving = moved(moving, jnp.float32(new), jnp.int32(step), beta)
-        weight = min(beta, step / (step + 1))
-        value = weight * value + (1 - weight) * float(new) if np.isfinite(new) else value
-        assert float(moving["threshold"]) == pytest.approx(value, rel=1e-5)
-        if step < 3:
-            assert value == pytest.approx(least[: step + 1].mean(), rel=1e-6)
-    assert moved({}, jnp.float32(1.0), jnp.int32(0), beta) == {}
 
 
 def test_batchtopk_keeps_the_mean_of_its_least_kept_activations(single):
