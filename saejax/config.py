@@ -120,7 +120,7 @@ class SAEOptions:
     sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
     bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
     threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
-    threshold_beta: float = opt(0.999, "memory of the running mean of the least kept activation, the threshold after training "
+    threshold_beta: float = opt(0.99, "memory of the running mean of the least kept activation, the threshold after training "
                                 "(batchtopk)", ge=0.0, lt=1.0)
     groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "
                                     "(Matryoshka; batchtopk, jumprelu); empty: none", empty=True)
