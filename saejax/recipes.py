@@ -46,8 +46,8 @@ _JUMPRELU_TANH = {
     "train.clip": 1.0,
 }
 
-# Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32. Its threshold is averaged with 0.999;
-# in runs of some thousand steps that lags behind the falling learning rate, hence 0.99.
+# Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32. Its threshold is averaged with
+# 0.999; in runs of some thousand steps that lags behind the falling learning rate, hence 0.99.
 _BATCHTOPK = {"sae.kind": "batchtopk", "sae.normalize": "mean_sq_norm_1", "sae.threshold_beta": 0.99}
 
 # Bussmann et al. 2025 (Matryoshka SAEs) as SAEBench trains them: five groups, batch 2048, learning rate 3e-4. On jumprelu: the
