@@ -158,8 +158,8 @@ def peer(args) -> None:
         seconds = round(time.monotonic() - started, 1)
         label = "-".join([kind, str(args.seed), *([f"{coefficient:.4g}"] if coefficient else []), *args.set])
         path = args.directory / "peer" / label
-        sae.save_inference_model(path)
-        return {"path": path, "coefficient": coefficient, "seconds": seconds, **own_scores(sae, path, args)}
+        released = release(sae, path)
+        return {"path": path, "coefficient": coefficient, "seconds": seconds, **own_scores(sae, released, args)}
 
     for kind in args.kinds:
         start = args.coefficient or {"relu": 2.0, "gated": 1.0}.get(kind)
@@ -171,11 +171,21 @@ def peer(args) -> None:
         print(json.dumps(facts), flush=True)
 
 
+def release(sae: torch.nn.Module, path: Path) -> SAE:
+    """The inference SAE, saved with its decoder norms folded: a topk SAE is saved with a rule to rescale instead."""
+    sae.save_inference_model(path)
+    released = SAE.load_from_disk(path, device="cpu")
+    if getattr(released.cfg, "rescale_acts_by_decoder_norm", False):
+        released.fold_W_dec_norm()
+        released.cfg.rescale_acts_by_decoder_norm = False
+        released.save_model(path)
+    return released
+
+
 @torch.no_grad()
-def own_scores(training: torch.nn.Module, path: Path, args) -> dict:
+def own_scores(training: torch.nn.Module, released: SAE, args) -> dict:
     """The peer's figures by its own code: of the SAE as trained (its published way), and L0 of the released one."""
     directions = torch.from_numpy(np.load(args.directory / "directions.npy"))
-    released = SAE.load_from_disk(path, device="cpu")
     training = training.to("cpu").eval()
     counts, variance = ClassificationMetricsCalculator(training.W_dec, directions), ExplainedVarianceCalculator()
     rows = active = released_active = 0
