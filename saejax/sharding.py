@@ -15,7 +15,6 @@ AXES: dict[str, str | tuple[str, str] | None] = {
     "rows_at_rest": ("data", "dict"),
     "features": "dict",
     "d_in": None,
-    "k": None,
 }
 
 

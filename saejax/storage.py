@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 
 import jax
@@ -38,7 +39,8 @@ def disk_errors(path):
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Writes a file so that it is there whole or not at all (temporary file, fsync, rename). Raises `DiskError`."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    # Processes of different hosts may have the same id.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

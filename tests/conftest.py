@@ -25,3 +25,22 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def model_and_text(tmp_path_factory):
+    """Directories of the tiny language model and of its text."""
+    from tests import tiny_experiment
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny_experiment.write_model(folder / "model"), tiny_experiment.write_text(folder / "text")
+
+
+@pytest.fixture(scope="session")
+def finished(model_and_text, tmp_path_factory):
+    """(config file, run directory) of a finished run, made once by the command itself; copy it before changing it."""
+    from saejax.main import main
+    from tests import tiny_experiment
+    folder = tmp_path_factory.mktemp("finished")
+    config = tiny_experiment.write_config(folder / "config.py", *model_and_text, folder / "run")
+    assert main(["run", f"--config={config}"]) == 0
+    return config, folder / "run"

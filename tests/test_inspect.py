@@ -11,13 +11,10 @@ from saejax.main import main
 from tests import tiny_experiment as tiny
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inspect")
-    model, text = tiny.write_model(folder / "model"), tiny.write_text(folder / "text")
-    config = tiny.write_config(folder / "config.py", model, text, folder / "run")
-    assert main(["run", f"--config={config}"]) == 0
-    return folder / "run"
+@pytest.fixture
+def original(finished):
+    """The run that tests share: not to be changed."""
+    return finished[1]
 
 
 @pytest.fixture
@@ -86,6 +83,15 @@ def test_a_checkpoint_without_its_run_verifies_its_parameters(run, tmp_path, cap
     alone = shutil.copytree(newest(run), tmp_path / "alone" / "a" / "7")
     assert main(["inspect", str(alone)]) == 0
     assert "parameters only" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["state", "meta"])
+def test_half_a_checkpoint_is_still_recognised(run, part, capsys):
+    step = newest(run)
+    shutil.rmtree(step / part)
+    assert main(["inspect", str(step)]) == 2
+    out = capsys.readouterr().out
+    assert f"{step}: checkpoint step" in out and f"{step}/{part}: " in out
 
 
 def test_a_release_without_weights_and_with_cut_weights(run, capsys):

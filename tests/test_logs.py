@@ -1,8 +1,12 @@
 """The metric file survives crashes and resumes: steps strictly increase."""
 
+import errno
+import importlib.util
+import os
+
 import pytest
 
-from saejax.errors import ConfigError
+from saejax.errors import ConfigError, DiskError
 from saejax.logs import MetricWriter, read_metrics
 
 
@@ -30,10 +34,38 @@ def test_a_new_run_starts_a_new_file(tmp_path):
     assert any(p.name.startswith("events.out.tfevents") for p in (tmp_path / "tb").iterdir())
 
 
+def test_a_failed_resume_leaves_the_old_lines(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    writer = MetricWriter(path)
+    writer.write(1, {"loss": 1.0})
+    writer.close()
+
+    def disk_full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(DiskError, match="No space left"):
+        MetricWriter(path, resume_step=1)
+    assert read_metrics(path) == [{"step": 1, "loss": 1}] and os.listdir(tmp_path) == ["metrics.jsonl"]
+
+
 def test_wandb_without_the_extra_names_it(tmp_path):
-    try:
-        import wandb  # noqa: F401
+    if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed")
-    except ImportError:
-        with pytest.raises(ConfigError, match=r"pip install 'saejax\[wandb\]'"):
-            MetricWriter(tmp_path / "m.jsonl", wandb_project="x")
+    with pytest.raises(ConfigError, match=r"pip install 'saejax\[wandb\]'"):
+        MetricWriter(tmp_path / "m.jsonl", wandb_project="x")
+
+
+def test_a_resumed_run_continues_at_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for resume_step, every_steps in ((0, 5), (3, 7), (0, 7)):  # a start, its resume with other log options, and a new start
+        writer = MetricWriter(tmp_path / "m.jsonl", wandb_project="x", name="n", config={"log": {"every_steps": every_steps}},
+                              resume_step=resume_step)
+        ids.append(writer._wandb.id)
+        writer.write(resume_step + 1, {"loss": 1.0})
+        writer.close()
+    assert ids[0] == ids[1] != ids[2] and len(list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}"))) >= 1

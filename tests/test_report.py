@@ -10,6 +10,7 @@ import pytest
 
 from saejax.config import default_config, resolve
 from saejax.records import RunPaths
+from saejax.report.plots import curves
 from saejax.report.report import render, write_report
 from saejax.report.summary import Rates, Result, table
 
@@ -79,6 +80,13 @@ def test_pictures_hold_no_script_and_no_text(tmp_path, evaluation):
     assert len(pictures) == 2 * 8  # loss, L0, variance, dead, learning rate, rate, waiting, histogram; light and dark
     for svg in pictures:
         assert "<script" not in svg and "<text" not in svg and "onload" not in svg and "foreignObject" not in svg
+
+
+@pytest.mark.parametrize("n", [1, 2, 1499, 1500, 1501, 3000, 3001, 3002])
+def test_curves_are_thinned_and_end_at_the_last_line_once(n):
+    [curve] = curves([{"tokens_seen": i, "loss": 2.0 * i} for i in range(n)], {"loss": "loss"})
+    assert curve.xs[-1] == n - 1 and curve.ys == [2.0 * x for x in curve.xs]
+    assert curve.xs == sorted(set(curve.xs)) and len(curve.xs) <= 3001
 
 
 def test_resampling_is_told_and_marked(tmp_path, evaluation):

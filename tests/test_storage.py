@@ -73,9 +73,14 @@ def test_unwritable_directory(tmp_path):
 def test_unsafe_names_are_refused(tmp_path, name):
     with pytest.raises(SaejaxError):
         storage.safe_name(name)
-    with pytest.raises(SaejaxError):
-        if storage.inside(tmp_path, name) == tmp_path:
-            raise SaejaxError("stays at the root")
+    if name:
+        with pytest.raises(SaejaxError):
+            storage.inside(tmp_path, name)
+
+
+def test_nothing_below_a_root_is_the_root(tmp_path):
+    assert storage.inside(tmp_path, "") == tmp_path
+    assert storage.inside(tmp_path, "a/b") == tmp_path / "a" / "b"
 
 
 def test_links_out_are_refused(tmp_path):

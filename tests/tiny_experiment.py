@@ -5,9 +5,18 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.config import Config, default_config, resolve
 from tests.lm import tiny_llama
 
 HOOKPOINT, D_IN, D_SAE = "blocks.1.hook_resid_post", 48, 64
+
+SETTINGS = {
+    "name": "tiny", "text.context": 32, "text.holdout": 0.3, "harvest.hookpoints": (HOOKPOINT,), "sae.hookpoint": HOOKPOINT,
+    "sae.d_sae": D_SAE, "sae.k": 8, "sae.aux_k": 16, "sae.dead_tokens": 512,
+    "harvest.tokens": 4096, "harvest.shard_contexts": 32, "harvest.chunk_rows": 32, "stream.window_rows": 1024,
+    "train.init_rows": 512, "train.batch": 64, "train.tokens": 2048, "train.lr": 1e-3, "checkpoint.every_tokens": 1024,
+    "eval.contexts": 8, "eval.batch_contexts": 4, "log.every_steps": 4, "log.progress": False,
+}
 
 
 def tokenizer_backend():
@@ -39,17 +48,20 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
+def _values(model: Path, text: Path, run_dir: Path) -> dict:
+    return SETTINGS | {"lm.model": str(model), "text.source": (str(text),), "run_dir": str(run_dir)}
+
+
+def make_config(model: Path, text: Path, run_dir: Path, **overrides) -> Config:
+    """The resolved config; overrides are {"section.key": value}."""
+    c = default_config("topk")
+    c.update_from_flattened_dict(_values(model, text, run_dir) | overrides)
+    return resolve(c)
+
+
 def write_config(file: Path, model: Path, text: Path, run_dir: Path, extra: str = "") -> Path:
     """A config file for `--config=`; `extra` are lines that change `c`."""
-    lines = [f"c.name, c.run_dir = 'tiny', {str(run_dir)!r}", f"c.lm.model = {str(model)!r}",
-             f"c.text.source = ({str(text)!r},)",
-             "c.text.context, c.text.holdout = 32, 0.3", f"c.harvest.hookpoints = ({HOOKPOINT!r},)",
-             f"c.sae.hookpoint = {HOOKPOINT!r}", f"c.sae.d_sae, c.sae.k, c.sae.aux_k = {D_SAE}, 8, 16",
-             "c.harvest.tokens, c.harvest.shard_contexts, c.harvest.chunk_rows = 4096, 32, 32",
-             "c.stream.window_rows, c.train.init_rows = 1024, 512",
-             "c.train.batch, c.train.tokens, c.train.lr = 64, 2048, 1e-3",
-             "c.sae.dead_tokens, c.checkpoint.every_tokens, c.log.every_steps = 512, 1024, 4",
-             "c.eval.contexts, c.eval.batch_contexts, c.log.progress = 8, 4, False", *extra.splitlines()]
+    lines = [f"c.{key} = {value!r}" for key, value in _values(model, text, run_dir).items()] + extra.splitlines()
     body = "\n".join(f"    {line}" for line in lines)
     file.write_text("from saejax.config import default_config\n\n\ndef get_config():\n    c = default_config('topk')\n"
                     f"{body}\n    return c\n")

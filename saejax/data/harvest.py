@@ -54,7 +54,7 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
         return _open_matching(path, config, sources, lm_)
     writer = StoreWriter(path, spec)
     packed = PackedText(config.text, lm_.tokenizer, seed=config.seed, mask_special=config.harvest.mask_special,
-                        vocab_size=lm_.cfg.vocab_size, sources=sources)
+                        sources=sources)
     n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
     barrier("saejax_harvest_written")
     if is_writer():
@@ -82,8 +82,15 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
 
 
 def _pinned(config: Config) -> bool:
-    """True where the name alone says which weights these are: a preset, or a hub revision that is a commit."""
-    return config.lm.model in assets.MODELS or bool(re.fullmatch(r"[0-9a-f]{40}", config.lm.revision or ""))
+    """True where the name alone says which weights these are: a preset, or a hub revision that is a commit.
+
+    Of a local file or directory it does not: `lm.load` ignores the revision there.
+    """
+    if config.lm.model in assets.MODELS:
+        return True
+    path = Path(config.lm.model).expanduser()
+    local = path.suffix == ".gguf" or path.exists()
+    return not local and bool(re.fullmatch(r"[0-9a-f]{40}", config.lm.revision or ""))
 
 
 def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None) -> Store:

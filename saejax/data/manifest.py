@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.data.shards import ArraySpec, side_chunk_rows
+from saejax.data.shards import AGAIN, ArraySpec, side_chunk_rows
 from saejax.errors import StoreCorruptError, StoreError
 from saejax.storage import read_json, safe_name
 
@@ -166,8 +166,7 @@ def read_manifest(path: Path) -> tuple[dict, StoreSpec]:
     f = Fields(values, str(path))
     check_version(f)
     if f.hex("sha256") != self_digest(values):
-        raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); harvest the "
-                                "store again")
+        raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); {AGAIN}")
     f.hex("spec_file_sha256")
     spec = spec_from_json(f.get("spec", dict), f"{path}: spec")
     n_contexts = f.count("n_contexts", 1)

@@ -26,6 +26,8 @@ _SIDE_CHUNK_ROWS = 2048
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32), "uint8": np.dtype(np.uint8),
            "float32": np.dtype(np.float32)}
 Span = tuple[int, int]
+# The fix of every damaged store: a harvest opens one that has its manifest, and would fail in the same place.
+AGAIN = "delete this store and run `saejax harvest` again"
 
 
 def side_chunk_rows(chunk_rows: int, shard_rows: int) -> int:
@@ -145,13 +147,13 @@ def check_layout(root: Path, spec: ArraySpec, shard: int, rows: int) -> None:
         with open(path, "rb") as f:
             size = os.fstat(f.fileno()).st_size
             if size != expected:
-                raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; harvest the store again")
+                raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; {AGAIN}")
             index = spec.index(rows)
             f.seek(size - _CRC - len(index))
             if f.read(len(index)) != index:
-                raise StoreCorruptError(f"{path}: its chunk index is altered; harvest the store again")
+                raise StoreCorruptError(f"{path}: its chunk index is altered; {AGAIN}")
     except OSError as e:
-        raise StoreCorruptError(f"{path}: {_reason(e)}; harvest the store again") from e
+        raise StoreCorruptError(f"{path}: {_reason(e)}; {AGAIN}") from e
 
 
 def read_words(path: str | Path, spec: ArraySpec, first: int, last: int) -> bytes:
@@ -160,7 +162,7 @@ def read_words(path: str | Path, spec: ArraySpec, first: int, last: int) -> byte
     try:
         fd = os.open(path, os.O_RDONLY)
     except OSError as e:
-        raise StoreCorruptError(f"{path}: {_reason(e)}; harvest the store again") from e
+        raise StoreCorruptError(f"{path}: {_reason(e)}; {AGAIN}") from e
     try:
         return b"".join(os.pread(fd, _CRC, c * stride + spec.chunk_bytes) for c in range(first, last))
     finally:
@@ -223,8 +225,7 @@ class ArrayReader:
         last = -(-(stop - shard * self.spec.shard_rows) // self.spec.chunk_rows)
         if read_words(path, self.spec, first, last) != crcs[first * _CRC:last * _CRC]:
             raise StoreCorruptError(f"{path}: its checksums are not the ones recorded when it was written (stale "
-                                    "or swapped "
-                                    "file); harvest the store again")
+                                    f"or swapped file); {AGAIN}")
 
     def _words(self, shard: int) -> tuple[str, bytes]:
         """Path and recorded checksums of a shard file, looked up once: this runs for every block of every window."""
@@ -235,7 +236,7 @@ class ArrayReader:
     def failure(self, shard: int, error: ValueError) -> StoreCorruptError:
         path = self._root / self.spec.shard_file(shard)
         reason = str(error).split(" [", 1)[0].splitlines()[0]
-        return StoreCorruptError(f"{path}: does not read back ({reason}); harvest the store again")
+        return StoreCorruptError(f"{path}: does not read back ({reason}); {AGAIN}")
 
 
 class PendingRead:

@@ -6,6 +6,7 @@ A source is one of
 - a hub dataset `owner/name`, `owner/name:config`, `owner/name@revision` or `owner/name:config@revision`.
 """
 
+import contextlib
 import glob
 import itertools
 import re
@@ -44,15 +45,19 @@ class Sources:
     _hub: list[tuple[str, str | None, str | None]]
     _loaded: list = field(default_factory=list)
 
+    @property
+    def streaming(self) -> bool:
+        """Whether documents can only be read in order."""
+        return self._options.streaming
+
     def datasets(self) -> list:
         """The datasets, loaded once, each checked to have a text column. Raises `TextError`."""
         if not self._loaded:
-            for builder, files in self._files.items():
-                self._loaded.append(self._load(builder, ", ".join(sorted({f.name for f in files})[:3]),
-                                               data_files=[str(f) for f in files],
-                                               **({"sample_by": "document"} if builder == "text" else {})))
-            for name, config, revision in self._hub:
-                self._loaded.append(self._load(name, name, name=config, revision=revision))
+            local = [self._load(builder, ", ".join(sorted({f.name for f in files})[:3]), data_files=[str(f) for f in files],
+                                **({"sample_by": "document"} if builder == "text" else {}))
+                     for builder, files in self._files.items()]
+            hub = [self._load(name, name, name=config, revision=revision) for name, config, revision in self._hub]
+            self._loaded = local + hub
         return self._loaded
 
     def _load(self, builder: str, shown: str, **kwargs):
@@ -62,14 +67,12 @@ class Sources:
         was_shown = quiet.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
-            data = datasets.load_dataset(builder, split=split, streaming=self._options.streaming, **kwargs)
-        except Exception as e:
-            reason = " ".join(str(e.__cause__ or e).split())[:200]
-            raise TextError(f"config.text.source: {shown!r} cannot be read ({type(e).__name__}: {reason})") from e
+            with _readable(shown):
+                data = datasets.load_dataset(builder, split=split, streaming=self._options.streaming, **kwargs)
+                return self._text_column(data, shown, plain=builder == "text")
         finally:
             if was_shown:
                 datasets.enable_progress_bars()
-        return self._text_column(data, shown, plain=builder == "text")
 
     def _text_column(self, data, shown: str, plain: bool):
         wanted = "text" if plain else self._options.field
@@ -78,6 +81,18 @@ class Sources:
             raise TextError(f"config.text.field: {shown} has no column {wanted!r}; it has {', '.join(columns)}")
         data = data.select_columns([wanted])
         return data if wanted == "text" else data.rename_column(wanted, "text")
+
+
+@contextlib.contextmanager
+def _readable(shown: str) -> Iterator[None]:
+    """Whatever goes wrong in the `datasets` library, a broken line or the network, as a one-line `TextError`."""
+    try:
+        yield
+    except TextError:
+        raise
+    except Exception as e:
+        reason = " ".join(str(e.__cause__ or e).split())[:200]
+        raise TextError(f"config.text.source: {shown!r} cannot be read ({type(e).__name__}: {reason})") from e
 
 
 def resolve(options: TextOptions) -> Sources:
@@ -148,7 +163,7 @@ def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[str | Non
     """
     options, parts = sources._options, sources.datasets()
     if options.streaming:
-        return _read_stream(parts, options, seed, start)
+        return _read_stream(parts, options, seed, start, ", ".join(sources.names))
     return _read_map(parts, options, seed, start)
 
 
@@ -168,14 +183,43 @@ def _read_map(parts: list, options: TextOptions, seed: int, start: int) -> Itera
         yield out.tolist()
 
 
-def _read_stream(parts: list, options: TextOptions, seed: int, start: int) -> Iterator[list[str | None]]:
+def _read_stream(parts: list, options: TextOptions, seed: int, start: int, shown: str) -> Iterator[list[str | None]]:
     import datasets
-    data = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
-    if options.shuffle:
-        data = data.shuffle(seed=seed, buffer_size=_STREAM_BUFFER)
-    rows = iter(data.skip(start) if start else data)
-    while batch := list(itertools.islice(rows, _BATCH)):
-        yield _strings([row["text"] for row in batch])
+    with _readable(shown):
+        data = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+        if options.shuffle:
+            data = data.shuffle(seed=seed, buffer_size=_STREAM_BUFFER)
+        rows = iter(data.skip(start) if start else data)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            yield _strings([row["text"] for row in batch])
+
+
+class Reader:
+    """The documents of some sources from any one on, in batches; streamed text is read again only to go back.
+
+    `position` is the number of the document that comes next.
+    """
+
+    def __init__(self, sources: Sources, seed: int):
+        self._sources, self._seed = sources, seed
+        self._batches: Iterator[list[str | None]] | None = None
+        self._read = self.position = 0
+
+    def seek(self, document: int) -> None:
+        """Goes to a document; nothing is read before `next_batch`."""
+        self.position = document
+
+    def next_batch(self) -> list[str | None] | None:
+        """The documents from `position` on; None at the end. Raises `TextError`."""
+        far = self.position != self._read and not self._sources.streaming
+        if self._batches is None or self.position < self._read or far:
+            self._batches, self._read = read(self._sources, self._seed, self.position), self.position
+        for batch in self._batches:
+            first, self._read = self._read, self._read + len(batch)
+            if self._read > self.position:
+                batch, self.position = batch[self.position - first:], self._read
+                return batch
+        return None
 
 
 def _strings(values: list) -> list[str | None]:

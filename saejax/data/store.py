@@ -19,10 +19,10 @@ import numpy as np
 
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
-from saejax.data.shards import ArrayReader, PendingRead, ShardTruth, Span, check_layout, new_context
+from saejax.data.shards import AGAIN, ArrayReader, PendingRead, ShardTruth, Span, check_layout, new_context
 from saejax.errors import StoreCorruptError, StoreError
 from saejax.records import OUTLIER_FACTOR, ActivationStats
-from saejax.storage import file_sha256, inside, text_sha256
+from saejax.storage import file_sha256, inside, read_json, text_sha256
 
 MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
 
@@ -50,14 +50,14 @@ class Store:
         self.hookpoints = tuple(name for name, _ in spec.hookpoints)
         self.digest: str = values["sha256"]
         self._contexts = mf.shard_contexts(spec, self.n_contexts)
-        self._record = functools.lru_cache(maxsize=None)(self._read_record)
+        self._crcs = functools.cache(self._read_crcs)
         context = new_context()
         self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name), context)
                          for name, array in spec.arrays().items()}
 
     @classmethod
-    def open(cls, path: str | Path, *, verify: str = "quick") -> "Store":
-        """Opens a finished store. "quick" checks the manifest and the size of every file; "full" also every digest.
+    def open(cls, path: str | Path, *, full: bool = False) -> "Store":
+        """Opens a finished store. Checks the manifest and the size of every file, with `full` also every digest.
 
         Raises `StoreError` (no store, not finished, newer schema) or `StoreCorruptError` (naming the file).
         """
@@ -65,7 +65,7 @@ class Store:
         if not is_complete(path):
             raise StoreError(_unfinished(path))
         store = cls(path, *mf.read_manifest(path / MANIFEST))
-        store._verify(full=verify == "full")
+        store._verify(full)
         return store
 
     def width(self, hookpoint: str) -> int:
@@ -110,19 +110,6 @@ class Store:
         """Starts reading row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`; `.wait()` for them."""
         return self._readers[array].start(spans, out)
 
-    def describe(self) -> dict:
-        """What `saejax inspect` shows."""
-        s = self.spec
-        return {
-            "kind": mf.KIND, "schema_version": self.manifest["schema_version"], "digest": self.digest, "model": s.model,
-            "model_digest": s.model_digest, "lm_dtype": s.lm_dtype, "tokenizer_digest": s.tokenizer_digest,
-            "text": s.text, "context": s.context, "contexts": self.n_contexts, "rows": self.rows,
-            "kept_rows": self.kept_rows, "mask_special": s.mask_special, "shards": len(self._contexts),
-            "bytes": sum(f["bytes"] for e in self.manifest["shards"] for f in e["files"].values()),
-            "hookpoints": {name: {"width": width, **_scalars(self.manifest["stats"][name])}
-                           for name, width in s.hookpoints},
-        }
-
     def _verify(self, full: bool) -> None:
         arrays = self.spec.arrays()
         for name, array in arrays.items():
@@ -135,27 +122,24 @@ class Store:
                     check_layout(self.path, array, shard, contexts * self.context)
                     _same_digest(file, self.manifest["shards"][shard]["files"][name]["sha256"])
         for shard in range(len(self._contexts) if full else 0):
-            self._record(shard)
+            self._crcs(shard)
         if full:
             _same_digest(self.path / SPEC, self.manifest["spec_file_sha256"])
 
-    def _read_record(self, shard: int) -> dict:
+    def _read_crcs(self, shard: int) -> dict[str, bytes]:
+        """The checksum words of a shard by array; the rest of its record, D sums per hookpoint, is not kept."""
         path = self.path / record_file(shard)
         _same_digest(path, self.manifest["shards"][shard]["record_sha256"])
-        return read_record(path, self.spec, self._contexts[shard])
+        files = read_record(path, self.spec, self._contexts[shard])["files"]
+        return {name: bytes.fromhex(entry["crcs"]) for name, entry in files.items()}
 
     def _truth(self, name: str, shard: int) -> ShardTruth:
-        record = self._record(shard)
-        return ShardTruth(self._contexts[shard] * self.context, bytes.fromhex(record["files"][name]["crcs"]))
-
-
-def _scalars(stats: dict) -> dict:
-    return {key: value for key, value in stats.items() if key != "mean"}
+        return ShardTruth(self._contexts[shard] * self.context, self._crcs(shard)[name])
 
 
 def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dict:
     """A shard record, validated against the spec. Raises `StoreCorruptError`."""
-    f = mf.Fields(mf.read_json(path, StoreCorruptError), str(path))
+    f = mf.Fields(read_json(path, StoreCorruptError), str(path))
     n = f.count("contexts", 1)
     if n > spec.shard_contexts or n != (contexts or n):
         raise StoreCorruptError(f"{path}: 'contexts' is {n}, expected {contexts or f'at most {spec.shard_contexts}'}")
@@ -189,7 +173,7 @@ def spec_file(spec: StoreSpec) -> dict:
 
 def read_spec(path: Path) -> StoreSpec:
     """The spec a directory was made for, finished or not."""
-    f = mf.Fields(mf.read_json(path / SPEC, StoreCorruptError), str(path / SPEC))
+    f = mf.Fields(read_json(path / SPEC, StoreCorruptError), str(path / SPEC))
     mf.check_version(f)
     return mf.spec_from_json(f.get("spec", dict), f"{path / SPEC}: spec")
 
@@ -207,20 +191,19 @@ def _same_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except OSError as e:
-        raise StoreCorruptError(f"{path}: missing; harvest the store again") from e
+        raise StoreCorruptError(f"{path}: missing; {AGAIN}") from e
     if size != expected:
-        raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; harvest the store again")
+        raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; {AGAIN}")
 
 
 def _same_digest(path: Path, expected: str) -> None:
     try:
         found = file_sha256(path)
     except OSError as e:
-        raise StoreCorruptError(f"{path}: missing; harvest the store again") from e
+        raise StoreCorruptError(f"{path}: missing; {AGAIN}") from e
     if found != expected:
         raise StoreCorruptError(f"{path}: altered since the manifest was written (sha256 {found[:12]}, expected "
-                                f"{expected[:12]});"
-                                " harvest the store again")
+                                f"{expected[:12]}); {AGAIN}")
 
 
 def model_name(model: str) -> str:
@@ -229,7 +212,7 @@ def model_name(model: str) -> str:
 
 
 def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None, model: str | None = None,
-                  model_digest: str | None = None, context: int | None = None) -> None:
+                  context: int | None = None) -> None:
     """Raises one `StoreError` that lists every config key which the store contradicts, with both values."""
     problems = []
     if hookpoint is not None and hookpoint not in store.hookpoints:
@@ -238,10 +221,6 @@ def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | Non
         problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoint} is {store.width(hookpoint)} wide")
     if model is not None and model_name(model) != store.spec.model:
         problems.append(f"config.lm.model is {model_name(model)!r}, the store was harvested from {store.spec.model!r}")
-    if model_digest is not None and model_digest != store.spec.model_digest:
-        problems.append(f"config.lm.model has weights {model_digest[:16]}, the store was harvested from "
-                        f"{store.spec.model!r} "
-                        f"with weights {store.spec.model_digest[:16]}")
     if context is not None and context != store.context:
         problems.append(f"config.text.context is {context}, the store's contexts have {store.context} tokens")
     if problems:

@@ -13,25 +13,15 @@ seed, and copies of a document are on the same side.
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Protocol
 
 import numpy as np
 
 from saejax.config import TextOptions
 from saejax.data import sources as src
-from saejax.data.sources import Sources
+from saejax.data.sources import Reader, Sources
 from saejax.errors import TextError
+from saejax.lm import Tokenizer
 from saejax.records import TokenBatch
-
-
-class Tokenizer(Protocol):
-    """What packing needs of a tokenizer. Ids that are None do not exist; 0 is an id like any other."""
-
-    special_ids: frozenset[int]
-    bos_id: int | None
-    eos_id: int | None
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -55,13 +45,6 @@ def is_held_out(text: str, holdout: float) -> bool:
     return int.from_bytes(digest, "big") / 2**64 < holdout
 
 
-def documents(options: TextOptions, seed: int, split: str = "train", *,
-              sources: Sources | None = None) -> Iterator[str]:
-    """The non-empty documents of a split ("train" or "heldout") in shuffled order. Raises `TextError`."""
-    for batch in src.read(sources or src.resolve(options), seed):
-        yield from (text for text in batch if text and is_held_out(text, options.holdout) == (split == "heldout"))
-
-
 def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
     """What decides the token rows, as plain JSON for a manifest; no paths."""
     return {"sources": sources.names, "digest": sources.digest, "field": options.field, "split": options.split,
@@ -72,34 +55,46 @@ def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
 class PackedText:
     """The packed rows of one split, taken in order from any `TextState`.
 
-    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS or EOS where one is asked for, token
-    ids beyond `vocab_size`.
+    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS or EOS where one is asked for, a text
+    that cannot be read or is not the one of the `TextState`.
     """
 
     def __init__(self, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
-                 mask_special: bool = True, vocab_size: int | None = None, sources: Sources | None = None,
-                 start: TextState | None = None):
+                 mask_special: bool = True, sources: Sources | None = None, start: TextState | None = None):
         if split == "heldout" and options.holdout == 0:
             raise TextError("config.text.holdout: 0 keeps no document for evaluation; set it to 0.02, for example")
         for key, value, name in ((options.bos != "none", tokenizer.bos_id, "bos"),
                                  (options.separator == "eos", tokenizer.eos_id, "separator")):
             if key and value is None:
                 raise TextError(f"config.text.{name}: the tokenizer has no such token; set config.text.{name}='none'")
-        self._options, self._tokenizer, self._seed, self._split = options, tokenizer, seed, split
-        self._vocab_size = vocab_size
+        self._options, self._tokenizer, self._split = options, tokenizer, split
         self._masked = np.array(sorted(tokenizer.special_ids) if mask_special else [], np.int32)
         self._row = [tokenizer.bos_id] if options.bos == "row" else []
         self._before = [tokenizer.bos_id] if options.bos == "doc" else []
         self._after = [tokenizer.eos_id] if options.separator == "eos" else []
         self._sources = sources or src.resolve(options)
-        self.seek(start or TextState())
+        self._reader = Reader(self._sources, seed)
+        start = start or TextState()
+        self._restart(start, start.documents)
 
     def seek(self, state: TextState) -> None:
-        """Goes on from `state`. Documents before it are not tokenised again."""
-        self.state = state
-        self.dropped_tokens = 0
-        self._batches = src.read(self._sources, self._seed, state.documents)
-        self._next_document, self._skip = state.documents, state.offset
+        """Goes on from `state`. Forward, nothing is read or tokenised twice; documents left out are not tokenised."""
+        forward = (state.documents, state.offset) >= (self.state.documents, self.state.offset)
+        at = int(np.searchsorted(self._numbers, state.documents))
+        if forward and at < len(self._numbers):
+            n = int(self._begins[at]) + state.offset
+            if n < self._ends[at] and (self._numbers[at] == state.documents or not state.offset):
+                self._drop(n)
+                self.state, self.dropped_tokens = state, 0
+                return
+        # Read documents that gave no token, empty or of the other split, need no second look.
+        silent = forward and at == len(self._numbers) and not state.offset
+        self._restart(state, max(state.documents, self._reader.position) if silent else state.documents)
+
+    def _restart(self, state: TextState, document: int) -> None:
+        self.state, self.dropped_tokens = state, 0
+        self._reader.seek(document)
+        self._skip = state.offset
         self._tokens = np.empty(0, np.int32)
         self._numbers = np.empty(0, np.int64)   # number of each buffered document
         self._ends = np.empty(0, np.int64)      # where it ends in the buffer
@@ -129,34 +124,31 @@ class PackedText:
         if self.state.contexts or rows:
             return
         where = f"config.text.source: {', '.join(self._sources.names)}"
-        if self._next_document == 0:
+        if self._reader.position == 0:
             raise TextError(f"{where}: no documents")
         if not self._seen:
-            raise TextError(f"{where}: none of {self._next_document} documents has text in the {self._split!r} "
-                            "split; change "
-                            f"config.text.holdout = {self._options.holdout} or add documents (one text file is one "
-                            "document)")
+            raise TextError(f"{where}: none of {self._reader.position} documents has text in the {self._split!r} split; "
+                            f"change config.text.holdout = {self._options.holdout} or add documents (one text file is "
+                            "one document)")
         raise TextError(f"{where}: the {self._split!r} split has {len(self._tokens) + len(self._row)} tokens, one "
-                        "context needs "
-                        f"{self._options.context}; add text or lower config.text.context")
+                        f"context needs {self._options.context}; add text or lower config.text.context")
 
     def _refill(self, wanted: int) -> None:
         """Tokenises batches of documents until `wanted` tokens are buffered or the text ends."""
         pieces, numbers = [], []
         have = len(self._tokens)
         while have < wanted:
-            batch = next(self._batches, None)
+            batch = self._reader.next_batch()
             if batch is None:
                 self._ended = True
                 break
-            heldout = self._split == "heldout"
+            first, heldout = self._reader.position - len(batch), self._split == "heldout"
             mine = [(i, t) for i, t in enumerate(batch) if t and is_held_out(t, self._options.holdout) == heldout]
             for (i, _), ids in zip(mine, self._tokenizer.encode_batch([t for _, t in mine]), strict=True):
                 if ids:
                     pieces.append(np.array([*self._before, *ids, *self._after], np.int32))
-                    numbers.append(self._next_document + i)
+                    numbers.append(first + i)
                     have += len(pieces[-1])
-            self._next_document += len(batch)
         if pieces:
             self._append(pieces, np.array(numbers, np.int64))
 
@@ -169,10 +161,6 @@ class PackedText:
             if numbers[0] != self.state.documents or self._skip > len(pieces[0]):
                 raise TextError("config.text.source: the text is not the one that this harvest began with")
             tokens, ends, begins, self._skip = tokens[self._skip:], ends - self._skip, begins - self._skip, 0
-        if self._vocab_size is not None and tokens.size and tokens.max() >= self._vocab_size:
-            raise TextError(f"config.lm.model: its tokenizer gives id {tokens.max()}, the model has "
-                            f"{self._vocab_size}; use the "
-                            "tokenizer that belongs to the model")
         self._tokens = tokens
         self._numbers = np.concatenate([self._numbers, numbers])
         self._ends = np.concatenate([self._ends, ends])
@@ -186,17 +174,21 @@ class PackedText:
         if done < len(self._ends):
             self.state = TextState(int(self._numbers[done]), int(n - self._begins[done]), contexts)
         else:
-            self.state = TextState(self._next_document, 0, contexts)
+            self.state = TextState(self._reader.position, 0, contexts)
+        self._drop(n)
+
+    def _drop(self, n: int) -> None:
+        """Drops the first n buffered tokens and the documents that end there."""
+        done = int(np.searchsorted(self._ends, n, side="right"))
         self._tokens = self._tokens[n:]
         self._numbers, self._ends, self._begins = self._numbers[done:], self._ends[done:] - n, self._begins[done:] - n
 
 
 def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, seed: int, split: str = "train",
-                  mask_special: bool = True, vocab_size: int | None = None, max_contexts: int | None = None,
-                  sources: Sources | None = None, start: TextState | None = None) -> Iterator[TokenBatch]:
+                  mask_special: bool = True, max_contexts: int | None = None,
+                  sources: Sources | None = None) -> Iterator[TokenBatch]:
     """Batches of `batch` rows (the last may be shorter), at most `max_contexts` rows in all. Raises `TextError`."""
-    text = PackedText(options, tokenizer, seed=seed, split=split, mask_special=mask_special, vocab_size=vocab_size,
-                      sources=sources, start=start)
+    text = PackedText(options, tokenizer, seed=seed, split=split, mask_special=mask_special, sources=sources)
     left = max_contexts if max_contexts is not None else 2**62
     while left > 0:
         first, asked = text.state.contexts, min(batch, left)

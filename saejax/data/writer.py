@@ -1,6 +1,7 @@
 """Writing an activation store: whole shards, each by one process in one write per array, then the manifest."""
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,8 @@ _ROWS_AT_ONCE = 256
 class StoreWriter:
     """Fills a store directory shard by shard; any number of processes may fill different shards of the same directory.
 
-    Raises `StoreError` when the directory belongs to another spec (listing the differences) or is not a store.
+    A directory that was made for another spec but holds no finished shard is taken over. Raises `StoreError` when it
+    holds one (listing the differences) or is not a store.
     """
 
     def __init__(self, path: str | Path, spec: StoreSpec):
@@ -40,17 +42,28 @@ class StoreWriter:
             there = list(self.path.iterdir()) if self.path.exists() else []
             foreign = [p for p in there if SPEC not in p.name and p.name != RECORDS]
             if (self.path / SPEC).is_file():
-                differences = read_spec(self.path).differences(spec)
-                if differences:
-                    raise StoreError(f"{self.path}: belongs to another config ({'; '.join(differences)}); choose "
-                                     "another "
-                                     "config.harvest.store or delete this one")
+                self._take_over()
             elif foreign:
                 raise StoreError(f"{self.path}: is not empty and not an activation store; choose another "
                                  "config.harvest.store")
             else:
                 write_json(self.path / SPEC, spec_file(spec))
             (self.path / RECORDS).mkdir(parents=True, exist_ok=True)
+
+    def _take_over(self) -> None:
+        """Nothing for a store of this spec; one of another spec becomes this one's as long as nothing is lost by it."""
+        # Looked for before the spec is read: another process of this same harvest writes the spec before its first shard.
+        used = (self.path / MANIFEST).exists() or any((self.path / RECORDS).glob("*.json"))
+        found = read_spec(self.path)
+        differences = found.differences(self.spec)
+        if not differences:
+            return
+        if used:
+            raise StoreError(f"{self.path}: belongs to another config ({'; '.join(differences)}); choose another "
+                             "config.harvest.store or delete this one")
+        for name in found.arrays().keys() - self.spec.arrays().keys():
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        write_json(self.path / SPEC, spec_file(self.spec))
 
     def record(self, shard: int) -> dict | None:
         """The record of a finished shard; None where the shard is missing, or where its files are not as recorded."""
@@ -103,14 +116,26 @@ class StoreWriter:
         Raises `StoreError` naming missing shards.
         """
         sizes = mf.shard_contexts(self.spec, n_contexts)
-        records = [self.record(s) for s in range(len(sizes))]
-        missing = [s for s, (r, n) in enumerate(zip(records, sizes, strict=True)) if r is None or r["contexts"] != n]
+        entries, missing, kept = [], [], 0
+        sums = {name: Sums(width) for name, width in self.spec.hookpoints}
+        for shard, contexts in enumerate(sizes):
+            record = self.record(shard)
+            if record is None or record["contexts"] != contexts:
+                missing.append(shard)
+                continue
+            entries.append(self._entry(shard, record))
+            kept += record["kept_rows"]
+            for name, total in sums.items():
+                total.add(record["sums"][name])
         if missing or not sizes:
             raise StoreError(f"{self.path}: shards {missing[:8]} of {len(sizes)} are not written yet; run the "
                              "harvest again")
-        kept = sum(r["kept_rows"] for r in records)
         if kept == 0:
             raise StoreError(f"{self.path}: every token is special and masked; set config.harvest.mask_special=False")
+        self._write_manifest(n_contexts, kept, entries, sums)
+        return Store.open(self.path)
+
+    def _write_manifest(self, n_contexts: int, kept: int, entries: list[dict], sums: dict[str, "Sums"]) -> None:
         rows = n_contexts * self.spec.context
         arrays = self.spec.arrays()
         for name, array in arrays.items():
@@ -119,15 +144,13 @@ class StoreWriter:
             "kind": mf.KIND, "schema_version": mf.SCHEMA_VERSION, "spec": self.spec.to_json(), "n_contexts": n_contexts,
             "rows": rows, "kept_rows": kept, "spec_file_sha256": file_sha256(self.path / SPEC),
             "arrays": {name: {"zarr_json_sha256": file_sha256(self.path / name / "zarr.json")} for name in arrays},
-            "shards": [self._entry(s, r) for s, r in enumerate(records)], "stats": {}}
-        values["sha256"] = "0" * 64
+            "shards": entries, "stats": {}, "sha256": "0" * 64}
         draft = Store(self.path, values, self.spec)
-        for name, _ in self.spec.hookpoints:
-            values["stats"][name] = _statistics(draft, name, [r["sums"][name] for r in records], kept)
+        for name in sums:
+            values["stats"][name] = _statistics(draft, name, sums[name], kept)
         values["sha256"] = mf.self_digest(values)
         self._remove_leftovers()
         write_json(self.path / MANIFEST, values)
-        return Store.open(self.path)
 
     def _entry(self, shard: int, record: dict) -> dict:
         arrays = self.spec.arrays()
@@ -142,10 +165,11 @@ class StoreWriter:
 
 
 def row_statistics(x_ND: np.ndarray, keep_N: np.ndarray) -> tuple[np.ndarray, dict]:
-    """float32 norms of bfloat16 rows, and {"x": sum of kept rows, "norm": sum ||x||, "sq_norm": sum ||x||^2} in
-    float64.
+    """float32 norms of bfloat16 rows, and {"x": sum of kept rows, "norm": sum ||x||, "sq_norm": sum ||x||^2}.
 
-    Sums run in one fixed order, so that a shard's record does not depend on threads or on what ran before.
+    x is summed in float32 over 256 rows at a time and in float64 over these parts; ||x||^2 of a row is float32 (float64
+    where that overflows), its sums are float64. Sums run in one fixed order, so that a shard's record does not depend
+    on threads or on what ran before.
     """
     bits = x_ND.view(np.uint16)
     squares = np.empty(len(x_ND), np.float64)
@@ -182,16 +206,23 @@ def non_finite_message(hookpoint: str, bad: int, of: int, places: list[tuple[int
             "or use config.lm.dtype='float32'")
 
 
-def _statistics(store: Store, hookpoint: str, sums: list[dict], kept: int) -> dict:
-    mean = np.zeros(store.width(hookpoint), np.float64)
-    norm = sq_norm = 0.0
-    for part in sums:
-        mean += np.array(part["x"], np.float64)
-        norm += part["norm"]
-        sq_norm += part["sq_norm"]
+class Sums:
+    """The sums of one hookpoint over all shards, added in the order of the shards."""
+
+    def __init__(self, width: int):
+        self.x_D, self.norm, self.sq_norm = np.zeros(width, np.float64), 0.0, 0.0
+
+    def add(self, part: dict) -> None:
+        """Adds the sums of a shard's record."""
+        self.x_D += np.array(part["x"], np.float64)
+        self.norm += part["norm"]
+        self.sq_norm += part["sq_norm"]
+
+
+def _statistics(store: Store, hookpoint: str, sums: Sums, kept: int) -> dict:
     median = exact_median(lambda: kept_norms(store, hookpoint), kept)
     outliers = sum(int((n > OUTLIER_FACTOR * median).sum()) for n in kept_norms(store, hookpoint))
-    return {"mean": (mean / kept).tolist(), "mean_norm": norm / kept, "mean_sq_norm": sq_norm / kept,
+    return {"mean": (sums.x_D / kept).tolist(), "mean_norm": sums.norm / kept, "mean_sq_norm": sums.sq_norm / kept,
             "median_norm": median, "outliers": outliers}
 
 
@@ -203,18 +234,27 @@ def kept_norms(store: Store, hookpoint: str) -> Iterator[np.ndarray]:
         yield store.norms(hookpoint, a, b)[store.keep(a, b)]
 
 
-def exact_median(parts, count: int) -> float:
+def exact_median(parts: Callable[[], Iterable[np.ndarray]], count: int) -> float:
     """Median of `count` non-negative float32 values that `parts()` yields in pieces, in bounded memory.
 
-    The bits of non-negative floats order as integers: one pass counts their upper halves, a second one collects the few
-    values in the bucket of the middle.
+    The bits of non-negative floats order as integers: one pass counts their upper halves, a second one the lower halves
+    in the one or two buckets that hold the middle. All values may lie in one bucket, as norms behind a layer norm do.
     """
-    histogram = np.zeros(1 << 16, np.int64)
+    upper = np.zeros(1 << 16, np.int64)
     for part in parts():
-        histogram += np.bincount(part.view(np.uint32) >> 16, minlength=1 << 16)
-    below = np.concatenate([[0], np.cumsum(histogram)])
-    ranks = ((count - 1) // 2, count // 2)
-    low, high = (int(np.searchsorted(below, r, side="right")) - 1 for r in ranks)
-    middle = np.sort(np.concatenate([p[((bits := p.view(np.uint32) >> 16) >= low) & (bits <= high)] for p in parts()]))
-    first, second = (float(middle[r - below[low]]) for r in ranks)
-    return (first + second) / 2
+        upper += np.bincount(part.view(np.uint32) >> 16, minlength=1 << 16)
+    places = [_bucket(upper, rank) for rank in ((count - 1) // 2, count // 2)]
+    lower = {bucket: np.zeros(1 << 16, np.int64) for bucket, _ in places}
+    for part in parts():
+        bits = part.view(np.uint32)
+        for bucket, histogram in lower.items():
+            histogram += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
+    middle = np.array([bucket << 16 | _bucket(lower[bucket], rank)[0] for bucket, rank in places], np.uint32)
+    return float(middle.view(np.float32).astype(np.float64).mean())
+
+
+def _bucket(histogram: np.ndarray, rank: int) -> tuple[int, int]:
+    """The bucket that holds the value of this rank, and the rank of that value inside it."""
+    ends = np.cumsum(histogram)
+    bucket = int(np.searchsorted(ends, rank, side="right"))
+    return bucket, rank - int(ends[bucket] - histogram[bucket])

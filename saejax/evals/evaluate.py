@@ -42,7 +42,7 @@ def evaluate(config: Config, sae: SAE, lm_: LM, stats: ActivationStats) -> dict:
     with Progress("evaluate", total, enabled=config.log.progress) as bar:
         for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed,
                                    split="heldout", mask_special=config.harvest.mask_special,
-                                   vocab_size=lm_.cfg.vocab_size, max_contexts=config.eval.contexts):
+                                   max_contexts=config.eval.contexts):
             rows = len(batch.tokens_BT)
             tokens_BT, keep_BT = _padded(batch, config.eval.batch_contexts)
             x_BTD = splice.prefix(lm_.model, tokens_BT, hookpoint=hookpoint)

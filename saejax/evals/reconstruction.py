@@ -20,7 +20,7 @@ LOG10_EDGES = tuple(-7 + 0.5 * i for i in range(15))  # firing density from 1e-7
 @jax.jit
 def _token_parts(x_ND, recon_ND, shift_D, keep_N, bound):
     x_ND, recon_ND = x_ND.astype(jnp.float32), recon_ND.astype(jnp.float32)
-    centred_ND = x_ND - shift_D
+    centred_ND = jnp.where(keep_N[:, None], x_ND - shift_D, 0.0)  # a masked row may hold NaN, which 0 x NaN would pass on
     sq_norm_N = jnp.square(x_ND).sum(-1)
     outlier_N = jnp.sqrt(sq_norm_N) > bound
     groups_2N = jnp.stack([keep_N & ~outlier_N, keep_N & outlier_N])

@@ -1,4 +1,4 @@
-"""`Fields`: reads a model's config key by key, collects every problem, and refuses what nobody read."""
+"""`Fields`: reads a model's config key by key, collects every problem, and refuses what is set and nobody read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,7 +23,8 @@ HARMLESS = frozenset(
 class Fields:
     """The key-value pairs of a config. Each getter notes a problem instead of raising; `finish` raises them as one.
 
-    `label` names the source in the error. A null stands for the default, except in `optional`.
+    `label` names the source in the error. A null stands for the default, except in `optional`. A key that nobody reads
+    is let through when its value is null or false, which is how configs say that something is off.
     """
 
     def __init__(self, raw: Mapping[str, Any], label: str, harmless: frozenset[str] = HARMLESS):
@@ -99,7 +100,7 @@ class Fields:
         return tuple(self.as_number(key, item) for item in value)
 
     def finish(self) -> None:
-        """Raises one LMError with every problem and every key that is set and was not read."""
+        """Raises one LMError with every problem and every key that was not read and is neither null nor false."""
         self.problems += [
             f"{key}={short(value)} (unknown field)"
             for key, value in self.raw.items()

@@ -48,11 +48,14 @@ def generate(
 ) -> list[list[int]]:
     """New token ids of each prompt, up to `max_new_tokens`; a row ends after its first id in `stop_ids`.
 
-    `taps` are those of `Decoder.__call__`; they see `[B, T, width]` for the prompts (padding included) and
-    `[B, 1, width]` for each new token, and, with a second parameter, the tokens' positions (below 0: padding). A tap
-    under `jit` is traced: what it changes, it changes at every step, but it cannot keep values. The same seed gives
-    the same text. Compiled anew for each prompt length, batch and tap object; lengths are rounded up to multiples of
-    16. Phi-3's longrope picks its factors by prompt plus `max_new_tokens`.
+    `taps` are those of `Decoder.__call__`. For the prompts they see `[B, T, width]`, T the longest prompt rounded up to
+    a multiple of 16 (at the final norm `[B, 1, width]`, the last token only), for each new token `[B, 1, width]`; with a
+    second parameter they also get the tokens' positions (below 0: padding). They are traced under `jit`: what a tap
+    changes, it changes at every step, but it cannot keep values. The same call with the same seed gives the same text.
+
+    Without taps the program is compiled once for each model shape, number of prompts, T, `max_new_tokens`, `sampling` and
+    `stop_ids`; with taps at every call, so that nothing a tap refers to is kept: give many prompts in one call. Phi-3's
+    longrope picks its factors once for the whole batch, by the longest prompt plus `max_new_tokens`.
 
     Raises LMError for empty prompts, ids outside the vocabulary, and prompts too long for the model's context.
     """
@@ -61,8 +64,10 @@ def generate(
     tokens_BT, start_B = _left_padded(model, prompts, max_new_tokens)
     if not max_new_tokens:
         return [[] for _ in prompts]
-    run = _compiled(max_new_tokens, sampling, tuple(sorted(set(stop_ids))), tuple(taps.items()))
-    ids_BN, made = run(model, tokens_BT, start_B, jax.random.key(seed))
+    how = (max_new_tokens, sampling, tuple(sorted(set(stop_ids))))
+    run = _program(*how, taps) if taps else _untapped(*how)
+    table = tables(model.cfg, tokens_BT.shape[1] + max_new_tokens, max(map(len, prompts)) + max_new_tokens)
+    ids_BN, made = run(model, table, tokens_BT, start_B, jax.random.key(seed))
     rows = np.asarray(ids_BN)[:, : int(made)].tolist()
     return [_cut(row, set(stop_ids)) for row in rows]
 
@@ -90,13 +95,18 @@ def _cut(row: list[int], stop_ids: set[int]) -> list[int]:
     return row[: end + 1]
 
 
+def _program(new: int, sampling: Sampling, stop_ids: tuple[int, ...], taps: Mapping[str, Tap]) -> Callable:
+    return jax.jit(functools.partial(_generate, new=new, sampling=sampling, stop_ids=stop_ids, taps=taps))
+
+
 @functools.lru_cache(maxsize=32)
-def _compiled(new: int, sampling: Sampling, stop_ids: tuple[int, ...], taps: tuple[tuple[str, Tap], ...]) -> Callable:
-    return jax.jit(functools.partial(_generate, new=new, sampling=sampling, stop_ids=stop_ids, taps=dict(taps)))
+def _untapped(new: int, sampling: Sampling, stop_ids: tuple[int, ...]) -> Callable:
+    return _program(new, sampling, stop_ids, {})
 
 
 def _generate(
     model: Decoder,
+    table: Rope | None,
     tokens_BT: Array,
     start_B: Array,
     key: Array,
@@ -109,7 +119,6 @@ def _generate(
     """(ids `[B, new]`, how many columns were made): the prompts in one pass, then one pass per token."""
     batch, width = tokens_BT.shape
     capacity = width + new
-    table = tables(model.cfg, capacity)
     stops = jnp.asarray(stop_ids or (-1,))
 
     def forward(tokens_BT: Array, first_slot: Array, cache: Cache) -> tuple[Array, Cache]:

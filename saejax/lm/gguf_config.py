@@ -1,7 +1,8 @@
 """`LMConfig` from the key-value fields of a GGUF file, for the Llama, Qwen and Gemma architectures.
 
 GGUF leaves to its readers what a family has in common; those values (attention scale, window pattern, local rope base)
-are the ones llama.cpp uses. `rope_freqs.weight` (Llama 3 scaling) is read as divisors of the rope frequencies.
+are the ones llama.cpp uses. `rope_freqs.weight` (Llama 3 scaling) is read as divisors of the rope frequencies, on top of
+linear scaling where the file has both; a scaling factor without a type is linear.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,15 +68,17 @@ def _common(fields: Fields, shapes: Mapping[str, tuple[int, ...]], read: Read) -
 
 def _rope(fields: Fields, dim: int, max_context: int, shapes: Mapping, read: Read) -> RopeConfig:
     theta = fields.number("rope.freq_base", 1e4)
-    kind = fields.get("rope.scaling.type", "none")
-    factor = fields.number("rope.scaling.factor", 1.0)
+    kind = fields.get("rope.scaling.type", "linear")
+    factor = fields.number("rope.scaling.factor", 1.0) or 1.0  # llama.cpp reads 0 as not given
     fields.only(**{"rope.scaling.attn_factor": 1.0})
     fields.ignore("rope.scaling.original_context_length", "rope.scaling.finetuned")
     if kind not in ("none", "linear"):
         fields.problems.append(f"rope.scaling.type={kind!r} (computed are none, linear)")
+    elif kind == "none" and factor != 1.0:
+        fields.problems.append(f"rope.scaling.type='none' with rope.scaling.factor={factor}")
     if "rope_freqs.weight" not in shapes:
-        return RopeConfig(theta, dim, **({"scaling": "linear", "factor": factor} if kind == "linear" else {}))
-    divisors = tuple(float(x) for x in read("rope_freqs.weight").reshape(-1))
+        return RopeConfig(theta, dim, **({"scaling": "linear", "factor": factor} if factor != 1.0 else {}))
+    divisors = tuple(factor * float(x) for x in read("rope_freqs.weight").reshape(-1))
     return RopeConfig(
         theta, dim, scaling="longrope", original_context=max_context, short_factors=divisors, long_factors=divisors
     )

@@ -155,7 +155,7 @@ def _gemma3(fields: Fields) -> dict:
     context = fields.size("max_position_embeddings", 131072)
     far = rope(fields, head_dim, 1e6, context, nested="full_attention")
     near = rope(fields, head_dim, 1e4, context, nested="sliding_attention", theta_key="rope_local_base_freq")
-    pattern = fields.size("sliding_window_pattern", fields.get("_sliding_window_pattern", 6))
+    pattern = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
     sliding = [bool((i + 1) % pattern) for i in range(n_layers)]
     types = fields.get("layer_types")
     if isinstance(types, list) and len(types) == n_layers:

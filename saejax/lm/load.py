@@ -28,7 +28,10 @@ _HUB_FILES = [
     "vocab.json",
     "merges.txt",
     "added_tokens.json",
+    "chat_template.jinja",
 ]
+# Many repositories hold the weights once more: in Meta's format, or for other runtimes in subfolders ("*" matches "/").
+_NOT_HUB_FILES = ["consolidated*", "*/*"]
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LMError(

@@ -18,7 +18,7 @@ class Rope(NamedTuple):
 
 
 def frequencies(rope: RopeConfig, length: int) -> np.ndarray:
-    """Frequencies `[r/2]` in float32, rounded step by step as transformers rounds them; `length` is the context's."""
+    """Frequencies `[r/2]` in float32, rounded step by step as transformers rounds them; `length` is the text's."""
     exponent = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
     power = np.power(np.float64(rope.theta), exponent.astype(np.float64)).astype(np.float32)
     if rope.scaling == "longrope":
@@ -40,17 +40,18 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     return np.where(wavelength < rope.original_context / high, plain, stretched).astype(np.float32)
 
 
-def tables(cfg: LMConfig, length: int) -> Rope | None:
+def tables(cfg: LMConfig, length: int, text: int | None = None) -> Rope | None:
     """Tables of every rope of the model for positions 0..length-1, `[R, T, 1, 1, r/2]`; None when nothing rotates.
 
-    A model with layers that do not rotate has one more table, the last, of angle 0. Frequency and angle are rounded to
-    float32 as transformers does; cosine and sine of that angle are then taken in float64, because the float32
-    functions of accelerators lose digits at large angles.
+    `text` is the length of the text, by which longrope picks its factors, where the tables are longer. A model with
+    layers that do not rotate has one more table, the last, of angle 0. Frequency and angle are rounded to float32 as
+    transformers does; cosine and sine of that angle are then taken in float64, because the float32 functions of
+    accelerators lose digits at large angles.
     """
     if not cfg.ropes:
         return None
     position = np.arange(length, dtype=np.float32)[:, None]
-    angles = [(position * frequencies(rope, length)).astype(np.float64) for rope in cfg.ropes]
+    angles = [(position * frequencies(rope, text or length)).astype(np.float64) for rope in cfg.ropes]
     factors = [rope.attention_factor for rope in cfg.ropes]
     if -1 in cfg.layer_rope:
         angles, factors = [*angles, np.zeros_like(angles[0])], [*factors, 1.0]

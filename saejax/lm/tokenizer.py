@@ -92,17 +92,17 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
         )
 
 
-def from_pretrained(name: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """Tokenizer of a Hugging Face directory or hub id. Raises TokenizerError when there is no fast one."""
+def from_pretrained(folder: Path) -> Tokenizer:
+    """Tokenizer of a Hugging Face directory. Raises TokenizerError when there is no fast one."""
     from transformers import AutoTokenizer
 
     try:
-        found = AutoTokenizer.from_pretrained(str(name), revision=revision, trust_remote_code=False)
+        found = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise TokenizerError(f"{name}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
+        raise TokenizerError(f"{folder}: no usable tokenizer ({' '.join(str(error).split())[:200]})") from None
     backend = getattr(found, "backend_tokenizer", None)
     if backend is None:
-        raise TokenizerError(f"{name}: {type(found).__name__} has no fast version: convert it to tokenizer.json")
+        raise TokenizerError(f"{folder}: {type(found).__name__} has no fast version: convert it to tokenizer.json")
     template = found.chat_template if isinstance(found.chat_template, str) else None
     return _wrap(backend, found.bos_token_id, found.eos_token_id, found.pad_token_id, template)
 

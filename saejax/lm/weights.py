@@ -38,7 +38,7 @@ def load_decoder(
     *,
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
-    where: str = "weights",
+    where: str,
     ignored: Iterable[str] = (),
 ) -> Decoder:
     """A `Decoder` whose arrays come from `source`, cast to `dtype`, placed on `mesh` by `saejax.lm.mesh.AXIS_TO_MESH`.

@@ -42,7 +42,7 @@ def curves(lines: list[dict], labels: dict[str, str]) -> list[Curve]:
         points = [(line["tokens_seen"], line[key]) for line in lines
                   if _number(line.get("tokens_seen")) and _number(line.get(key))]
         step = max(1, len(points) // _MOST_POINTS)
-        points = points[::step] + (points[-1:] if len(points) % step != 1 else [])
+        points = points[::step] + (points[-1:] if (len(points) - 1) % step else [])
         if points:
             out.append(Curve(label, [p[0] for p in points], [p[1] for p in points]))
     return out

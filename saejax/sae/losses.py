@@ -60,8 +60,7 @@ def aux_loss(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, error_BD: jax.
     dead_F = (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
 
     def of_dead(params, pre_BF):
-        dead_pre_BF = jnp.where(dead_F, pre_BF, -jnp.inf)
-        acts_BF = jnp.where(dead_F, topk(dead_pre_BF, min(aux_k, spec.d_sae)), 0.0)
+        acts_BF = topk(jnp.where(dead_F, pre_BF, -jnp.inf), min(aux_k, spec.d_sae))  # relu(-inf) = 0 where fewer are dead
         estimate_BD = decode(spec, params, acts_BF) - params.b_dec
         ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
         return jnp.where(jnp.isfinite(ratio), ratio, 0.0)

@@ -4,6 +4,7 @@ orbax does not notice a flipped bit in array data, and casts silently when dtype
 fingerprint is therefore stored beside the arrays and compared after every restore. This is the only module that knows orbax.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -108,7 +109,8 @@ class Checkpoints:
         """(state, CheckpointMeta, step) of the newest step that verifies, or None when there is none.
 
         A step that does not verify is renamed to `corrupt-<step>` and named; with `strict` it raises
-        `CheckpointCorruptError` instead.
+        `CheckpointCorruptError` instead. Raises `CheckpointError` when only such directories are left: a run never starts
+        over beside the remains of its checkpoints.
         """
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
@@ -119,6 +121,11 @@ class Checkpoints:
                     raise
                 self._quarantine(step)
                 say(f"{error}; moved to {self.directory.name}/corrupt-{step}, falling back to an older checkpoint")
+        aside = sorted(path.name for path in self.directory.glob("corrupt-*"))
+        if aside:
+            raise CheckpointError(f"{self.directory}: none of the checkpoints verifies ({', '.join(aside)}); repair one and move "
+                                  "it back to its step number, delete them all to start at step 0, or choose another "
+                                  "config.run_dir")
         return None
 
     def _quarantine(self, step: int) -> None:
@@ -139,18 +146,46 @@ def steps_in(directory: Path) -> list[int]:
     return sorted(int(p.name) for p in Path(directory).iterdir() if p.is_dir() and re.fullmatch(r"\d+", p.name))
 
 
+def is_step(path: Path) -> bool:
+    """True for the directory of one checkpoint step, whole or damaged: either of its two parts is there."""
+    return (Path(path) / "state").is_dir() or (Path(path) / "meta").is_dir()
+
+
+@contextlib.contextmanager
+def _corrupt(what: str):
+    """Errors of reading -> `CheckpointCorruptError`, except those that say nothing about the bytes.
+
+    orbax and tensorstore raise many classes for damage; out of memory, on the host or a device, passes through.
+    """
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if _no_answer(error):
+            raise CheckpointError(f"{what}: could not be read ({_first_line(error)}); give this user access to it, or try "
+                                  "again once the storage answers") from error
+        raise CheckpointCorruptError(f"{what}: not readable ({_first_line(error)})") from error
+
+
+def _no_answer(error: Exception) -> bool:
+    """True when the storage refused or failed; tensorstore's errors are `ValueError`s that begin with the name of a status."""
+    if isinstance(error, OSError):
+        return not isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError))
+    return re.match(r"(PERMISSION_DENIED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|ABORTED):",
+                    str(error)) is not None
+
+
 def read_meta(step_dir: Path) -> CheckpointMeta:
     """The JSON item of a checkpoint step.
 
-    Raises `CheckpointCorruptError` when it is unreadable, `CheckpointError` for a newer schema.
+    Raises `CheckpointCorruptError` when it is unreadable, `CheckpointError` for a newer schema or where access is denied.
     """
     step_dir = Path(step_dir)
-    try:
+    with _corrupt(f"{step_dir}/meta"):
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
             meta = reader.restore((step_dir / "meta").absolute())
         version, kind, digest = meta["schema_version"], meta["kind"], meta.pop("digest")
-    except Exception as error:  # orbax raises many classes here; all mean the same to a user
-        raise CheckpointCorruptError(f"{step_dir}/meta: not readable ({_first_line(error)})") from error
     if kind != "saejax-checkpoint" or version != SCHEMA_VERSION:
         raise CheckpointError(f"{step_dir}: {kind} schema version {version}, this saejax reads {SCHEMA_VERSION}; use the saejax "
                               "that wrote it")
@@ -196,13 +231,11 @@ def restore_params(step_dir: Path, mesh: Mesh) -> tuple[SAEParams, CheckpointMet
 def _restore(step_dir: Path, abstract, partial: bool):
     meta = read_meta(step_dir)
     _check_tree(step_dir, abstract, meta, partial)
-    try:
+    with _corrupt(f"{step_dir}/state"):
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as reader:
             item = _on_disk(abstract)
             found = _by_path(reader.restore((step_dir / "state").absolute(), args=ocp.args.PyTreeRestore(
                 item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)))
-    except Exception as error:
-        raise CheckpointCorruptError(f"{step_dir}/state: not readable ({_first_line(error)})") from error
     tree = jax.tree.unflatten(jax.tree.structure(abstract), [found[path] for path in _by_path(abstract)])
     found = fingerprints(tree)
     bad = sorted(leaf for leaf in found if found[leaf] != meta.fingerprints.get(leaf))
@@ -216,12 +249,10 @@ def _check_tree(step_dir: Path, abstract, meta: CheckpointMeta, partial: bool) -
 
     A sound checkpoint of another state (its own list of fingerprints names other leaves) is an error, not corruption.
     """
-    try:
+    with _corrupt(f"{step_dir}/state: metadata"):
         tree = ocp.PyTreeCheckpointHandler().metadata((step_dir / "state").absolute()).tree
         saved = {_path(p): (tuple(m.shape), str(jax.numpy.dtype(m.dtype)))
                  for p, m in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda m: hasattr(m, "shape"))[0]}
-    except Exception as error:
-        raise CheckpointCorruptError(f"{step_dir}/state: metadata not readable ({_first_line(error)})") from error
     wanted = {path: (tuple(s.shape), str(s.dtype)) for path, s in _by_path(abstract).items()}
     wrong = [f"{k}: saved {saved.get(k, 'nothing')}, expected {wanted.get(k, 'nothing')}"
              for k in sorted(wanted if partial else saved.keys() | wanted.keys()) if saved.get(k) != wanted.get(k)]

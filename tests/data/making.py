@@ -1,6 +1,7 @@
 """Small real parts for the tests of the data room: stores of random rows, a word tokenizer, a tiny model."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import datasets
@@ -11,9 +12,11 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from saejax import config as C
 from saejax.config import TextOptions
+from saejax.data import sources as src
 from saejax.data.manifest import StoreSpec
 from saejax.data.sources import Sources
 from saejax.data.store import Store
+from saejax.data.text import is_held_out
 from saejax.data.writer import StoreWriter
 from saejax.lm import Tokenizer
 from tests.lm import tiny_llama
@@ -72,6 +75,12 @@ def loaded(options: TextOptions, texts: list[str | None]) -> Sources:
     """Sources that hold these documents."""
     column = datasets.Features({"text": datasets.Value("string")})
     return Sources(["here"], "digest", options, {}, [], [datasets.Dataset.from_dict({"text": texts}, features=column)])
+
+
+def documents(options: TextOptions, seed: int, split: str = "train", sources: Sources | None = None) -> Iterator[str]:
+    """The documents that packing must find in a split, in order."""
+    for batch in src.read(sources or src.resolve(options), seed):
+        yield from (text for text in batch if text and is_held_out(text, options.holdout) == (split == "heldout"))
 
 
 def write_jsonl(path: Path, texts: list[str], field: str = "text") -> Path:

@@ -1,7 +1,5 @@
 import json
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,6 +19,7 @@ from saejax.data.text import token_batches
 from saejax.data.writer import StoreWriter
 from saejax.errors import AssetError, HookpointError, NonFiniteError, StoreError, TextError
 from tests.data.making import bits, directory, sentences, tiny_config, tiny_model, write_jsonl
+from tests.processes import environment, free_port
 
 N_CONTEXTS = 40     # 640 tokens in contexts of 16, shards of 4
 
@@ -84,7 +83,9 @@ def test_a_finished_store_is_opened_without_the_model(straight, parts, monkeypat
         harvest(changed)
 
 
-def test_an_unpinned_model_is_compared_by_its_weights(straight, tmp_path, parts):
+@pytest.mark.parametrize("revision", [None, "a" * 40])
+def test_an_unpinned_model_is_compared_by_its_weights(straight, tmp_path, parts, revision):
+    """A local directory is one whatever the revision says, which `lm.load` does not read there."""
     config, store = straight
     assert harvest(config).digest == store.digest
     other = tiny_model(tmp_path / "model")
@@ -92,7 +93,7 @@ def test_an_unpinned_model_is_compared_by_its_weights(straight, tmp_path, parts)
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors")
     with pytest.raises(StoreError, match="model_digest"):
-        harvest(tiny_config(other, parts[1], config.harvest.store))
+        harvest(tiny_config(other, parts[1], config.harvest.store, **{"lm.revision": revision}))
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 9])
@@ -125,9 +126,7 @@ def child(config: C.Config, folder, *lines: str, devices: int = 8) -> subprocess
     code = "\n".join(["import json, sys", "import jax", *lines, "from saejax import config as C",
                       "from saejax.data.harvest import harvest",
                       "harvest(C.from_json(json.load(open(sys.argv[1]))))"])
-    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS" and not k.lower().endswith("_proxy")}
-    env |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-    return subprocess.Popen([sys.executable, "-c", code, str(folder / "config.json")], env=env,
+    return subprocess.Popen([sys.executable, "-c", code, str(folder / "config.json")], env=environment(devices),
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -145,22 +144,21 @@ def test_a_killed_process_leaves_a_store_that_resumes(straight, parts, tiny, tmp
     assert directory(tmp_path / "store") == directory(straight[1].path)
 
 
-def test_two_processes_write_the_same_store_as_one(parts, tiny, tmp_path):
+def test_two_processes_write_the_same_store_as_one(parts, tmp_path):
     """Three devices for every forward pass in each of them, as in the one process of `straight`."""
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     config = tiny_config(*parts, tmp_path / "two/store")
     processes = [child(config, tmp_path / "two", f"jax.distributed.initialize('127.0.0.1:{port}', 2, {i})", devices=3)
                  for i in range(2)]
     outputs = [p.communicate(timeout=240)[0] for p in processes]
     assert [p.returncode for p in processes] == [0, 0], "\n".join(outputs)
     one = child(tiny_config(*parts, tmp_path / "one/store"), tmp_path / "one", devices=3)
-    assert one.wait(240) == 0, one.stdout.read()
+    output, _ = one.communicate(timeout=240)
+    assert one.returncode == 0, output
     assert directory(tmp_path / "two/store") == directory(tmp_path / "one/store")
-    Store.open(tmp_path / "two/store", verify="full")
+    Store.open(tmp_path / "two/store", full=True)
 
 
 @pytest.mark.parametrize("n", [9, 12])
@@ -187,6 +185,7 @@ def test_mistakes_are_one_line_and_write_nothing(parts, tiny, tmp_path):
     text = write_jsonl(tmp_path / "t.jsonl", ["the cat"])
     with pytest.raises(TextError, match="one context needs 16"):
         harvest(tiny_config(parts[0], text, tmp_path / "b", **{"text.holdout": 0.0}), tiny)
+    assert harvest(tiny_config(*parts, tmp_path / "b", **{"harvest.tokens": 64}), tiny).n_contexts == 4
 
 
 def test_nan_activations_stop_the_harvest_before_their_shard(parts, straight, tmp_path):

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -12,6 +13,7 @@ from saejax.data.store import Store, check_matches
 from saejax.data.writer import StoreWriter, exact_median
 from saejax.errors import DiskError, NonFiniteError, StoreCorruptError, StoreError
 from saejax.records import OUTLIER_FACTOR
+from saejax.storage import write_json
 from tests.data.making import CONTEXT, HOOK, HOOKS, Rows, bits, directory, make_store, spec
 
 
@@ -45,7 +47,7 @@ def test_statistics_are_of_the_kept_rows(tmp_path):
     assert np.isclose(stats.mean_norm, norms.mean(), rtol=1e-6)
     assert np.isclose(stats.mean_sq_norm, (norms**2).mean(), rtol=1e-6)
     assert np.isclose(stats.median_norm, np.median(norms), rtol=1e-6)
-    assert store.describe()["hookpoints"][HOOK]["outliers"] == (norms > OUTLIER_FACTOR * np.median(norms)).sum() == 1
+    assert store.manifest["stats"][HOOK]["outliers"] == (norms > OUTLIER_FACTOR * np.median(norms)).sum() == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 1000, 1001])
@@ -53,6 +55,44 @@ def test_exact_median_equals_numpy(n):
     values = np.random.default_rng(n).lognormal(0, 3, n).astype(np.float32)
     values[n // 2:n // 2 + 3] = 0.0
     assert exact_median(lambda: np.array_split(values, 3), n) == float(np.median(values.astype(np.float64)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 1000, 1001])
+@pytest.mark.parametrize("centre", [24.0, 32.0])
+def test_exact_median_of_values_in_one_bucket(n, centre):
+    """Norms behind a layer norm share their upper 16 bits, or, around a power of two, lie in two such buckets."""
+    values = (centre + np.random.default_rng(n).uniform(-1e-3, 1e-3, n)).astype(np.float32)
+    assert exact_median(lambda: np.array_split(values, 3), n) == float(np.median(values.astype(np.float64)))
+
+
+def test_exact_median_holds_one_part_at_a_time():
+    def parts():
+        return ((24 + np.random.default_rng(i).uniform(0, 0.1, 1 << 16)).astype(np.float32) for i in range(48))
+
+    tracemalloc.start()
+    try:
+        assert 24.04 < exact_median(parts, 48 << 16) < 24.06
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 << 20 < 4 * (48 << 16)
+
+
+def test_the_sums_of_a_record_are_not_kept_in_memory(tmp_path):
+    """At a width of 4096 the parsed sums of 48 shards are 6 MB."""
+    hooks = (("wide", 4096),)
+    wide = spec(48, hookpoints=hooks, shard_contexts=1, chunk_rows=CONTEXT)
+    writer, rows = StoreWriter(tmp_path / "s", wide), Rows(48, hooks=hooks)
+    for s in writer.missing_shards():
+        writer.write_shard(*rows.shard(s, 1))
+    tracemalloc.start()
+    try:
+        store = writer.finalize(48)
+        assert np.array_equal(store.tokens(0, store.rows), rows.tokens.ravel())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 3 << 20
 
 
 def test_any_zarr3_reader_reads_it(tmp_path):
@@ -108,13 +148,37 @@ def test_lost_or_cut_shard_files_are_written_again(tmp_path):
 
 
 def test_another_config_is_refused_with_the_differences(tmp_path):
-    StoreWriter(tmp_path / "s", spec())
+    writer = StoreWriter(tmp_path / "s", spec())
+    writer.write_shard(*Rows().shard(2))
     with pytest.raises(StoreError, match="context: 16 -> 32; model_digest: 'd0' -> 'd1'; text.digest: 'x0' -> 'x1'"):
         StoreWriter(tmp_path / "s", spec(context=32, model_digest="d1", text={"digest": "x1"}))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
     with pytest.raises(StoreError, match="not an activation store"):
         StoreWriter(tmp_path / "other", spec())
+    (tmp_path / "other" / "spec.json").write_text('{"kind": "mine"}')
+    with pytest.raises(StoreCorruptError, match="spec.json"):
+        StoreWriter(tmp_path / "other", spec())
+    assert (tmp_path / "other" / "spec.json").read_text() == '{"kind": "mine"}'
+
+
+def test_a_directory_without_a_finished_shard_goes_to_the_corrected_config(tmp_path):
+    writer = StoreWriter(tmp_path / "s", spec(model_digest="d1", hookpoints=(("typo", 24), *HOOKS)))
+    (tmp_path / "s/acts/typo/c/0").mkdir(parents=True)
+    (tmp_path / "s/acts/typo/c/0/0").write_bytes(b"of a shard that was not finished")
+    make_store(tmp_path / "s")
+    make_store(tmp_path / "straight")
+    assert directory(tmp_path / "s") == directory(tmp_path / "straight")
+    with pytest.raises(StoreError, match="belongs to another config"):
+        StoreWriter(tmp_path / "s", writer.spec)
+
+
+def test_temporary_files_of_hosts_with_equal_process_ids_differ(tmp_path, monkeypatch):
+    seen, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (seen.append(a), replace(a, b)))
+    for _ in range(2):
+        write_json(tmp_path / "a.json", 1)
+    assert len(set(seen)) == 2 and all(path.match(".*.tmp-*") for path in seen)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -137,11 +201,11 @@ def test_huge_but_finite_rows_are_kept(tmp_path):
 
 def test_check_matches_names_key_and_both_values(tmp_path):
     store = make_store(tmp_path / "s")
-    check_matches(store, hookpoint=HOOK, d_in=24, model_digest="d0", context=16)
+    check_matches(store, hookpoint=HOOK, d_in=24, model="tiny", context=16)
     with pytest.raises(StoreError, match="config.sae.d_in is 32, the store's blocks.0.hook_resid_post is 24 wide"):
         check_matches(store, hookpoint=HOOK, d_in=32)
-    with pytest.raises(StoreError, match="sae.hookpoint is 'x'.*lm.model has weights d9.*config.text.context is 8"):
-        check_matches(store, hookpoint="x", model_digest="d9", context=8)
+    with pytest.raises(StoreError, match="sae.hookpoint is 'x'.*lm.model is 'big', .* from 'tiny'.*config.text.context is 8"):
+        check_matches(store, hookpoint="x", model="big", context=8)
     with pytest.raises(StoreError, match="not 'x'"):
         store.read("x", 0, 1)
 

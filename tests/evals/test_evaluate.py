@@ -168,11 +168,14 @@ def test_outliers_are_counted_and_left_out():
 
 
 def test_non_finite_activations_are_refused():
-    r = Reconstruction(1, np.zeros(2), 10.0)
-    x = np.float32([[1, 2], [np.nan, 0]])
-    r.add(x, np.zeros_like(x), np.zeros((2, 1)), np.array([True, False]))
-    with pytest.raises(NonFiniteError, match="1 of 2 tokens"):
-        r.add(x, np.zeros_like(x), np.zeros((2, 1)), np.array([True, True]))
+    x = np.float32([[1, 2], [np.nan, 0], [3, 1]])
+    kept = np.array([True, False, True])
+    masked, without = Reconstruction(1, np.zeros(2), 10.0), Reconstruction(1, np.zeros(2), 10.0)
+    masked.add(x, x / 2, np.zeros((3, 1)), kept)
+    without.add(x[kept], x[kept] / 2, np.zeros((2, 1)), np.ones(2, bool))
+    assert masked.result() == without.result() and masked.result()["fvu"] == pytest.approx(15 / 4 / 2.5)
+    with pytest.raises(NonFiniteError, match="1 of 3 tokens"):
+        masked.add(x, x / 2, np.zeros((3, 1)), np.ones(3, bool))
 
 
 def test_density_histogram_places_every_feature():

@@ -1,10 +1,12 @@
+import functools
+
 import jax.numpy as jnp
 import pytest
 
 from saejax import lm
 from saejax.errors import AssetError
 from saejax.lm import hf_config, weights
-from tests.lm import tiny_llama
+from tests.lm import families, tiny_llama
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +28,25 @@ def tiny_folder(tmp_path_factory):
 def tiny(tiny_folder):
     """Decoder of the tiny Llama, float32."""
     return weights.from_safetensors(hf_config.from_hf(tiny_llama.CONFIG), tiny_folder, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="session")
+def family_folder(tmp_path_factory):
+    """label -> directory of the tiny random model of that family, written at the first call."""
+    root = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda label: families.write(root / label, families.CONFIGS[label]))
+
+
+@pytest.fixture(scope="session")
+def family_model(family_folder):
+    """label -> decoder of the tiny random model of that family, float32, loaded at the first call."""
+
+    @functools.cache
+    def load(label):
+        cfg = hf_config.from_hf(families.CONFIGS[label])
+        return weights.from_safetensors(cfg, family_folder(label), dtype=jnp.float32)
+
+    return load
 
 
 @pytest.fixture(scope="session")

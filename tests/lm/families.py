@@ -32,6 +32,7 @@ _BASE = {
     "pad_token_id": 0,
 }
 _WIDE = _BASE | {"head_dim": 12}
+_ROPE = {"rope_type": "default", "rope_theta": 70.0}
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 70.0,
@@ -47,6 +48,26 @@ _GEMMA = _WIDE | {
     "tie_word_embeddings": True,
 }
 
+_NEOX = {
+    "model_type": "gpt_neox",
+    "vocab_size": 53,
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 44,
+    "max_position_embeddings": 64,
+    "layer_norm_eps": 3e-3,
+}
+
+
+def _longrope(original: int) -> dict:
+    """Phi-3's rope for a model whose original context is `original` tokens."""
+    factors = {"short_factor": [1.0, 1.2, 1.5], "long_factor": [1.0, 2.0, 3.5]}
+    rope = {"rope_type": "longrope", "rope_theta": 70.0, "partial_rotary_factor": 0.6, **factors}
+    place = {"original_max_position_embeddings": original}
+    return {"rope_parameters": rope | place} | place
+
+
 CONFIGS: dict[str, dict] = {
     "gpt2": {
         "model_type": "gpt2",
@@ -61,29 +82,15 @@ CONFIGS: dict[str, dict] = {
         "scale_attn_by_inverse_layer_idx": True,
         "tie_word_embeddings": True,
     },
-    "gpt_neox": {
-        "model_type": "gpt_neox",
-        "vocab_size": 53,
-        "hidden_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 44,
-        "max_position_embeddings": 64,
+    "gpt_neox": _NEOX
+    | {
         "hidden_act": "gelu",
-        "layer_norm_eps": 3e-3,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 0.4},
+        "rope_parameters": _ROPE | {"partial_rotary_factor": 0.4},
     },
-    "gpt_neox_serial": {
-        "model_type": "gpt_neox",
-        "vocab_size": 53,
-        "hidden_size": 40,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 44,
-        "max_position_embeddings": 64,
+    "gpt_neox_serial": _NEOX
+    | {
         "hidden_act": "relu",
-        "layer_norm_eps": 3e-3,
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 70.0, "partial_rotary_factor": 0.8, "factor": 3.0},
+        "rope_parameters": _ROPE | {"rope_type": "linear", "partial_rotary_factor": 0.8, "factor": 3.0},
         "use_parallel_residual": False,
         "attention_bias": False,
         "tie_word_embeddings": True,
@@ -98,19 +105,19 @@ CONFIGS: dict[str, dict] = {
     "llama_linear": _WIDE
     | {
         "model_type": "llama",
-        "rope_parameters": {"rope_type": "linear", "rope_theta": 70.0, "factor": 3.0},
+        "rope_parameters": _ROPE | {"rope_type": "linear", "factor": 3.0},
         "tie_word_embeddings": True,
     },
     "mistral": _WIDE
     | {
         "model_type": "mistral",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        "rope_parameters": _ROPE,
         "sliding_window": 9,
     },
     "qwen2": _BASE
     | {
         "model_type": "qwen2",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        "rope_parameters": _ROPE,
         "use_sliding_window": True,
         "sliding_window": 7,
         "max_window_layers": 1,
@@ -119,13 +126,13 @@ CONFIGS: dict[str, dict] = {
     "qwen3": _WIDE
     | {
         "model_type": "qwen3",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        "rope_parameters": _ROPE,
         "attention_bias": True,
     },
     "gemma2": _GEMMA
     | {
         "model_type": "gemma2",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        "rope_parameters": _ROPE,
         "attn_logit_softcapping": 2.0,
         "final_logit_softcapping": 3.0,
     },
@@ -143,7 +150,7 @@ CONFIGS: dict[str, dict] = {
     "smollm3": _BASE
     | {
         "model_type": "smollm3",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        "rope_parameters": _ROPE,
         "no_rope_layers": [1, 0, 1],
         "use_sliding_window": True,
         "sliding_window": 10,
@@ -151,35 +158,14 @@ CONFIGS: dict[str, dict] = {
     "olmo2": _BASE
     | {
         "model_type": "olmo2",
-        "rope_parameters": {"rope_type": "default", "rope_theta": 70.0},
+        "rope_parameters": _ROPE,
     },
-    "phi3": _BASE
-    | {
-        "model_type": "phi3",
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 70.0,
-            "partial_rotary_factor": 0.6,
-            "short_factor": [1.0, 1.2, 1.5],
-            "long_factor": [1.0, 2.0, 3.5],
-            "original_max_position_embeddings": 32,
-        },
-        "original_max_position_embeddings": 32,
-        "sliding_window": 11,
-    },
+    "phi3": _BASE | _longrope(32) | {"model_type": "phi3", "sliding_window": 11},
     "phi3_short": _BASE
+    | _longrope(64)
     | {
         "model_type": "phi3",
-        "rope_parameters": {
-            "rope_type": "longrope",
-            "rope_theta": 70.0,
-            "partial_rotary_factor": 0.6,
-            "short_factor": [1.0, 1.2, 1.5],
-            "long_factor": [1.0, 2.0, 3.5],
-            "original_max_position_embeddings": 64,
-        },
         "max_position_embeddings": 128,
-        "original_max_position_embeddings": 64,
         "tie_word_embeddings": True,
     },
 }

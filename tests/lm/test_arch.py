@@ -3,6 +3,7 @@ import pytest
 
 from saejax.errors import LMError
 from saejax.lm import arch, gguf_config, hf_config
+from saejax.lm.rope import frequencies
 from tests.lm import tiny_llama
 
 SMOLLM2 = {
@@ -107,6 +108,7 @@ def test_every_problem_is_in_one_error():
         ({"vocab_size": 1 << 40}, "vocab_size=1099511627776"),
         ({"num_hidden_layers": True}, "num_hidden_layers=True"),
         ({"rope_parameters": {"rope_theta": float("nan")}}, "rope_theta=nan"),
+        ({"model_type": "gemma3_text", "_sliding_window_pattern": "six"}, "_sliding_window_pattern='six' (not a size)"),
     ],
 )
 def test_refused_by_name(change, part):
@@ -115,17 +117,41 @@ def test_refused_by_name(change, part):
     assert part in str(caught.value)
 
 
+GGUF = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 8,
+    "llama.block_count": 1,
+    "llama.context_length": 16,
+    "llama.attention.head_count": 2,
+    "llama.feed_forward_length": 6,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+}
+GGUF_SHAPES = {"token_embd.weight": (10, 8), "output.weight": (10, 8)}
+
+
+@pytest.mark.parametrize(
+    "scaling, factor",
+    [
+        ({}, 1.0),
+        ({"type": "none"}, 1.0),
+        ({"type": "linear"}, 1.0),
+        ({"factor": 0.0}, 1.0),
+        ({"factor": 4.0}, 4.0),
+        ({"type": "linear", "factor": 4.0}, 4.0),
+    ],
+)
+@pytest.mark.parametrize("divisors", [None, (1.0, 8.0)])
+def test_gguf_rope_scaling_is_that_of_llama_cpp(scaling, factor, divisors):
+    """A factor without a type is linear, and it comes on top of `rope_freqs.weight`."""
+    fields = GGUF | {f"llama.rope.scaling.{key}": value for key, value in scaling.items()}
+    extra = {"rope_freqs.weight": (2,)} if divisors else {}
+    cfg = gguf_config.from_gguf(fields, GGUF_SHAPES | extra, lambda name: np.asarray(divisors, np.float32))
+    plain = 1e4 ** -(np.arange(0, 4, 2) / 4)
+    np.testing.assert_allclose(frequencies(cfg.ropes[0], 16), plain / factor / (divisors or 1.0), rtol=1e-6)
+
+
 def test_gguf_fields_that_are_not_computed_are_refused():
-    fields = {
-        "general.architecture": "llama",
-        "llama.embedding_length": 8,
-        "llama.block_count": 1,
-        "llama.context_length": 16,
-        "llama.attention.head_count": 2,
-        "llama.feed_forward_length": 6,
-        "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    }
-    shapes = {"token_embd.weight": (10, 8), "output.weight": (10, 8)}
+    fields, shapes = GGUF, GGUF_SHAPES
 
     def read(name):
         return np.ones(3, np.float32)
@@ -141,5 +167,9 @@ def test_gguf_fields_that_are_not_computed_are_refused():
         )
     with pytest.raises(LMError, match="rope.dimension_count=2 differs from head_dim=4"):
         gguf_config.from_gguf(fields | {"llama.rope.dimension_count": 2}, shapes, read)
+    with pytest.raises(LMError, match="rope.scaling.type='none' with rope.scaling.factor=4.0"):
+        gguf_config.from_gguf(fields | {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, shapes, read)
+    with pytest.raises(LMError, match="rope.scaling.type='yarn'"):
+        gguf_config.from_gguf(fields | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, shapes, read)
     with pytest.raises(LMError, match="general.architecture='rwkv'"):
         gguf_config.from_gguf({"general.architecture": "rwkv"}, {}, read)

@@ -26,19 +26,8 @@ LOGITS_ATOL = 1e-4
 HOOK_RTOL = 1e-3
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("families")
-    return {label: families.write(root / label, config) for label, config in families.CONFIGS.items()}
-
-
 def golden(label: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / f"{label}.npz"))
-
-
-def decoder(folders, label: str, cfg=None) -> lm.Decoder:
-    cfg = cfg or from_hf(families.CONFIGS[label])
-    return weights.from_safetensors(cfg, folders[label], dtype=jnp.float32)
 
 
 @jax.jit
@@ -62,8 +51,8 @@ def test_every_supported_family_has_a_golden_file():
 
 
 @pytest.mark.parametrize("label", families.CONFIGS)
-def test_logits_and_hookpoints_equal_torch(folders, label):
-    wanted, model = golden(label), decoder(folders, label)
+def test_logits_and_hookpoints_equal_torch(family_model, label):
+    wanted, model = golden(label), family_model(label)
     error = logits_error(model, wanted)
     assert error <= LOGITS_ATOL, f"{label}: logits differ by {error}; {REGENERATE}"
     found = hooks_of(model, jnp.asarray(families.TOKENS))
@@ -167,13 +156,14 @@ def test_the_mutation_table_has_every_field():
         for label in families.CONFIGS
     ],
 )
-def test_no_config_field_is_ignored(folders, label):
+def test_no_config_field_is_ignored(family_folder, label):
     """Each mutant is refused (its weights do not fit, or the context is too long) or its logits leave the tolerance."""
     wanted, cfg = golden(label), from_hf(families.CONFIGS[label])
     silent = []
     for name, (field, value) in mutants(cfg).items():
         try:
-            model = decoder(folders, label, dataclasses.replace(cfg, **{field: value}))
+            changed = dataclasses.replace(cfg, **{field: value})
+            model = weights.from_safetensors(changed, family_folder(label), dtype=jnp.float32)
             # Compiling some 300 mutants would take minutes; operation by operation they take seconds.
             with jax.disable_jit():
                 error = logits_error(model, wanted)

@@ -7,24 +7,11 @@ import pytest
 
 from saejax import lm
 from saejax.errors import HookpointError
-from saejax.lm import weights
-from saejax.lm.hf_config import from_hf
 from saejax.lm.hookpoints import block_hooks
 from tests.lm import families
 
 FAMILIES = ("gpt_neox", "gemma2", "olmo2")
 TOKENS = jnp.asarray(families.TOKENS[:, :12])
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    root = tmp_path_factory.mktemp("hooks")
-
-    def load(label):
-        config = families.CONFIGS[label]
-        return weights.from_safetensors(from_hf(config), families.write(root / label, config), dtype=jnp.float32)
-
-    return {label: load(label) for label in FAMILIES}
 
 
 def names_of(cfg) -> list[str]:
@@ -34,9 +21,9 @@ def names_of(cfg) -> list[str]:
 @pytest.mark.parametrize(
     "label, every", [("gpt_neox", 4), *(pytest.param(label, 1, marks=pytest.mark.slow) for label in FAMILIES)]
 )
-def test_replace_add_and_gradient_at_every_hookpoint(models, label, every):
+def test_replace_add_and_gradient_at_every_hookpoint(family_model, label, every):
     """The core tier takes every fourth hookpoint of one family: each is compiled anew."""
-    model = models[label]
+    model = family_model(label)
     clean = jax.jit(lambda m: m(TOKENS))(model)
     values = jax.jit(lambda m: lm.capture(m, TOKENS, names_of(m.cfg)))(model)
     for name in names_of(model.cfg)[::every]:
@@ -65,16 +52,16 @@ def test_replace_add_and_gradient_at_every_hookpoint(models, label, every):
         assert abs(exact) > 1e-5, name
 
 
-def test_hooks_that_a_family_does_not_have_are_refused_by_name(models):
+def test_hooks_that_a_family_does_not_have_are_refused_by_name(family_model):
     with pytest.raises(HookpointError, match="blocks.0.hook_resid_mid.*run in parallel.*hook_resid_pre"):
-        lm.check_hookpoint(models["gpt_neox"].cfg, "blocks.0.hook_resid_mid")
+        lm.check_hookpoint(family_model("gpt_neox").cfg, "blocks.0.hook_resid_mid")
     for norm in ("ln1", "ln2"):
         with pytest.raises(HookpointError, match=f"blocks.2.{norm}.hook_normalized.*use hook_resid_pre or hook_mlp_in"):
-            lm.check_hookpoint(models["olmo2"].cfg, f"blocks.2.{norm}.hook_normalized")
+            lm.check_hookpoint(family_model("olmo2").cfg, f"blocks.2.{norm}.hook_normalized")
 
 
-def test_mlp_in_reaches_the_mlp_only(models):
-    model, taps = models["gemma2"], {"blocks.1.hook_mlp_in": lambda x: x * 0.0}
+def test_mlp_in_reaches_the_mlp_only(family_model):
+    model, taps = family_model("gemma2"), {"blocks.1.hook_mlp_in": lambda x: x * 0.0}
     kept = {}
 
     def keep(name):
@@ -87,8 +74,8 @@ def test_mlp_in_reaches_the_mlp_only(models):
     np.testing.assert_allclose(mid, lm.capture(model, TOKENS, names[:1])[names[0]], atol=1e-5)
 
 
-def test_a_tap_with_two_parameters_gets_positions(models):
+def test_a_tap_with_two_parameters_gets_positions(family_model):
     seen = []
-    model = models["gpt_neox"]
+    model = family_model("gpt_neox")
     model(TOKENS, taps={"blocks.0.attn.hook_z": lambda x, positions: seen.append(positions) or x})
     np.testing.assert_array_equal(seen[0], np.broadcast_to(np.arange(12), (2, 12)))

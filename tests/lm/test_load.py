@@ -2,12 +2,14 @@ import json
 
 import numpy as np
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saejax import lm
 from saejax.errors import LMError, TokenizerError
+from saejax.lm.load import _HUB_FILES, _NOT_HUB_FILES
 from tests.lm import tiny_llama
 
 
@@ -61,6 +63,20 @@ def test_tokenizer_of_another_model(folder):
 def test_directory_without_tokenizer(tmp_path):
     with pytest.raises(TokenizerError, match="no usable tokenizer"):
         lm.load(str(tiny_llama.write(tmp_path / "tiny")))
+
+
+def test_chat_template_in_a_file_of_its_own(folder):
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    assert lm.load(str(folder)).tokenizer.chat([{"role": "user", "content": "w5 w9"}]) == [5, 9]
+
+
+def test_what_is_downloaded_of_a_hub_repository():
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+              "tokenizer.model", "chat_template.jinja"]
+    others = ["consolidated.safetensors", "original/consolidated.00.pth", "onnx/model.safetensors", "fp16/config.json",
+              "pytorch_model.bin", "README.md"]
+    found = filter_repo_objects(wanted + others, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
+    assert list(found) == wanted
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]"])

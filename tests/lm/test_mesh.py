@@ -44,6 +44,14 @@ def test_tensor_parallel_equals_one_device(tmp_path, label, data, model):
     assert [x.sharding for x in jax.tree.leaves(moved)] == [x.sharding for x in jax.tree.leaves(found)]
 
 
+def test_what_does_not_divide_is_not_split(tiny, tiny_folder, tokens_BT):
+    """97 words over 2 devices."""
+    found = weights.from_safetensors(tiny.cfg, tiny_folder, dtype=jnp.float32, mesh=lm.make_mesh(2, 2))
+    assert found.whole["unembed"][...].sharding.is_fully_replicated
+    assert not found.blocks["qkv"][...].sharding.is_fully_replicated
+    np.testing.assert_allclose(jax.jit(lambda m, t: m(t))(found, tokens_BT), tiny(tokens_BT), atol=1e-4)
+
+
 def test_generation_on_a_mesh(tmp_path):
     config = families.CONFIGS["qwen3"] | _BIG
     cfg, folder = from_hf(config), families.write(tmp_path / "m", config)

@@ -3,12 +3,12 @@
 Golden files then hold outputs only: `benchmarks/lm_golden.py` (torch) and the tests (no torch) make the same weights.
 """
 
-import json
 import zlib
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+
+from tests.lm import families
 
 CONFIG = {
     "model_type": "llama",
@@ -77,7 +77,4 @@ def tokens() -> np.ndarray:
 
 def write(folder: Path, config: dict = CONFIG, weights: dict[str, np.ndarray] | None = None) -> Path:
     """Writes `config.json` and `model.safetensors`; returns the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(tensors(config) if weights is None else weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return families.write(folder, config, tensors(config) if weights is None else weights)

@@ -151,3 +151,28 @@ def test_multi_topk_adds_an_eighth_of_the_error_with_four_times_k():
     loss, parts = objective(SAESpec("topk", D, F, k=3), options, params, jnp.asarray(x, jnp.float32), INPUTS)
     assert float(loss) == pytest.approx(0.3 * (mse(3) + mse(12) / 8), rel=1e-5)
     assert float(parts.mse) == pytest.approx(mse(3), rel=1e-5) and float(parts.l0) <= 3
+
+
+@pytest.mark.parametrize("old", [0, 2, 9])
+def test_aux_k_explains_the_error_with_dead_features_only(old):
+    """`old` features have not fired for long; those of them that fire in this batch are not dead."""
+    (W_enc, b_enc, W_dec, b_dec), params, x = float32_params(5)
+    b_enc[:old] -= 2.0
+    params = params.replace(b_enc=jnp.asarray(b_enc, jnp.float32))
+    pre = x @ W_enc.T + b_enc
+
+    def kept(pre, k):
+        return np.where(pre >= np.sort(pre, axis=1)[:, -k][:, None], np.maximum(pre, 0), 0)
+
+    acts = kept(pre, 2)
+    since = np.where(np.arange(F) < old, 10, 9)
+    dead = (since > 9) & ~(acts > 0).any(0)
+    error = x - acts @ W_dec - b_dec
+    estimate = kept(np.where(dead, pre, -np.inf), 4) @ W_dec
+    aux = np.square(error - estimate).sum() / np.square(error - error.mean(0)).sum() if dead.any() else 0.0
+    assert dead.sum() == {0: 0, 2: 2, 9: 8}[old]  # one of nine fires
+    options = SAEOptions(kind="topk", d_sae=F, k=2, aux_k=4, aux_coef=0.5)
+    inputs = INPUTS.replace(tokens_since_fired_F=jnp.asarray(since, jnp.uint32))
+    loss, parts = objective(SAESpec("topk", D, F, k=2), options, params, jnp.asarray(x, jnp.float32), inputs)
+    assert float(parts.own["aux"]) == pytest.approx(aux, rel=1e-5)
+    assert float(loss) == pytest.approx(0.3 * np.square(error).sum(1).mean() + 0.5 * aux, rel=1e-5)

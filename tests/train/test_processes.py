@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 from saejax.logs import read_metrics
 from saejax.train.checkpoint import read_meta, steps_in
 from saejax.train.preemption import EXIT_PREEMPTED
+from tests.processes import environment, free_port
 
 from .synthetic import make_store
 
@@ -28,18 +28,8 @@ def store(tmp_path_factory):
     return make_store(tmp_path_factory.mktemp("processes") / "store").path
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def launch(store, run_dir, kind="topk", processes=1, devices=4, slow=None, **overrides):
-    port = free_port()
-    # A collective loaded from the compilation cache waits for ever under gloo: every process compiles for itself.
-    dropped = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR")
-    env = {k: v for k, v in os.environ.items() if k not in dropped and not k.lower().endswith("_proxy")}
-    jobs = []
+    port, env, jobs = free_port(), environment(devices), []
     for process in range(processes):
         options = {"store": str(store), "run_dir": str(run_dir), "kind": kind, "processes": processes, "process": process,
                    "devices": devices, "port": port, "overrides": OVERRIDES | overrides,

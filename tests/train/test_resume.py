@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import saejax
@@ -176,6 +177,45 @@ def test_strict_stops_at_damage(store, straight, tmp_path):
     with pytest.raises(CheckpointCorruptError, match="checkpoints/50"):
         loop.train(make_config("topk", run, checkpoint__strict=True, **OPTIONS), store)
     assert (run / "checkpoints" / "50").is_dir()
+
+
+def test_a_run_whose_checkpoints_all_fail_does_not_start_over(store, straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight["topk"][1], run)
+    good = shutil.copytree(run / "checkpoints" / "50", tmp_path / "good")
+    for step in steps_in(run / "checkpoints"):
+        shutil.rmtree(run / "checkpoints" / str(step) / "state" / "d")
+    config = make_config("topk", run, **OPTIONS)
+    for _ in range(2):  # the second start finds no step at all
+        with pytest.raises(CheckpointError, match=r"none of the checkpoints verifies \(corrupt-40, corrupt-50\); repair one"):
+            loop.train(config, store)
+    shutil.rmtree(run / "checkpoints" / "corrupt-50")
+    shutil.move(good, run / "checkpoints" / "50")
+    assert finish(config, store) == straight["topk"][0]
+
+
+@pytest.mark.parametrize("error, raised", [
+    (MemoryError(), MemoryError),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4294967296 bytes."), jax.errors.JaxRuntimeError),
+    (TimeoutError("no answer"), CheckpointError),
+    (OSError(24, "Too many open files"), CheckpointError),
+    (PermissionError(13, "Permission denied"), CheckpointError),
+    (ValueError("PERMISSION_DENIED: Error opening file"), CheckpointError),
+])
+def test_trouble_that_is_not_damage_sets_nothing_aside(store, straight, tmp_path, monkeypatch, error, raised):
+    run = tmp_path / "run"
+    shutil.copytree(straight["topk"][1], run)
+
+    def fail(*_, **__):
+        raise error
+
+    for method in ("restore", "metadata"):
+        with monkeypatch.context() as patch:
+            patch.setattr(ocp.PyTreeCheckpointHandler, method, fail)
+            with pytest.raises(raised) as caught:
+                loop.train(make_config("topk", run, **OPTIONS), store)
+        assert not isinstance(caught.value, CheckpointCorruptError)
+    assert steps_in(run / "checkpoints") == [40, 50] and not list((run / "checkpoints").glob("corrupt-*"))
 
 
 def test_strays_in_the_checkpoint_directory_are_ignored(store, straight, tmp_path):

@@ -1,0 +1,1 @@
+"""Training: schedules, state, step, resampling, checkpoints and the loop that joins them."""
