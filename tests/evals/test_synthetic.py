@@ -235,7 +235,7 @@ def small(tmp_path_factory):
 def test_the_store_holds_the_rows(small):
     world, store = small
     x = np.asarray(world.sample(KEY, 16_384)[0])
-    stored = Store.open(store.path, verify="full").read(synthetic.HOOKPOINT, 0, store.rows).astype(np.float32)
+    stored = Store.open(store.path, full=True).read(synthetic.HOOKPOINT, 0, store.rows).astype(np.float32)
     np.testing.assert_allclose(stored, x, rtol=2**-8, atol=1e-30)
     assert store.kept_rows == store.rows == 16_384
     np.testing.assert_allclose(store.stats(synthetic.HOOKPOINT).mean_D, x.mean(0), atol=5e-3)
