@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from saejax.config import Config, default_config, resolve
-from saejax.data.manifest import StoreSpec
+from saejax.data.arrays import write_rows
 from saejax.data.store import Store
-from saejax.data.writer import StoreWriter
 from saejax.recipes import WITH_K
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka", "matryoshka_jumprelu")  # recipes
@@ -27,21 +25,12 @@ VARIANTS = {  # more names for `make_config`: a recipe, and what is changed in i
 
 
 def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
-    """`contexts` x 8 rows at two hookpoints that share their features, the first token of each context masked."""
-    spec = StoreSpec(model="synthetic", model_digest="0" * 64, lm_dtype="float32", tokenizer_digest="1" * 64,
-                     text={"context": CONTEXT, "source": ["synthetic"]}, hookpoints=tuple(WIDTHS.items()), context=CONTEXT,
-                     shard_contexts=SHARD_CONTEXTS, chunk_rows=32, mask_special=True, target_contexts=contexts)
-    rng = np.random.default_rng(seed)
-    directions = {name: np.random.default_rng(seed).standard_normal((48, width)) for name, width in WIDTHS.items()}
-    writer = StoreWriter(path, spec)
-    for shard in writer.missing_shards():
-        n = min(SHARD_CONTEXTS, contexts - shard * SHARD_CONTEXTS)
-        codes = (rng.random((n * CONTEXT, 48)) < 0.08) * rng.random((n * CONTEXT, 48))
-        x = {name: (codes @ W + 0.3).astype(ml_dtypes.bfloat16) for name, W in directions.items()}
-        keep = np.ones((n, CONTEXT), np.uint8)
-        keep[:, 0] = 0
-        writer.write_shard(shard, x, rng.integers(0, 99, (n, CONTEXT)), keep, {})
-    return writer.finalize(contexts)
+    """`contexts` x 8 rows at two hookpoints that share their features, the first row of each context masked."""
+    rng, rows = np.random.default_rng(seed), contexts * CONTEXT
+    directions = rng.standard_normal((48, sum(WIDTHS.values())))
+    codes = (rng.random((rows, 48)) < 0.08) * rng.random((rows, 48))
+    return write_rows(path, [codes @ directions + 0.3], rows, WIDTHS, model="synthetic", context=CONTEXT,
+                      shard_contexts=SHARD_CONTEXTS, chunk_rows=32, mask_first=True)
 
 
 def kinds(*core: str) -> list:
