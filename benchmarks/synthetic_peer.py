@@ -34,10 +34,30 @@ from sae_lens.synthetic import (
 )
 from sae_lens.synthetic.evals import ClassificationMetricsCalculator, feature_uniqueness, mean_correlation_coefficient
 from sae_lens.training.sae_trainer import SAETrainer
-from synthetic_quality import PIECE, SEARCHED, SIZES, Size, held_out, pieces, searched, size_of
+from synthetic_quality import PIECE, SIZES, Size, held_out, pieces, size_of
 from tqdm import tqdm
 
 BATCH = 4096
+SEARCHED = ("relu", "gated")  # kinds whose L0 follows from a coefficient
+TOLERANCE = 0.03              # of L0, where the search stops
+
+
+def searched(run, target: float, start: float, tries: int) -> dict:
+    """The result of `run(coefficient)` whose L0 comes closest to the target; log L0 is taken as linear in log
+    coefficient."""
+    seen = []
+    coefficient = start
+    for _ in range(max(1, tries)):
+        result = run(coefficient)
+        seen.append((math.log(coefficient), math.log(max(result["l0"], 1e-3)), result))
+        if abs(result["l0"] / target - 1) <= TOLERANCE:
+            break
+        (a, la, _), (b, lb, _) = (seen[0], seen[0]) if len(seen) == 1 else sorted(
+            seen, key=lambda s: abs(s[1] - math.log(target)))[:2]
+        slope = (lb - la) / (b - a) if len(seen) > 1 and abs(lb - la) > 1e-6 else -1.0
+        slope = min(slope, -0.2)
+        coefficient = math.exp(a + float(np.clip((math.log(target) - la) / slope, -1.5, 1.5)))
+    return min((s[2] for s in seen), key=lambda result: abs(math.log(max(result["l0"], 1e-3) / target)))
 
 
 def world(size: Size, device: str) -> SyntheticModel:

@@ -9,8 +9,9 @@
 `sample` draws rows from the peer's own world (sae-lens 6.54.12, the configuration of synth-sae-bench-16k-v2, world
 seed 42) and a held-out set with its true activations; `peer` and `train` read the same rows from DIR, in bfloat16.
 `peer` leaves releases, which `score` measures with the same code and on the same held-out rows as `train` does its
-own; the peer's own figures are kept beside. Kinds: relu topk batchtopk jumprelu matryoshka gated. Kinds without a k
-are searched for the coefficient of their penalty until their held-out L0 is within 3 % of k, at most --tries runs.
+own; the peer's own figures are kept beside. Kinds: relu topk batchtopk jumprelu matryoshka gated. Ours aim at k by
+`train.target_l0`; the peer's kinds without a k are searched for the coefficient of their penalty until their held-out
+L0 is within 3 % of k, at most --tries runs.
 Results are lines of DIR/results.jsonl.
 
 Sizes: "published" (16,384 features in 768 dimensions, 4,096 SAE features, k = 25, batch 1,024; the table used 200
@@ -20,7 +21,6 @@ laws and proportions.
 
 import argparse
 import json
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +28,7 @@ from pathlib import Path
 import numpy as np
 
 KINDS = ("relu", "topk", "batchtopk", "jumprelu", "matryoshka", "gated")
-SEARCHED = ("relu", "gated")   # kinds whose L0 follows from a coefficient
-TOLERANCE = 0.03               # of L0, where the search stops
-PIECE = 65_536                 # rows in one file
+PIECE = 65_536  # rows in one file
 FIGURES = ("l0", "f1", "mcc", "uniqueness", "explained_variance")
 
 # docs/synth_sae_bench.md of SAELens (arXiv 2602.14687): L0 = 25, width 4,096, 200 million samples, means over seeds.
@@ -80,24 +78,6 @@ def held_out(directory: Path, batch: int = 4096):
         here = slice(pointer[start], pointer[stop])
         true[np.repeat(np.arange(stop - start), np.diff(pointer[start:stop + 1])), cols[here]] = values[here]
         yield x, true
-
-
-def searched(run, target: float, start: float, tries: int) -> dict:
-    """The result of `run(coefficient)` whose L0 comes closest to the target; log L0 is taken as linear in log
-    coefficient."""
-    seen = []
-    coefficient = start
-    for _ in range(max(1, tries)):
-        result = run(coefficient)
-        seen.append((math.log(coefficient), math.log(max(result["l0"], 1e-3)), result))
-        if abs(result["l0"] / target - 1) <= TOLERANCE:
-            break
-        (a, la, _), (b, lb, _) = (seen[0], seen[0]) if len(seen) == 1 else sorted(
-            seen, key=lambda s: abs(s[1] - math.log(target)))[:2]
-        slope = (lb - la) / (b - a) if len(seen) > 1 and abs(lb - la) > 1e-6 else -1.0
-        slope = min(slope, -0.2)
-        coefficient = math.exp(a + float(np.clip((math.log(target) - la) / slope, -1.5, 1.5)))
-    return min((s[2] for s in seen), key=lambda result: abs(math.log(max(result["l0"], 1e-3) / target)))
 
 
 def append(directory: Path, **values) -> None:
@@ -219,9 +199,10 @@ def main() -> None:
         if name in ("peer", "train"):
             command.add_argument("kinds", nargs="+", choices=KINDS)
             command.add_argument("--seed", type=int, default=0)
+            command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+        if name == "peer":
             command.add_argument("--tries", type=int, default=4, help="runs of the search for a coefficient")
             command.add_argument("--coefficient", type=float, help="where the search starts")
-            command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
         if name == "sample":
             command.add_argument("--size", choices=SIZES, default="small")
             command.add_argument("--rows", type=int)

@@ -21,11 +21,11 @@ def write_rows(path: str | Path, batches: Iterable[np.ndarray], rows: int, width
                chunk_rows: int = 256, mask_first: bool = False) -> Store:
     """A finished store of `rows` activation rows, from batches [n, W] of any lengths; memory: one shard and one batch.
 
-    widths: of the hookpoints, whose columns lie side by side in a batch. Rows are kept in the given order, rounded to bfloat16; row r is "token" r % context of "context" r // context,
-    every token id is 0. model: what `config.lm.model` must say to train on it. source: JSON that names where the rows
-    come from, kept in the store. mask_first: the first row of each context is masked, as a harvest masks BOS. Raises
-    `StoreError` (layout that does not fit, other width, fewer or more rows than announced, a finished store at
-    `path`), `NonFiniteError` and `DiskError`.
+    widths: of the hookpoints, whose columns lie side by side in a batch. Rows are kept in the given order, rounded to bfloat16;
+    row r is "token" r % context of "context" r // context, every token id is 0. model: what `config.lm.model` must say to train
+    on it. source: JSON that names where the rows come from, kept in the store. mask_first: the first row of each context is
+    masked, as a harvest masks BOS. Raises `StoreError` (layout that does not fit, other width, fewer or more rows than announced,
+    a finished store at `path`), `NonFiniteError` and `DiskError`.
     """
     path = Path(path)
     if rows <= 0 or rows % context or shard_contexts * context % chunk_rows:
