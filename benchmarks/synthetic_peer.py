@@ -4,6 +4,7 @@ training its SAEs."""
 import dataclasses
 import itertools
 import json
+import math
 import time
 from pathlib import Path
 
