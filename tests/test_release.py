@@ -93,8 +93,8 @@ def test_all_wrong_tensors_in_one_line(copy):
                "b_dec": tensors["b_dec"]}, copy / "sae_weights.safetensors")
     with pytest.raises(FormatError) as error:
         saejax.load(copy)
-    bias = "b_gate" if "b_gate" in tensors else "b_enc"
-    for part in (f"{bias}: missing", "extra: unexpected", "W_enc: F32 (16, 63), expected F32 (16, 64)", "W_dec: F16"):
+    width, bias = len(tensors["W_enc"]), "b_gate" if "b_gate" in tensors else "b_enc"
+    for part in (f"{bias}: missing", "extra: unexpected", f"W_enc: F32 ({width}, 63), expected F32 ({width}, 64)", "W_dec: F16"):
         assert part in str(error.value)
 
 
