@@ -118,8 +118,9 @@ class SAEOptions:
     objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / train.target_l0 - 1)^2, or tanh with a "
                          "pre-activation loss", choices=("l0", "target_l0", "tanh"))
     sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
-    bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
-    threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
+    bandwidth: float = opt(0.0, "window around a threshold in which it receives gradient (jumprelu); 0: 3/4 of the root mean "
+                           "square of the inputs' entries", ge=0.0)
+    threshold_init: float = opt(0.0, "threshold of a new feature (jumprelu); 0: as `bandwidth`", ge=0.0)
     threshold_beta: float = opt(0.99, "memory of the running mean of the least kept activation, the threshold after training "
                                 "(batchtopk)", ge=0.0, lt=1.0)
     groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "

@@ -37,6 +37,9 @@ def _of_sae(sae, c) -> list[str]:
     if sae.kind == "batchtopk" and c.train.batch // c.train.accumulate * max(sae.k, sae.k_start) >= 2**31 - 2**16:
         out.append(f"config.train.batch: {c.train.batch} rows with config.sae.k = {sae.k} are more choices than 32 bits count; "
                    "lower one, or raise config.train.accumulate")
+    if sae.kind == "jumprelu" and sae.normalize == "none" and not (sae.bandwidth and sae.threshold_init):
+        out.append("config.sae.bandwidth, config.sae.threshold_init: 0 takes them from the scale of normalised inputs, but "
+                   "config.sae.normalize is 'none'; give both")
     if sae.groups and sae.kind not in ("batchtopk", "jumprelu"):
         out.append("config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'; leave it empty")
     if sae.groups and not (abs(sum(sae.groups) - 1) < 1e-6 and min(sae.groups) * sae.d_sae >= 1):

@@ -23,10 +23,10 @@ class SAESpec:
 
     kind: the activation function (see `saejax.sae.activations`). k: active features per token (`recipes.WITH_K`).
     pre_bias: the encoder reads x - b_dec instead of x.
-    bandwidth: width of the window around a threshold in which it receives gradient (jumprelu).
-    compute_dtype: dtype of the two matrix products; selection, losses and parameters are float32.
-    d_out: width of what a transcoder predicts; none: the input itself is reconstructed. skip: x W_skip is added to it.
-    layers: widths of the hookpoints that a crosscoder's input consists of, in order; empty: one hookpoint.
+    bandwidth: width of the window around a threshold in which it receives gradient; threshold_init: that of a new feature
+    (jumprelu). compute_dtype: dtype of the two matrix products; selection, losses and parameters are float32. d_out: width of
+    what a transcoder predicts; none: the input itself is reconstructed. skip: x W_skip is added to it. layers: widths of the
+    hookpoints that a crosscoder's input consists of, in order; empty: one hookpoint.
     """
 
     kind: str
@@ -36,6 +36,7 @@ class SAESpec:
     pre_bias: bool = False
     compute_dtype: str = "float32"
     bandwidth: float = 0.001
+    threshold_init: float = 0.001
     d_out: int | None = None
     skip: bool = False
     layers: tuple[int, ...] = ()
@@ -44,8 +45,10 @@ class SAESpec:
     def from_options(cls, options: SAEOptions, widths: Mapping[str, int], compute_dtype: str = "float32") -> "SAESpec":
         """widths: of every hookpoint that the options name."""
         read = tuple(widths[name] for name in options.sources)
+        typical = 0.75 * ((sum(read) / len(read)) ** -0.5 if options.normalize == "mean_sq_norm_1" else 1.0)
         return cls(kind=options.kind, d_in=sum(read), d_sae=options.d_sae, k=options.k if options.kind in WITH_K else 0,
-                   pre_bias=options.pre_bias, compute_dtype=compute_dtype, bandwidth=options.bandwidth,
+                   pre_bias=options.pre_bias, compute_dtype=compute_dtype,
+                   bandwidth=options.bandwidth or typical, threshold_init=options.threshold_init or typical,
                    d_out=widths[options.target] if options.target else None, skip=options.skip,
                    layers=read if len(read) > 1 else ())
 
@@ -111,10 +114,10 @@ def param_shardings(mesh, names: Iterable[str]) -> SAEParams:
     return from_tensors({name: sharding.sharding(mesh, *(getattr(LOGICAL_AXES, name, None) or ("features",))) for name in names})
 
 
-def initial_per_feature(options: SAEOptions) -> dict[str, float]:
+def initial_per_feature(spec: SAESpec) -> dict[str, float]:
     """The value that each per-feature parameter has at initialisation and after resampling, equal for all features."""
-    start = {"log_threshold": math.log(options.threshold_init)}
-    return {name: start.get(name, 0.0) for name in PER_FEATURE.get(options.kind, ())}
+    start = {"log_threshold": math.log(spec.threshold_init)}
+    return {name: start.get(name, 0.0) for name in PER_FEATURE.get(spec.kind, ())}
 
 
 def init_params(spec: SAESpec, key: jax.Array, b_dec: jax.Array, options: SAEOptions) -> SAEParams:
@@ -134,5 +137,5 @@ def init_params(spec: SAESpec, key: jax.Array, b_dec: jax.Array, options: SAEOpt
     W_dec = directions(key, spec.width_out)
     W_enc = W_dec if spec.d_out is None else directions(jax.random.fold_in(key, 1), spec.d_in)
     skip = jnp.zeros((spec.d_in, spec.width_out), jnp.float32) if spec.skip else None
-    per_feature = {name: row(value) for name, value in initial_per_feature(options).items()}
+    per_feature = {name: row(value) for name, value in initial_per_feature(spec).items()}
     return SAEParams(W_enc=W_enc, b_enc=row(0.0), W_dec=W_dec, b_dec=b_dec, W_skip=skip, per_feature=per_feature)

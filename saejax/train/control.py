@@ -1,8 +1,10 @@
 """Running values that steer a run: the batch threshold, and the factor that brings a penalty's L0 to `train.target_l0`.
 
-The controller is proportional-integral on where L0 is heading: e = log(L0 / target) + T d log(L0) / d step, penalty =
-lambda exp(P e + I sum e). L0 answers a change of the penalty late and, where thresholds integrate it (jumprelu), for long; so e
-looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02 e per step.
+The controller is proportional-integral on where L0 is heading: e = log(L0 / goal) + T d log(L0) / d step, penalty =
+lambda exp(P e + I sum e). The goal moves from the first L0 to the target over the first half of the steps, evenly in the
+logarithm: a penalty that pulls at once kills features. L0 answers a change of the penalty late and, where thresholds integrate it
+(jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02 e
+per step.
 """
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 from saejax.config import Config
 from saejax.recipes import WITH_K
 
-PROPORTIONAL, INTEGRAL, FASTEST, AHEAD = 1.0, 10.0, 0.02, 0.1
+PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.02, 0.1, 0.5
 SHORT, LONG = 0.95, 0.99  # memories of the two means of log L0 whose difference gives its slope
 FOLLOW = 0.05  # how fast topk's threshold follows, in the logarithm per step
 
@@ -23,7 +25,7 @@ def initial(config: Config) -> dict[str, jax.Array]:
     """
     names = ("threshold",) if config.sae.kind in WITH_K else ()
     if controlled(config):
-        names = ("log_l0", "log_l0_long", "log_penalty")
+        names = ("log_l0", "log_l0_long", "log_l0_first", "log_penalty")
     return {name: jnp.zeros((), jnp.float32) for name in names}
 
 
@@ -32,17 +34,25 @@ def controlled(config: Config) -> bool:
     return bool(config.train.target_l0) and config.sae.kind not in WITH_K
 
 
-def penalty_factor(moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
+def penalty_factor(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array,
+                   total_steps: int) -> jax.Array:
     """What lambda is multiplied by at this step; 1 without a controller."""
     if "log_penalty" not in moving:
         return jnp.float32(1.0)
-    error = jnp.where(step == 0, 0.0, _error(moving, target_l0, total_steps))
+    error = jnp.where(step == 0, 0.0, _error(config, moving, target_l0, step, total_steps))
     return jnp.exp(PROPORTIONAL * error + moving["log_penalty"])
 
 
-def _error(moving: dict[str, jax.Array], target_l0: jax.Array, total_steps: int) -> jax.Array:
+def _error(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
+    """e. jumprelu's objective `target_l0` pulls towards the target from both sides: there e is how far off L0 is, beyond 3 %."""
     slope = (moving["log_l0"] - moving["log_l0_long"]) / (1 / (1 - LONG) - 1 / (1 - SHORT))
-    return jnp.clip(moving["log_l0"] + AHEAD * total_steps * slope - jnp.log(target_l0), -1.0, 1.0)
+    ahead = AHEAD * total_steps
+    remaining = jnp.clip(1 - (step + ahead) / (APPROACH * total_steps), 0.0, 1.0)
+    log_goal = jnp.log(target_l0) + remaining * (moving["log_l0_first"] - jnp.log(target_l0))
+    error = moving["log_l0"] + ahead * slope - log_goal
+    if config.sae.kind == "jumprelu" and config.sae.objective == "target_l0":
+        error = jnp.abs(error) - 0.03
+    return jnp.clip(error, -1.0, 1.0)
 
 
 def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, target_l0: jax.Array,
@@ -54,8 +64,9 @@ def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, t
         for name, memory in (("log_l0", SHORT), ("log_l0_long", LONG)):
             memory = jnp.minimum(memory, step / (step + 1))
             moving[name] = memory * moving[name] + (1 - memory) * log_l0
+        moving["log_l0_first"] = jnp.where(step == 0, log_l0, moving["log_l0_first"])
         gain = min(INTEGRAL / total_steps, FASTEST)
-        log_penalty = moving["log_penalty"] + gain * _error(moving, target_l0, total_steps)
+        log_penalty = moving["log_penalty"] + gain * _error(config, moving, target_l0, step, total_steps)
         return moving | {"log_penalty": jnp.clip(log_penalty, -12.0, 12.0)}
     if "threshold" not in moving:
         return moving

@@ -61,7 +61,7 @@ def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: 
         unit_BD = values_BD / jnp.maximum(jnp.linalg.norm(values_BD, axis=1, keepdims=True), 1e-12)
         return unit_BD.at[jnp.where(here_F, row_F, 0)].get(out_sharding=sharding.spec("features", None))
 
-    p, fresh = state.params, initial_per_feature(options)
+    p, fresh = state.params, initial_per_feature(spec)
     x_BD, y_BD = columns(spec, rows_BW)
     decoder_FD = directions(y_BD - p.b_dec)
     encoder_FD = decoder_FD if spec.d_out is None else directions(x_BD)

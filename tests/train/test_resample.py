@@ -57,7 +57,7 @@ def test_dead_rows_become_inputs_and_nothing_else_changes(kind, tmp_path):
     for name, value in tensors(after.params).items():
         if name != "b_dec":
             np.testing.assert_array_equal(value[~dead], tensors(before.params)[name][~dead])
-    for name, value in initial_per_feature(make_config(kind, tmp_path).sae).items():
+    for name, value in initial_per_feature(SAESpec.from_options(make_config(kind, tmp_path).sae, WIDTHS)).items():
         assert (before.params.per_feature[name][dead] != np.float32(value)).any(), "training had changed it"
         np.testing.assert_array_equal(after.params.per_feature[name][dead], np.float32(value))
     np.testing.assert_array_equal(after.params.b_dec, before.params.b_dec)
