@@ -11,6 +11,7 @@ from ml_collections.config_flags import config_flags
 
 from saejax import config as config_lib
 from saejax.config import Config
+from saejax.config_values import nearest, rounder
 from saejax.errors import ConfigError
 
 
@@ -136,9 +137,8 @@ def _check_overrides(arguments: list[str], takes_config: bool, job: str) -> None
             problems.append(f"config.{key} is a section; set its keys one by one, as --config.{key}."
                             f"{next(k for k in known if k.startswith(f'{key}.')).removeprefix(f'{key}.')}=...")
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-        hint = f"; did you mean --config.{near[0]}?" if near else "; docs/config.md lists all keys"
+        near = nearest(key, known)
+        hint = f"; did you mean --config.{near}?" if near else "; docs/config.md lists all keys"
         problems.append(f"config: unknown key {key!r}{hint}")
     if problems:
         raise ConfigError("; ".join(problems))
@@ -154,7 +154,7 @@ def _flag_error(job: str, file: str | None, error: flags.Error, known: list[str]
         return ConfigError(f"saejax {job}: unknown flag --{error.flagname}; {hint}")
     match = re.match(r"flag --([\w.]+)=(.*?): (.*)", " ".join(str(error).split()))
     if match and match[1].startswith("config."):
-        return ConfigError(f"{match[1]}: expected {_type_of(match[1])}, got {match[2]!r}{_rounder(match[2])}")
+        return ConfigError(f"{match[1]}: expected {_type_of(match[1])}, got {match[2]!r}{rounder(match[2])}")
     return ConfigError(f"saejax {job}: {' '.join(str(error).split())}")
 
 
@@ -165,15 +165,6 @@ def _type_of(key: str) -> str:
         if not is_dataclass(node):
             break
     return getattr(node, "__name__", str(node)) if isinstance(node, type) else str(node)
-
-
-def _rounder(value: str) -> str:
-    """A whole number in another spelling (1e6, 10.0, 1_000) is named as Python would read it."""
-    try:
-        number = float(value)
-    except ValueError:
-        return ""
-    return f"; write {int(number)}" if number.is_integer() else ""
 
 
 def _config_file_error(file: str, error: BaseException) -> ConfigError:

@@ -6,15 +6,14 @@ keeps is JSON and is never executed.
 """
 
 import dataclasses
-import difflib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 
 import ml_collections
 from ml_collections import config_dict
 
+from saejax.config_values import base_type, build, join
 from saejax.contradictions import contradictions
 from saejax.errors import ConfigError
 from saejax.recipes import KINDS, RECIPES, WITH_K
@@ -229,12 +228,23 @@ class LogOptions:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    """Several SAEs over one stream of activations, each with its own run directory `<run_dir>/<name>` (docs/sweeps.md)."""
+
+    product: tuple[str, ...] = opt((), "keys and their values, as `sae.k=16,32,64`: one SAE for every combination", empty=True)
+    variations: tuple[str, ...] = opt((), "one SAE each, as `recipe=relu sae.l1=3`; with `product` each of them in every "
+                                      "combination", empty=True)
+    together: int = opt(0, "most SAEs of equal shape in one vmapped program; 1: each by itself; 0: no limit", ge=0)
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment."""
 
     name: str = opt("run", "a short name, used for the default run directory")
     run_dir: str = opt("", "where the run lives; empty: `runs/<name>`")
     seed: int = opt(0, "seed of the text shuffle, the row order, the initialisation and the resampling", ge=0)
+    data_seed: int | None = opt(None, "seed of the text shuffle and the row order, where it is not `seed`", ge=0)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     lm: LMOptions = field(default_factory=LMOptions)
     text: TextOptions = field(default_factory=TextOptions)
@@ -245,10 +255,16 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     log: LogOptions = field(default_factory=LogOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+
+    @property
+    def seed_of_data(self) -> int:
+        """The seed of the text shuffle and the row order."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
@@ -273,24 +289,17 @@ def _to_config_dict(node) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(value):
             out[f.name] = _to_config_dict(value)
         elif value is None:
-            out[f.name] = config_dict.placeholder(_base_type(hints[f.name]))
+            out[f.name] = config_dict.placeholder(base_type(hints[f.name]))
         else:
             out[f.name] = value
     return out
-
-
-def _base_type(hint):
-    """`int` from `int | None`."""
-    if isinstance(hint, types.UnionType):
-        return next(a for a in typing.get_args(hint) if a is not type(None))
-    return hint
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
     """ConfigDict -> frozen `Config`, once. Raises one `ConfigError` that lists every wrong key, type and value."""
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     problems: list[str] = []
-    resolved = _build(Config, plain, "", problems)
+    resolved = build(Config, plain, "", problems)
     if not problems:
         problems = contradictions(resolved)
     if problems:
@@ -307,60 +316,6 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
 def _k(config: Config) -> int:
     given = config.train.target_l0 if config.sae.kind in WITH_K else 0
     return max(1, round(given)) if given else config.sae.k
-
-
-def _build(cls, values, path: str, problems: list[str]):
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(values, dict):
-        problems.append(f"config.{path}: expected a section with keys {', '.join(known)}, got {values!r}")
-        return cls()
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {_join(path, near[0])!r}?" if near else f"; known: {', '.join(known)}"
-            problems.append(f"config: unknown key {_join(path, key)!r}{hint}")
-    kwargs = {}
-    for name, f in known.items():
-        if name not in values:
-            continue
-        here = _join(path, name)
-        if dataclasses.is_dataclass(hints[name]):
-            kwargs[name] = _build(hints[name], values[name], here, problems)
-        else:
-            kwargs[name] = _checked(values[name], hints[name], f.metadata, here, problems)
-    return cls(**kwargs)
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _checked(value, hint, rules, path: str, problems: list[str]):
-    base = _base_type(hint)
-    if value is None and base is not hint:
-        return None
-    if typing.get_origin(base) is tuple:
-        item, words = (str, "strings") if typing.get_args(base)[0] is str else (float, "numbers")
-        empty = rules.get("empty", False)
-        if item is float and isinstance(value, (list, tuple)):
-            value = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, item) for v in value) or not (value or empty):
-            problems.append(f"config.{path}: expected a {'' if empty else 'non-empty '}tuple of {words}, got {value!r}")
-            return ()
-        return tuple(value)
-    if base is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-        problems.append(f"config.{path}: expected {base.__name__}, got {type(value).__name__} {value!r}")
-        return value
-    if "choices" in rules and value not in rules["choices"]:
-        problems.append(f"config.{path}: {value!r} is not one of {', '.join(rules['choices'])}")
-    for rule, ok, words in (("ge", lambda a, b: a >= b, "at least"), ("gt", lambda a, b: a > b, "greater than"),
-                            ("le", lambda a, b: a <= b, "at most"), ("lt", lambda a, b: a < b, "less than")):
-        if rule in rules and not ok(value, rules[rule]):
-            problems.append(f"config.{path}: {value!r} must be {words} {rules[rule]}")
-    return value
 
 
 def to_json(config: Config) -> dict:
@@ -386,9 +341,9 @@ def flat(config: Config) -> dict[str, object]:
         for f in dataclasses.fields(node):
             value = getattr(node, f.name)
             if dataclasses.is_dataclass(value):
-                walk(value, _join(path, f.name))
+                walk(value, join(path, f.name))
             else:
-                out[_join(path, f.name)] = value
+                out[join(path, f.name)] = value
 
     walk(config, "")
     return out
@@ -414,13 +369,13 @@ def reference() -> str:
         nested = []
         for f in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[f.name]):
-                nested.append((hints[f.name], _join(path, f.name)))
+                nested.append((hints[f.name], join(path, f.name)))
                 continue
             doc = f.metadata["doc"]
             if "choices" in f.metadata:
                 doc += " (" + ", ".join(f"`{c}`" for c in f.metadata["choices"]) + ")"
             kind = getattr(hints[f.name], "__name__", None) if isinstance(hints[f.name], type) else str(hints[f.name])
-            lines.append(f"| `{_join(path, f.name)}` | `{kind}` | `{f.default!r}` | {doc} |".replace(" | None`", " or none`"))
+            lines.append(f"| `{join(path, f.name)}` | `{kind}` | `{f.default!r}` | {doc} |".replace(" | None`", " or none`"))
         lines.append("")
         for child, where in nested:
             walk(child, where)

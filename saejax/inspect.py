@@ -1,5 +1,6 @@
 """`saejax inspect`: what a directory is, and whether every byte of it verifies."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from saejax.formats import saelens
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths, read_config
 from saejax.sae import SAESpec
+from saejax.scaling.sweep import is_sweep, members
 from saejax.storage import file_sha256
 from saejax.train.checkpoint import is_step, read_meta, restore_params, restore_step, steps_in
 from saejax.train.loop import total_steps
@@ -190,6 +192,8 @@ def _run(path: Path) -> Finding:
     config = found.attempt(lambda: read_config(paths.config))
     if config is None:
         return found
+    if is_sweep(config):
+        return _sweep(found, dataclasses.replace(config, run_dir=str(path)))
     steps = steps_in(paths.checkpoints)
     found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
                    "sae": f"{config.sae.kind}, {config.sae.d_sae} features", "steps": f"{steps[-1] if steps else 0} of "
@@ -205,6 +209,20 @@ def _run(path: Path) -> Finding:
             if inner is not None:
                 found.facts[part.name] = inner.kind
                 found.problems += inner.problems
+    return found
+
+
+def _sweep(found: Finding, config: Config) -> Finding:
+    """All members of a sweep, and its store."""
+    runs = [Path(member.run_dir) for member in found.attempt(lambda: members(config)) or ()]
+    found.kind = "sweep"
+    found.facts = {"name": config.name, "model": config.lm.model, "members": [run.name for run in runs]}
+    for part in (*runs, found.path / "store"):
+        if part.is_dir():
+            inner = found.attempt(lambda p=part: inspect_path(p))
+            found.problems += inner.problems if inner is not None else []
+        elif part in runs:
+            found.facts.setdefault("not_begun", []).append(part.name)
     return found
 
 

@@ -46,7 +46,7 @@ def evaluate(config: Config, sae: SAE, lm_: LM, stats: Mapping[str, ActivationSt
     contexts = masked = 0
     total = config.eval.contexts * config.text.context
     with Progress("evaluate", total, enabled=config.log.progress) as bar:
-        for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed,
+        for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed_of_data,
                                    split="heldout", mask_special=config.harvest.mask_special,
                                    max_contexts=config.eval.contexts):
             rows = len(batch.tokens_BT)
@@ -110,7 +110,7 @@ def cache_key(config: Config, step: int, fingerprint: str) -> dict:
     """
     lm_options = {key: value for key, value in asdict(config.lm).items() if key != "mesh"}
     relevant = {"text": asdict(config.text), "lm": lm_options, "hookpoints": config.sae.hookpoints,
-                "seed": config.seed, "mask_special": config.harvest.mask_special}
+                "seed": config.seed_of_data, "mask_special": config.harvest.mask_special}
     options = text_sha256(json.dumps(relevant, sort_keys=True))
     return {"step": step, "checkpoint": fingerprint, "contexts": config.eval.contexts, "options": options}
 

@@ -70,7 +70,8 @@ def aux_loss(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, error_BD: jax.
         acts_BF = topk(jnp.where(dead_F, pre_BF, -jnp.inf), min(aux_k, spec.d_sae))  # relu(-inf) = 0 where fewer are dead
         estimate_BD = decode(spec, params, acts_BF) - params.b_dec
         ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
-        return jnp.where(jnp.isfinite(ratio), ratio, 0.0)
+        # Under `vmap` the branch is also taken where only another SAE has dead features.
+        return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
     return lax.cond(sharding.any_member(dead_F.any()), jax.checkpoint(of_dead),

@@ -68,7 +68,7 @@ def _registry():
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: `save`, and `restore_latest` of the newest step that verifies."""
+    """The checkpoints of one run directory: `save` them, list their `steps`, `restore` one that verifies."""
 
     def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, strict: bool = False):
         self.directory, self._strict = Path(directory), strict
@@ -105,28 +105,33 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def restore_latest(self, abstract_state):
-        """(state, CheckpointMeta, step) of the newest step that verifies, or None when there is none.
+    def restore(self, step: int, abstract_state):
+        """(state, CheckpointMeta) of a step; None when it does not verify: it is renamed to `corrupt-<step>` and named.
 
-        A step that does not verify is renamed to `corrupt-<step>` and named; with `strict` it raises
-        `CheckpointCorruptError` instead. Raises `CheckpointError` when only such directories are left: a run never starts
-        over beside the remains of its checkpoints.
+        With `strict` that raises `CheckpointCorruptError` instead.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                state, meta = restore_step(self.directory / str(step), abstract_state)
-                return state, meta, step
-            except CheckpointCorruptError as error:
-                if self._strict:
-                    raise
-                self._quarantine(step)
-                say(f"{error}; moved to {self.directory.name}/corrupt-{step}, falling back to an older checkpoint")
-        aside = sorted(path.name for path in self.directory.glob("corrupt-*"))
+        try:
+            return restore_step(self.directory / str(step), abstract_state)
+        except CheckpointCorruptError as error:
+            if self._strict:
+                raise
+            self._quarantine(step)
+            say(f"{error}; moved to {self.directory.name}/corrupt-{step}, falling back to an older checkpoint")
+        return None
+
+    def steps(self) -> list[int]:
+        """Finished steps, oldest first, whether or not they verify.
+
+        Raises `CheckpointError` when only such are left that did not: a run never starts over beside the remains of its
+        checkpoints.
+        """
+        steps = sorted(self._manager.all_steps())
+        aside = [] if steps else sorted(path.name for path in self.directory.glob("corrupt-*"))
         if aside:
             raise CheckpointError(f"{self.directory}: none of the checkpoints verifies ({', '.join(aside)}); repair one and move "
                                   "it back to its step number, delete them all to start at step 0, or choose another "
                                   "config.run_dir")
-        return None
+        return steps
 
     def _quarantine(self, step: int) -> None:
         barrier(f"quarantine-{step}")
@@ -205,6 +210,13 @@ def _digest(meta: dict) -> str:
 def restore_step(step_dir: Path, abstract_state):
     """(state, meta) of one step, placed as `abstract_state` says (any mesh) and verified leaf by leaf."""
     return _restore(Path(step_dir), abstract_state, partial=False)
+
+
+def restore_scalar(step_dir: Path, name: str, mesh: Mesh) -> int:
+    """One integer of the state of a step, verified; nothing else is read."""
+    abstract = {name: jax.ShapeDtypeStruct((), "int32", sharding=sharding.sharding(mesh))}
+    with jax.set_mesh(mesh):
+        return int(_restore(Path(step_dir), abstract, partial=True)[0][name])
 
 
 def restore_params(step_dir: Path, mesh: Mesh, *, as_jumprelu: bool = False) -> tuple[SAEParams, Normalization, CheckpointMeta]:

@@ -3,8 +3,8 @@
 The controller is proportional-integral on where L0 is heading: e = log(L0 / goal) + T d log(L0) / d step, penalty =
 lambda exp(P e + I sum e). The goal moves from the first L0 to the target over the first half of the steps, evenly in the
 logarithm: a penalty that pulls at once kills features. L0 answers a change of the penalty late and, where thresholds integrate it
-(jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02 e
-per step.
+(jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02
+e per step.
 """
 
 import jax

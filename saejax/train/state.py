@@ -108,7 +108,7 @@ def initial_state(config: Config, spec: SAESpec, stats: Sequence[ActivationStats
     n = max(1, min(len(rows_NW), _BIAS_ROWS) // mesh.size) * mesh.size
     rows_NW = sharding.place(np.resize(rows_NW, (n, rows_NW.shape[1])), sharding.sharding(mesh, "rows_at_rest", None))
     with jax.set_mesh(mesh):
-        return jax.jit(functools.partial(_make, spec, config))(
+        return _jitted(spec, dataclasses.replace(config, seed=0, data_seed=None, name="", run_dir=""))(
             jax.random.key(config.seed), b_dec, normalization, np.float32(1 / sum(written)), rows_NW)
 
 
@@ -122,6 +122,12 @@ def abstract_state(config: Config, spec: SAESpec, mesh: Mesh):
                                 jax.ShapeDtypeStruct((), jnp.float32), rows)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
         mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
+
+
+@functools.lru_cache(maxsize=2)
+def _jitted(spec: SAESpec, config: Config):
+    """One compilation for all SAEs that differ in their seed only."""
+    return jax.jit(functools.partial(_make, spec, config))
 
 
 def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) -> TrainState:
