@@ -123,7 +123,7 @@ def _timed_harvest(config: Config, paths: RunPaths) -> Store:
     """Harvests, and keeps the rate beside the run: a store itself holds nothing that differs between two machines."""
     records = Path(config.harvest.store) / RECORDS
     before, clock = len(list(records.glob("*.json"))), time.monotonic()
-    store = harvest(dataclasses.replace(config, seed=config.seed_of_data))
+    store = harvest(config)
     made = min(store.rows, (len(list(records.glob("*.json"))) - before) * store.spec.shard_rows)
     if made and is_writer():
         seconds = time.monotonic() - clock
