@@ -70,13 +70,9 @@ JOBS = {
         "Reads run directories (or RUN/checkpoints/STEP) and their stores' statistics; writes RUN/eval.json and\n"
         "prints a table: L0, FVU and explained variance with and without outlier tokens, cross-entropy clean,\n"
         "spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint\n"
-        "step and options; a second call is instant. The directory of a sweep stands for all its SAEs. --config=FILE
-"
-        "means the run at its run_dir, with the eval, log and mesh sections given now; the other keys must be those
-"
-        "of the run.
-
-"
+        "step and options; a second call is instant. The directory of a sweep stands for all its SAEs. --config=FILE\n"
+        "means the run at its run_dir, with the eval, log and mesh sections given now; the other keys must be those\n"
+        "of the run.\n\n"
         "options:\n  --contexts=N             held-out contexts, instead of the run's config.eval.contexts\n"
         "  --json                   print the results as JSON\n" + _CONFIG + _DISTRIBUTED,
         "saejax eval runs/demo runs/demo_relu", options=("distributed", "contexts", "json")),
