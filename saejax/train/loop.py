@@ -24,11 +24,11 @@ from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
 from saejax.records import ActivationBatch, RunPaths, StreamState
 from saejax.sae import SAESpec
-from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, total_steps
+from saejax.train.member import Member, Outcome, check_all, checkpoint_steps
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.programs import Program, make_joint_step
 from saejax.train.resample import due, resample
-from saejax.train.state import TrainState, initial_state
+from saejax.train.state import TrainState, initial_state, measured
 from saejax.train.step import make_step
 
 
@@ -158,7 +158,8 @@ class _Run:
                 if key not in samples:
                     samples[key] = self.sample(*key, origin)
                 like = dataclasses.replace(program.members[0].config, seed=config.seed)
-                states[member] = initial_state(like, member.spec, member.stats, samples[key], self.mesh)
+                stats = measured(samples[key], member.stats) if config.stream.mask_outliers else member.stats
+                states[member] = initial_state(like, member.spec, stats, samples[key], self.mesh)
         return states
 
     def sample(self, hookpoints: tuple[str, ...], rows: int, origin: StreamState) -> np.ndarray:
@@ -253,7 +254,7 @@ class _Run:
         state, replaced = resample(config, member.spec, program.state_of(lane), (batches(), batches()), occasion)
         if replaced or len(program.members) == 1:
             program.put(lane, state)
-        log.note(number, resampled=replaced)
+        log.note(resampled=replaced)
         member.counters = dataclasses.replace(member.counters, resamples=occasion + 1)
 
     @contextlib.contextmanager
@@ -320,7 +321,7 @@ class _Log:
         self.pending = None if broken else self.pending
         return broken
 
-    def note(self, step: int, **values: float) -> None:
+    def note(self, **values: float) -> None:
         """Values that appear in the next metric line."""
         self.extra.update(values)
 
@@ -338,7 +339,7 @@ class _Log:
         if self.clock is None:  # rates count from the end of the first step: compilation is not throughput
             self._rates(step)
         batch = self.config.train.batch
-        if step % self.config.log.every_steps and step != total_steps(self.config) and self.pending is not None:
+        if step % self.config.log.every_steps and self.pending is not None:
             self.advance(batch)
             return
         jax.block_until_ready(metrics)

@@ -70,6 +70,17 @@ def geometric_median(x_ND: np.ndarray, iterations: int = 100, tolerance: float =
     return point
 
 
+def measured(sample_NW: np.ndarray, stats: Sequence[ActivationStats]) -> list[ActivationStats]:
+    """Statistics of sample rows in place of those of the whole store, hookpoint by hookpoint: what a stream that leaves rows out
+    is normalised by.
+    """
+    out = []
+    for x_ND in np.split(sample_NW.astype(np.float64), np.cumsum([len(s.mean_D) for s in stats])[:-1], axis=1):
+        norms_N = np.linalg.norm(x_ND, axis=1)
+        out.append(ActivationStats(len(x_ND), x_ND.mean(0), norms_N.mean(), np.square(norms_N).mean(), np.median(norms_N)))
+    return out
+
+
 def normalization_of(options: SAEOptions, stats: Sequence[ActivationStats]) -> Normalization:
     """The normalisation of rows that consist of these hookpoints; the convention holds for each by itself.
 

@@ -14,10 +14,12 @@ KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "mat
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
 TARGET = "blocks.1.hook_mlp_out"
 WIDTHS = {HOOKPOINT: D_IN, TARGET: 12}
-VARIANTS = {  # more names for `make_config`: a recipe, and what is changed in it
+SHAPES = {  # more names for `make_config`: a recipe, and what is changed in it
     "transcoder": ("topk", {"sae__target": TARGET, "sae__pre_bias": False}),
     "skip_transcoder": ("jumprelu", {"sae__target": TARGET, "sae__pre_bias": False, "sae__skip": True}),
     "crosscoder": ("relu", {"sae__crosscoder": (HOOKPOINT, TARGET), "sae__center": True}),
+}
+VARIANTS = SHAPES | {
     "steered": ("relu", {"train__target_l0": 6.0}),
     "options": ("batchtopk", {"train__ema": 0.9, "train__accumulate": 2, "sae__k_start": 16, "train__k_anneal": 0.3,
                               "sae__align": True, "train__lr_shape": "cosine", "train__lr_warmup": 0.2}),

@@ -12,6 +12,7 @@ import pytest
 import saejax
 from saejax import sharding
 from saejax.config import MeshOptions, TrainOptions
+from saejax.data.arrays import write_rows
 from saejax.data.stream import Stream
 from saejax.errors import NonFiniteError
 from saejax.formats.release import release
@@ -119,7 +120,7 @@ STEERED = [("relu", {}), ("jumprelu", {}), ("topk", {}), ("gated", {}), ("relu",
 
 @pytest.mark.parametrize("kind, changes", [
     pytest.param(kind, changes, id=f"{kind}-{'-'.join(map(str, changes.values()))}",
-                 marks=() if i < 3 else pytest.mark.slow) for i, (kind, changes) in enumerate(STEERED)])
+                 marks=() if i < 1 else pytest.mark.slow) for i, (kind, changes) in enumerate(STEERED)])
 def test_target_l0_is_met(store, tmp_path, kind, changes):
     steps = 2000
     options = {"train__lr": 1e-3, "train__beta1": 0.9, "sae__dead_tokens": 5000, "log__every_steps": 10} | changes
@@ -142,9 +143,9 @@ def test_schedules():
 
 
 def test_k_falls_during_the_run(store, tmp_path):
-    loop.train(make_config("topk", tmp_path, sae__k_start=32, train__k_anneal=0.5, sae__aux_k=0, log__every_steps=1), store)
+    loop.train(make_config("topk", tmp_path, sae__k_start=7, train__k_anneal=0.5, sae__aux_k=0, log__every_steps=1), store)
     l0 = [line["l0"] for line in read_metrics(tmp_path / "metrics.jsonl")]
-    assert 20 < l0[0] <= 32 and 4 < l0[20] <= 14 and max(l0[26:]) <= 4
+    assert 6 < l0[0] <= 7 and 4 < l0[20] <= 5 and max(l0[26:]) <= 4
 
 
 def test_aligned_rows(store, tmp_path):
@@ -189,7 +190,7 @@ def test_aux_k_reaches_dead_features_of_jumprelu(store, tmp_path):
 
 
 def test_topk_released_as_jumprelu_has_the_same_l0(store, tmp_path):
-    config = make_config("topk", tmp_path / "run", train__tokens=32 * 400)
+    config = make_config("topk", tmp_path / "run", train__tokens=32 * 250)
     loop.train(config, store)
     released = saejax.load(release(tmp_path / "run", tmp_path / "out", as_jumprelu=True))
     assert released.cfg.kind == "jumprelu" and saejax.load(tmp_path / "run").cfg.kind == "topk"
@@ -223,3 +224,18 @@ def test_target_l0_is_k_where_there_is_one(tmp_path):
     config = make_config("batchtopk", tmp_path, train__target_l0=7.2)
     assert config.sae.k == 7 and not control.controlled(config)
     assert control.controlled(dataclasses.replace(config, sae=dataclasses.replace(config.sae, kind="relu")))
+
+
+def test_a_stream_that_leaves_outliers_out_is_normalised_without_them(tmp_path):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64 * 8, 28)).astype(np.float32)
+    x[3::8] *= 1000
+    store = write_rows(tmp_path / "store", [x], len(x), WIDTHS, model="synthetic", context=8, shard_contexts=16, chunk_rows=32)
+    for mask_outliers in (False, True):
+        config = make_config("topk", tmp_path / f"run{mask_outliers}", stream__mask_outliers=mask_outliers, train__tokens=32)
+        loop.train(config, store)
+        step = tmp_path / f"run{mask_outliers}" / "checkpoints" / "1"
+        _, normalization, _ = restore_params(step, sharding.single_device_mesh())
+        ordinary = np.delete(np.arange(len(x)), slice(3, None, 8))
+        mean_sq = np.square(x[ordinary, :16] * np.asarray(normalization.scale)).sum(1).mean()
+        assert (mean_sq == pytest.approx(1, rel=0.02)) == mask_outliers

@@ -19,7 +19,7 @@ from saejax.train.state import geometric_median, initial_state, normalization_sc
 from saejax.train.step import make_step
 from tests.hlo import moved_shapes
 
-from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
+from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, SHAPES, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def single(store, tmp_path_factory):
 def kinds_and_meshes():
     """The two oldest kinds on every mesh, the others on the mixed one; what remains is slow."""
     for kind, shape in itertools.product((*KINDS, *VARIANTS), [(1, 8), (8, 1), (2, 4), (4, 2)]):
-        mixed = ("gated", "jumprelu", "batchtopk", "matryoshka", *VARIANTS)
+        mixed = ("gated", "jumprelu", "batchtopk", "matryoshka", *SHAPES)
         core = kind in ("relu", "topk") or (shape == (2, 4) and kind in mixed)
         yield pytest.param(kind, shape, marks=() if core else pytest.mark.slow)
 
