@@ -1,5 +1,6 @@
 # Two commands: `make demo` and `make test`. Both make .venv first and re-use it while pyproject.toml is unchanged.
 PYTHON ?= python3
+WORKERS ?= 2  # processes that tests run in
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -11,13 +12,13 @@ demo: $(STAMP)
 	@$(BIN)/saejax run --config=configs/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q --slow -m slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow -m slow
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -q --slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -20,7 +20,8 @@ def write(release: Path) -> None:
 
     sae = saejax.load(release)
     rng = np.random.default_rng(0)
-    x = (rng.standard_normal((256, sae.cfg.d_in)) * 5 + np.asarray(sae.b_dec)).astype(np.float32)
+    centre = 0 if sae.cfg.target else np.asarray(sae.b_dec)
+    x = (rng.standard_normal((256, sae.cfg.d_in)) * 5 + centre).astype(np.float32)
     recon, acts = sae.reconstruct(x)
     np.savez_compressed(release / OUTPUTS, x=x, acts=np.asarray(acts), recon=np.asarray(recon))
 
@@ -32,9 +33,8 @@ def saelens(release: Path) -> bool:
     saved = np.load(release / OUTPUTS)
     sae = sae_lens.SAE.load_from_disk(str(release))
     with torch.no_grad():
-        acts = sae.encode(torch.tensor(saved["x"]))
-        recon = sae.decode(acts).numpy()
-        acts = acts.numpy()
+        acts = sae.encode(torch.tensor(saved["x"])).numpy()
+        recon = sae(torch.tensor(saved["x"])).numpy()
     worst = {name: np.abs(a - saved[name]).max() / np.abs(saved[name]).max() for name, a in (("acts", acts), ("recon", recon))}
     flips = ((acts > 0) != (saved["acts"] > 0)) & (np.maximum(acts, saved["acts"]) > 1e-4 * saved["acts"].max())
     good = max(worst.values()) <= 1e-4 and not flips.any()

@@ -73,11 +73,11 @@ def streamed(path: Path, width: int) -> float:
     """Bytes per second of the stream over as many rows as the store has, from one batch to another: the first window is not
     waited for twice, and what is read ahead at the end stands for what was there at the start."""
     store = Store.open(path)
-    with Stream(store, HOOK, BATCH, StreamOptions(), StreamState(time.monotonic_ns(), 0, 0)) as stream:
+    with Stream(store, (HOOK,), BATCH, StreamOptions(), StreamState(time.monotonic_ns(), 0, 0)) as stream:
         next(stream)
         began, rows = time.perf_counter(), 0
         while rows < stream.rows_per_epoch:
-            rows += len(next(stream).x_BD)
+            rows += len(next(stream).x_BW)
         took = time.perf_counter() - began
     return rows * width * 2 / took
 

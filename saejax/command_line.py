@@ -11,6 +11,7 @@ from ml_collections.config_flags import config_flags
 
 from saejax import config as config_lib
 from saejax.config import Config
+from saejax.config_values import nearest, rounder
 from saejax.errors import ConfigError
 
 
@@ -33,6 +34,7 @@ class Arguments:
     out: Path | None
     contexts: int | None
     json: bool
+    jumprelu: bool
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -58,7 +60,8 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
     return Arguments(config=config, paths=tuple(Path(p) for p in paths), distributed=_distributed(fv),
                      out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
                      contexts=fv["contexts"].value if "contexts" in fv else None,
-                     json=bool(fv["json"].value) if "json" in fv else False)
+                     json=bool(fv["json"].value) if "json" in fv else False,
+                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -75,6 +78,8 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_string("out", None, "output directory", flag_values=fv)
     if "contexts" in options:
         flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
+    if "jumprelu" in options:
+        flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv
@@ -132,9 +137,8 @@ def _check_overrides(arguments: list[str], takes_config: bool, job: str) -> None
             problems.append(f"config.{key} is a section; set its keys one by one, as --config.{key}."
                             f"{next(k for k in known if k.startswith(f'{key}.')).removeprefix(f'{key}.')}=...")
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        near = near or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-        hint = f"; did you mean --config.{near[0]}?" if near else "; docs/config.md lists all keys"
+        near = nearest(key, known)
+        hint = f"; did you mean --config.{near}?" if near else "; docs/config.md lists all keys"
         problems.append(f"config: unknown key {key!r}{hint}")
     if problems:
         raise ConfigError("; ".join(problems))
@@ -150,7 +154,7 @@ def _flag_error(job: str, file: str | None, error: flags.Error, known: list[str]
         return ConfigError(f"saejax {job}: unknown flag --{error.flagname}; {hint}")
     match = re.match(r"flag --([\w.]+)=(.*?): (.*)", " ".join(str(error).split()))
     if match and match[1].startswith("config."):
-        return ConfigError(f"{match[1]}: expected {_type_of(match[1])}, got {match[2]!r}{_rounder(match[2])}")
+        return ConfigError(f"{match[1]}: expected {_type_of(match[1])}, got {match[2]!r}{rounder(match[2])}")
     return ConfigError(f"saejax {job}: {' '.join(str(error).split())}")
 
 
@@ -161,15 +165,6 @@ def _type_of(key: str) -> str:
         if not is_dataclass(node):
             break
     return getattr(node, "__name__", str(node)) if isinstance(node, type) else str(node)
-
-
-def _rounder(value: str) -> str:
-    """A whole number in another spelling (1e6, 10.0, 1_000) is named as Python would read it."""
-    try:
-        number = float(value)
-    except ValueError:
-        return ""
-    return f"; write {int(number)}" if number.is_integer() else ""
 
 
 def _config_file_error(file: str, error: BaseException) -> ConfigError:

@@ -6,18 +6,17 @@ keeps is JSON and is never executed.
 """
 
 import dataclasses
-import difflib
 import json
-import types
 import typing
 from dataclasses import dataclass, field
 
 import ml_collections
 from ml_collections import config_dict
 
+from saejax.config_values import base_type, build, join
 from saejax.contradictions import contradictions
 from saejax.errors import ConfigError
-from saejax.recipes import KINDS, RECIPES
+from saejax.recipes import KINDS, RECIPES, WITH_K
 
 SCHEMA_VERSION = 1
 
@@ -99,21 +98,29 @@ class SAEOptions:
     """The sparse autoencoder. `default_config(kind)` fills in the published recipe of a kind."""
 
     kind: str = opt("topk", "activation function and objective", choices=KINDS)
-    hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it is trained on; one of `harvest.hookpoints`")
+    hookpoint: str = opt("blocks.9.hook_resid_post", "the hookpoint it reads, and reconstructs; one of `harvest.hookpoints`")
+    target: str = opt("", "transcoder: the hookpoint that it predicts from `hookpoint`; empty: none")
+    skip: bool = opt(False, "add x W_skip to what a transcoder predicts")
+    crosscoder: tuple[str, ...] = opt((), "crosscoder: the hookpoints that it reads and reconstructs together, instead of "
+                                      "`hookpoint`; empty: none", empty=True)
+    crosscoder_norm: str = opt("l1", "decoder norm of a crosscoder's feature in penalties: sum of the layers' norms, or norm of "
+                               "all of them together", choices=("l1", "l2"))
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
+    k_start: int = opt(0, "active features at the first step, falling to `k` over `train.k_anneal` (topk, batchtopk); 0: always "
+                       "`k`", ge=0)
     multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
     penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
                        choices=("l1", "tanh", "log"))
     l1: float = opt(5.0, "lambda of the decoder-norm-weighted penalty (relu, gated)", ge=0.0)
-    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / target_l0 - 1)^2, or tanh with a pre-activation loss",
-                         choices=("l0", "target_l0", "tanh"))
+    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / train.target_l0 - 1)^2, or tanh with a "
+                         "pre-activation loss", choices=("l0", "target_l0", "tanh"))
     sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
-    target_l0: float = opt(80.0, "active features per token that objective `target_l0` aims at", gt=0.0)
-    bandwidth: float = opt(0.001, "window around a threshold in which it receives gradient (jumprelu)", gt=0.0)
-    threshold_init: float = opt(0.001, "threshold of a new feature (jumprelu)", gt=0.0)
-    threshold_beta: float = opt(0.999, "memory of the running mean of the least kept activation, the threshold after training "
+    bandwidth: float = opt(0.0, "window around a threshold in which it receives gradient (jumprelu); 0: 3/4 of the root mean "
+                           "square of the inputs' entries", ge=0.0)
+    threshold_init: float = opt(0.0, "threshold of a new feature (jumprelu); 0: as `bandwidth`", ge=0.0)
+    threshold_beta: float = opt(0.99, "memory of the running mean of the least kept activation, the threshold after training "
                                 "(batchtopk)", ge=0.0, lt=1.0)
     groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "
                                     "(Matryoshka; batchtopk, jumprelu); empty: none", empty=True)
@@ -122,17 +129,32 @@ class SAEOptions:
     frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
                                 "i fires in a batch (jumprelu, objectives `l0` and `target_l0`)", ge=0.0)
     max_frequency: float = opt(0.1, "firing rate above which a feature is penalised", gt=0.0, le=1.0)
-    normalize: str = opt("mean_sq_norm_D", "scalar normalisation of the inputs; lambda and thresholds only carry over "
+    normalize: str = opt("mean_sq_norm_D", "scalar normalisation of each hookpoint; lambda and thresholds only carry over "
                          "inside one convention", choices=NORMALIZATIONS)
+    center: bool = opt(False, "subtract the store's mean from each hookpoint first")
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
     pre_bias: bool = opt(True, "subtract b_dec from the input of the encoder")
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
                           choices=("zeros", "mean", "geometric_median"))
     decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
-    aux_k: int = opt(256, "dead features asked to explain the residual error (topk, batchtopk); 0 turns AuxK off", ge=0)
+    init_l0: float = opt(0.0, "features per token that fire at initialisation, by encoder biases taken from a sample of rows; 0: "
+                         "biases 0", ge=0.0)
+    align: bool = opt(False, "keep the inner product of each feature's encoder and decoder rows at 1, which keeps features "
+                      "alive; needs `unit_decoder`")
+    aux_k: int = opt(256, "dead features asked to explain the residual error; 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
                            "and in the log", gt=0)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The hookpoints that are read."""
+        return self.crosscoder or (self.hookpoint,)
+
+    @property
+    def hookpoints(self) -> tuple[str, ...]:
+        """The hookpoints whose activations a row consists of: those that are read, then a transcoder's target."""
+        return self.sources + ((self.target,) if self.target else ())
 
 
 @dataclass(frozen=True)
@@ -156,9 +178,20 @@ class TrainOptions:
     beta2: float = opt(0.999, "Adam's second-moment decay", ge=0.0, lt=1.0)
     eps: float = opt(6.25e-10, "Adam's epsilon", gt=0.0)
     clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
-    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from 0", ge=0.0, le=1.0)
-    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls linearly to 0", ge=0.0, le=1.0)
+    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from `lr_start`", ge=0.0, le=1.0)
+    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls to `lr_end`", ge=0.0, le=1.0)
+    lr_shape: str = opt("linear", "shape of rise and fall", choices=("linear", "cosine"))
+    lr_start: float = opt(0.0, "learning rate at the start of the rise, as a share of `lr`", ge=0.0, le=1.0)
+    lr_end: float = opt(0.0, "learning rate at the end of the fall, as a share of `lr`", ge=0.0, le=1.0)
     l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
+    target_l0: float = opt(0.0, "active features per token to aim at: k of kinds that have one, else the penalty's lambda is "
+                           "steered towards it; 0: off", ge=0.0)
+    k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`", ge=0.0, le=1.0)
+    accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "
+                          "and target_l0 count within a part", gt=0)
+    ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: off",
+                     ge=0.0, lt=1.0)
+    max_skipped: int = opt(10, "steps in a row with a non-finite loss or gradient, each left out, that stop the run", gt=0)
     compute_dtype: str = opt("float32", "dtype of the matrix products; parameters and optimizer stay float32",
                              choices=("float32", "bfloat16"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
@@ -171,7 +204,8 @@ class CheckpointOptions:
 
     every_tokens: int = opt(1_000_000, "tokens between checkpoints", gt=0)
     keep: int = opt(2, "newest checkpoints kept", gt=0)
-    keep_every_tokens: int = opt(0, "also keep the checkpoints that cross a multiple of this; 0: none", ge=0)
+    keep_every_tokens: int = opt(0, "also keep the checkpoints at multiples of this (rounded up to one of `every_tokens`); "
+                                 "0: none", ge=0)
     strict: bool = opt(False, "stop at a checkpoint that does not verify instead of falling back to an older one")
 
 
@@ -194,12 +228,23 @@ class LogOptions:
 
 
 @dataclass(frozen=True)
+class SweepOptions:
+    """Several SAEs over one stream of activations, each with its own run directory `<run_dir>/<name>` (docs/sweeps.md)."""
+
+    product: tuple[str, ...] = opt((), "keys and their values, as `sae.k=16,32,64`: one SAE for every combination", empty=True)
+    variations: tuple[str, ...] = opt((), "one SAE each, as `recipe=relu sae.l1=3`; with `product` each of them in every "
+                                      "combination", empty=True)
+    together: int = opt(0, "most SAEs of equal shape in one vmapped program; 1: each by itself; 0: no limit", ge=0)
+
+
+@dataclass(frozen=True)
 class Config:
     """A whole experiment."""
 
     name: str = opt("run", "a short name, used for the default run directory")
     run_dir: str = opt("", "where the run lives; empty: `runs/<name>`")
     seed: int = opt(0, "seed of the text shuffle, the row order, the initialisation and the resampling", ge=0)
+    data_seed: int | None = opt(None, "seed of the text shuffle and the row order, where it is not `seed`", ge=0)
     mesh: MeshOptions = field(default_factory=MeshOptions)
     lm: LMOptions = field(default_factory=LMOptions)
     text: TextOptions = field(default_factory=TextOptions)
@@ -210,10 +255,16 @@ class Config:
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     log: LogOptions = field(default_factory=LogOptions)
+    sweep: SweepOptions = field(default_factory=SweepOptions)
+
+    @property
+    def seed_of_data(self) -> int:
+        """The seed of the text shuffle and the row order."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
@@ -238,88 +289,33 @@ def _to_config_dict(node) -> ml_collections.ConfigDict:
         if dataclasses.is_dataclass(value):
             out[f.name] = _to_config_dict(value)
         elif value is None:
-            out[f.name] = config_dict.placeholder(_base_type(hints[f.name]))
+            out[f.name] = config_dict.placeholder(base_type(hints[f.name]))
         else:
             out[f.name] = value
     return out
-
-
-def _base_type(hint):
-    """`int` from `int | None`."""
-    if isinstance(hint, types.UnionType):
-        return next(a for a in typing.get_args(hint) if a is not type(None))
-    return hint
 
 
 def resolve(config: ml_collections.ConfigDict) -> Config:
     """ConfigDict -> frozen `Config`, once. Raises one `ConfigError` that lists every wrong key, type and value."""
     plain = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
     problems: list[str] = []
-    resolved = _build(Config, plain, "", problems)
+    resolved = build(Config, plain, "", problems)
     if not problems:
         problems = contradictions(resolved)
     if problems:
         raise ConfigError("; ".join(problems))
     return dataclasses.replace(
         resolved,
+        sae=dataclasses.replace(resolved.sae, k=_k(resolved)),
         run_dir=resolved.run_dir or f"runs/{resolved.name}",
         harvest=dataclasses.replace(
             resolved.harvest,
             store=resolved.harvest.store or f"{resolved.run_dir or f'runs/{resolved.name}'}/store"))
 
 
-def _build(cls, values, path: str, problems: list[str]):
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    if not isinstance(values, dict):
-        problems.append(f"config.{path}: expected a section with keys {', '.join(known)}, got {values!r}")
-        return cls()
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"; did you mean {_join(path, near[0])!r}?" if near else f"; known: {', '.join(known)}"
-            problems.append(f"config: unknown key {_join(path, key)!r}{hint}")
-    kwargs = {}
-    for name, f in known.items():
-        if name not in values:
-            continue
-        here = _join(path, name)
-        if dataclasses.is_dataclass(hints[name]):
-            kwargs[name] = _build(hints[name], values[name], here, problems)
-        else:
-            kwargs[name] = _checked(values[name], hints[name], f.metadata, here, problems)
-    return cls(**kwargs)
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _checked(value, hint, rules, path: str, problems: list[str]):
-    base = _base_type(hint)
-    if value is None and base is not hint:
-        return None
-    if typing.get_origin(base) is tuple:
-        item, words = (str, "strings") if typing.get_args(base)[0] is str else (float, "numbers")
-        empty = rules.get("empty", False)
-        if item is float and isinstance(value, (list, tuple)):
-            value = tuple(float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in value)
-        if not isinstance(value, (list, tuple)) or not all(isinstance(v, item) for v in value) or not (value or empty):
-            problems.append(f"config.{path}: expected a {'' if empty else 'non-empty '}tuple of {words}, got {value!r}")
-            return ()
-        return tuple(value)
-    if base is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if not isinstance(value, base) or (base is int and isinstance(value, bool)):
-        problems.append(f"config.{path}: expected {base.__name__}, got {type(value).__name__} {value!r}")
-        return value
-    if "choices" in rules and value not in rules["choices"]:
-        problems.append(f"config.{path}: {value!r} is not one of {', '.join(rules['choices'])}")
-    for rule, ok, words in (("ge", lambda a, b: a >= b, "at least"), ("gt", lambda a, b: a > b, "greater than"),
-                            ("le", lambda a, b: a <= b, "at most"), ("lt", lambda a, b: a < b, "less than")):
-        if rule in rules and not ok(value, rules[rule]):
-            problems.append(f"config.{path}: {value!r} must be {words} {rules[rule]}")
-    return value
+def _k(config: Config) -> int:
+    given = config.train.target_l0 if config.sae.kind in WITH_K else 0
+    return max(1, round(given)) if given else config.sae.k
 
 
 def to_json(config: Config) -> dict:
@@ -345,9 +341,9 @@ def flat(config: Config) -> dict[str, object]:
         for f in dataclasses.fields(node):
             value = getattr(node, f.name)
             if dataclasses.is_dataclass(value):
-                walk(value, _join(path, f.name))
+                walk(value, join(path, f.name))
             else:
-                out[_join(path, f.name)] = value
+                out[join(path, f.name)] = value
 
     walk(config, "")
     return out
@@ -373,13 +369,13 @@ def reference() -> str:
         nested = []
         for f in dataclasses.fields(cls):
             if dataclasses.is_dataclass(hints[f.name]):
-                nested.append((hints[f.name], _join(path, f.name)))
+                nested.append((hints[f.name], join(path, f.name)))
                 continue
             doc = f.metadata["doc"]
             if "choices" in f.metadata:
                 doc += " (" + ", ".join(f"`{c}`" for c in f.metadata["choices"]) + ")"
             kind = getattr(hints[f.name], "__name__", None) if isinstance(hints[f.name], type) else str(hints[f.name])
-            lines.append(f"| `{_join(path, f.name)}` | `{kind}` | `{f.default!r}` | {doc} |".replace(" | None`", " or none`"))
+            lines.append(f"| `{join(path, f.name)}` | `{kind}` | `{f.default!r}` | {doc} |".replace(" | None`", " or none`"))
         lines.append("")
         for child, where in nested:
             walk(child, where)

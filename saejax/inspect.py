@@ -1,5 +1,6 @@
 """`saejax inspect`: what a directory is, and whether every byte of it verifies."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from saejax.formats import saelens
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths, read_config
 from saejax.sae import SAESpec
+from saejax.scaling.sweep import is_sweep, members
 from saejax.storage import file_sha256
 from saejax.train.checkpoint import is_step, read_meta, restore_params, restore_step, steps_in
 from saejax.train.loop import total_steps
@@ -159,7 +161,7 @@ def _checkpoint(path: Path) -> Finding:
 
 
 def _abstract(config: Config, spec: SAESpec, mesh: Mesh):
-    return abstract_state(config, spec, total_steps(config), mesh)
+    return abstract_state(config, spec, mesh)
 
 
 def _mesh(d_sae: int) -> Mesh:
@@ -178,7 +180,8 @@ def _release(path: Path) -> Finding:
     if sae is not None:
         c = sae.cfg
         found.facts = {"sae": f"{c.kind}{f', k = {c.k}' if c.kind == 'topk' else ''}", "d_in": c.d_in, "d_sae": c.d_sae,
-                       "hookpoint": c.hookpoint, "model": c.model, "schema_version": c.metadata.get("schema_version"),
+                       "hookpoint": c.hookpoint, **({"target": c.target} if c.target else {}), "model": c.model,
+                       "schema_version": c.metadata.get("schema_version"),
                        "tokens_seen": c.metadata.get("training", {}).get("tokens"),
                        "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
     return found
@@ -189,8 +192,10 @@ def _run(path: Path) -> Finding:
     config = found.attempt(lambda: read_config(paths.config))
     if config is None:
         return found
+    if is_sweep(config):
+        return _sweep(found, dataclasses.replace(config, run_dir=str(path)))
     steps = steps_in(paths.checkpoints)
-    found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": config.sae.hookpoint,
+    found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
                    "sae": f"{config.sae.kind}, {config.sae.d_sae} features", "steps": f"{steps[-1] if steps else 0} of "
                    f"{total_steps(config)}", "checkpoints": steps,
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
@@ -204,6 +209,20 @@ def _run(path: Path) -> Finding:
             if inner is not None:
                 found.facts[part.name] = inner.kind
                 found.problems += inner.problems
+    return found
+
+
+def _sweep(found: Finding, config: Config) -> Finding:
+    """All members of a sweep, and its store."""
+    runs = [Path(member.run_dir) for member in found.attempt(lambda: members(config)) or ()]
+    found.kind = "sweep"
+    found.facts = {"name": config.name, "model": config.lm.model, "members": [run.name for run in runs]}
+    for part in (*runs, found.path / "store"):
+        if part.is_dir():
+            inner = found.attempt(lambda p=part: inspect_path(p))
+            found.problems += inner.problems if inner is not None else []
+        elif part in runs:
+            found.facts.setdefault("not_begun", []).append(part.name)
     return found
 
 

@@ -1,6 +1,7 @@
 """The linear story of each job of the command line."""
 
 import dataclasses
+import functools
 import gc
 import json
 import time
@@ -12,10 +13,10 @@ from jax.sharding import Mesh
 from saejax import config as config_lib
 from saejax import lm, sharding
 from saejax.command_line import Arguments
-from saejax.config import Config, MeshOptions
+from saejax.config import Config, LMOptions, MeshOptions
 from saejax.data.harvest import harvest, lm_mesh
 from saejax.data.store import RECORDS, Store, is_complete
-from saejax.errors import CheckpointError, ConfigError
+from saejax.errors import CheckpointError, ConfigError, NonFiniteError
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.formats import load
 from saejax.formats.loading import newest_step
@@ -24,9 +25,11 @@ from saejax.logs import say
 from saejax.records import RunPaths, read_config
 from saejax.report.report import write_report
 from saejax.report.summary import Rates, Result, table, training_rate
-from saejax.storage import is_writer, read_json, write_json
-from saejax.train.checkpoint import is_step
-from saejax.train.loop import check_run_dir, train
+from saejax.scaling.sweep import groups, is_sweep, members
+from saejax.storage import is_writer, read_json, text_sha256, write_json
+from saejax.train.checkpoint import is_step, read_meta
+from saejax.train.loop import train, train_all
+from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir
 
 
 def start(job: str, arguments: Arguments) -> int:
@@ -44,23 +47,32 @@ def start(job: str, arguments: Arguments) -> int:
 
 
 def run(config: Config) -> None:
-    """harvest -> train -> evaluate -> release -> report. Every stage that is done already is passed over in seconds."""
-    paths = preflight(config)
+    """harvest -> train -> evaluate -> release -> report, of every SAE of a sweep. What is done already is passed over in seconds.
+
+    Raises `NonFiniteError` at the end when an SAE of a sweep was stopped for it; the others are complete.
+    """
+    configs = preflight(config)
     say("1/4 harvest")
-    store = _timed_harvest(config, paths)
+    store = _timed_harvest(config, RunPaths(Path(config.run_dir)))
     gc.collect()  # the language model's weights, before the training state needs the memory
     say("2/4 train")
-    step = train(config, store).step
+    outcomes = _trained(config, configs, store)
     gc.collect()
+    sound = [outcome for outcome in outcomes if not outcome.trouble]
     say("3/4 evaluate")
-    evaluation = _evaluated(config, paths, paths.checkpoints / str(step))
+    evaluations = [_evaluated(o.config, o.paths, o.paths.checkpoints / str(o.step)) for o in sound]
+    _language_model.cache_clear()
     say("4/4 release")
-    release(paths.root, metrics=_scalars(evaluation))
+    results = []
+    for o, evaluation in zip(sound, evaluations, strict=True):
+        release(o.paths.checkpoints / str(o.step), metrics=_scalars(evaluation), mesh=_mesh(o.config))
+        results.append(_result(o.config, o.paths, o.step, evaluation))
     if is_writer():
-        result = _result(config, paths, step, evaluation)
-        page = write_report(paths, result)
-        print(table([result]))
-        print(f"release  {paths.release}\nreport   {page}")
+        pages = [write_report(result.paths, result) for result in results]
+        print(table(results) if results else "no SAE was trained")
+        for result, page in zip(results, pages, strict=True):
+            print(f"release  {result.paths.release}\nreport   {page}")
+    _raise_troubles(outcomes)
 
 
 def harvest_only(config: Config) -> None:
@@ -73,18 +85,38 @@ def harvest_only(config: Config) -> None:
 
 def train_only(config: Config) -> None:
     """Trains on a store that is there."""
-    paths = preflight(config)
-    trained = train(config, Store.open(config.harvest.store))
+    outcomes = _trained(config, preflight(config), Store.open(config.harvest.store))
     if is_writer():
-        print(f"trained  {paths.checkpoints / str(trained.step)}")
+        for o in outcomes:
+            print(f"{'stopped ' if o.trouble else 'trained '} {o.paths.checkpoints / str(o.step)}")
+    _raise_troubles(outcomes)
 
 
-def preflight(config: Config) -> RunPaths:
-    """What can be known to be wrong before hours of harvesting: mesh, batch, dictionary size, a run directory taken."""
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.train.batch, mesh)
-    sharding.check_features(config.sae.d_sae, mesh)
-    return check_run_dir(config)
+def preflight(config: Config) -> list[Config]:
+    """The configs of the SAEs to train, after what can be known to be wrong before hours of harvesting: mesh, batch, dictionary
+    sizes, a run directory taken.
+    """
+    configs = members(config)
+    check_run_dir(config)
+    check_all(configs, sharding.make_mesh(config.mesh))
+    return configs
+
+
+def _trained(config: Config, configs: list[Config], store: Store) -> list[Outcome]:
+    if not is_sweep(config):
+        step = train(config, store).step
+        return [Outcome(config, RunPaths(Path(config.run_dir)), step, "")]
+    claim_run_dir(config)
+    programs = groups(configs, config.sweep.together)
+    say(f"{len(configs)} SAEs in {len(programs)} program{'s' if len(programs) > 1 else ''}")
+    found = {outcome.config: outcome for outcome in train_all(programs, store)}
+    return [found[member] for member in configs]
+
+
+def _raise_troubles(outcomes: list[Outcome]) -> None:
+    troubles = [outcome.trouble for outcome in outcomes if outcome.trouble]
+    if troubles:
+        raise NonFiniteError("; ".join(troubles))
 
 
 def _timed_harvest(config: Config, paths: RunPaths) -> Store:
@@ -106,15 +138,26 @@ def _rates_file(paths: RunPaths) -> Path:
 
 def _evaluated(config: Config, paths: RunPaths, step_dir: Path) -> dict:
     """The evaluation of a checkpoint step: from `eval.json` when it is there, else measured and kept."""
-    key = cache_key(config, int(step_dir.name))
+    key = _cache_key(config, step_dir)
     result = cached(paths, key)
     if result is None:
-        stats = Store.open(config.harvest.store).stats(config.sae.hookpoint)
-        lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype,
-                       mesh=lm_mesh(config) if config.lm.mesh.model > 1 else None)
+        store = Store.open(config.harvest.store)
+        stats = {hookpoint: store.stats(hookpoint) for hookpoint in config.sae.hookpoints}
+        lm_ = _language_model(config.lm, lm_mesh(config) if config.lm.mesh.model > 1 else None)
         result = evaluate(config, load(step_dir, mesh=_mesh(config)), lm_, stats)
         remember(paths, key, result)
     return result
+
+
+@functools.lru_cache(maxsize=1)
+def _language_model(options: LMOptions, mesh: Mesh | None) -> lm.LM:
+    """Loaded once for all SAEs that are measured with it."""
+    return lm.load(options.model, revision=options.revision, dtype=options.dtype, mesh=mesh)
+
+
+def _cache_key(config: Config, step_dir: Path) -> dict:
+    fingerprints = json.dumps(read_meta(step_dir).fingerprints, sort_keys=True)
+    return cache_key(config, int(step_dir.name), text_sha256(fingerprints))
 
 
 def _mesh(config: Config) -> Mesh | None:
@@ -134,8 +177,9 @@ def _eval(arguments: Arguments) -> int:
         if arguments.contexts is not None:
             config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=arguments.contexts))
         paths = RunPaths(Path(config.run_dir))
-        step_dir = path if path != paths.root else newest_step(path)
+        step_dir = path if path != paths.root else newest_step(path, _mesh(config))
         results.append(_result(config, paths, int(step_dir.name), _evaluated(config, paths, step_dir)))
+    _language_model.cache_clear()
     if is_writer():
         if arguments.json:
             print(json.dumps([{"run": str(r.paths.root), "step": r.step, **r.evaluation} for r in results], indent=1))
@@ -150,9 +194,10 @@ def _release(arguments: Arguments) -> int:
         raise ConfigError(f"saejax release: --out={arguments.out} takes one run; release them one by one")
     for config, path in located:
         paths = RunPaths(Path(config.run_dir))
-        step_dir = path if path != paths.root else newest_step(path)
-        evaluation = cached(paths, cache_key(config, int(step_dir.name)))
-        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}))
+        step_dir = path if path != paths.root else newest_step(path, _mesh(config))
+        evaluation = cached(paths, _cache_key(config, step_dir))
+        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=_mesh(config),
+                      as_jumprelu=arguments.jumprelu)
         if is_writer():
             print(f"release  {out} (step {step_dir.name})")
     return 0
@@ -176,16 +221,26 @@ def _configs(arguments: Arguments) -> list[Config]:
 
 
 def _located(arguments: Arguments) -> list[tuple[Config, Path]]:
-    """(config, run directory or checkpoint step) of every path given."""
-    if arguments.config is not None:
-        run_dir = Path(arguments.config.run_dir)
-        return [(_as_given(saved_config(run_dir), arguments.config), run_dir)]
+    """(config, run directory or checkpoint step) of every path given; a sweep stands for all its SAEs."""
+    given = arguments.config
+    paths = arguments.paths if given is None else (Path(given.run_dir),)
     out = []
-    for path in arguments.paths:
+    for path in paths:
+        if len(paths) > 1 and _beside_members(path):
+            continue
         step = is_step(path)
         path = path.absolute() if step else path
-        out.append((saved_config(path.parent.parent if step else path), path))
+        config = saved_config(path.parent.parent if step else path)
+        config = config if given is None else _as_given(config, given)
+        runs = [Path(member.run_dir) for member in members(config)] if is_sweep(config) else []
+        out += [(saved_config(run), run) for run in runs] or [(config, path)]
     return out
+
+
+def _beside_members(path: Path) -> bool:
+    """True for what else `SWEEP/*` names: store, config and rates of a sweep."""
+    return (path.name in ("store", "config.json", "harvest.json") and RunPaths(path.parent).config.is_file()
+            and is_sweep(saved_config(path.parent)))
 
 
 def _as_given(saved: Config, given: Config) -> Config:
@@ -216,5 +271,7 @@ def saved_config(run_dir: Path) -> Config:
     store = Path(config.harvest.store)
     if store.is_relative_to(config.run_dir):
         store = run_dir / store.relative_to(config.run_dir)
+    elif not store.exists() and store.is_relative_to(Path(config.run_dir).parent):  # a member of a sweep that was moved
+        store = run_dir.parent / store.relative_to(Path(config.run_dir).parent)
     harvest_options = dataclasses.replace(config.harvest, store=str(store))
     return dataclasses.replace(config, run_dir=str(run_dir), harvest=harvest_options)

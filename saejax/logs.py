@@ -34,6 +34,11 @@ class Progress:
             self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
         self._bar.update(n)
 
+    def shorten(self, n: int) -> None:
+        """`n` units of the total will not come."""
+        if self._bar.total is not None:
+            self._bar.total -= n
+
     def close(self) -> None:
         self._bar.close()
 

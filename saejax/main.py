@@ -43,6 +43,8 @@ JOBS = {
         "config.json, store/, metrics.jsonl, tensorboard/, checkpoints/, eval.json, release/, report.html.\n"
         "The same command again goes on where an interrupted one stopped, and only shows the results of a\n"
         "finished one. RUN_DIR goes on with that run's own config.\n\n"
+        "A config with a sweep trains several SAEs on the same rows, harvested once, each in a run directory of\n"
+        "its own below `config.run_dir`, and shows them side by side (docs/sweeps.md).\n\n"
         "options:\n" + _CONFIG + _DISTRIBUTED,
         "saejax run --config=configs/demo.py", options=("distributed",)),
     "harvest": Job(
@@ -58,7 +60,8 @@ JOBS = {
         "saejax train --config=FILE [--config.KEY=VALUE ...]\n       saejax train RUN_DIR",
         "Reads a finished activation store; writes metrics.jsonl, tensorboard/ and checkpoints/ in the run\n"
         "directory. Resumes the newest checkpoint that verifies. SIGTERM or Ctrl-C saves the state first\n"
-        "(exit code 75).\n\n"
+        "(exit code 75). All SAEs of a sweep train on the same rows; one that diverges is stopped by itself, and\n"
+        "the exit code is 2 at the end.\n\n"
         "options:\n" + _CONFIG + _DISTRIBUTED,
         "saejax train runs/demo", options=("distributed",)),
     "eval": Job(
@@ -67,19 +70,21 @@ JOBS = {
         "Reads run directories (or RUN/checkpoints/STEP) and their stores' statistics; writes RUN/eval.json and\n"
         "prints a table: L0, FVU and explained variance with and without outlier tokens, cross-entropy clean,\n"
         "spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint\n"
-        "step and options; a second call is instant. --config=FILE means the run at its run_dir, with the eval,\n"
-        "log and mesh sections given now; the other keys must be those of the run.\n\n"
+        "step and options; a second call is instant. The directory of a sweep stands for all its SAEs. --config=FILE\n"
+        "means the run at its run_dir, with the eval, log and mesh sections given now; the other keys must be those\n"
+        "of the run.\n\n"
         "options:\n  --contexts=N             held-out contexts, instead of the run's config.eval.contexts\n"
         "  --json                   print the results as JSON\n" + _CONFIG + _DISTRIBUTED,
         "saejax eval runs/demo runs/demo_relu", options=("distributed", "contexts", "json")),
     "release": Job(
         "a checkpoint -> a directory that loads anywhere",
-        "saejax release RUN_OR_STEP [--out=DIR]\n       saejax release --config=FILE",
+        "saejax release RUN_OR_STEP [--out=DIR] [--jumprelu]\n       saejax release --config=FILE",
         "Reads a run directory (its newest checkpoint that verifies) or one checkpoint step, also while the run\n"
         "goes on; writes cfg.json, sae_weights.safetensors, metrics.json and README.md to DIR (default\n"
         "RUN/release). saejax.load and SAELens read it.\n\n"
-        "options:\n  --out=DIR                where to write\n" + _CONFIG + _DISTRIBUTED,
-        "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out")),
+        "options:\n  --out=DIR                where to write\n"
+        "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
+        "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",

@@ -2,7 +2,9 @@
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "batchtopk")
 WITH_K = ("topk", "batchtopk")      # kinds that keep a given number of features
-WITH_AUX = ("topk", "batchtopk")    # kinds that AuxK belongs to
+# Kinds that AuxK can help: their dead features have positive pre-activations, only too small ones. Those of relu and gated
+# have none, and what passes no ReLU gets no gradient from AuxK either: resampling is for them.
+WITH_AUX = ("topk", "batchtopk", "jumprelu")
 
 # Transformer Circuits update April 2024 (learning rate for ~200k steps; short runs need a larger one, see
 # configs/demo_relu.py).
@@ -23,28 +25,31 @@ _GATED = {
     "train.lr": 5e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_decay": 0.2,
 }
 
-# Gemma Scope (Lieberum et al. 2024): bandwidth, initial threshold, optimiser, unit mean squared norm, unit decoder, pre-encoder
-# bias. Its lambda is not published: the objective, its weight 1 and the target are those of the SAEBench suite. Short warm-ups
-# are shares of the run here (1,000 and 10,000 steps there).
+# Gemma Scope (Lieberum et al. 2024): optimiser, unit mean squared norm, unit decoder, pre-encoder bias. Its bandwidth and first
+# threshold (recipe `gemma_scope`) are made for 10^9 tokens and more: in some thousand steps no threshold arrives anywhere. Its
+# lambda is not published: the objective, its weight 1 and the target are those of the SAEBench suite. Short warm-ups are shares
+# of the run here (1,000 steps of cosine from 0.1 of the rate, and 10,000 steps of lambda there).
 _JUMPRELU = {
     "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_1", "sae.objective": "target_l0", "sae.sparsity": 1.0,
-    "sae.target_l0": 80.0, "sae.bandwidth": 0.001, "sae.threshold_init": 0.001,
-    "train.lr": 7e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_warmup": 0.01,
-    "train.lr_decay": 0.0, "train.l1_warmup": 0.1,
+    "train.target_l0": 80.0, "train.lr": 7e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8,
+    "train.l1_warmup": 0.1, "train.lr_warmup": 0.01, "train.lr_shape": "cosine", "train.lr_start": 0.1, "train.lr_decay": 0.0,
 }
+_GEMMA_SCOPE = _JUMPRELU | {"sae.bandwidth": 0.001, "sae.threshold_init": 0.001}
 
 # Transformer Circuits update January 2025; decoder rows start at the norm that U(-1/sqrt(n), 1/sqrt(n)) gives, 1/sqrt(3). Lambda
-# rises over the whole run. Encoder biases start at 0, where the update sets them so that each feature fires 10,000/m of the time.
+# rises over the whole run. Encoder biases start where each feature fires 10,000/m of the time.
 _JUMPRELU_TANH = {
     "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_norm_sqrt_D", "sae.objective": "tanh", "sae.sparsity": 10.0,
     "sae.penalty_scale": 4.0, "sae.pre_act_coef": 3e-6, "sae.bandwidth": 2.0, "sae.threshold_init": 0.1,
-    "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
+    "sae.init_l0": 10_000.0, "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.pre_bias": False,
+    "sae.b_dec_init": "zeros",
     "train.lr": 2e-4, "train.batch": 32_768, "train.eps": 1e-8, "train.lr_decay": 0.2, "train.l1_warmup": 1.0,
     "train.clip": 1.0,
 }
 
-# Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32, threshold averaged with 0.999.
-_BATCHTOPK = {"sae.kind": "batchtopk", "sae.normalize": "mean_sq_norm_1", "sae.threshold_beta": 0.999}
+# Bussmann et al. 2024 (BatchTopK), official implementation as SAEBench trains it: AuxK 1/32. Its threshold is averaged with
+# 0.999; in runs of some thousand steps that lags behind the falling learning rate, hence 0.99.
+_BATCHTOPK = {"sae.kind": "batchtopk", "sae.normalize": "mean_sq_norm_1", "sae.threshold_beta": 0.99}
 
 # Bussmann et al. 2025 (Matryoshka SAEs) as SAEBench trains them: five groups, batch 2048, learning rate 3e-4. On jumprelu: the
 # nesting of Gemma Scope 2, whose widths are not published, with the same groups.
@@ -52,6 +57,6 @@ _GROUPS = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2 + 1 / 32)
 _MATRYOSHKA = _BATCHTOPK | {"sae.groups": _GROUPS, "train.lr": 3e-4, "train.batch": 2048}
 _MATRYOSHKA_JUMPRELU = _JUMPRELU | {"sae.groups": _GROUPS}
 
-RECIPES = {"relu": _RELU, "topk": _TOPK, "gated": _GATED, "jumprelu": _JUMPRELU, "jumprelu_tanh": _JUMPRELU_TANH,
-           "batchtopk": _BATCHTOPK, "matryoshka": _MATRYOSHKA,
+RECIPES = {"relu": _RELU, "topk": _TOPK, "gated": _GATED, "jumprelu": _JUMPRELU, "gemma_scope": _GEMMA_SCOPE,
+           "jumprelu_tanh": _JUMPRELU_TANH, "batchtopk": _BATCHTOPK, "matryoshka": _MATRYOSHKA,
            "matryoshka_jumprelu": _MATRYOSHKA_JUMPRELU}

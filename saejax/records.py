@@ -24,9 +24,9 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class ActivationBatch:
-    """Rows of raw language-model activations with their place in the text."""
+    """Rows of raw language-model activations, the hookpoints side by side, with their place in the text."""
 
-    x_BD: np.ndarray            # bfloat16, as harvested: no normalisation
+    x_BW: np.ndarray            # bfloat16, as harvested: no normalisation
     token_ids_B: np.ndarray     # int32
     contexts_B: np.ndarray      # int64: which row of tokens
     positions_B: np.ndarray     # int32: which token of that row

@@ -15,6 +15,7 @@ AXES: dict[str, str | tuple[str, str] | None] = {
     "rows_at_rest": ("data", "dict"),
     "features": "dict",
     "d_in": None,
+    "d_out": None,
 }
 
 
@@ -31,6 +32,20 @@ def mesh_is_set() -> bool:
 def out(*logical: str | None) -> PartitionSpec | None:
     """`spec(...)` for an `out_sharding=` argument where a mesh is set, None where there is none."""
     return spec(*logical) if mesh_is_set() else None
+
+
+MEMBERS = "members"  # the vmapped axis of SAEs that train as one program
+
+
+def any_member(condition: jax.Array) -> jax.Array:
+    """`condition` of any SAE that trains in the same program: under `vmap` a `cond` that depends on its own SAE only would become
+    a select, which computes both branches.
+    """
+    try:
+        jax.lax.axis_size(MEMBERS)
+    except NameError:  # no such axis: one SAE
+        return condition
+    return jax.lax.pmax(condition.astype(np.int32), MEMBERS) > 0
 
 
 def make_mesh(options: MeshOptions, devices=None) -> Mesh:

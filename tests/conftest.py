@@ -18,7 +18,17 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
+# Files that take longest: begun first, so that no worker is left alone with one of them at the end.
+LONGEST = ("train/test_step", "scaling/test_sweep", "train/test_recipes", "train/test_resume", "data/test_harvest",
+           "test_release", "train/test_processes", "lm/test_generate", "lm/test_hooks", "test_main")
+
+
 def pytest_collection_modifyitems(config, items):
+    def rank(item) -> int:
+        name = item.path.with_suffix("").as_posix()
+        return next((n for n, longest in enumerate(LONGEST) if name.endswith(longest)), len(LONGEST))
+
+    items.sort(key=rank)  # keeps the order inside a file
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="slow tier: run with --slow or `make test-all`")

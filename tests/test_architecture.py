@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "saejax"
-GROUND = ("config", "recipes", "contradictions", "records", "sharding", "storage", "logs", "errors", "assets")
+GROUND = ("config", "config_values", "recipes", "contradictions", "records", "sharding", "storage", "logs", "errors", "assets")
 
 # Room -> rooms it may import besides itself. Ground modules are importable from everywhere.
 ALLOWED = {

@@ -13,11 +13,12 @@ from saejax import sharding
 from saejax.config import MeshOptions
 from saejax.errors import FormatError
 from saejax.formats.release import release
+from saejax.sae import tensors
 from saejax.train import loop
-from tests.train.synthetic import D_IN, leaves, make_config, make_store
+from tests.train.synthetic import SHAPES, make_config, make_store
 
 
-@pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu", "batchtopk"])
+@pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu", "batchtopk", *SHAPES])
 def released(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("release")
     loop.train(make_config(request.param, path / "run"), make_store(path / "store"))
@@ -41,17 +42,25 @@ def test_load_release_load_is_identical(released, tmp_path):
     from saejax.formats import saelens
     saelens.write(tmp_path / "again", first)
     second = saejax.load(tmp_path / "again")
-    for name, value in leaves(first.params).items():
-        np.testing.assert_array_equal(value, leaves(second.params)[name])
+    for name, value in tensors(first.params).items():
+        np.testing.assert_array_equal(value, tensors(second.params)[name])
     assert first.cfg == second.cfg
-    assert first.W_enc.shape == (D_IN, 64) and first.W_dec.shape == (64, D_IN)
+    assert first.W_enc.shape == (first.cfg.d_in, 64) and first.W_dec.shape == (64, first.cfg.spec.width_out)
+
+
+def test_release_and_run_give_the_same_values(released):
+    release_, run = saejax.load(released), saejax.load(released.parent)
+    assert release_.cfg == run.cfg
+    x = np.random.default_rng(0).standard_normal((5, run.cfg.d_in)).astype(np.float32)
+    for a, b in zip(release_.reconstruct(x), run.reconstruct(x), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4)])
 def test_each_device_reads_its_slice(released, shape):
     sae = saejax.load(released, mesh=sharding.make_mesh(MeshOptions(*shape)))
     one = saejax.load(released)
-    assert {s.data.shape for s in sae.params.W_dec.addressable_shards} == {(64 // shape[1], D_IN)}
+    assert {s.data.shape for s in sae.params.W_dec.addressable_shards} == {(64 // shape[1], sae.cfg.spec.width_out)}
     np.testing.assert_array_equal(jax.device_get(sae.params.W_enc), one.params.W_enc)
 
 
@@ -84,8 +93,8 @@ def test_all_wrong_tensors_in_one_line(copy):
                "b_dec": tensors["b_dec"]}, copy / "sae_weights.safetensors")
     with pytest.raises(FormatError) as error:
         saejax.load(copy)
-    bias = "b_gate" if "b_gate" in tensors else "b_enc"
-    for part in (f"{bias}: missing", "extra: unexpected", "W_enc: F32 (16, 63), expected F32 (16, 64)", "W_dec: F16"):
+    width, bias = len(tensors["W_enc"]), "b_gate" if "b_gate" in tensors else "b_enc"
+    for part in (f"{bias}: missing", "extra: unexpected", f"W_enc: F32 ({width}, 63), expected F32 ({width}, 64)", "W_dec: F16"):
         assert part in str(error.value)
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from saejax.config import default_config, resolve
+from saejax.recipes import RECIPES
 from saejax.records import RunPaths
 from saejax.report.plots import curves
 from saejax.report.report import render, write_report
-from saejax.report.summary import Rates, Result, table
+from saejax.report.summary import Rates, Result, described, table
 
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
 
@@ -105,3 +106,17 @@ def test_table_puts_runs_side_by_side(tmp_path, evaluation):
     assert "0.9667" in line and "0.5" in line and line.index("0.9667") < line.index("0.5,")
     assert str(tmp_path / "a") in text and str(tmp_path / "b") in text
     assert max(map(len, text.splitlines())) == len(text.splitlines()[1])
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_is_described(recipe):
+    text = described(resolve(default_config(recipe)))
+    assert text.startswith(RECIPES[recipe]["sae.kind"])
+    assert any(part in text for part in ("k = 32", "lambda = ", "target L0 80"))
+
+
+def test_shapes_are_described():
+    c = default_config("relu")
+    c.harvest.hookpoints = ("a", "b")
+    c.sae.hookpoint, c.sae.target, c.sae.skip, c.train.target_l0 = "a", "b", True, 20.0
+    assert described(resolve(c)) == "skip transcoder, relu, target L0 20"

@@ -53,7 +53,7 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     if is_complete(path):
         return _open_matching(path, config, sources, lm_)
     writer = StoreWriter(path, spec)
-    packed = PackedText(config.text, lm_.tokenizer, seed=config.seed, mask_special=config.harvest.mask_special,
+    packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, mask_special=config.harvest.mask_special,
                         sources=sources)
     n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
     barrier("saejax_harvest_written")
@@ -76,7 +76,7 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
     h = config.harvest
     shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
     return {"model": model_name(config.lm.model), "lm_dtype": config.lm.dtype,
-            "text": text.describe(config.text, sources, config.seed),
+            "text": text.describe(config.text, sources, config.seed_of_data),
             "context": config.text.context, "shard_contexts": h.shard_contexts, "chunk_rows": h.chunk_rows,
             "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
 

@@ -12,7 +12,7 @@ details.
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -211,14 +211,15 @@ def model_name(model: str) -> str:
     return Path(model).name if Path(model).expanduser().exists() else model
 
 
-def check_matches(store: Store, *, hookpoint: str | None = None, d_in: int | None = None, model: str | None = None,
+def check_matches(store: Store, *, hookpoints: Sequence[str] = (), d_in: int | None = None, model: str | None = None,
                   context: int | None = None) -> None:
     """Raises one `StoreError` that lists every config key which the store contradicts, with both values."""
+    missing = [hookpoint for hookpoint in hookpoints if hookpoint not in store.hookpoints]
     problems = []
-    if hookpoint is not None and hookpoint not in store.hookpoints:
-        problems.append(f"config.sae.hookpoint is {hookpoint!r}, the store holds {', '.join(store.hookpoints)}")
-    elif hookpoint is not None and d_in is not None and d_in != store.width(hookpoint):
-        problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoint} is {store.width(hookpoint)} wide")
+    if missing:
+        problems.append(f"config.sae reads {', '.join(map(repr, missing))}, the store holds {', '.join(store.hookpoints)}")
+    if hookpoints and not missing and d_in is not None and d_in != store.width(hookpoints[0]):
+        problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoints[0]} is {store.width(hookpoints[0])} wide")
     if model is not None and model_name(model) != store.spec.model:
         problems.append(f"config.lm.model is {model_name(model)!r}, the store was harvested from {store.spec.model!r}")
     if context is not None and context != store.context:

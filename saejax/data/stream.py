@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -35,12 +35,11 @@ _EXPONENT = np.uint16(0x7F80)
 
 @dataclass
 class _Window:
-    """A window being read: `rows[i]` is the store row whose values land in slot i of the buffers."""
+    """A window being read: `rows[i]` is the store row whose values land in slot i of the buffers, one `x` per hookpoint."""
 
-    blocks: np.ndarray
     order: np.ndarray
     rows: np.ndarray
-    x: np.ndarray
+    x: list[np.ndarray]
     tokens: np.ndarray
     pending: list
 
@@ -48,27 +47,26 @@ class _Window:
 class RowOrder:
     """Which rows come when: the arithmetic of the stream, without any reading of activations."""
 
-    def __init__(self, store: Store, hookpoint: str, options: StreamOptions):
+    def __init__(self, store: Store, hookpoints: Sequence[str], options: StreamOptions):
         self.block_rows = options.block_contexts * store.context
         self.rows = store.rows
         self.n_blocks = -(-store.rows // self.block_rows)
         self.window_blocks = min(self.n_blocks, max(1, options.window_rows // self.block_rows))
         self.n_windows = -(-self.n_blocks // self.window_blocks)
-        self._bits, self._kept = self._masks(store, hookpoint, options)
+        self._bits, self._kept = self._masks(store, hookpoints, options)
         self.rows_per_epoch = int(self._kept.sum())
         if self.rows_per_epoch == 0:
-            raise StoreError(f"{store.path}: every row of {hookpoint} is masked; nothing to stream")
+            raise StoreError(f"{store.path}: every row of {', '.join(hookpoints)} is masked; nothing to stream")
 
-    def _masks(self, store: Store, hookpoint: str, options: StreamOptions) -> tuple[np.ndarray, np.ndarray]:
+    def _masks(self, store: Store, hookpoints: Sequence[str], options: StreamOptions) -> tuple[np.ndarray, np.ndarray]:
         """One bit per row (1: handed out), and kept rows per block. Reads `keep` and, for outliers, `norms` once."""
         step = self.block_rows * max(1, (1 << 20) // self.block_rows) * 8
         bits, kept = [], []
-        bound = store.outlier_bound(hookpoint)
         for a in range(0, store.rows, step):
             b = min(a + step, store.rows)
             mask = store.keep(a, b)
-            if options.mask_outliers:
-                mask &= store.norms(hookpoint, a, b) <= bound
+            for hookpoint in hookpoints if options.mask_outliers else ():
+                mask &= store.norms(hookpoint, a, b) <= store.outlier_bound(hookpoint)
             bits.append(np.packbits(mask))
             kept.append(np.add.reduceat(mask, np.arange(0, b - a, self.block_rows), dtype=np.int64))
         return np.concatenate(bits), np.concatenate(kept)
@@ -128,19 +126,19 @@ class _Recycled:
 class Stream:
     """Iterator of `ActivationBatch` with exactly `batch` rows, without end; also a context manager (`close()` joins).
 
-    A batch that crosses the end of an epoch takes the rest of it and then the first rows of the next. `state` is the
-    place behind the last batch handed out; a stream made with it continues with the identical batches at once,
-    without reading what was skipped. Every process builds the same global batch and takes its slice of it, so the
-    order cannot depend on how many processes there are. A second stream over the same store (another seed) is
-    independent of the first.
+    A row holds the activations of one token at all `hookpoints`, side by side. A batch that crosses the end of an epoch takes the
+    rest of it and then the first rows of the next. `state` is the place behind the last batch handed out; a stream made with it
+    continues with the identical batches at once, without reading what was skipped. Every process builds the same global batch and
+    takes its slice of it, so the order cannot depend on how many processes there are. A second stream over the same store
+    (another seed) is independent of the first.
 
     Raises `StoreCorruptError`, `NonFiniteError` (count and place of the rows) from `next()`, `StoreError` at once.
     """
 
-    def __init__(self, store: Store, hookpoint: str, batch: int, options: StreamOptions, state: StreamState):
-        self.store, self.hookpoint, self.batch = store, hookpoint, batch
-        self.width = store.width(hookpoint)
-        self.order = RowOrder(store, hookpoint, options)
+    def __init__(self, store: Store, hookpoints: Sequence[str], batch: int, options: StreamOptions, state: StreamState):
+        self.store, self.hookpoints, self.batch = store, tuple(hookpoints), batch
+        self.widths = [store.width(hookpoint) for hookpoint in self.hookpoints]
+        self.order = RowOrder(store, self.hookpoints, options)
         if batch < 1 or not 0 <= state.position <= self.order.rows_per_epoch or min(state.seed, state.epoch) < 0:
             raise StoreError(f"{store.path}: no stream of {batch} rows at {state}: an epoch has "
                              f"{self.order.rows_per_epoch} "
@@ -148,10 +146,11 @@ class Stream:
         self.state = self._normal(state)
         self.wait_seconds = 0.0
         rows = self.order.window_blocks * self.order.block_rows
-        self._buffers = [(np.empty((rows, self.width), ml_dtypes.bfloat16), np.empty(rows, np.int32)) for _ in range(2)]
-        batch_bytes = batch * self.width * 2
+        self._buffers = [([np.empty((rows, width), ml_dtypes.bfloat16) for width in self.widths], np.empty(rows, np.int32))
+                         for _ in range(2)]
+        batch_bytes = batch * sum(self.widths) * 2
         self._queue: queue.Queue = queue.Queue(maxsize=max(2, min(16, _QUEUE_BYTES // batch_bytes)))
-        self._memory = _Recycled(self.width, self._queue.maxsize + 2)
+        self._memory = _Recycled(sum(self.widths), self._queue.maxsize + 2)
         self._stop = threading.Event()
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, args=(self.state,), name="saejax-stream", daemon=True)
@@ -223,7 +222,7 @@ class Stream:
             while position < len(window.order):
                 slots = window.order[position:position + self.batch - have]
                 part = slice(have, have + len(slots))
-                np.take(window.x.view(np.uint16), slots, axis=0, out=x[part], mode="clip")
+                self._gather(window, slots, x[part])
                 tokens[part], rows[part] = window.tokens[slots], window.rows[slots]
                 have, position = have + len(slots), position + len(slots)
                 state = StreamState(state.seed, epoch, (state.position if epoch == state.epoch else 0) + len(slots))
@@ -252,7 +251,6 @@ class Stream:
                 if number == self.order.n_windows:
                     number, epoch = 0, epoch + 1
                 ahead = self._start(state.seed, epoch, number, buffer)
-                self._check_finite(current)
                 yield current_epoch, current, skip
         finally:
             for read in ahead.pending:
@@ -262,23 +260,28 @@ class Stream:
         blocks, order = self.order.window(seed, epoch, number)
         spans = [self.order.span(b) for b in blocks]
         rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in spans])
-        x, tokens = (values[:len(rows)] for values in self._buffers[buffer])
-        pending = [self.store.start_read(f"acts/{self.hookpoint}", spans, x),
-                   self.store.start_read("tokens", spans, tokens)]
-        return _Window(blocks, order, rows, x, tokens, pending)
+        x, tokens = [values[:len(rows)] for values in self._buffers[buffer][0]], self._buffers[buffer][1][:len(rows)]
+        pending = [self.store.start_read(f"acts/{hookpoint}", spans, values)
+                   for hookpoint, values in zip(self.hookpoints, x, strict=True)]
+        pending.append(self.store.start_read("tokens", spans, tokens))
+        return _Window(order, rows, x, tokens, pending)
 
-    def _check_finite(self, window: _Window) -> None:
-        bits = window.x.view(np.uint16)
-        scratch = np.empty((_ROWS_AT_ONCE, self.width), np.uint16)
-        for a in range(0, len(bits), _ROWS_AT_ONCE):
-            piece = bits[a:a + _ROWS_AT_ONCE]
+    def _gather(self, window: _Window, slots: np.ndarray, out: np.ndarray) -> None:
+        """The rows in these slots, their hookpoints side by side; each piece is checked while it is still in the cache."""
+        scratch = np.empty((_ROWS_AT_ONCE, out.shape[1]), np.uint16)
+        for a in range(0, len(slots), _ROWS_AT_ONCE):
+            piece, column = out[a:a + _ROWS_AT_ONCE], 0
+            for values, width in zip(window.x, self.widths, strict=True):
+                columns = piece[:, column:column + width]
+                np.take(values.view(np.uint16), slots[a:a + _ROWS_AT_ONCE], axis=0, out=columns, mode="clip")
+                column += width
             if np.bitwise_and(piece, _EXPONENT, out=scratch[:len(piece)]).max() == _EXPONENT:
-                break
-        else:
-            return
-        bad = window.order[((bits[window.order] & _EXPONENT) == _EXPONENT).any(axis=1)]
-        if bad.size:
-            rows = np.sort(window.rows[bad])
-            places = [divmod(int(r), self.store.context) for r in rows[:5]]
-            raise NonFiniteError(f"{self.store.path}: " + non_finite_message(
-                self.hookpoint, bad.size, len(window.order), places))
+                self._refuse(window)
+
+    def _refuse(self, window: _Window) -> None:
+        """Raises `NonFiniteError` with the number and the place of the window's rows that are not finite."""
+        for hookpoint, values in zip(self.hookpoints, window.x, strict=True):
+            bad = window.order[((values.view(np.uint16)[window.order] & _EXPONENT) == _EXPONENT).any(axis=1)]
+            if bad.size:
+                places = [divmod(int(row), self.store.context) for row in np.sort(window.rows[bad])[:5]]
+                raise NonFiniteError(f"{self.store.path}: " + non_finite_message(hookpoint, bad.size, len(window.order), places))

@@ -1,8 +1,10 @@
 """`evaluate`: one pass over held-out text, reconstruction and splicing together; and the cache of its results."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 
+import jax.numpy as jnp
 import numpy as np
 
 from saejax import sharding
@@ -19,40 +21,44 @@ from saejax.storage import is_writer, read_json, text_sha256, write_json
 
 SCHEMA_VERSION = 1
 KIND = "saejax-evaluation"
+PER_LAYER = ("fvu", "explained_variance", "fvu_no_outliers", "explained_variance_no_outliers", "normalized_mse", "mse", "cosine")
 _ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
 
 
-def evaluate(config: Config, sae: SAE, lm_: LM, stats: ActivationStats) -> dict:
+def evaluate(config: Config, sae: SAE, lm_: LM, stats: Mapping[str, ActivationStats]) -> dict:
     """Everything measured on `eval.contexts` contexts of held-out text, as plain JSON.
 
-    The figures are those of `Reconstruction.result` and `SpliceSums.result`. stats: those of the training store; the
-    mean serves mean ablation, the median norm the outlier bound (10 x). Text is packed and masked as it was for the
-    harvest. Activations are the language model's own, not rounded to bfloat16. Raises `HookpointError` / `FormatError`
-    when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
+    The figures are those of `Reconstruction.result` and `SpliceSums.result`, at the hookpoints that the SAE reconstructs; those
+    of a crosscoder are replaced together, its reconstruction figures are means over them and each has its own under `layers`.
+    stats: of these hookpoints in the training store; the mean serves mean ablation, the median norm the outlier bound (10 x).
+    Text is packed and masked as it was for the harvest. Activations are the language model's own, not rounded to bfloat16. Raises
+    `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
     """
-    hookpoint = sae.cfg.hookpoint
-    width = width_of(lm_.cfg, hookpoint)
+    hookpoints, targets = sae.cfg.hookpoints, sae.cfg.targets
+    width = sum(width_of(lm_.cfg, hookpoint) for hookpoint in hookpoints)
     if width != sae.cfg.d_in:
-        raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {hookpoint} of {lm_.name} has {width};"
+        raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {sae.cfg.hookpoint} of {lm_.name} has {width};"
                           " evaluate it with the model it was trained on (config.lm.model)")
-    recon = Reconstruction(sae.cfg.d_sae, stats.mean_D, OUTLIER_FACTOR * stats.median_norm)
+    measured = {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
+                for name in targets}
+    means = {name: stats[name].mean_D for name in targets}
     sums = splice.SpliceSums()
     contexts = masked = 0
     total = config.eval.contexts * config.text.context
     with Progress("evaluate", total, enabled=config.log.progress) as bar:
-        for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed,
+        for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed_of_data,
                                    split="heldout", mask_special=config.harvest.mask_special,
                                    max_contexts=config.eval.contexts):
             rows = len(batch.tokens_BT)
             tokens_BT, keep_BT = _padded(batch, config.eval.batch_contexts)
-            x_BTD = splice.prefix(lm_.model, tokens_BT, hookpoint=hookpoint)
-            recon_BTD = _reconstruct(sae, x_BTD, keep_BT, recon)
-            sums.add(lm_.model, hookpoint, tokens_BT, keep_BT, x_BTD, recon_BTD, stats.mean_D, rows)
+            clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
+            recon = _reconstruct(sae, clean, keep_BT, measured)
+            sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, rows)
             contexts, masked = contexts + rows, masked + int((~batch.keep_BT).sum())
             bar.advance(rows * config.text.context)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
-            "hookpoint": hookpoint, "contexts": contexts, "context": config.text.context, "masked_tokens": masked,
-            "outlier_factor": OUTLIER_FACTOR, **recon.result(), **sums.result()}
+            "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": config.text.context, "masked_tokens": masked,
+            "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured), **sums.result()}
 
 
 def _padded(batch: TokenBatch, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -61,31 +67,52 @@ def _padded(batch: TokenBatch, rows: int) -> tuple[np.ndarray, np.ndarray]:
     return np.pad(batch.tokens_BT, pad, mode="edge"), np.pad(batch.keep_BT, pad, constant_values=False)
 
 
-def _reconstruct(sae: SAE, x_BTD, keep_BT: np.ndarray, into: Reconstruction):
-    """Reconstruction `[B, T, D]` of a batch, measured on the way; pieces bound the memory for feature activations."""
-    flat_ND, keep_N = x_BTD.reshape(-1, sae.cfg.d_in), keep_BT.reshape(-1)
+def _reconstruct(sae: SAE, clean: dict, keep_BT: np.ndarray, into: dict[str, Reconstruction]) -> dict:
+    """Reconstructions `[B, T, D]` of a batch by hookpoint, measured on the way; pieces bound the memory for feature activations.
+    """
+    keep_N = keep_BT.reshape(-1)
+    on_host = np.asarray if sae.mesh is not None else jnp.asarray
+    flat = {name: on_host(x_BTD.reshape(len(keep_N), -1)) for name, x_BTD in clean.items()}
     piece = max(1, min(len(keep_N), _ACTS_ELEMENTS // sae.cfg.d_sae))
-    if sae.mesh is not None:
-        flat_ND = np.asarray(flat_ND)
-    parts = []
+    parts: dict[str, list] = {name: [] for name in into}
     for start in range(0, len(keep_N), piece):
-        x_ND = flat_ND[start:start + piece]
-        recon_ND, acts_NF = sae.reconstruct(x_ND)
+        here = {name: x_ND[start:start + piece] for name, x_ND in flat.items()}
+        read = [here[name] for name in sae.cfg.hookpoints]
+        recon_ND, acts_NF = sae.reconstruct(read[0] if len(read) == 1 else (np if sae.mesh else jnp).concatenate(read, axis=-1))
         if sae.mesh is not None:
             recon_ND = sharding.to_host(recon_ND)
-        into.add(x_ND, recon_ND, acts_NF, keep_N[start:start + piece])
-        parts.append(recon_ND)
-    whole = parts[0] if len(parts) == 1 else np.concatenate([np.asarray(p) for p in parts])
-    return whole.reshape(x_BTD.shape)
+        first = 0
+        for name, figures in into.items():
+            last = first + here[name].shape[-1]
+            figures.add(here[name], recon_ND[:, first:last], acts_NF, keep_N[start:start + piece])
+            parts[name].append(recon_ND[:, first:last])
+            first = last
+    return {name: (p[0] if len(p) == 1 else np.concatenate([np.asarray(a) for a in p])).reshape(clean[name].shape)
+            for name, p in parts.items()}
 
 
-def cache_key(config: Config, step: int) -> dict:
-    """What a cached evaluation depends on: the checkpoint step, and every option that decides text and model."""
+def _over_layers(measured: dict[str, Reconstruction]) -> dict:
+    """The figures of the one hookpoint; or means over several, the greatest number of outlier tokens, and each by itself."""
+    layers = {name: figures.result() for name, figures in measured.items()}
+    result = dict(next(iter(layers.values())))
+    if len(layers) == 1:
+        return result
+    for key in PER_LAYER:
+        values = [layer[key] for layer in layers.values()]
+        result[key] = None if None in values else sum(values) / len(values)
+    result["outlier_tokens"] = max(layer["outlier_tokens"] for layer in layers.values())
+    return result | {"layers": {name: {key: layer[key] for key in ("outlier_tokens", *PER_LAYER)}
+                                for name, layer in layers.items()}}
+
+
+def cache_key(config: Config, step: int, fingerprint: str) -> dict:
+    """What a cached evaluation depends on: the checkpoint (its step, a digest of its arrays) and all options on text and model.
+    """
     lm_options = {key: value for key, value in asdict(config.lm).items() if key != "mesh"}
-    relevant = {"text": asdict(config.text), "lm": lm_options, "hookpoint": config.sae.hookpoint,
-                "seed": config.seed, "mask_special": config.harvest.mask_special}
+    relevant = {"text": asdict(config.text), "lm": lm_options, "hookpoints": config.sae.hookpoints,
+                "seed": config.seed_of_data, "mask_special": config.harvest.mask_special}
     options = text_sha256(json.dumps(relevant, sort_keys=True))
-    return {"step": step, "contexts": config.eval.contexts, "options": options}
+    return {"step": step, "checkpoint": fingerprint, "contexts": config.eval.contexts, "options": options}
 
 
 def cached(paths: RunPaths, key: dict) -> dict | None:

@@ -19,24 +19,25 @@ from saejax.lm.model import Decoder, capture
 _LOGIT_BYTES = 64 << 20  # float32 logits held at once: [chunk, V], never [B, T, V]
 
 
-@functools.partial(jax.jit, static_argnames="hookpoint")
-def prefix(model: Decoder, tokens_BT: Array, *, hookpoint: str) -> Array:
-    """Activations at the hookpoint, `[B, T, D]`; nothing above it is computed."""
-    return capture(model, tokens_BT, [hookpoint])[hookpoint]
+@functools.partial(jax.jit, static_argnames="hookpoints")
+def prefix(model: Decoder, tokens_BT: Array, *, hookpoints: tuple[str, ...]) -> dict[str, Array]:
+    """Activations at the hookpoints, `[B, T, D]` each; nothing above the last of them is computed."""
+    return capture(model, tokens_BT, list(hookpoints))
 
 
-@functools.partial(jax.jit, static_argnames="hookpoint")
-def suffix(model: Decoder, tokens_BT: Array, x_BTD: Array, *, hookpoint: str) -> Array:
-    """Final normed residual `[B, T, D]` with `x_BTD` at the hookpoint; nothing below it is computed."""
-    if hookpoint == FINAL:
-        return x_BTD
+@jax.jit
+def suffix(model: Decoder, tokens_BT: Array, values: dict[str, Array]) -> Array:
+    """Final normed residual `[B, T, D]` with these values `[B, T, D]` at their hookpoints; what they hide is not computed."""
+    if FINAL in values:
+        return values[FINAL]
     kept = []
 
     def keep(value: Array) -> Array:
         kept.append(value)
         return value
 
-    model(tokens_BT, taps={hookpoint: lambda _: x_BTD.astype(model.dtype), FINAL: keep}, stop_at=FINAL)
+    taps = {hookpoint: lambda _, x_BTD=x_BTD: x_BTD.astype(model.dtype) for hookpoint, x_BTD in values.items()}
+    model(tokens_BT, taps=taps | {FINAL: keep}, stop_at=FINAL)
     return kept[0]
 
 
@@ -95,19 +96,20 @@ class SpliceSums:
     mean: float = 0.0
     kl: float = 0.0
 
-    def add(self, model: Decoder, hookpoint: str, tokens_BT: np.ndarray, keep_BT: np.ndarray, x_BTD: Array,
-            recon_BTD: Array, mean_D: np.ndarray, rows: int) -> None:
-        """One batch, of which the first `rows` rows count.
+    def add(self, model: Decoder, tokens_BT: np.ndarray, keep_BT: np.ndarray, clean: dict[str, Array], recon: dict[str, Array],
+            mean: dict[str, np.ndarray], rows: int) -> None:
+        """One batch, of which the first `rows` rows count; clean, recon `[B, T, D]` and mean `[D]` by hookpoint to be replaced.
 
         Each variant runs through the same two compiled programs, so that equal activations give bitwise equal losses:
         an SAE that returns its input recovers exactly 1.
         """
         keep_BT1 = np.asarray(keep_BT, bool)[..., None]
-        clean_BTD = suffix(model, tokens_BT, x_BTD, hookpoint=hookpoint)
+        clean_BTD = suffix(model, tokens_BT, clean)
         self.clean += _total(token_nll(model, tokens_BT, clean_BTD), rows)
-        for name, value in (("spliced", recon_BTD), ("zero", 0.0), ("mean", np.asarray(mean_D, np.float32))):
-            mixed_BTD = jnp.where(keep_BT1, value, x_BTD).astype(x_BTD.dtype)
-            final_BTD = suffix(model, tokens_BT, mixed_BTD, hookpoint=hookpoint)
+        for name, values in (("spliced", recon), ("zero", dict.fromkeys(clean, 0.0)), ("mean", mean)):
+            mixed = {hookpoint: jnp.where(keep_BT1, jnp.asarray(values[hookpoint], jnp.float32), x_BTD).astype(x_BTD.dtype)
+                     for hookpoint, x_BTD in clean.items()}
+            final_BTD = suffix(model, tokens_BT, mixed)
             setattr(self, name, getattr(self, name) + _total(token_nll(model, tokens_BT, final_BTD), rows))
             if name == "spliced":
                 self.kl += _total(token_kl(model, clean_BTD, final_BTD), rows)

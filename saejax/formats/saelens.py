@@ -1,8 +1,10 @@
 """The release directory: `cfg.json` + `sae_weights.safetensors` with SAELens' names and layout, so that both libraries read it.
 
-Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_in], b_dec [d_in]; gated has b_gate, r_mag and b_mag
-[d_sae] instead of b_enc, jumprelu has threshold [d_sae]. Normalisation and, except for topk, decoder norms are folded, so raw
-activations go in: pre = (x - b_dec if apply_b_dec_to_input) W_enc + b_enc.
+Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_dec [d_out]; gated has b_gate, r_mag and b_mag
+[d_sae] instead of b_enc, jumprelu has threshold [d_sae], a skip transcoder W_skip [d_out, d_in]. SAELens knows plain SAEs of
+every kind, and transcoders of kind relu and jumprelu; the other shapes follow the same pattern under names that it refuses.
+Normalisation and, except for topk, decoder norms are folded, so raw activations go in: pre = (x - b_dec if apply_b_dec_to_input)
+W_enc + b_enc.
 """
 
 import hashlib
@@ -17,14 +19,18 @@ from safetensors.numpy import save
 import saejax
 from saejax import sharding
 from saejax.errors import FormatError
-from saejax.sae import SAEParams, param_shapes, param_shardings
+from saejax.sae import from_tensors, param_shapes, param_shardings, tensors
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.storage import file_sha256, is_writer, read_json, write_bytes, write_json
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
-ARCHITECTURES = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
-COMMON = ("W_enc", "b_enc", "W_dec", "b_dec")
+_PLAIN = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
+_SHAPES = {"transcoder": "transcoder", "skip transcoder": "skip_transcoder", "crosscoder": "crosscoder"}
+ARCHITECTURES = {(kind, "sae"): name for kind, name in _PLAIN.items()} | {
+    (kind, shape): ("" if kind == "relu" else f"{kind}_") + name for kind in _PLAIN for shape, name in _SHAPES.items()}
+KNOWN_TO_SAELENS = (*_PLAIN.values(), "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_TRANSPOSED = ("W_enc", "W_skip")  # stored here the other way round
 SAELENS_VERSION = "6.54.12"  # the reader that releases are checked against; readers treat < 6 as an older layout
 
 
@@ -38,16 +44,21 @@ def write(directory: Path, sae: SAE) -> None:
 
     Every process must call it; one writes. The arrays pass through host memory whole.
     """
-    values = {name: getattr(sae.params, name) for name in COMMON} | sae.params.per_feature
-    tensors = {_tensor(sae.cfg.kind, name): sharding.to_host(value) for name, value in values.items()}
-    tensors["W_enc"] = np.ascontiguousarray(tensors["W_enc"].T)
-    bad = [name for name, value in tensors.items() if not np.isfinite(value).all()]
+    arrays = {name: sharding.to_host(value) for name, value in tensors(sae.params).items()}
+    arrays = {_tensor(sae.cfg.kind, name): np.ascontiguousarray(value.T) if name in _TRANSPOSED else value
+              for name, value in arrays.items()}
+    bad = [name for name, value in arrays.items() if not np.isfinite(value).all()]
     if bad:
         raise FormatError(f"{directory}: not released, {', '.join(bad)} hold NaN or Inf")
     if is_writer():
-        weights = save(tensors, metadata={"format": "pt"})
+        weights = save(arrays, metadata={"format": "pt"})
         write_bytes(directory / WEIGHTS, weights)
         write_json(directory / CONFIG, _to_cfg(sae.cfg, hashlib.sha256(weights).hexdigest()))
+
+
+def architecture(cfg: SAEConfig) -> str:
+    """What `cfg.json` calls an SAE of this kind and shape."""
+    return ARCHITECTURES[cfg.kind, cfg.spec.shape]
 
 
 def _tensor(kind: str, name: str) -> str:
@@ -58,7 +69,7 @@ def _tensor(kind: str, name: str) -> str:
 def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
     text = cfg.metadata.get("text", {})
     out = {
-        "architecture": ARCHITECTURES[cfg.kind], "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": "float32", "device": "cpu",
+        "architecture": architecture(cfg), "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": cfg.pre_bias, "normalize_activations": "none", "reshape_activations": "none",
         "metadata": {"sae_lens_version": SAELENS_VERSION, "model_name": cfg.model, "hook_name": cfg.hookpoint,
                      "hook_head_index": None, "context_size": text.get("context"), "prepend_bos": text.get("bos") == "row",
@@ -67,6 +78,12 @@ def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
     }
     if cfg.kind == "topk":
         out |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}
+    if cfg.target:
+        out |= {"d_out": cfg.d_out}
+        out["metadata"]["hook_name_out"] = cfg.target
+    if cfg.layers:
+        out |= {"layers": list(cfg.layers)}
+        out["metadata"]["hook_names"] = list(cfg.hookpoints)
     return out
 
 
@@ -78,29 +95,25 @@ def read(directory: Path, mesh: Mesh | None = None) -> SAE:
     cfg = _from_cfg(directory / CONFIG, read_json(directory / CONFIG, FormatError))
     path = directory / WEIGHTS
     _check_digest(path, cfg.metadata.get("weights_sha256"))
-    shapes = param_shapes(cfg.spec, folded=True)
-    names = shapes.per_feature.keys()
-    expected = {_tensor(cfg.kind, name): getattr(shapes, name) for name in COMMON} | shapes.per_feature
-    expected["W_enc"] = (cfg.d_in, cfg.d_sae)
+    shapes = tensors(param_shapes(cfg.spec, folded=True))
+    expected = {_tensor(cfg.kind, name): shape[::-1] if name in _TRANSPOSED else shape for name, shape in shapes.items()}
     try:
         with safe_open(path, framework="numpy") as f:
             _check_tensors(path, f, expected)
             if mesh is not None:
                 sharding.check_features(cfg.d_sae, mesh)
-            where = param_shardings(mesh, names) if mesh is not None else SAEParams(None, None, None, None, dict.fromkeys(names))
-            common = {name: _load(f, _tensor(cfg.kind, name), getattr(where, name), transposed=name == "W_enc")
-                      for name in COMMON}
-            params = SAEParams(**common, per_feature={name: _load(f, name, where.per_feature[name]) for name in names})
+            where = tensors(param_shardings(mesh, shapes)) if mesh is not None else dict.fromkeys(shapes)
+            values = {name: _load(f, _tensor(cfg.kind, name), where[name], transposed=name in _TRANSPOSED) for name in shapes}
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: not a readable safetensors file ({error})") from error
-    for name, value in ({name: getattr(params, name) for name in COMMON} | params.per_feature).items():
+    for name, value in values.items():
         if not np.isfinite(np.asarray(jax.device_get(abs(value).max()))):
             raise FormatError(f"{path}: tensor {_tensor(cfg.kind, name)} holds NaN or Inf")
-    return SAE(params, cfg, mesh)
+    return SAE(from_tensors(values), cfg, mesh)
 
 
 def _from_cfg(path: Path, values: dict) -> SAEConfig:
-    kinds = {architecture: kind for kind, architecture in ARCHITECTURES.items()}
+    kinds = {name: kind_and_shape for kind_and_shape, name in ARCHITECTURES.items()}
     try:
         own = values["metadata"].get("saejax", {})
         if own.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
@@ -111,10 +124,16 @@ def _from_cfg(path: Path, values: dict) -> SAEConfig:
         if values["normalize_activations"] != "none" or rescaled:
             raise FormatError(f"{path}: normalize_activations={values['normalize_activations']!r}, rescale_acts_by_decoder_norm="
                               f"{rescaled}: only folded SAEs can be read")
+        kind, shape = kinds[values["architecture"]]
+        written = values["metadata"]
+        transcoder = shape.endswith("transcoder")
         return SAEConfig(
-            kind=kinds[values["architecture"]], d_in=int(values["d_in"]), d_sae=int(values["d_sae"]), k=int(values.get("k", 0)),
-            pre_bias=bool(values["apply_b_dec_to_input"]), hookpoint=str(values["metadata"].get("hook_name")),
-            model=str(values["metadata"].get("model_name")), metadata=own)
+            kind=kind, d_in=int(values["d_in"]), d_sae=int(values["d_sae"]), k=int(values["k"]) if kind == "topk" else 0,
+            pre_bias=bool(values["apply_b_dec_to_input"]), model=str(written.get("model_name")),
+            hookpoints=tuple(map(str, written["hook_names"] if shape == "crosscoder" else [written.get("hook_name")])),
+            target=str(written.get("hook_name_out")) if transcoder else "", d_out=int(values["d_out"]) if transcoder else None,
+            skip=shape == "skip transcoder", layers=tuple(map(int, values["layers"])) if shape == "crosscoder" else (),
+            metadata=own)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise FormatError(f"{path}: missing or malformed key ({type(error).__name__}: {error})") from error
 

@@ -70,7 +70,7 @@ def _resamples(lines: list[dict]) -> list[tuple[int, int]]:
 
 def _story(result: Result) -> str:
     c, e = result.config, result.evaluation
-    return (f"A sparse autoencoder ({described(c.sae)}) with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
-            f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {c.sae.hookpoint}. Text: "
+    return (f"A sparse autoencoder ({described(c)}) with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
+            f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {', '.join(c.sae.hookpoints)}. Text: "
             f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
             "contexts of held-out text.")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from saejax.config import Config, SAEOptions
+from saejax.config import Config
 from saejax.logs import read_metrics
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths
@@ -35,19 +35,21 @@ def training_rate(paths: RunPaths) -> float | None:
     return float(np.median(rates)) if rates else None
 
 
-def described(sae: SAEOptions) -> str:
-    """The kind and what sets its sparsity."""
-    if sae.kind == "jumprelu":
-        target = f", target L0 {sae.target_l0:g}" if sae.objective == "target_l0" else ""
-        return f"jumprelu, {sae.objective} with lambda = {sae.sparsity:g}{target}"
-    return f"{sae.kind}, " + (f"k = {sae.k}" if sae.kind in WITH_K else f"lambda = {sae.l1:g}")
+def described(config: Config) -> str:
+    """The kind, the shape where it is no plain SAE, and what sets its sparsity."""
+    sae, target = config.sae, config.train.target_l0
+    shape = "crosscoder, " if sae.crosscoder else "" if not sae.target else "skip transcoder, " if sae.skip else "transcoder, "
+    if sae.kind in WITH_K:
+        return f"{shape}{sae.kind}, k = {sae.k}"
+    aim = f"target L0 {target:g}" if target else f"lambda = {sae.sparsity if sae.kind == 'jumprelu' else sae.l1:g}"
+    return f"{shape}{sae.kind}, {f'objective {sae.objective}, ' if sae.kind == 'jumprelu' else ''}{aim}"
 
 
 def rows(result: Result) -> list[tuple[str, str]]:
     """(label, value) of every line of the table."""
     e, sae = result.evaluation, result.config.sae
     return [
-        ("SAE", f"{described(sae)}, {sae.d_sae} features"),
+        ("SAE", f"{described(result.config)}, {sae.d_sae} features"),
         ("hookpoint", f"{e['hookpoint']} of {result.config.lm.model}"),
         ("step", f"{result.step:,} ({result.step * result.config.train.batch:,} tokens)"),
         ("held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),

@@ -12,54 +12,83 @@ from jax.sharding import Mesh
 from saejax import sharding
 from saejax.errors import FormatError
 from saejax.sae.activations import thresholds
-from saejax.sae.model import decode, encode
-from saejax.sae.params import SAEParams, SAESpec, param_shardings
+from saejax.sae.model import decode, encode, skipped
+from saejax.sae.normalization import Normalization
+from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
 
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What an SAE is and where it comes from. `metadata` is plain JSON (training tokens, digests, versions, ...)."""
+    """What an SAE is and where it comes from. `metadata` is plain JSON (training tokens, digests, versions, ...).
+
+    hookpoints: what it reads, one after the other where there are several (crosscoder, whose `layers` are their widths).
+    target: the hookpoint that a transcoder predicts, of width d_out; empty: it reconstructs what it reads.
+    """
 
     kind: str
     d_in: int
     d_sae: int
     k: int
     pre_bias: bool
-    hookpoint: str
+    hookpoints: tuple[str, ...]
     model: str
+    target: str = ""
+    d_out: int | None = None
+    skip: bool = False
+    layers: tuple[int, ...] = ()
     metadata: dict = field(default_factory=dict, compare=False)
 
     @property
     def spec(self) -> SAESpec:
-        return SAESpec(kind=self.kind, d_in=self.d_in, d_sae=self.d_sae, k=self.k, pre_bias=self.pre_bias)
+        return SAESpec(kind=self.kind, d_in=self.d_in, d_sae=self.d_sae, k=self.k, pre_bias=self.pre_bias, d_out=self.d_out,
+                       skip=self.skip, layers=self.layers)
+
+    @property
+    def hookpoint(self) -> str:
+        """The hookpoint that it reads; of a crosscoder all of them, with blanks between."""
+        return " ".join(self.hookpoints)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The hookpoints that are reconstructed."""
+        return (self.target,) if self.target else self.hookpoints
 
 
-def folded_kind(kind: str) -> str:
-    """The kind of a folded SAE: one of batchtopk encodes each row by itself, with a threshold."""
-    return "jumprelu" if kind == "batchtopk" else kind
+def folded_kind(kind: str, params: SAEParams) -> str:
+    """The kind of a folded SAE: where a kind with k comes with a threshold it encodes each row by itself, as jumprelu."""
+    return "jumprelu" if "threshold" in params.per_feature else kind
 
 
-def fold(spec: SAESpec, params: SAEParams, scale: jax.Array) -> SAEParams:
-    """Parameters for raw activations: the normalisation (x_normalised = scale * x) and, except for topk, decoder norms folded.
+def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEParams:
+    """Parameters for raw activations: the normalisation of input and output and, except for topk, decoder norms folded.
 
-    Feature activations come out in raw units: the length of the feature's contribution to the residual stream where decoder
-    rows are unit. acts = f_i ||W_dec,i|| / scale with unit decoder rows; topk: acts = f_i / scale, decoder rows as trained
-    (unit by default), since rescaling single rows would change which features win. All rest on relu(c z) = c relu(z) for
-    c > 0; biases and thresholds are in the units of pre-activations and scale like b_enc, `r_mag` is a ratio and stays.
-    The result is of `folded_kind`: batchtopk becomes jumprelu at its running threshold, which params.per_feature brings along as
-    `threshold`; `log_threshold` of jumprelu becomes `threshold`.
+    Feature activations come out in raw units: the length of the feature's contribution to what is reconstructed where decoder
+    rows are unit. acts = f_i c_i with c_i = ||W_dec,i / scale|| (scale: of the output's columns) and unit decoder rows; topk: one
+    c = max(1 / scale) for all features, decoder rows as trained (unit by default), since rescaling single rows would change
+    which features win. All rest on relu(c z) = c relu(z) for c > 0; biases and thresholds are in the units of pre-activations
+    and scale like b_enc, `r_mag` is a ratio and stays. The centre goes into b_enc, or into b_dec where the encoder subtracts it.
+    The result is of `folded_kind`: batchtopk (and topk where that is asked for) becomes jumprelu at its running threshold, which
+    params.per_feature brings along as `threshold`; `log_threshold` of jumprelu becomes `threshold`.
     """
-    if spec.kind != "topk":
-        norm_F = jnp.maximum(jnp.linalg.norm(params.W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
+    read, written = normalization.parts(spec)
+    W_dec, b_dec = params.W_dec / written.scale, params.b_dec / written.scale + written.center
+    W_enc, b_enc, W_skip = params.W_enc * read.scale, params.b_enc, params.W_skip
+    if not spec.pre_bias:  # otherwise b_dec, which holds the centre, is subtracted before the encoder
+        b_enc = b_enc - W_enc @ read.center
+    if W_skip is not None:
+        W_skip = W_skip * read.scale[:, None] / written.scale
+        b_dec = b_dec - read.center @ W_skip
+    kind = folded_kind(spec.kind, params)
+    if kind != "topk":
+        unit_F = jnp.maximum(jnp.linalg.norm(W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
     else:
-        norm_F = jnp.ones_like(params.b_enc)
+        unit_F = jnp.ones_like(b_enc) / written.scale.min()
     own = dict(params.per_feature)
-    if folded_kind(spec.kind) == "jumprelu":
+    if kind == "jumprelu":
         own = {"threshold": thresholds(params)}
-    return SAEParams(W_enc=params.W_enc * norm_F[:, None], b_enc=params.b_enc * norm_F / scale,
-                     W_dec=params.W_dec / norm_F[:, None], b_dec=params.b_dec / scale,
-                     per_feature={name: value if name == "r_mag" else value * norm_F / scale
-                                  for name, value in own.items()})
+    return SAEParams(W_enc=W_enc * unit_F[:, None], b_enc=b_enc * unit_F, W_dec=W_dec / unit_F[:, None], b_dec=b_dec,
+                     W_skip=W_skip,
+                     per_feature={name: value if name == "r_mag" else value * unit_F for name, value in own.items()})
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,18 +101,24 @@ def _decode(spec, params, acts_BF):
     return decode(spec, params, acts_BF.astype(jnp.float32))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _skipped(spec, params, x_BD):
+    return skipped(spec, params, x_BD.astype(jnp.float32))
+
+
 class SAE:
     """A sparse autoencoder on raw activations.
 
     `encode(x)`, `decode(acts)` and `sae(x) = decode(encode(x))` take numpy or jax arrays [..., d_in] (or [..., d_sae]) and
     return float32 jax arrays. Without a mesh they run on one device and can be used inside `jit` and `grad`. With a
     ("data", "dict") mesh the dictionary stays split over `dict`, results come back sharded, and calls are made outside `jit`.
+    A crosscoder takes and gives its layers one after the other in the last axis (`cfg.hookpoints`, `cfg.layers`).
     """
 
     def __init__(self, params: SAEParams, cfg: SAEConfig, mesh: Mesh | None = None):
         """params: folded (see `fold`); placed by feature over `mesh`, or on the default device."""
         self.cfg, self.mesh = cfg, mesh
-        self.params = jax.device_put(params, param_shardings(mesh, params.per_feature)) if mesh is not None else params
+        self.params = jax.device_put(params, param_shardings(mesh, tensors(params))) if mesh is not None else params
 
     @property
     def W_enc(self) -> jax.Array:
@@ -108,17 +143,18 @@ class SAE:
         return self._apply(_encode, x, self.cfg.d_in, "d_in", "features")
 
     def decode(self, acts) -> jax.Array:
-        """Reconstruction [..., d_in] in raw units from feature activations [..., d_sae]."""
-        return self._apply(_decode, acts, self.cfg.d_sae, "features", "d_in")
+        """Reconstruction [..., d_out] in raw units from feature activations [..., d_sae]; without what a skip connection adds."""
+        return self._apply(_decode, acts, self.cfg.d_sae, "features", "d_out")
 
     def reconstruct(self, x) -> tuple[jax.Array, jax.Array]:
-        """(reconstruction [..., d_in], feature activations [..., d_sae])."""
+        """(reconstruction [..., d_out], feature activations [..., d_sae])."""
         acts = self.encode(x)
-        return self.decode(acts), acts
+        recon = self.decode(acts)
+        return (recon + self._apply(_skipped, x, self.cfg.d_in, "d_in", "d_out") if self.cfg.skip else recon), acts
 
     def __call__(self, x) -> jax.Array:
-        """Reconstruction [..., d_in] of raw activations x [..., d_in]."""
-        return self.decode(self.encode(x))
+        """Reconstruction [..., d_out] (d_in but for a transcoder) from raw activations x [..., d_in]."""
+        return self.reconstruct(x)[0]
 
     def _apply(self, function, value, width: int, axis_in: str, axis_out: str) -> jax.Array:
         value = value if isinstance(value, jax.Array) else np.asarray(value)
@@ -127,7 +163,8 @@ class SAE:
         lead = value.shape[:-1]
         rows = value.reshape(-1, width)
         if self.mesh is None:
-            return function(self.cfg.spec, self.params, rows).reshape(*lead, -1)
+            out = function(self.cfg.spec, self.params, rows)
+            return out.reshape(*lead, out.shape[-1])
         n = math.prod(lead)
         data = self.mesh.shape["data"]
         with jax.set_mesh(self.mesh):
@@ -140,4 +177,6 @@ class SAE:
     def __repr__(self) -> str:
         c = self.cfg
         k = f", k={c.k}" if c.kind == "topk" else ""
-        return f"SAE({c.kind}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {c.hookpoint} of {c.model})"
+        shape = "" if c.spec.shape == "sae" else f" {c.spec.shape}"
+        where = f"{c.hookpoint} -> {c.target}" if c.target else c.hookpoint
+        return f"SAE({c.kind}{shape}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {where} of {c.model})"

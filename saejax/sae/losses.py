@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from saejax import sharding
 from saejax.sae.activations import topk
 from saejax.sae.model import decode
 from saejax.sae.params import SAEParams, SAESpec
@@ -14,11 +15,14 @@ from saejax.sae.params import SAEParams, SAESpec
 class LossInputs:
     """What an objective reads besides params and batch.
 
-    sparsity: lambda at this step. inverse_variance: 1 / E||x - E x||^2 of the normalised data (a constant of the run).
+    sparsity: lambda at this step. target_l0: what jumprelu's objective of that name aims at. inverse_variance:
+    1 / E||x - E x||^2 of the normalised data (a constant of the run). threshold: running threshold of a kind with k, else 0.
     tokens_since_fired_F, dead_after: counters before this batch, and the bound beyond which a feature counts as dead.
     """
 
     sparsity: jax.Array
+    target_l0: jax.Array
+    threshold: jax.Array
     inverse_variance: jax.Array
     tokens_since_fired_F: jax.Array
     dead_after: jax.Array
@@ -28,7 +32,8 @@ class LossInputs:
 class LossParts:
     """Scalars of a batch for the log, and which features fired [F].
 
-    own: terms that only this kind has, by name. least: the smallest positive activation (infinite where there is none).
+    own: terms that only this kind has, by name. least: the smallest positive activation (infinite where there is none). above:
+    mean number of pre-activations per row above `LossInputs.threshold`.
     """
 
     loss: jax.Array
@@ -38,6 +43,7 @@ class LossParts:
     fired_F: jax.Array
     own: dict[str, jax.Array]
     least: jax.Array
+    above: jax.Array
 
 
 def squared_error(x_BD: jax.Array, recon_BD: jax.Array) -> jax.Array:
@@ -55,7 +61,8 @@ def aux_loss(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, error_BD: jax.
     """AuxK: how much of the residual error the k_aux best dead features leave unexplained.
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
-    nothing is dead (the branch is then not computed) or when the ratio is not finite. Source: Gao et al. 2024, A.2.
+    nothing is dead (the branch is then not computed; of SAEs that train as one program, for none of them) or when the ratio is
+    not finite. Source: Gao et al. 2024, A.2.
     """
     dead_F = (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
 
@@ -63,7 +70,9 @@ def aux_loss(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, error_BD: jax.
         acts_BF = topk(jnp.where(dead_F, pre_BF, -jnp.inf), min(aux_k, spec.d_sae))  # relu(-inf) = 0 where fewer are dead
         estimate_BD = decode(spec, params, acts_BF) - params.b_dec
         ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
-        return jnp.where(jnp.isfinite(ratio), ratio, 0.0)
+        # Under `vmap` the branch is also taken where only another SAE has dead features.
+        return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
-    return lax.cond(dead_F.any(), jax.checkpoint(of_dead), lambda params, pre_BF: jnp.zeros((), jnp.float32), params, pre_BF)
+    return lax.cond(sharding.any_member(dead_F.any()), jax.checkpoint(of_dead),
+                    lambda params, pre_BF: jnp.zeros((), jnp.float32), params, pre_BF)

@@ -21,10 +21,10 @@ def pre_activations(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Ar
 
 
 def decode(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
-    """recon = acts W_dec + b_dec, float32 [B, D]. Communication: one all-reduce of [B, D] along `dict`."""
+    """recon = acts W_dec + b_dec, float32 [B, d_out]. Communication: one all-reduce of [B, d_out] along `dict`."""
     dtype = jnp.dtype(spec.compute_dtype)
     product = jnp.einsum("bf,fd->bd", acts_BF.astype(dtype), params.W_dec.astype(dtype),
-                         preferred_element_type=jnp.float32, out_sharding=sharding.out("rows", "d_in"))
+                         preferred_element_type=jnp.float32, out_sharding=sharding.out("rows", "d_out"))
     return product + params.b_dec
 
 
@@ -33,7 +33,15 @@ def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Array:
     return activate(spec, params, pre_activations(spec, params, x_BD))
 
 
+def skipped(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Array | float:
+    """What a skip connection adds to the reconstruction: x W_skip, or 0 without one."""
+    if params.W_skip is None:
+        return 0.0
+    dtype = jnp.dtype(spec.compute_dtype)
+    return jnp.einsum("bd,de->be", x_BD.astype(dtype), params.W_skip.astype(dtype), preferred_element_type=jnp.float32)
+
+
 def reconstruct(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(recon [B, D], acts [B, F])."""
+    """(recon [B, d_out], acts [B, F])."""
     acts_BF = encode(spec, params, x_BD)
-    return decode(spec, params, acts_BF), acts_BF
+    return decode(spec, params, acts_BF) + skipped(spec, params, x_BD), acts_BF

@@ -27,8 +27,9 @@ def batch_topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
     if not sharding.mesh_is_set():
         return _mask_local(pre_BF, keep, ())
     rows_features = sharding.spec("rows", "features")
+    # check_vma knows mesh axes only, not the axis that `any_member` reduces over
     return jax.shard_map(lambda pre_local: _mask_local(pre_local, keep, ("data", "dict")), in_specs=rows_features,
-                         out_specs=rows_features)(pre_BF)
+                         out_specs=rows_features, check_vma=False)(pre_BF)
 
 
 def _mask_local(pre_local: jax.Array, keep: int, axes: tuple[str, ...]) -> jax.Array:
@@ -36,7 +37,7 @@ def _mask_local(pre_local: jax.Array, keep: int, axes: tuple[str, ...]) -> jax.A
     low, high, n_high = _bracket(bits, keep, axes)
     above = bits >= high
     tied = (n_high < keep) & (low > 0)
-    return lax.cond(tied, lambda: above | _first(bits == low, keep - n_high, axes), lambda: above)
+    return lax.cond(sharding.any_member(tied), lambda: above | _first(bits == low, keep - n_high, axes), lambda: above)
 
 
 def _bracket(bits: jax.Array, keep: int, axes: tuple[str, ...], tolerance: int = 0):

@@ -20,7 +20,8 @@ from saejax import sharding
 from saejax.errors import CheckpointCorruptError, CheckpointError
 from saejax.logs import say
 from saejax.records import StreamState
-from saejax.sae import SAEParams, SAESpec, param_shapes, param_shardings
+from saejax.sae import SAEParams, SAESpec, from_tensors, param_shapes, param_shardings, tensors
+from saejax.sae.normalization import Normalization
 from saejax.storage import barrier, disk_errors, fingerprints, is_writer, text_sha256
 
 SCHEMA_VERSION = 1
@@ -37,11 +38,10 @@ class RunCounters:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """The JSON side of a checkpoint. data: hookpoint, store digest, normalisation; scale: raw activation x scale = SAE input."""
+    """The JSON side of a checkpoint. data: hookpoints, store digest, normalisation convention, order of the stream."""
 
     spec: SAESpec
-    data: dict[str, str]
-    scale: float
+    data: dict[str, str | list[str]]
     counters: RunCounters
     fingerprints: dict[str, str]
 
@@ -68,7 +68,7 @@ def _registry():
 
 
 class Checkpoints:
-    """The checkpoints of one run directory: `save`, and `restore_latest` of the newest step that verifies."""
+    """The checkpoints of one run directory: `save` them, list their `steps`, `restore` one that verifies."""
 
     def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, strict: bool = False):
         self.directory, self._strict = Path(directory), strict
@@ -82,15 +82,15 @@ class Checkpoints:
                     max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True,
                     step_prefix=None, async_options=ocp.AsyncOptions(timeout_secs=3600)))
 
-    def save(self, step: int, state, spec: SAESpec, data: dict[str, str], counters: RunCounters) -> None:
+    def save(self, step: int, state, spec: SAESpec, data: dict[str, str | list[str]], counters: RunCounters) -> None:
         """Starts an asynchronous save; blocks only while the state is copied to the host. An existing step is left alone.
 
-        data: what the SAE is trained on (hookpoint, digest of the store, normalisation convention).
+        data: what the SAE is trained on (hookpoints, digest of the store, normalisation convention).
         """
         if step in self._manager.all_steps():
             return
         meta = {"schema_version": SCHEMA_VERSION, "kind": "saejax-checkpoint", "spec": asdict(spec), "data": data,
-                "scale": float(state.scale), "counters": asdict(counters), "fingerprints": fingerprints(state)}
+                "counters": asdict(counters), "fingerprints": fingerprints(state)}
         with disk_errors(self.directory):
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(_on_disk(state)),
                                        meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)}))
@@ -105,28 +105,33 @@ class Checkpoints:
     def close(self) -> None:
         self._manager.close()
 
-    def restore_latest(self, abstract_state):
-        """(state, CheckpointMeta, step) of the newest step that verifies, or None when there is none.
+    def restore(self, step: int, abstract_state):
+        """(state, CheckpointMeta) of a step; None when it does not verify: it is renamed to `corrupt-<step>` and named.
 
-        A step that does not verify is renamed to `corrupt-<step>` and named; with `strict` it raises
-        `CheckpointCorruptError` instead. Raises `CheckpointError` when only such directories are left: a run never starts
-        over beside the remains of its checkpoints.
+        With `strict` that raises `CheckpointCorruptError` instead.
         """
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                state, meta = restore_step(self.directory / str(step), abstract_state)
-                return state, meta, step
-            except CheckpointCorruptError as error:
-                if self._strict:
-                    raise
-                self._quarantine(step)
-                say(f"{error}; moved to {self.directory.name}/corrupt-{step}, falling back to an older checkpoint")
-        aside = sorted(path.name for path in self.directory.glob("corrupt-*"))
+        try:
+            return restore_step(self.directory / str(step), abstract_state)
+        except CheckpointCorruptError as error:
+            if self._strict:
+                raise
+            self._quarantine(step)
+            say(f"{error}; moved to {self.directory.name}/corrupt-{step}, falling back to an older checkpoint")
+        return None
+
+    def steps(self) -> list[int]:
+        """Finished steps, oldest first, whether or not they verify.
+
+        Raises `CheckpointError` when only such are left that did not: a run never starts over beside the remains of its
+        checkpoints.
+        """
+        steps = sorted(self._manager.all_steps())
+        aside = [] if steps else sorted(path.name for path in self.directory.glob("corrupt-*"))
         if aside:
             raise CheckpointError(f"{self.directory}: none of the checkpoints verifies ({', '.join(aside)}); repair one and move "
                                   "it back to its step number, delete them all to start at step 0, or choose another "
                                   "config.run_dir")
-        return None
+        return steps
 
     def _quarantine(self, step: int) -> None:
         barrier(f"quarantine-{step}")
@@ -193,7 +198,8 @@ def read_meta(step_dir: Path) -> CheckpointMeta:
         raise CheckpointCorruptError(f"{step_dir}/meta: altered (its digest does not match)")
     c = meta["counters"]
     return CheckpointMeta(
-        spec=SAESpec(**meta["spec"]), data=meta["data"], scale=meta["scale"], fingerprints=meta["fingerprints"],
+        spec=SAESpec(**meta["spec"] | {"layers": tuple(meta["spec"]["layers"])}), data=meta["data"],
+        fingerprints=meta["fingerprints"],
         counters=RunCounters(stream=StreamState(**c["stream"]), tokens_seen=c["tokens_seen"], resamples=c["resamples"]))
 
 
@@ -206,26 +212,37 @@ def restore_step(step_dir: Path, abstract_state):
     return _restore(Path(step_dir), abstract_state, partial=False)
 
 
-def restore_params(step_dir: Path, mesh: Mesh) -> tuple[SAEParams, CheckpointMeta]:
-    """(params, meta) of one step on any mesh, verified; optimizer state is not read.
-
-    batchtopk: `per_feature["threshold"]` is the run's mean threshold, equal for all features.
-    """
-    spec = read_meta(step_dir).spec
-    sharding.check_features(spec.d_sae, mesh)
-    shapes = param_shapes(spec)
-    abstract = jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape, "float32", sharding=where), shapes,
-                            param_shardings(mesh, shapes.per_feature), is_leaf=lambda shape: isinstance(shape, tuple))
+def restore_scalar(step_dir: Path, name: str, mesh: Mesh) -> int:
+    """One integer of the state of a step, verified; nothing else is read."""
+    abstract = {name: jax.ShapeDtypeStruct((), "int32", sharding=sharding.sharding(mesh))}
     with jax.set_mesh(mesh):
-        wanted = {"params": abstract}
-        if spec.kind == "batchtopk":
+        return int(_restore(Path(step_dir), abstract, partial=True)[0][name])
+
+
+def restore_params(step_dir: Path, mesh: Mesh, *, as_jumprelu: bool = False) -> tuple[SAEParams, Normalization, CheckpointMeta]:
+    """(params, normalization, meta) of one step on any mesh, verified; optimizer state is not read.
+
+    Parameters are their running mean where the run keeps one (`train.ema`). batchtopk, and topk with `as_jumprelu`:
+    `per_feature["threshold"]` is the run's threshold, equal for all features.
+    """
+    meta = read_meta(step_dir)
+    spec, which = meta.spec, "ema" if any(leaf.startswith("ema.") for leaf in meta.fingerprints) else "params"
+    threshold = spec.kind == "batchtopk" or (spec.kind == "topk" and as_jumprelu)
+    sharding.check_features(spec.d_sae, mesh)
+    shapes = tensors(param_shapes(spec))
+    places = tensors(param_shardings(mesh, shapes))
+    abstract = {name: jax.ShapeDtypeStruct(shape, "float32", sharding=places[name]) for name, shape in shapes.items()}
+    row = jax.ShapeDtypeStruct((spec.d_in + (spec.d_out or 0),), "float32", sharding=sharding.sharding(mesh))
+    with jax.set_mesh(mesh):
+        wanted = {which: from_tensors(abstract), "normalization": Normalization(row, row)}
+        if threshold:
             wanted["moving"] = {"threshold": jax.ShapeDtypeStruct((), "float32", sharding=sharding.sharding(mesh))}
         tree, meta = _restore(Path(step_dir), wanted, partial=True)
-        params = tree["params"]
-        if spec.kind == "batchtopk":
+        params = tree[which]
+        if threshold:
             equal_F = jax.jit(lambda value, b_enc: jax.numpy.zeros_like(b_enc) + value)(tree["moving"]["threshold"], params.b_enc)
             params = params.replace(per_feature={"threshold": equal_F})
-    return params, meta
+    return params, tree["normalization"], meta
 
 
 def _restore(step_dir: Path, abstract, partial: bool):
@@ -271,7 +288,8 @@ def _on_disk(tree):
         if not is_dataclass(node):
             return node
         values = {f.name: getattr(node, f.name) for f in fields(node)}
-        return {name: _on_disk(value) for name, value in values.items() if not (isinstance(value, dict) and not value)}
+        return {name: _on_disk(value) for name, value in values.items()
+                if value is not None and not (isinstance(value, dict) and not value)}
 
     return jax.tree.map(plain, tree, is_leaf=is_dataclass)
 

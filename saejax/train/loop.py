@@ -1,12 +1,15 @@
-"""A training run, read from top to bottom: claim the directory, resume or start, step, log one step late, checkpoint."""
+"""Training, read from top to bottom: claim the directories, resume or start, step, log one step late, checkpoint.
 
+A run drives programs over one stream of rows. A program is one SAE or several of equal shape; one SAE is a sweep of one.
+"""
+
+import contextlib
 import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,17 +18,17 @@ from jax.sharding import Mesh
 from saejax import config as config_lib
 from saejax import sharding
 from saejax.config import Config
-from saejax.data.store import Store, check_matches
-from saejax.data.stream import ORDER_VERSION, Stream
+from saejax.data.store import Store
+from saejax.data.stream import Stream
 from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
-from saejax.records import RunPaths, StreamState
+from saejax.records import ActivationBatch, RunPaths, StreamState
 from saejax.sae import SAESpec
-from saejax.storage import barrier, is_writer, read_json, write_json
-from saejax.train.checkpoint import Checkpoints, RunCounters, steps_in
+from saejax.train.member import Member, Outcome, check_all, checkpoint_steps
 from saejax.train.preemption import Preempted, Preemption
+from saejax.train.programs import Program, make_joint_step
 from saejax.train.resample import due, resample
-from saejax.train.state import TrainState, abstract_state, initial_state
+from saejax.train.state import TrainState, initial_state, measured
 from saejax.train.step import make_step
 
 
@@ -39,150 +42,261 @@ class Trained:
     step: int
 
 
-def check_run_dir(config: Config) -> RunPaths:
-    """The paths of a run directory, free or holding checkpoints of the same computation.
-
-    Raises `CheckpointError` naming every differing key. A directory without a checkpoint is free: a run that failed at its
-    first step because of a wrong key can be started again with the right one.
-    """
-    paths = RunPaths(Path(config.run_dir))
-    if paths.config.exists() and steps_in(paths.checkpoints):
-        saved = config_lib.from_json(read_json(paths.config, CheckpointError), str(paths.config))
-        different = config_lib.differences(saved, config)
-        if different:
-            raise CheckpointError(f"{paths.root}: this run directory belongs to another config ({'; '.join(different)}); "
-                                  "choose another config.run_dir, or delete it")
-    return paths
-
-
-def claim_run_dir(config: Config) -> RunPaths:
-    """`check_run_dir`, then the config is written into it."""
-    paths = check_run_dir(config)
-    barrier("claim-run-dir")
-    if is_writer():
-        write_json(paths.config, config_lib.to_json(config))
-    return paths
-
-
-def total_steps(config: Config) -> int:
-    """Steps of a run: `train.tokens` rounded up to whole batches."""
-    return math.ceil(config.train.tokens / config.train.batch)
-
-
 def train(config: Config, store: Store) -> Trained:
     """Trains the SAE of a config on a store, resuming the newest checkpoint that verifies.
 
     Raises `ConfigError` / `StoreError` when config, mesh and store do not fit, `NonFiniteError` when the loss or a batch is
     not finite, `Preempted` after SIGTERM or Ctrl-C (state saved).
     """
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.train.batch, mesh)
-    sharding.check_features(config.sae.d_sae, mesh)
-    check_matches(store, hookpoint=config.sae.hookpoint, d_in=config.sae.d_in, model=config.lm.model,
-                  context=config.text.context)
-    paths = claim_run_dir(config)
-    spec = SAESpec.from_options(config.sae, store.width(config.sae.hookpoint), config.train.compute_dtype)
-    with jax.set_mesh(mesh):
-        return _Run(config, store, mesh, paths, spec).go()
+    run = _Run([[config]], store)
+    run.go()
+    [program], [member] = run.programs, run.members
+    if member.trouble:
+        raise NonFiniteError(member.trouble)
+    return Trained(state=program.state_of(0), spec=member.spec, mesh=run.mesh, step=member.total)
+
+
+def train_all(groups: Sequence[Sequence[Config]], store: Store) -> list[Outcome]:
+    """Trains many SAEs on the same rows, each group in one program, and says how each ended, in the order given.
+
+    The configs of a group differ in seed, name, directory and `Hyperparameters` only; all have the same mesh, batch, data seed
+    and checkpoint steps. They resume at the newest step that all unfinished ones have. One whose steps are not finite is stopped
+    by itself. Raises what `train` raises but for that.
+    """
+    run = _Run(groups, store)
+    run.go()
+    return [member.outcome for member in run.members]
 
 
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, config: Config, store: Store, mesh: Mesh, paths: RunPaths, spec: SAESpec):
-        self.config, self.store, self.mesh, self.paths, self.spec = config, store, mesh, paths, spec
-        self.total = total_steps(config)
-        self.every = max(1, config.checkpoint.every_tokens // config.train.batch)
-        keep_every = -(-config.checkpoint.keep_every_tokens // config.train.batch)
-        self.checkpoints = Checkpoints(paths.checkpoints, keep=config.checkpoint.keep, strict=config.checkpoint.strict,
-                                       keep_every_steps=-(-keep_every // self.every) * self.every)
-        self.rest = sharding.sharding(mesh, "rows_at_rest", "d_in")
-        self.data = {"hookpoint": config.sae.hookpoint, "store_digest": store.digest, "normalize": config.sae.normalize,
-                     "stream_order": str(ORDER_VERSION)}
+    def __init__(self, groups: Sequence[Sequence[Config]], store: Store):
+        configs = [config for group in groups for config in group]
+        self.store, self.alone = store, len(configs) == 1
+        self.mesh = sharding.make_mesh(configs[0].mesh)
+        check_all(configs, self.mesh, store)
+        self.programs = [Program([Member(config, store, self.mesh, alone=self.alone) for config in group],
+                                 make_step if len(group) == 1 else make_joint_step) for group in groups]
+        self.members = [member for program in self.programs for member in program.members]
+        self.batch, self.every, self.log_options = configs[0].train.batch, checkpoint_steps(configs[0]), configs[0].log
+        self.hookpoints = tuple(dict.fromkeys(name for config in configs for name in config.sae.hookpoints))
+        self.rest = sharding.sharding(self.mesh, "rows_at_rest", None)
+        self.where = self.members[0].paths.root if self.alone else self.members[0].paths.root.parent
 
-    def go(self) -> Trained:
+    @property
+    def training(self) -> list[Member]:
+        """Members that are not at their end."""
+        return [member for member in self.members if member.training]
+
+    def go(self) -> None:
         try:
-            state, counters, start = self.resume() or self.start()
-            if start < self.total:
-                state = self.steps(state, counters, start)
-            self.checkpoints.wait()
+            with jax.set_mesh(self.mesh):
+                start = self.resume()
+                if self.training:
+                    self.steps(start)
+            self.wait()
         finally:
-            self.checkpoints.close()
-        return Trained(state=state, spec=self.spec, mesh=self.mesh, step=self.total)
+            for member in self.members:
+                member.checkpoints.close()
 
-    def resume(self) -> tuple[TrainState, RunCounters, int] | None:
-        restored = self.checkpoints.restore_latest(abstract_state(self.config, self.spec, self.total, self.mesh))
-        if restored is None:
-            return None
-        state, meta, step = restored
-        if meta.data != self.data:
-            changed = "; ".join(f"{k}: {meta.data.get(k)} -> {v}" for k, v in self.data.items() if meta.data.get(k) != v)
-            raise CheckpointError(f"{self.paths.checkpoints}/{step}: was trained on other data ({changed}); choose another "
-                                  "config.run_dir, or restore the store")
-        say(f"resuming {self.paths.root} at step {step} of {self.total}" if step < self.total else
-            f"{self.paths.root} is already trained ({step} steps)")
-        return state, meta.counters, step
+    def wait(self) -> None:
+        """Until all checkpoints are on disk."""
+        for member in self.members:
+            member.checkpoints.wait()
 
-    def start(self) -> tuple[TrainState, RunCounters, int]:
-        origin = StreamState(seed=self.config.seed, epoch=0, position=0)
-        rows = min(self.config.train.init_rows, self.store.stats(self.config.sae.hookpoint).rows)
-        with self.stream(origin) as stream:
-            n = math.ceil(rows / self.config.train.batch)
-            sample_ND = np.concatenate([b.x_BD.astype(np.float32) for b in itertools.islice(stream, n)])[:rows]
-        stats = self.store.stats(self.config.sae.hookpoint)
-        state = initial_state(self.config, self.spec, stats, sample_ND, self.total, self.mesh)
-        return state, RunCounters(stream=origin, tokens_seen=0, resamples=0), 0
+    def resume(self) -> int:
+        """The step at which those go on that are not finished, their states loaded; 0: they start."""
+        ended = {member: state for member in self.members if (state := member.find_end()) is not None and self.alone}
+        start, states = self.restored()
+        if self.training and not start:
+            states = self.initial()
+        for program in self.programs:
+            program.load({member: state for member, state in (states | ended).items() if member in program.members})
+        total = max(member.total for member in self.members)
+        if start:
+            say(f"resuming {self.where} at step {start} of {total}" + ("" if self.alone else f" ({len(self.training)} SAEs)"))
+        elif not self.training:
+            say(f"{self.where} is already trained ({total} steps)")
+        return start
 
-    def stream(self, state: StreamState) -> Stream:
-        return Stream(self.store, self.config.sae.hookpoint, self.config.train.batch, self.config.stream, state)
+    def restored(self) -> tuple[int, dict[Member, TrainState]]:
+        """The newest step that every unfinished member has and that verifies, and the states there; (0, nothing) without one."""
+        while self.training:
+            common = set.intersection(*(set(member.checkpoints.steps()) for member in self.training))
+            if not common:
+                break
+            found = {member: member.restore(max(common)) for member in self.training}
+            if None in found.values():
+                continue
+            for member, (_, counters) in found.items():
+                member.counters = counters
+            places = {member.counters.stream for member in self.training}
+            if len(places) > 1:
+                raise CheckpointError(f"{self.where}: the SAEs stand at different rows of the stream ({places}); finish them one "
+                                      "by one with `saejax train`")
+            return max(common), {member: state for member, (state, _) in found.items()}
+        for member in self.training:
+            if len(member.checkpoints.steps()) > 1 and not self.alone:  # a kill leaves no more than one step that others lack
+                without = [str(other.paths.root) for other in self.training if not other.checkpoints.steps()] or ["the others"]
+                raise CheckpointError(
+                    f"{member.paths.root}: its steps {member.checkpoints.steps()} are not among those of {', '.join(without)}; "
+                    f"finish it first with `saejax train {member.paths.root}`, or delete it to start all again")
+        return 0, {}
 
-    def steps(self, state: TrainState, counters: RunCounters, start: int) -> TrainState:
-        config, batch = self.config, self.config.train.batch
-        step_fn = make_step(config, self.spec, self.total)
-        tensorboard = self.paths.tensorboard if config.log.tensorboard else None
-        with (self.stream(counters.stream) as stream, Preemption() as preemption,
-              Progress("train", self.total * batch, initial=start * batch, enabled=config.log.progress) as bar,
-              _Log(config, self.paths, MetricWriter(self.paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
-                                                    name=config.name, config=config_lib.to_json(config), resume_step=start),
-                   stream, bar) as log):
-            for step, rows in zip(range(start + 1, self.total + 1), stream, strict=False):  # the stream has no end
-                state, metrics = step_fn(state, sharding.place(rows.x_BD, self.rest))
-                counters = dataclasses.replace(counters, stream=stream.state, tokens_seen=step * batch)
-                log.step(step, metrics)
-                if due(config.train.resample, (step - 1) * batch, step * batch) and step < self.total:
-                    state, counters = self.resample(state, counters, log, step)
-                leaving = preemption.requested(step) and step < self.total
-                if leaving or step % self.every == 0 or step == self.total:
-                    log.flush()
-                    self.checkpoints.save(step, state, self.spec, self.data, counters)
+    def initial(self) -> dict[Member, TrainState]:
+        """States of step 0; members that read the same rows share the sample."""
+        samples: dict[tuple, np.ndarray] = {}
+        states, origin = {}, self.training[0].counters.stream
+        for program in self.programs:
+            for _, member in program.training:
+                config = member.config
+                if config.sae.aux_k and config.sae.dead_tokens >= config.train.tokens:
+                    say(f"config.sae.dead_tokens = {config.sae.dead_tokens:,} is not less than config.train.tokens = "
+                        f"{config.train.tokens:,}: no feature can count as dead, and AuxK has nothing to do")
+                key = (config.sae.hookpoints, min(config.train.init_rows, self.store.kept_rows))
+                if key not in samples:
+                    samples[key] = self.sample(*key, origin)
+                like = dataclasses.replace(program.members[0].config, seed=config.seed)
+                stats = measured(samples[key], member.stats) if config.stream.mask_outliers else member.stats
+                states[member] = initial_state(like, member.spec, stats, samples[key], self.mesh)
+        return states
+
+    def sample(self, hookpoints: tuple[str, ...], rows: int, origin: StreamState) -> np.ndarray:
+        """The first rows of the stream."""
+        with self.stream(hookpoints, origin) as stream:
+            batches = itertools.islice(stream, math.ceil(rows / self.batch))
+            return np.concatenate([b.x_BW.astype(np.float32) for b in batches])[:rows]
+
+    def stream(self, hookpoints: tuple[str, ...], state: StreamState) -> Stream:
+        return Stream(self.store, hookpoints, self.batch, self.members[0].config.stream, state)
+
+    def steps(self, start: int) -> None:
+        """All steps of all members, from after `start`."""
+        last = max(member.total for member in self.training)
+        totals = sum(member.total for member in self.training)
+        with (self.stream(self.hookpoints, self.training[0].counters.stream) as stream, Preemption() as preemption,
+              Progress("train", totals * self.batch, initial=start * self.batch * len(self.training),
+                       enabled=self.log_options.progress) as bar, self.logs(start, stream, bar) as logs):
+            for number, rows in zip(range(start + 1, last + 1), stream, strict=False):  # the stream has no end
+                self.step(number, rows, stream.state, logs, bar)
+                leaving = preemption.requested(number) and number < last
+                self.save(number, logs, leaving)
                 if leaving:
-                    self.checkpoints.wait()
-                    raise Preempted(f"{self.paths.root}: stopped at step {step} of {self.total} on request, state saved; "
-                                    "start the same command again to go on")
-        return state
+                    self.wait()
+                    raise Preempted(f"{self.where}: stopped at step {number} of {last} on request, state saved; start the same "
+                                    "command again to go on")
+                if not self.training:
+                    break
 
-    def resample(self, state: TrainState, counters: RunCounters, log: "_Log", step: int) -> tuple[TrainState, RunCounters]:
+    def step(self, number: int, rows: ActivationBatch, place: StreamState, logs: dict[Member, "_Log"], bar: Progress) -> None:
+        """One step of every program that trains, then whatever is due for single members."""
+        placed: dict[tuple[str, ...], jax.Array] = {}
+        for program in self.programs:
+            if not program.training:
+                continue
+            hookpoints = program.members[0].config.sae.hookpoints
+            if hookpoints not in placed:
+                placed[hookpoints] = sharding.place(self.columns(rows.x_BW, hookpoints), self.rest)
+            metrics = program.step(number, placed[hookpoints])
+            for lane, member in program.training:
+                member.counters = dataclasses.replace(member.counters, stream=place, tokens_seen=number * self.batch)
+                if logs[member].step(number, metrics):
+                    self.stop_broken(program, lane, number, bar)
+                elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch) and number < member.total:
+                    self.resample(program, lane, logs[member], number)
+
+    def columns(self, x_BW: np.ndarray, hookpoints: tuple[str, ...]) -> np.ndarray:
+        """The columns of these hookpoints, of rows of all of them."""
+        if hookpoints == self.hookpoints:
+            return x_BW
+        ends = dict(zip(self.hookpoints, itertools.accumulate(map(self.store.width, self.hookpoints)), strict=True))
+        parts = [x_BW[:, ends[name] - self.store.width(name):ends[name]] for name in hookpoints]
+        return np.ascontiguousarray(parts[0]) if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def save(self, number: int, logs: dict[Member, "_Log"], leaving: bool) -> None:
+        """Checkpoints of the members that are due; none begins before those of the step before are on every disk."""
+        due_now = [(program, lane, member) for program in self.programs for lane, member in program.training
+                   if leaving or number % self.every == 0 or number == member.total]
+        if due_now and not self.alone:
+            self.wait()
+        for program, lane, member in due_now:
+            logs[member].flush()
+            member.save(number, program.state_of(lane))
+        for program, _, member in due_now:
+            member.training = number < member.total
+            if not (self.alone or program.training):
+                program.load({})  # nobody reads its state any more
+
+    def stop_broken(self, program: Program, lane: int, number: int, bar: Progress) -> None:
+        """Too many steps in a row were left out: the last good parameters are saved, and the member ends."""
+        member = program.members[lane]
+        member.save(number, program.state_of(lane))
+        member.checkpoints.wait()
+        member.stop(number)
+        bar.shorten((member.total - number) * self.batch)
+        if not self.alone:
+            say(member.trouble)
+
+    def resample(self, program: Program, lane: int, log: "_Log", number: int) -> None:
         """Candidates come from a second, differently seeded stream over the same store: the training order is not touched."""
-        occasion = counters.resamples
-        n = max(1, self.config.train.resample.sample_rows // self.config.train.batch)
-        n = min(n, max(1, self.store.stats(self.config.sae.hookpoint).rows // self.config.train.batch))
-        origin = StreamState(seed=self.config.seed + 1 + occasion, epoch=0, position=0)
+        member = program.members[lane]
+        config, occasion = member.config, member.counters.resamples
+        n = max(1, config.train.resample.sample_rows // self.batch)
+        n = min(n, max(1, self.store.kept_rows // self.batch))
+        origin = StreamState(seed=config.seed + 1 + occasion, epoch=0, position=0)
 
         def batches() -> Iterator[jax.Array]:
-            with self.stream(origin) as stream:
+            with self.stream(config.sae.hookpoints, origin) as stream:
                 for rows in itertools.islice(stream, n):
-                    yield sharding.place(rows.x_BD, self.rest)
+                    yield sharding.place(rows.x_BW, self.rest)
 
-        state, replaced = resample(self.config, self.spec, state, (batches(), batches()), occasion)
-        log.note(step, resampled=replaced)
-        return state, dataclasses.replace(counters, resamples=occasion + 1)
+        state, replaced = resample(config, member.spec, program.state_of(lane), (batches(), batches()), occasion)
+        if replaced or len(program.members) == 1:
+            program.put(lane, state)
+        log.note(resampled=replaced)
+        member.counters = dataclasses.replace(member.counters, resamples=occasion + 1)
+
+    @contextlib.contextmanager
+    def logs(self, start: int, stream: Stream, bar: Progress):
+        """A log for every member that trains."""
+        shown = _Shown(bar, len(self.training))
+        with contextlib.ExitStack() as stack:
+            logs = {}
+            for program in self.programs:
+                for lane, member in program.training:
+                    config, paths = member.config, member.paths
+                    tensorboard = paths.tensorboard if config.log.tensorboard else None
+                    writer = MetricWriter(paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
+                                          name=config.name, config=config_lib.to_json(config), resume_step=start)
+                    logs[member] = stack.enter_context(_Log(config, paths, writer, stream, shown.of(len(logs)),
+                                                            lane if len(program.members) > 1 else None))
+            yield logs
+
+
+class _Shown:
+    """The one bar of all SAEs. Behind it: of one SAE its figures; of several the first's loss, its FVU and the worst."""
+
+    def __init__(self, bar: Progress, n: int):
+        self.bar, self.fvu, self.loss = bar, [math.nan] * n, math.nan
+
+    def of(self, who: int) -> Callable:
+        """`advance(n, **figures)` of one SAE."""
+        def advance(n: int, **figures: float) -> None:
+            if figures and len(self.fvu) > 1:  # losses of different kinds do not compare; FVU does
+                self.fvu[who], self.loss = figures["fvu"], figures["loss"] if who == 0 else self.loss
+                figures = {"loss": self.loss, "fvu": self.fvu[0], "worst_fvu": np.nanmax([*self.fvu, 0.0])}
+            self.bar.advance(n, **figures)
+
+        return advance
 
 
 class _Log:
     """Metrics of step n are read after step n + 1 was dispatched, so that the devices never wait for the host."""
 
-    def __init__(self, config: Config, paths: RunPaths, writer: MetricWriter, stream: Stream, bar: Progress):
-        self.config, self.paths, self.writer, self.stream, self.bar = config, paths, writer, stream, bar
+    def __init__(self, config: Config, paths: RunPaths, writer: MetricWriter, stream: Stream, advance: Callable,
+                 lane: int | None):
+        self.config, self.paths, self.writer, self.stream, self.advance, self.lane = config, paths, writer, stream, advance, lane
         self.pending: tuple[int, dict] | None = None
         self.extra: dict[str, float] = {}
         self.clock: tuple[int, float, float] | None = None  # step, time, seconds waited for data at the last reading
@@ -197,12 +311,17 @@ class _Log:
         finally:
             self.writer.close()
 
-    def step(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def step(self, step: int, metrics: dict[str, jax.Array]) -> bool:
+        """Takes the metrics of a step, reads those of the one before; True when that one was the last that may be left out."""
         previous, self.pending = self.pending, (step, metrics)
-        if previous is not None:
-            self._read(*previous)
+        if previous is None:
+            return False
+        self._read(*previous)
+        broken = int(self._mine(previous[1]["skipped_in_row"])) >= self.config.train.max_skipped
+        self.pending = None if broken else self.pending
+        return broken
 
-    def note(self, step: int, **values: float) -> None:
+    def note(self, **values: float) -> None:
         """Values that appear in the next metric line."""
         self.extra.update(values)
 
@@ -211,21 +330,25 @@ class _Log:
         if previous is not None:
             self._read(*previous)
 
+    def _mine(self, value: jax.Array):
+        """This SAE's own value of a metric; the others of its program read the same host copy."""
+        return np.asarray(value) if self.lane is None else np.asarray(value)[self.lane]
+
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
         jax.block_until_ready(metrics["loss"])
         if self.clock is None:  # rates count from the end of the first step: compilation is not throughput
             self._rates(step)
         batch = self.config.train.batch
-        if step % self.config.log.every_steps and step != total_steps(self.config) and self.pending is not None:
-            self.bar.advance(batch)
+        if step % self.config.log.every_steps and self.pending is not None:
+            self.advance(batch)
             return
-        values = {k: float(v) for k, v in jax.device_get(metrics).items()}
-        if not (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])):
-            raise NonFiniteError(f"{self.paths.root}: loss {values['loss']}, gradient norm {values['grad_norm']} at step {step}; "
-                                 "lower config.train.lr, or look for outlier tokens (config.stream.mask_outliers)")
+        jax.block_until_ready(metrics)
+        values = {k: float(self._mine(v)) for k, v in metrics.items()}
+        values = {name: value for name, value in values.items() if math.isfinite(value)}  # those of a step that was left out
         self.writer.write(step, {"tokens_seen": step * batch, **values, **self._rates(step), **self.extra})
         self.extra = {}
-        self.bar.advance(batch, loss=values["loss"], l0=values["l0"], fvu=values["fvu"], dead=values["dead_fraction"])
+        shown = ["loss", "l0", "fvu", "dead_fraction"] + (["skipped"] if values["skipped"] else [])
+        self.advance(batch, **{name.removesuffix("_fraction"): values.get(name, math.nan) for name in shown})
 
     def _rates(self, step: int) -> dict[str, float]:
         before, self.clock = self.clock, (step, time.monotonic(), self.stream.wait_seconds)

@@ -1,54 +1,86 @@
-"""Learning-rate and penalty schedules, Adam through optax, and the unit-norm decoder."""
+"""Schedules, Adam through optax, and the constraints on rows."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from saejax.config import TrainOptions
+from saejax.config import SAEOptions, TrainOptions
 from saejax.sae.params import SAEParams
 
 
 def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
-    """Linear rise over `lr_warmup`, constant, linear fall to 0 over `lr_decay` (shares of the steps)."""
+    """The share of the peak rate at a step: from `lr_start` up to 1 over `lr_warmup`, 1, down to `lr_end` over `lr_decay`."""
     warmup, decay = round(options.lr_warmup * total_steps), round(options.lr_decay * total_steps)
+    bend = {"linear": lambda share: share, "cosine": lambda share: (1 - jnp.cos(jnp.pi * share)) / 2}[options.lr_shape]
 
     def schedule(step):
-        rise = jnp.minimum(1.0, (step + 1) / (warmup + 1))
-        fall = jnp.clip((total_steps - step) / max(decay, 1), 0.0, 1.0)
-        return options.lr * rise * fall
+        rise = bend(jnp.minimum(1.0, (step + 1) / (warmup + 1)))
+        fall = bend(jnp.clip((total_steps - step) / max(decay, 1), 0.0, 1.0))
+        return (options.lr_start + (1 - options.lr_start) * rise) * (options.lr_end + (1 - options.lr_end) * fall)
 
     return schedule
 
 
-def l1_coefficient(options: TrainOptions, l1: float, total_steps: int) -> optax.Schedule:
-    """lambda rising linearly from 0 over the share `l1_warmup` of the steps (April 2024: 5 %)."""
-    warmup = max(round(options.l1_warmup * total_steps), 1)
-    return lambda step: l1 * jnp.minimum(1.0, step / warmup)
+def penalty_ramp(options: TrainOptions, total_steps: int) -> optax.Schedule:
+    """The share of lambda at a step: linearly from 0 to 1 over the share `l1_warmup` of the steps (April 2024: 5 %).
+
+    At most 5 % where L0 is aimed at: a longer rise would work against what steers it.
+    """
+    warmup = max(round((min(options.l1_warmup, 0.05) if options.target_l0 else options.l1_warmup) * total_steps), 1)
+    return lambda step: jnp.minimum(1.0, step / warmup)
 
 
-def optimizer(options: TrainOptions, total_steps: int) -> optax.GradientTransformation:
-    """Clip by the global gradient norm, then Adam without weight decay, then the learning-rate schedule."""
-    schedule = learning_rate(options, total_steps)
+def annealed_k(k: int, k_start: int, share: float, total_steps: int, stages: int = 8) -> Callable[[int], int]:
+    """k at a step (1, 2, ...) on the way from `k_start` to `k` over `share` of the steps: `stages` values, evenly spaced in the
+    logarithm. k is static in the compiled step, so each value is one more compilation.
+    """
+    steps = round(share * total_steps)
+
+    def at(step: int) -> int:
+        if not k_start or step > steps:
+            return k
+        return round(k_start * (k / k_start) ** ((step - 1) * stages // steps / stages))
+
+    return at
+
+
+def optimizer(options: TrainOptions) -> optax.GradientTransformation:
+    """Clip by the global gradient norm, then Adam without weight decay; the update still lacks the learning rate."""
     chain = [optax.clip_by_global_norm(options.clip)] if options.clip else []
-    chain.append(optax.scale_by_adam(options.beta1, options.beta2, options.eps))
-    chain.append(optax.scale_by_schedule(lambda step: -schedule(step)))
-    return optax.chain(*chain)
+    return optax.chain(*chain, optax.scale_by_adam(options.beta1, options.beta2, options.eps))
 
 
-def without_parallel(gradients: SAEParams, params: SAEParams) -> SAEParams:
-    """Removes from each decoder row's gradient its component along the (unit) row: it could only change the norm."""
-    along_F = (gradients.W_dec * params.W_dec).sum(1, keepdims=True)
-    return gradients.replace(W_dec=gradients.W_dec - along_F * params.W_dec)
+def _without(W: jax.Array, direction: jax.Array) -> jax.Array:
+    return W - (W * direction).sum(1, keepdims=True) * direction
 
 
-def with_unit_decoder(params: SAEParams) -> SAEParams:
-    """Decoder rows rescaled to norm 1; a row at norm 0 stays."""
-    norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
-    return params.replace(W_dec=params.W_dec / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+def projected(options: SAEOptions, gradients: SAEParams, params: SAEParams) -> SAEParams:
+    """With unit decoder rows: the gradient of each row without its component along the row, which could only change the norm;
+    with aligned rows the same of the encoder's gradient, which could only change the inner product.
+    """
+    if options.unit_decoder:
+        gradients = gradients.replace(W_dec=_without(gradients.W_dec, params.W_dec))
+    if options.align:
+        gradients = gradients.replace(W_enc=_without(gradients.W_enc, params.W_dec))
+    return gradients
+
+
+def constrained(options: SAEOptions, params: SAEParams) -> SAEParams:
+    """Decoder rows rescaled to norm 1 (a row at norm 0 stays); of aligned SAEs the encoder rows moved along them to w_enc . w_dec
+    = 1.
+    """
+    if options.unit_decoder:
+        norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
+        params = params.replace(W_dec=params.W_dec / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
+    if options.align:
+        params = params.replace(W_enc=_without(params.W_enc, params.W_dec) + params.W_dec)
+    return params
 
 
 def reset_rows(opt_state, rows_F: jax.Array):
-    """Zeroes Adam's moments of the marked features in every parameter that has a row per feature; b_dec's stay."""
+    """Zeroes Adam's moments of the marked features in every parameter that has a row per feature; the others' stay."""
 
     def reset(moments: SAEParams) -> SAEParams:
         return moments.replace(

@@ -2,8 +2,8 @@
 
 Source: Bricken et al. 2023, "Towards Monosemanticity", neuron resampling. For each dead feature an input is drawn with
 probability ~ loss^2 from many batches; its direction becomes the decoder row, and the encoder row at 0.2 x the mean norm of
-the alive encoder rows; the bias becomes 0, what the kind keeps per feature becomes what it was at initialisation, and the
-optimizer forgets the row.
+the alive encoder rows (of a transcoder the encoder row takes the direction of the input, the decoder row that of the target); the
+bias becomes 0, what the kind keeps per feature becomes what it was at initialisation, and the optimizer forgets the row.
 
 Two passes over the same stream of batches, so that no candidate input has to be kept: the first measures the loss of every
 candidate row (one float each), the second carries the drawn rows to the devices that own the dead features.
@@ -20,6 +20,7 @@ from saejax import sharding
 from saejax.config import Config, ResampleOptions, SAEOptions
 from saejax.sae import SAESpec, reconstruct
 from saejax.sae.losses import squared_error
+from saejax.sae.normalization import columns
 from saejax.sae.params import initial_per_feature
 from saejax.train import optim
 from saejax.train.state import TrainState
@@ -30,8 +31,8 @@ def due(options: ResampleOptions, tokens_before: int, tokens_after: int) -> bool
     """True when a multiple of `every_tokens`, not beyond `until_tokens`, lies in (tokens_before, tokens_after]."""
     if not options.every_tokens:
         return False
-    mark = tokens_after // options.every_tokens * options.every_tokens
-    return tokens_before < mark and (options.until_tokens == 0 or mark <= options.until_tokens)
+    last = min(tokens_after, options.until_tokens or tokens_after)
+    return tokens_before < last // options.every_tokens * options.every_tokens
 
 
 def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
@@ -42,25 +43,31 @@ def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _row_losses(spec: SAESpec, state: TrainState, x_BD: jax.Array) -> jax.Array:
-    x_BD = normalized(x_BD, state.scale)
+def _row_losses(spec: SAESpec, state: TrainState, rows_BW: jax.Array) -> jax.Array:
+    x_BD, y_BD = columns(spec, normalized(state, rows_BW))
     recon_BD, _ = reconstruct(spec, state.params, x_BD)
-    return jax.sharding.reshard(squared_error(x_BD, recon_BD), jax.P())
+    return jax.sharding.reshard(squared_error(y_BD, recon_BD), jax.P())
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _place_rows(options: SAEOptions, state: TrainState, x_BD: jax.Array, source_F: jax.Array, first: jax.Array,
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: jax.Array, source_F: jax.Array, first: jax.Array,
                 encoder_norm: jax.Array, decoder_norm: jax.Array) -> TrainState:
     """Features whose source row lies in this batch get that row's direction; all others stay as they are."""
-    x_BD = jax.sharding.reshard(normalized(x_BD, state.scale), jax.P()) - state.params.b_dec
-    direction_BD = x_BD / jnp.maximum(jnp.linalg.norm(x_BD, axis=1, keepdims=True), 1e-12)
+    rows_BW = jax.sharding.reshard(normalized(state, rows_BW), jax.P())
     row_F = source_F - first
-    here_F = (source_F >= 0) & (row_F >= 0) & (row_F < len(x_BD))
-    rows_FD = direction_BD.at[jnp.where(here_F, row_F, 0)].get(out_sharding=sharding.spec("features", "d_in"))
-    p, fresh = state.params, initial_per_feature(options)
+    here_F = (source_F >= 0) & (row_F >= 0) & (row_F < len(rows_BW))
+
+    def directions(values_BD: jax.Array) -> jax.Array:
+        unit_BD = values_BD / jnp.maximum(jnp.linalg.norm(values_BD, axis=1, keepdims=True), 1e-12)
+        return unit_BD.at[jnp.where(here_F, row_F, 0)].get(out_sharding=sharding.spec("features", None))
+
+    p, fresh = state.params, initial_per_feature(spec)
+    x_BD, y_BD = columns(spec, rows_BW)
+    decoder_FD = directions(y_BD - p.b_dec)
+    encoder_FD = decoder_FD if spec.d_out is None else directions(x_BD)
     params = p.replace(
-        W_dec=jnp.where(here_F[:, None], rows_FD * (1.0 if options.unit_decoder else decoder_norm), p.W_dec),
-        W_enc=jnp.where(here_F[:, None], rows_FD * encoder_norm, p.W_enc),
+        W_dec=jnp.where(here_F[:, None], decoder_FD * (1.0 if options.unit_decoder else decoder_norm), p.W_dec),
+        W_enc=jnp.where(here_F[:, None], encoder_FD * encoder_norm, p.W_enc),
         b_enc=jnp.where(here_F, 0.0, p.b_enc),
         per_feature={name: jnp.where(here_F, fresh[name], value) for name, value in p.per_feature.items()})
     return state.replace(params=params, opt_state=optim.reset_rows(state.opt_state, here_F),
@@ -69,10 +76,11 @@ def _place_rows(options: SAEOptions, state: TrainState, x_BD: jax.Array, source_
 
 @jax.jit
 def _alive_norms(state: TrainState, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
-    alive = jnp.maximum((~dead_F).sum(dtype=jnp.float32), 1.0)
+    """Mean norms of the alive rows of W_enc and W_dec; of all rows where none is alive, since norms of 0 could never recover."""
+    counted_F = ~dead_F | dead_F.all()
 
     def mean_norm(W):
-        return jnp.where(dead_F, 0.0, jnp.linalg.norm(W, axis=1)).sum() / alive
+        return jnp.where(counted_F, jnp.linalg.norm(W, axis=1), 0.0).sum() / counted_F.sum(dtype=jnp.float32)
 
     return mean_norm(state.params.W_enc), mean_norm(state.params.W_dec)
 
@@ -101,6 +109,6 @@ def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable
     first = 0
     for x_BD, batch_losses in zip(second_pass, losses, strict=True):
         if np.any((wanted >= first) & (wanted < first + len(batch_losses))):
-            state = _place_rows(config.sae, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
+            state = _place_rows(spec, config.sae, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
         first += len(batch_losses)
     return state, len(dead)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,38 +11,36 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import sharding
-from saejax.config import Config
+from saejax.config import Config, SAEOptions
 from saejax.records import ActivationStats
-from saejax.sae import SAEParams, SAESpec, init_params, reconstruct
-from saejax.train import optim
+from saejax.sae import SAEParams, SAESpec, init_params, pre_activations, reconstruct
+from saejax.sae.activations import thresholds
+from saejax.sae.normalization import Normalization, columns
+from saejax.train import control, optim
+
+_BIAS_ROWS = 4096  # rows that initial biases are taken from
 
 
 @struct.dataclass
 class TrainState:
     """Everything that a step reads and writes.
 
-    tokens_since_fired_F saturates at 2^31; scale: raw activation x scale = what the SAE sees; inverse_variance:
-    1 / E||x - E x||^2 of the normalised data. Both are constants of a run, kept here so that a checkpoint is complete.
-    moving: running means; batchtopk's `threshold`, empty for the others.
+    tokens_since_fired_F saturates at 2^31; inverse_variance: 1 / E||x - E x||^2 of what is reconstructed, normalised. It and the
+    normalisation are constants of a run, kept here so that a checkpoint is complete.
+    moving: running values by name (see `saejax.train.control`). ema: mean of the parameters (`train.ema`), or none.
+    skipped, skipped_in_row: steps that were left out because loss or gradient was not finite.
     """
 
     step: jax.Array                  # int32
     params: SAEParams
     opt_state: tuple
     tokens_since_fired_F: jax.Array  # uint32
-    scale: jax.Array                 # float32
+    normalization: Normalization     # float32
     inverse_variance: jax.Array      # float32
+    skipped: jax.Array               # int32
+    skipped_in_row: jax.Array        # int32
     moving: dict[str, jax.Array] = struct.field(default_factory=dict)  # float32
-
-
-def moved(moving: dict[str, jax.Array], least: jax.Array, step: jax.Array, beta: float) -> dict[str, jax.Array]:
-    """The running means after a step. threshold: exponential mean of `least` (Bussmann et al. 2024), plain mean at first.
-
-    beta grows as step / (step + 1) up to its final value, so that the first steps do not weigh more than later ones. A batch
-    without any positive activation leaves the mean alone.
-    """
-    beta = jnp.minimum(beta, step / (step + 1))
-    return {name: jnp.where(jnp.isfinite(least), beta * value + (1 - beta) * least, value) for name, value in moving.items()}
+    ema: SAEParams | None = None
 
 
 def normalization_scale(convention: str, stats: ActivationStats, d_in: int) -> float:
@@ -71,48 +70,103 @@ def geometric_median(x_ND: np.ndarray, iterations: int = 100, tolerance: float =
     return point
 
 
-def initial_b_dec(how: str, sample_ND: np.ndarray, scale: float) -> np.ndarray:
-    """b_dec in normalised units from raw sample rows: "zeros", "mean" or "geometric_median"."""
-    x = sample_ND.astype(np.float64) * scale
-    value = {"zeros": lambda: np.zeros(x.shape[1]), "mean": lambda: x.mean(0),
-             "geometric_median": lambda: geometric_median(x)}[how]()
+def measured(sample_NW: np.ndarray, stats: Sequence[ActivationStats]) -> list[ActivationStats]:
+    """Statistics of sample rows in place of those of the whole store, hookpoint by hookpoint: what a stream that leaves rows out
+    is normalised by.
+    """
+    out = []
+    for x_ND in np.split(sample_NW.astype(np.float64), np.cumsum([len(s.mean_D) for s in stats])[:-1], axis=1):
+        norms_N = np.linalg.norm(x_ND, axis=1)
+        out.append(ActivationStats(len(x_ND), x_ND.mean(0), norms_N.mean(), np.square(norms_N).mean(), np.median(norms_N)))
+    return out
+
+
+def normalization_of(options: SAEOptions, stats: Sequence[ActivationStats]) -> Normalization:
+    """The normalisation of rows that consist of these hookpoints; the convention holds for each by itself.
+
+    With `sae.center` it is the centred activations that the convention normalises.
+    """
+    scales, centers = [], []
+    for s in stats:
+        center_D = s.mean_D if options.center else np.zeros_like(s.mean_D)
+        around = dataclasses.replace(s, mean_sq_norm=s.mean_sq_norm - float(np.square(center_D).sum()))
+        scale = normalization_scale(options.normalize, around, len(center_D))
+        scales.append(np.full(len(center_D), scale, np.float32))
+        centers.append(center_D.astype(np.float32))
+    return Normalization(scale=np.concatenate(scales), center=np.concatenate(centers))
+
+
+def initial_b_dec(how: str, y_ND: np.ndarray) -> np.ndarray:
+    """b_dec from normalised sample rows of what is reconstructed: "zeros", "mean" or "geometric_median"."""
+    value = {"zeros": lambda: np.zeros(y_ND.shape[1]), "mean": lambda: y_ND.mean(0, dtype=np.float64),
+             "geometric_median": lambda: geometric_median(y_ND)}[how]()
     return value.astype(np.float32)
 
 
-def initial_state(config: Config, spec: SAESpec, stats: ActivationStats, sample_ND: np.ndarray, total_steps: int,
+def initial_state(config: Config, spec: SAESpec, stats: Sequence[ActivationStats], sample_NW: np.ndarray,
                   mesh: Mesh) -> TrainState:
-    """Step 0 of a run. Each device makes its own shard of the dictionary; no host holds it."""
-    scale = normalization_scale(config.sae.normalize, stats, spec.d_in)
-    variance = stats.mean_sq_norm - float(np.square(stats.mean_D).sum())
-    b_dec = initial_b_dec(config.sae.b_dec_init, sample_ND, scale)
-    make = _maker(spec, config, total_steps)
+    """Step 0 of a run. Each device makes its own shard of the dictionary; no host holds it.
+
+    stats: of `config.sae.hookpoints`; sample_NW: raw rows of them, side by side.
+    """
+    normalization = normalization_of(config.sae, stats)
+    rows_NW = (sample_NW.astype(np.float32) - normalization.center) * normalization.scale
+    b_dec = initial_b_dec(config.sae.b_dec_init, columns(spec, rows_NW)[1])
+    variances = [s.mean_sq_norm - float(np.square(s.mean_D).sum()) for s in stats]
+    firsts = np.cumsum([0] + [len(s.mean_D) for s in stats[:-1]])
+    normal = [float(normalization.scale[first])**2 * variance for first, variance in zip(firsts, variances, strict=True)]
+    written = normal[-1:] if spec.d_out is not None else normal
+    n = max(1, min(len(rows_NW), _BIAS_ROWS) // mesh.size) * mesh.size
+    rows_NW = sharding.place(np.resize(rows_NW, (n, rows_NW.shape[1])), sharding.sharding(mesh, "rows_at_rest", None))
     with jax.set_mesh(mesh):
-        return jax.jit(make)(jax.random.key(config.seed), b_dec, np.float32(scale), np.float32(1 / (scale**2 * variance)))
+        return _jitted(spec, dataclasses.replace(config, seed=0, data_seed=None, name="", run_dir=""))(
+            jax.random.key(config.seed), b_dec, normalization, np.float32(1 / sum(written)), rows_NW)
 
 
-def abstract_state(config: Config, spec: SAESpec, total_steps: int, mesh: Mesh):
+def abstract_state(config: Config, spec: SAESpec, mesh: Mesh):
     """Shapes, dtypes and shardings of the state on a mesh, nothing allocated: what a checkpoint is restored into."""
-    make = _maker(spec, config, total_steps)
     with jax.set_mesh(mesh):
-        scalar = jax.ShapeDtypeStruct((), jnp.float32)
-        shapes = jax.eval_shape(make, jax.random.key(0), jax.ShapeDtypeStruct((spec.d_in,), jnp.float32), scalar, scalar)
+        row = jax.ShapeDtypeStruct((spec.d_in + (spec.d_out or 0),), jnp.float32)
+        rows = jax.ShapeDtypeStruct((mesh.size, *row.shape), jnp.float32, sharding=sharding.sharding(mesh, "rows_at_rest", None))
+        shapes = jax.eval_shape(functools.partial(_make, spec, config), jax.random.key(0),
+                                jax.ShapeDtypeStruct((spec.width_out,), jnp.float32), Normalization(row, row),
+                                jax.ShapeDtypeStruct((), jnp.float32), rows)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
         mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
 
 
-def _maker(spec: SAESpec, config: Config, total_steps: int):
-    return functools.partial(_make, spec, optim.optimizer(config.train, total_steps), config.sae)
+@functools.lru_cache(maxsize=2)
+def _jitted(spec: SAESpec, config: Config):
+    """One compilation for all SAEs that differ in their seed only."""
+    return jax.jit(functools.partial(_make, spec, config))
 
 
-def _make(spec, tx, options, key, b_dec, scale, inverse_variance) -> TrainState:
+def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) -> TrainState:
     key_init, key_probe = jax.random.split(key)
-    params = init_params(spec, key_init, b_dec, options)
-    if spec.kind != "relu":
+    params = init_params(spec, key_init, b_dec, config.sae)
+    if spec.kind != "relu" and not config.sae.align:
         params = _input_scaled(spec, params, key_probe)
+    if config.sae.init_l0:
+        params = _biased(spec, config.sae.init_l0, params, jax.sharding.reshard(rows_NW, sharding.spec("rows", None)))
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
-    return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), tokens_since_fired_F=since,
-                      scale=scale, inverse_variance=inverse_variance,
-                      moving={"threshold": jnp.zeros((), jnp.float32)} if spec.kind == "batchtopk" else {})
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, params=params, opt_state=optim.optimizer(config.train).init(params), tokens_since_fired_F=since,
+                      normalization=normalization, inverse_variance=inverse_variance, skipped=zero, skipped_in_row=zero,
+                      moving=control.initial(config), ema=params if config.train.ema else None)
+
+
+def _biased(spec: SAESpec, l0: float, params: SAEParams, rows_NW: jax.Array) -> SAEParams:
+    """Encoder biases with which each feature fires on the share l0 / d_sae (at most half) of normalised sample rows.
+
+    Source: Transformer Circuits update January 2025 (l0 = 10,000). A share below one row in the sample: on its largest one.
+    """
+    x_ND, _ = columns(spec, rows_NW)
+    share = min(l0 / spec.d_sae, 0.5)
+    # Each feature's pre-activations over the rows, sorted: a sort along rows only, local to the feature's device.
+    pre_FN = jnp.sort(jax.sharding.reshard(pre_activations(spec, params, x_ND), sharding.spec(None, "features")).T, axis=1)
+    border_F = pre_FN[:, min(round((1 - share) * len(x_ND)), len(x_ND) - 1)]
+    least_F = thresholds(params) if spec.kind == "jumprelu" else 0.0
+    return params.replace(b_enc=params.b_enc + least_F - border_F + 1e-6)
 
 
 def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams:
@@ -124,7 +178,7 @@ def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams
     n = 256
     probe = jax.random.normal(key, (n, spec.d_in), jnp.float32)
     probe = probe / jnp.linalg.norm(probe, axis=1, keepdims=True)
-    centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))
+    centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))  # W_skip is 0 at this point
     # Rows are repeated up to a multiple of the data axis and the repeats not counted: the value is the same on every mesh.
     row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().shape["data"])
     if spec.kind == "batchtopk":  # the repeated rows must not compete

@@ -3,63 +3,121 @@
 import jax
 import jax.numpy as jnp
 import optax
+from flax import struct
+from jax import lax
 
 from saejax import sharding
 from saejax.config import Config
-from saejax.sae import SAESpec
-from saejax.sae.losses import LossInputs
+from saejax.sae import SAEParams, SAESpec
+from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.objectives import objective
-from saejax.train import optim
-from saejax.train.state import TrainState, moved
+from saejax.train import control, optim
+from saejax.train.state import TrainState
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
 
 
-def normalized(x_BD: jax.Array, scale: jax.Array) -> jax.Array:
-    """Raw rows resting over all devices -> float32 normalised rows split over `data` (one all-gather of [B, D] along `dict`)."""
-    x_BD = jax.sharding.reshard(x_BD, sharding.spec("rows", "d_in"))
-    return x_BD.astype(jnp.float32) * scale
+@struct.dataclass
+class Hyperparameters:
+    """What may differ between SAEs that train as one program (float32 scalars): peak learning rate, lambda, L0 to aim at."""
+
+    lr: jax.Array
+    penalty: jax.Array
+    target_l0: jax.Array
+
+    @classmethod
+    def of(cls, config: Config) -> "Hyperparameters":
+        penalty = config.sae.sparsity if config.sae.kind == "jumprelu" else config.sae.l1
+        return cls(*(jnp.float32(value) for value in (config.train.lr, penalty, config.train.target_l0)))
+
+
+def normalized(state: TrainState, rows_BW: jax.Array) -> jax.Array:
+    """Raw rows resting over all devices -> float32 normalised rows split over `data` (one all-gather of [B, W] along `dict`)."""
+    return state.normalization.apply(jax.sharding.reshard(rows_BW, sharding.spec("rows", None)))
 
 
 def make_step(config: Config, spec: SAESpec, total_steps: int):
-    """`step(state, x_BD) -> (state, metrics)`; x_BD: raw rows [B, D] (any float dtype) sharded as `rows_at_rest`.
+    """`step(state, rows_BW) -> (state, metrics)`; rows_BW: raw rows of `config.sae.hookpoints` side by side (any float dtype),
+    sharded as `rows_at_rest`.
 
-    metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, and the
-    terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient.
-    Call it with the mesh set (`jax.set_mesh`).
+    metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, skipped, skipped_in_row, and the
+    terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient. A step whose loss or gradient is not
+    finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
     """
-    tx = optim.optimizer(config.train, total_steps)
-    lr = optim.learning_rate(config.train, total_steps)
-    penalty = config.sae.sparsity if spec.kind == "jumprelu" else config.sae.l1
-    sparsity = optim.l1_coefficient(config.train, penalty, total_steps)
+    own = Hyperparameters.of(config)
+    return jax.jit(lambda state, rows_BW: one_step(config, spec, total_steps, own, state, rows_BW), donate_argnums=0)
 
-    def step(state: TrainState, x_BD: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        x_BD = normalized(x_BD, state.scale)
-        inputs = LossInputs(sparsity=sparsity(state.step), inverse_variance=state.inverse_variance,
-                            tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
-        (_, parts), gradients = jax.value_and_grad(
-            lambda p: objective(spec, config.sae, p, x_BD, inputs), has_aux=True)(state.params)
-        if config.sae.unit_decoder:
-            gradients = optim.without_parallel(gradients, state.params)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        if config.sae.unit_decoder:
-            params = optim.with_unit_decoder(params)
-        counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(x_BD))
-        since_F = jnp.where(parts.fired_F, 0, counted_F)
-        metrics = {
-            "loss": parts.loss, "mse": parts.mse, "l0": parts.l0, "fvu": parts.fvu,
-            "explained_variance": 1 - parts.fvu,
-            "dead_fraction": (since_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
-            "grad_norm": optax.tree.norm(gradients), "lr": lr(state.step),
-        }
-        metrics |= parts.own | {f"{name}_coefficient": inputs.sparsity for name in parts.own if name in ("l1", "sparsity")}
-        moving = moved(state.moving, parts.least, state.step, config.sae.threshold_beta)
-        metrics |= moving
-        state = state.replace(moving=moving)
-        return state.replace(step=state.step + 1, params=params, opt_state=opt_state, tokens_since_fired_F=since_F), metrics
 
-    return jax.jit(step, donate_argnums=0)
+def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparameters, state: TrainState,
+             rows_BW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+    """See `make_step`; `own` are values of the program, so that it can be mapped over them and over states."""
+    rows_BW = normalized(state, rows_BW)
+    lr = own.lr * optim.learning_rate(config.train, total_steps)(state.step)
+    penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
+    inputs = LossInputs(sparsity=penalty * control.penalty_factor(config, state.moving, own.target_l0, state.step, total_steps),
+                        target_l0=own.target_l0, threshold=state.moving.get("threshold", jnp.float32(0)),
+                        inverse_variance=state.inverse_variance, tokens_since_fired_F=state.tokens_since_fired_F,
+                        dead_after=jnp.uint32(dead_bound(config)))
+    gradients, parts = _gradients(config, spec, state.params, rows_BW, inputs)
+    gradients = optim.projected(config.sae, gradients, state.params)
+    grad_norm = optax.tree.norm(gradients)
+    updates, opt_state = optim.optimizer(config.train).update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -lr * update, updates))
+    params = optim.constrained(config.sae, params)
+    counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(rows_BW))
+    new = state.replace(
+        params=params, opt_state=opt_state, tokens_since_fired_F=jnp.where(parts.fired_F, 0, counted_F),
+        moving=control.moved(config, state.moving, parts, state.step, own.target_l0, total_steps),
+        ema=None if state.ema is None else _averaged(config.train.ema, state.ema, params, state.step))
+    good = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm) & (state.skipped_in_row < config.train.max_skipped)
+    new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
+    new = new.replace(step=state.step + 1, skipped=state.skipped + ~good,
+                      skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1))
+    metrics = {
+        "loss": parts.loss, "mse": parts.mse, "l0": parts.l0, "fvu": parts.fvu, "explained_variance": 1 - parts.fvu,
+        "dead_fraction": (new.tokens_since_fired_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
+        "grad_norm": grad_norm, "lr": lr, "skipped": new.skipped, "skipped_in_row": new.skipped_in_row, **parts.own,
+        **{f"{name}_coefficient": inputs.sparsity for name in parts.own if name in ("l1", "sparsity")},
+        **{name: value for name, value in new.moving.items() if name == "threshold"},
+    }
+    return new, metrics
+
+
+def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Array,
+               inputs: LossInputs) -> tuple[SAEParams, LossParts]:
+    """Gradients of the loss and what was seen, in `train.accumulate` parts one after the other: means, all features that fired.
+    """
+    def of_part(rows: jax.Array) -> tuple[SAEParams, LossParts]:
+        (_, seen), gradients = jax.value_and_grad(lambda p: objective(spec, config.sae, p, rows, inputs), has_aux=True)(params)
+        return gradients, seen
+
+    n = config.train.accumulate
+    if n == 1:
+        return of_part(rows_BW)
+    # Every n-th row is a part: so each device keeps the rows that it has.
+    parts_BnW = rows_BW.reshape(len(rows_BW) // n, n, -1)
+
+    def add(total, i):
+        rows = lax.dynamic_index_in_dim(parts_BnW, i, axis=1, keepdims=False)
+        return jax.tree.map(jnp.add, total[0], (grown := of_part(rows))[0]), _merged(total[1], grown[1])
+
+    first = of_part(parts_BnW[:, 0])
+    (gradients, seen), _ = lax.scan(lambda total, i: (add(total, i), None), first, jnp.arange(1, n))
+    fired_F, least = seen.fired_F, seen.least
+    seen = jax.tree.map(lambda value: value / n, seen.replace(fired_F=jnp.float32(0)))
+    return jax.tree.map(lambda gradient: gradient / n, gradients), seen.replace(fired_F=fired_F, least=least)
+
+
+def _merged(a: LossParts, b: LossParts) -> LossParts:
+    """Sums; features that fired in either; the smaller least activation."""
+    total = jax.tree.map(jnp.add, a.replace(fired_F=jnp.float32(0)), b.replace(fired_F=jnp.float32(0)))
+    return total.replace(fired_F=a.fired_F | b.fired_F, least=jnp.minimum(a.least, b.least))
+
+
+def _averaged(beta: float, mean: SAEParams, params: SAEParams, step: jax.Array) -> SAEParams:
+    """beta mean + (1 - beta) params; a plain mean at first, which is Gao et al.'s bias correction."""
+    beta = jnp.minimum(beta, step / (step + 1))
+    return jax.tree.map(lambda a, b: beta * a + (1 - beta) * b, mean, params)
 
 
 def dead_bound(config: Config) -> int:

@@ -201,11 +201,11 @@ def test_huge_but_finite_rows_are_kept(tmp_path):
 
 def test_check_matches_names_key_and_both_values(tmp_path):
     store = make_store(tmp_path / "s")
-    check_matches(store, hookpoint=HOOK, d_in=24, model="tiny", context=16)
+    check_matches(store, hookpoints=(HOOK,), d_in=24, model="tiny", context=16)
     with pytest.raises(StoreError, match="config.sae.d_in is 32, the store's blocks.0.hook_resid_post is 24 wide"):
-        check_matches(store, hookpoint=HOOK, d_in=32)
-    with pytest.raises(StoreError, match="sae.hookpoint is 'x'.*lm.model is 'big', .* from 'tiny'.*config.text.context is 8"):
-        check_matches(store, hookpoint="x", model="big", context=8)
+        check_matches(store, hookpoints=(HOOK,), d_in=32)
+    with pytest.raises(StoreError, match="config.sae reads 'x'.*lm.model is 'big', .* from 'tiny'.*config.text.context is 8"):
+        check_matches(store, hookpoints=("x",), model="big", context=8)
     with pytest.raises(StoreError, match="not 'x'"):
         store.read("x", 0, 1)
 

@@ -36,11 +36,11 @@ OPTIONS = StreamOptions(4, 150)
 
 def take(store, n, batch=50, options=OPTIONS, state=START, hook=HOOK):
     """[(store rows, values as bits, state behind)] of n batches."""
-    with Stream(store, hook, batch, options, state) as stream:
+    with Stream(store, (hook,), batch, options, state) as stream:
         out = []
         for _ in range(n):
             b = next(stream)
-            out.append((b.contexts_B * CONTEXT + b.positions_B, bits(b.x_BD).copy(), b.token_ids_B, stream.state))
+            out.append((b.contexts_B * CONTEXT + b.positions_B, bits(b.x_BW).copy(), b.token_ids_B, stream.state))
         return out
 
 
@@ -102,12 +102,12 @@ def test_order_does_not_depend_on_timing(store, monkeypatch):
         wait(self)
 
     monkeypatch.setattr(PendingRead, "wait", slow)
-    with Stream(store, HOOK, 50, StreamOptions(4, 150), START) as stream:
+    with Stream(store, (HOOK,), 50, StreamOptions(4, 150), START) as stream:
         again = []
         for i in range(20):
             time.sleep(0.005 * (i % 3))
             b = next(stream)
-            again.append((b.contexts_B * CONTEXT + b.positions_B, bits(b.x_BD), b.token_ids_B, stream.state))
+            again.append((b.contexts_B * CONTEXT + b.positions_B, bits(b.x_BW), b.token_ids_B, stream.state))
         assert stream.wait_seconds > 0
     same(again, straight)
 
@@ -117,7 +117,7 @@ def test_restoring_reads_no_skipped_window(store, monkeypatch):
     start_read = type(store).start_read
     monkeypatch.setattr(type(store), "start_read", lambda self, array, spans, out: (
         read.append((array, sum(b - a for a, b in spans))), start_read(self, array, spans, out))[1])
-    with Stream(store, HOOK, 10, StreamOptions(1, 32), StreamState(0, 3, 400)) as stream:
+    with Stream(store, (HOOK,), 10, StreamOptions(1, 32), StreamState(0, 3, 400)) as stream:
         next(stream)
         stream.close()
     assert sum(n for array, n in read if array.startswith("acts")) <= 32 * (3 + stream._queue.maxsize * 10 // 25)
@@ -137,20 +137,20 @@ def test_outliers_are_left_out_on_request(tmp_path):
 
 def test_two_streams_over_one_store_do_not_disturb_each_other(store):
     alone = take(store, 10), take(store, 10, 33, state=StreamState(7, 0, 0))
-    with Stream(store, HOOK, 50, StreamOptions(4, 150), START) as a, \
-            Stream(store, HOOK, 33, StreamOptions(4, 150), StreamState(7, 0, 0)) as b:
+    with Stream(store, (HOOK,), 50, StreamOptions(4, 150), START) as a, \
+            Stream(store, (HOOK,), 33, StreamOptions(4, 150), StreamState(7, 0, 0)) as b:
         for one, two in zip(*alone, strict=True):
-            assert np.array_equal(bits(next(a).x_BD), one[1]) and np.array_equal(bits(next(b).x_BD), two[1])
+            assert np.array_equal(bits(next(a).x_BW), one[1]) and np.array_equal(bits(next(b).x_BW), two[1])
 
 
 def test_batches_held_by_the_consumer_are_never_overwritten(store):
     """The memory of a batch is used again, but only when nothing refers to it: arrays, views, jax arrays of them."""
-    with Stream(store, HOOK, 20, StreamOptions(4, 150), START) as stream:
+    with Stream(store, (HOOK,), 20, StreamOptions(4, 150), START) as stream:
         held = []
         for i in range(120):
             b = next(stream)
-            kind = [b.x_BD, b.x_BD[3:].T, b.x_BD.view(np.uint16).reshape(-1), jnp.asarray(b.x_BD),
-                    jax.device_put(b.x_BD), memoryview(b.x_BD.view(np.uint8))][i % 6]
+            kind = [b.x_BW, b.x_BW[3:].T, b.x_BW.view(np.uint16).reshape(-1), jnp.asarray(b.x_BW),
+                    jax.device_put(b.x_BW), memoryview(b.x_BW.view(np.uint8))][i % 6]
             held.append((kind, np.array(kind).copy()))
             if i % 10 == 9:
                 held = held[::2]
@@ -186,24 +186,25 @@ def test_non_finite_rows_are_counted_and_named(tmp_path, monkeypatch):
         for s in range(5):
             writer.write_shard(*rows.shard(s))
         store = writer.finalize(37)
-    with Stream(store, HOOK, 10, StreamOptions(64, 2000), START) as stream:
+    with Stream(store, (HOOK,), 10, StreamOptions(64, 2000), START) as stream:
         with pytest.raises(NonFiniteError, match=r"2 of \d+ .* \(9, 4\), \(30, 0\)"):
-            next(stream)
+            for batch in stream:
+                assert np.isfinite(batch.x_BW.astype(np.float32)).all()
 
 
 def test_an_error_in_the_thread_reaches_the_consumer(store, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(Stream, "_check_finite", fail)
-    with Stream(store, HOOK, 10, StreamOptions(4, 150), START) as stream:
+    monkeypatch.setattr(Stream, "_gather", fail)
+    with Stream(store, (HOOK,), 10, StreamOptions(4, 150), START) as stream:
         with pytest.raises(MemoryError, match="no room"):
             next(stream)
 
 
 def test_close_joins_the_thread_and_ends_the_stream(store):
     before = threading.active_count()
-    stream = Stream(store, HOOK, 10, StreamOptions(4, 150), START)
+    stream = Stream(store, (HOOK,), 10, StreamOptions(4, 150), START)
     next(stream)
     stream.close()
     stream.close()
@@ -214,9 +215,9 @@ def test_close_joins_the_thread_and_ends_the_stream(store):
 
 def test_bad_requests_say_so(store):
     with pytest.raises(StoreError, match="config.train.batch"):
-        Stream(store, HOOK, 10, StreamOptions(4, 150), StreamState(0, 0, 10**6))
+        Stream(store, (HOOK,), 10, StreamOptions(4, 150), StreamState(0, 0, 10**6))
     with pytest.raises(StoreError, match="holds blocks.0"):
-        Stream(store, "blocks.7.hook_resid_post", 10, StreamOptions(4, 150), START)
+        Stream(store, ("blocks.7.hook_resid_post",), 10, StreamOptions(4, 150), START)
 
 
 def test_golden_order(store):

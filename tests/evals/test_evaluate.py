@@ -31,21 +31,21 @@ class Linear:
 
     def __init__(self, factor):
         self.factor = factor
-        self.cfg = SimpleNamespace(d_in=D_IN, d_sae=D_IN, hookpoint=HOOKPOINT)
+        self.cfg = SimpleNamespace(d_in=D_IN, d_sae=D_IN, hookpoint=HOOKPOINT, hookpoints=(HOOKPOINT,), targets=(HOOKPOINT,))
 
     def reconstruct(self, x):
         return x * self.factor, x * self.factor
 
 
 def stats(mean=0.3, median=5.0):
-    return ActivationStats(1000, np.full(D_IN, mean), median, median**2, median)
+    return {HOOKPOINT: ActivationStats(1000, np.full(D_IN, mean), median, median**2, median)}
 
 
 def random_sae(mesh=None, d_sae=64, k=8, seed=0):
     rng = np.random.default_rng(seed)
     W = rng.standard_normal((d_sae, D_IN)).astype(np.float32) / D_IN**0.5
     params = SAEParams(W_enc=jnp.asarray(W), b_enc=jnp.zeros(d_sae), W_dec=jnp.asarray(W), b_dec=jnp.zeros(D_IN))
-    return SAE(params, SAEConfig("topk", D_IN, d_sae, k, False, HOOKPOINT, "tiny"), mesh)
+    return SAE(params, SAEConfig("topk", D_IN, d_sae, k, False, (HOOKPOINT,), "tiny"), mesh)
 
 
 def held_out(config, lm):
@@ -63,6 +63,32 @@ def test_identity_recovers_exactly_one_and_zero_exactly_none(config, tiny_lm):
     zero = evaluate(config, Linear(0.0), tiny_lm, stats())
     assert zero["ce_recovered"] == 0.0 and zero["ce_spliced"] == zero["ce_zero"] != zero["ce_clean"]
     assert zero["kl"] > 0 and zero["dead_fraction"] == 1.0 and zero["l0_mean"] == 0
+
+
+class Between(Linear):
+    """The same, from some hookpoints to others."""
+
+    def __init__(self, factor, hookpoints, targets):
+        super().__init__(factor)
+        width = D_IN * len(hookpoints)
+        self.cfg = SimpleNamespace(d_in=width, d_sae=width, hookpoint="", hookpoints=hookpoints, targets=targets)
+
+
+def test_what_is_reconstructed_is_replaced(config, tiny_lm):
+    """A transcoder between two names of the same activation, and a crosscoder over two layers."""
+    before, after, last = "blocks.1.hook_resid_post", "blocks.2.hook_resid_pre", "blocks.2.hook_resid_post"
+    names = {name: stats()[HOOKPOINT] for name in (before, after, last)}
+    transcoder = evaluate(config, Between(1.0, (before,), (after,)), tiny_lm, names)
+    assert transcoder["ce_recovered"] == 1.0 and transcoder["explained_variance"] == 1.0 and "layers" not in transcoder
+    zero = evaluate(config, Between(0.0, (last,), (after,)), tiny_lm, names)
+    assert zero["ce_spliced"] == zero["ce_zero"] == evaluate(config, Linear(0.0), tiny_lm, names)["ce_zero"]
+    crosscoder = evaluate(config, Between(1.0, (before, last), (before, last)), tiny_lm, names)
+    assert crosscoder["ce_recovered"] == 1.0 and set(crosscoder["layers"]) == {before, last}
+    half = evaluate(config, Between(0.5, (before, last), (before, last)), tiny_lm, names)
+    single = evaluate(config, Between(0.5, (last,), (last,)), tiny_lm, names)
+    assert half["ce_spliced"] == pytest.approx(single["ce_spliced"], rel=1e-6), "the later layer decides what follows"
+    assert half["fvu"] == pytest.approx(np.mean([layer["fvu"] for layer in half["layers"].values()]))
+    assert half["layers"][last]["fvu"] == pytest.approx(single["fvu"], rel=1e-6)
 
 
 def test_mean_ablation_with_the_mean_zero_is_zero_ablation(config, tiny_lm):
@@ -193,14 +219,15 @@ def test_wrong_width_names_the_model(config, tiny_lm):
 
 def test_cache_is_keyed_by_step_and_options(config, tmp_path):
     paths = RunPaths(tmp_path)
-    key = cache_key(config, 7)
+    key = cache_key(config, 7, "d")
     assert cached(paths, key) is None
     remember(paths, key, {"fvu": 0.5})
-    remember(paths, cache_key(config, 8), {"fvu": 0.4})
+    remember(paths, cache_key(config, 8, "d"), {"fvu": 0.4})
     assert cached(paths, key) == {"fvu": 0.5}
     more = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=11))
-    assert cached(paths, cache_key(more, 7)) is None
-    assert cached(paths, cache_key(dataclasses.replace(config, seed=1), 7)) is None
+    assert cached(paths, cache_key(more, 7, "d")) is None
+    assert cached(paths, cache_key(dataclasses.replace(config, seed=1), 7, "d")) is None
+    assert cached(paths, cache_key(config, 7, "of another SAE at the same step")) is None
     newer = json.loads(paths.evaluation.read_text()) | {"schema_version": 99}
     paths.evaluation.write_text(json.dumps(newer))
     with pytest.raises(SaejaxError, match="schema version 99"):

@@ -51,9 +51,11 @@ def test_gradient_with_respect_to_pre_activations():
     np.testing.assert_array_equal(counted, 0)
 
 
-OPTIONS = SAEOptions(kind="jumprelu", d_sae=F, bandwidth=BANDWIDTH, target_l0=5.0, frequency_coef=0.7, max_frequency=0.2,
+OPTIONS = SAEOptions(kind="jumprelu", d_sae=F, bandwidth=BANDWIDTH, frequency_coef=0.7, max_frequency=0.2,
                      pre_act_coef=0.3, aux_k=0)
-LAMBDA = 0.9
+LAMBDA, TARGET = 0.9, 5.0
+INPUTS = LossInputs(sparsity=jnp.float32(LAMBDA), target_l0=jnp.float32(TARGET), threshold=jnp.float32(0),
+                    dead_after=jnp.uint32(9), inverse_variance=jnp.float32(0.3), tokens_since_fired_F=jnp.zeros(F, jnp.uint32))
 
 
 def expected(options, p, x):
@@ -84,8 +86,8 @@ def expected(options, p, x):
     else:
         sparsity, slope = rate.sum(), 1.0
         if options.objective == "target_l0":
-            ratio = sparsity / options.target_l0
-            sparsity, slope = (ratio - 1) ** 2, 2 * (ratio - 1) / options.target_l0
+            ratio = sparsity / TARGET
+            sparsity, slope = (ratio - 1) ** 2, 2 * (ratio - 1) / TARGET
         loss += LAMBDA * sparsity + options.frequency_coef * np.square(over).sum()
         d_rate = LAMBDA * slope + options.frequency_coef * 2 * over / options.max_frequency
         d_theta -= d_rate * window.mean(0)
@@ -105,8 +107,7 @@ def test_objective_and_all_its_gradients(name):
     loss, gradients = expected(options, p, x)
     params = SAEParams(**{k: jnp.asarray(v, jnp.float32) for k, v in p.items() if k != "log_threshold"},
                        per_feature={"log_threshold": jnp.asarray(p["log_threshold"], jnp.float32)})
-    inputs = LossInputs(sparsity=jnp.float32(LAMBDA), inverse_variance=jnp.float32(1), dead_after=jnp.uint32(9),
-                        tokens_since_fired_F=jnp.zeros(F, jnp.uint32))
+    inputs = INPUTS.replace(inverse_variance=jnp.float32(1))
     spec = SAESpec("jumprelu", D, F, bandwidth=BANDWIDTH)
     (got, parts), grads = jax.value_and_grad(lambda q: objective(spec, options, q, jnp.asarray(x, jnp.float32), inputs),
                                              has_aux=True)(params)
@@ -122,15 +123,11 @@ def float32_params(seed=3):
     return p, SAEParams(*(jnp.asarray(v, jnp.float32) for v in p)), rng.standard_normal((B, D))
 
 
-INPUTS = LossInputs(sparsity=jnp.float32(LAMBDA), inverse_variance=jnp.float32(0.3), dead_after=jnp.uint32(9),
-                    tokens_since_fired_F=jnp.zeros(F, jnp.uint32))
-
-
 @pytest.mark.parametrize("penalty, bent", [("l1", lambda a: a), ("tanh", lambda a: np.tanh(4 * a) / 4),
                                            ("log", lambda a: np.log(1 + 4 * a) / 4)])
 def test_penalties_of_relu(penalty, bent):
     (W_enc, b_enc, W_dec, b_dec), params, x = float32_params()
-    options = SAEOptions(kind="relu", d_sae=F, penalty=penalty, penalty_scale=4.0)
+    options = SAEOptions(kind="relu", d_sae=F, aux_k=0, penalty=penalty, penalty_scale=4.0)
     acts = np.maximum(x @ W_enc.T + b_enc, 0)
     mse = np.square(acts @ W_dec + b_dec - x).sum(1).mean()
     term = bent(acts * np.linalg.norm(W_dec, axis=1)).sum(1).mean()

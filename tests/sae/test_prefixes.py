@@ -7,7 +7,7 @@ import pytest
 
 from saejax import sharding
 from saejax.config import MeshOptions
-from saejax.sae import SAEParams, SAESpec, param_shardings
+from saejax.sae import SAEParams, SAESpec, param_shardings, tensors
 from saejax.sae.prefixes import borders, prefix_reconstructions
 
 SHARES = (0.1, 0.15, 0.05, 0.45, 0.25)  # borders 3, 8, 10, 24 of 32: beside, on and between the borders of shards
@@ -40,7 +40,7 @@ def test_equals_truncated_dictionaries_with_gradients(mesh_shape):
         mesh = sharding.make_mesh(MeshOptions(*mesh_shape))
         with jax.set_mesh(mesh):
             rows_features = sharding.sharding(mesh, "rows", "features")
-            placed = jax.device_put(params, param_shardings(mesh)), sharding.place(acts, rows_features)
+            placed = jax.device_put(params, param_shardings(mesh, tensors(params))), sharding.place(acts, rows_features)
             got = jax.jit(lambda p, a: prefix_reconstructions(SPEC, p, a, SHARES))(*placed)
             grads = jax.jit(jax.grad(loss, (0, 1)))(*placed)
     np.testing.assert_allclose(got, recons, rtol=1e-5, atol=1e-4)

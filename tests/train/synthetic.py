@@ -2,41 +2,42 @@
 
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from saejax.config import Config, default_config, resolve
-from saejax.data.manifest import StoreSpec
+from saejax.data.arrays import write_rows
 from saejax.data.store import Store
-from saejax.data.writer import StoreWriter
 from saejax.recipes import WITH_K
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka", "matryoshka_jumprelu")  # recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16
+TARGET = "blocks.1.hook_mlp_out"
+WIDTHS = {HOOKPOINT: D_IN, TARGET: 12}
+SHAPES = {  # more names for `make_config`: a recipe, and what is changed in it
+    "transcoder": ("topk", {"sae__target": TARGET, "sae__pre_bias": False}),
+    "skip_transcoder": ("jumprelu", {"sae__target": TARGET, "sae__pre_bias": False, "sae__skip": True}),
+    "crosscoder": ("relu", {"sae__crosscoder": (HOOKPOINT, TARGET), "sae__center": True}),
+}
+VARIANTS = SHAPES | {
+    "steered": ("relu", {"train__target_l0": 6.0}),
+    "options": ("batchtopk", {"train__ema": 0.9, "train__accumulate": 2, "sae__k_start": 16, "train__k_anneal": 0.3,
+                              "sae__align": True, "train__lr_shape": "cosine", "train__lr_warmup": 0.2}),
+}
 
 
 def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
-    """`contexts` x 8 rows of width 16, the first token of each context masked."""
-    spec = StoreSpec(model="synthetic", model_digest="0" * 64, lm_dtype="float32", tokenizer_digest="1" * 64,
-                     text={"context": CONTEXT, "source": ["synthetic"]}, hookpoints=((HOOKPOINT, D_IN),), context=CONTEXT,
-                     shard_contexts=SHARD_CONTEXTS, chunk_rows=32, mask_special=True, target_contexts=contexts)
-    rng = np.random.default_rng(seed)
-    directions = rng.standard_normal((48, D_IN))
-    writer = StoreWriter(path, spec)
-    for shard in writer.missing_shards():
-        n = min(SHARD_CONTEXTS, contexts - shard * SHARD_CONTEXTS)
-        codes = (rng.random((n * CONTEXT, 48)) < 0.08) * rng.random((n * CONTEXT, 48))
-        x = (codes @ directions + 0.3).astype(ml_dtypes.bfloat16)
-        keep = np.ones((n, CONTEXT), np.uint8)
-        keep[:, 0] = 0
-        writer.write_shard(shard, {HOOKPOINT: x}, rng.integers(0, 99, (n, CONTEXT)), keep, {})
-    return writer.finalize(contexts)
+    """`contexts` x 8 rows at two hookpoints that share their features, the first row of each context masked."""
+    rng, rows = np.random.default_rng(seed), contexts * CONTEXT
+    directions = rng.standard_normal((48, sum(WIDTHS.values())))
+    codes = (rng.random((rows, 48)) < 0.08) * rng.random((rows, 48))
+    return write_rows(path, [codes @ directions + 0.3], rows, WIDTHS, model="synthetic", context=CONTEXT,
+                      shard_contexts=SHARD_CONTEXTS, chunk_rows=32, mask_first=True)
 
 
 def kinds(*core: str) -> list:
-    """All kinds as test parameters; those not named here run in the slow tier."""
-    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+    """All kinds and shapes as test parameters; those not named here run in the slow tier."""
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in (*KINDS, *VARIANTS)]
 
 
 class OnDemand(dict):
@@ -51,29 +52,27 @@ class OnDemand(dict):
         return self[key]
 
 
-def leaves(params) -> dict:
-    """{name: array} of an SAE's parameters, those per feature included."""
-    return {name: getattr(params, name) for name in ("W_enc", "b_enc", "W_dec", "b_dec")} | params.per_feature
-
-
 def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     """A config for the store above; overrides are {"section.key": value} with dots as double underscores."""
+    kind, shape = VARIANTS.get(kind, (kind, {}))
     c = default_config(kind)
     c.lm.model = "synthetic"
-    c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), (HOOKPOINT,), HOOKPOINT
+    c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), tuple(WIDTHS), HOOKPOINT
     c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
+    if c.sae.init_l0:
+        c.sae.init_l0 = 8.0
     if c.sae.kind in WITH_K:
         c.sae.aux_k = 16
     else:
         c.sae.l1 = 0.1
     if c.sae.kind == "jumprelu":  # windows and targets for a problem of this size
-        c.sae.bandwidth, c.sae.threshold_init, c.sae.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
+        c.sae.bandwidth, c.sae.threshold_init, c.train.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
     c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
     c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
     c.checkpoint.every_tokens = 32 * 10
-    for key, value in overrides.items():
+    for key, value in (shape | overrides).items():
         node, *rest = key.split("__")
         target = c
         for part in rest:

@@ -8,13 +8,13 @@ import pytest
 from saejax import sharding
 from saejax.config import MeshOptions, ResampleOptions
 from saejax.records import ActivationStats
-from saejax.sae import SAESpec
+from saejax.sae import SAESpec, tensors
 from saejax.sae.params import initial_per_feature
 from saejax.train.resample import draw, due, resample
 from saejax.train.state import initial_state
 from saejax.train.step import make_step
 
-from .synthetic import D_IN, kinds, leaves, make_config
+from .synthetic import D_IN, WIDTHS, kinds, make_config
 
 
 def batches(n, rows=32, seed=5):
@@ -26,11 +26,11 @@ def prepared(kind, mesh_shape, tmp_path):
     """A state after a few real steps, with every third feature declared dead."""
     config = make_config(kind, tmp_path)
     mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
-    spec = SAESpec.from_options(config.sae, D_IN)
+    spec = SAESpec.from_options(config.sae, WIDTHS)
     x = np.concatenate(batches(4))
     stats = ActivationStats(len(x), x.mean(0), float(np.linalg.norm(x, axis=1).mean()), float(np.square(x).sum(1).mean()), 1.0)
-    state = initial_state(config, spec, stats, x, 20, mesh)
-    rest = sharding.sharding(mesh, "rows_at_rest", "d_in")
+    state = initial_state(config, spec, [stats], x, mesh)
+    rest = sharding.sharding(mesh, "rows_at_rest", None)
     with jax.set_mesh(mesh):
         step = make_step(config, spec, 20)
         for b in batches(6):
@@ -54,14 +54,14 @@ def test_dead_rows_become_inputs_and_nothing_else_changes(kind, tmp_path):
     before, after, n = run(kind, (2, 4), tmp_path, pool)
     dead = np.arange(64) % 3 == 0
     assert n == dead.sum()
-    for name, value in leaves(after.params).items():
+    for name, value in tensors(after.params).items():
         if name != "b_dec":
-            np.testing.assert_array_equal(value[~dead], leaves(before.params)[name][~dead])
-    for name, value in initial_per_feature(make_config(kind, tmp_path).sae).items():
+            np.testing.assert_array_equal(value[~dead], tensors(before.params)[name][~dead])
+    for name, value in initial_per_feature(SAESpec.from_options(make_config(kind, tmp_path).sae, WIDTHS)).items():
         assert (before.params.per_feature[name][dead] != np.float32(value)).any(), "training had changed it"
         np.testing.assert_array_equal(after.params.per_feature[name][dead], np.float32(value))
     np.testing.assert_array_equal(after.params.b_dec, before.params.b_dec)
-    inputs = np.concatenate(pool) * np.float32(before.scale) - before.params.b_dec
+    inputs = np.concatenate(pool) * before.normalization.scale - before.params.b_dec
     inputs /= np.linalg.norm(inputs, axis=1, keepdims=True)
     W_dec, W_enc = after.params.W_dec[dead], after.params.W_enc[dead]
     alive_enc = np.linalg.norm(before.params.W_enc[~dead], axis=1).mean()
@@ -82,9 +82,9 @@ def test_adam_forgets_exactly_the_changed_rows(kind, tmp_path):
     adam_before = next(s for s in before.opt_state if hasattr(s, "mu"))
     adam = next(s for s in after.opt_state if hasattr(s, "mu"))
     for moments, old in ((adam.mu, adam_before.mu), (adam.nu, adam_before.nu)):
-        for name in leaves(moments).keys() - {"b_dec"}:
-            assert (leaves(moments)[name][dead] == 0).all()
-            np.testing.assert_array_equal(leaves(moments)[name][~dead], leaves(old)[name][~dead])
+        for name in tensors(moments).keys() - {"b_dec"}:
+            assert (tensors(moments)[name][dead] == 0).all()
+            np.testing.assert_array_equal(tensors(moments)[name][~dead], tensors(old)[name][~dead])
         np.testing.assert_array_equal(moments.b_dec, old.b_dec)
     assert adam.count == adam_before.count
 
@@ -121,4 +121,18 @@ def test_due_at_multiples_up_to_the_end():
     options = ResampleOptions(every_tokens=100, until_tokens=250)
     steps = range(0, 512, 32)
     assert [t + 32 for t in steps if due(options, t, t + 32)] == [128, 224]
+    assert due(options, 0, 300), "a batch that spans several marks"
     assert not any(due(ResampleOptions(), t, t + 32) for t in steps)
+
+
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_a_dictionary_without_any_alive_feature_recovers(kind, tmp_path):
+    config, spec, mesh, state, rest = prepared(kind, (1, 1), tmp_path)
+    since = np.full(64, 1000, np.uint32)
+    state = state.replace(tokens_since_fired_F=sharding.place(since, state.tokens_since_fired_F.sharding))
+    with jax.set_mesh(mesh):
+        state, n = resample(config, spec, state, [(sharding.place(b, rest) for b in batches(3)) for _ in range(2)], occasion=0)
+        assert n == 64 and (np.linalg.norm(state.params.W_enc, axis=1) > 0).all()
+        for b in batches(3):
+            state, metrics = make_step(config, spec, 20)(state, sharding.place(b, rest))
+    assert float(metrics["l0"]) > 0 and int(state.skipped) == 0

@@ -13,13 +13,13 @@ from saejax.config import MeshOptions
 from saejax.data.stream import Stream
 from saejax.errors import ConfigError
 from saejax.records import StreamState
-from saejax.sae import SAESpec
+from saejax.sae import SAESpec, tensors
 from saejax.train.loop import total_steps
-from saejax.train.state import geometric_median, initial_state, moved, normalization_scale
+from saejax.train.state import geometric_median, initial_state, normalization_scale
 from saejax.train.step import make_step
 from tests.hlo import moved_shapes
 
-from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, OnDemand, kinds, leaves, make_config, make_store
+from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, SHAPES, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,17 @@ def store(tmp_path_factory):
 def train(store, config, mesh_shape, n_steps):
     devices = jax.devices()[: mesh_shape[0] * mesh_shape[1]]
     mesh = sharding.make_mesh(MeshOptions(*mesh_shape), devices)
-    spec = SAESpec.from_options(config.sae, D_IN)
+    spec = SAESpec.from_options(config.sae, WIDTHS)
     batches = []
-    with Stream(store, HOOKPOINT, config.train.batch, config.stream, StreamState(0, 0, 0)) as stream:
-        batches = [b.x_BD for b in itertools.islice(stream, n_steps)]
-    state = initial_state(config, spec, store.stats(HOOKPOINT), np.concatenate(batches[:4]).astype(np.float32), n_steps, mesh)
+    with Stream(store, config.sae.hookpoints, config.train.batch, config.stream, StreamState(0, 0, 0)) as stream:
+        batches = [b.x_BW for b in itertools.islice(stream, n_steps)]
+    sample, stats = np.concatenate(batches[:4]).astype(np.float32), [store.stats(name) for name in config.sae.hookpoints]
+    state = initial_state(config, spec, stats, sample, mesh)
     step = make_step(config, spec, n_steps)
     history = []
     with jax.set_mesh(mesh):
         for x in batches:
-            state, metrics = step(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in")))
+            state, metrics = step(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
             history.append({k: float(v) for k, v in metrics.items()})
     return jax.device_get(state), history
 
@@ -52,8 +53,9 @@ def single(store, tmp_path_factory):
 
 def kinds_and_meshes():
     """The two oldest kinds on every mesh, the others on the mixed one; what remains is slow."""
-    for kind, shape in itertools.product(KINDS, [(1, 8), (8, 1), (2, 4), (4, 2)]):
-        core = kind in ("relu", "topk") or (shape == (2, 4) and kind in ("gated", "jumprelu", "batchtopk", "matryoshka"))
+    for kind, shape in itertools.product((*KINDS, *VARIANTS), [(1, 8), (8, 1), (2, 4), (4, 2)]):
+        mixed = ("gated", "jumprelu", "batchtopk", "matryoshka", *SHAPES)
+        core = kind in ("relu", "topk") or (shape == (2, 4) and kind in mixed)
         yield pytest.param(kind, shape, marks=() if core else pytest.mark.slow)
 
 
@@ -61,8 +63,8 @@ def kinds_and_meshes():
 def test_sharded_equals_single_device_over_50_steps(store, single, tmp_path, kind, mesh_shape):
     state, history = train(store, make_config(kind, tmp_path), mesh_shape, 50)
     expected, expected_history = single[kind]
-    for name, a in leaves(state.params).items():
-        b = leaves(expected.params)[name]
+    for name, a in tensors(state.params).items():
+        b = tensors(expected.params)[name]
         assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), name
     np.testing.assert_array_equal(state.tokens_since_fired_F, expected.tokens_since_fired_F)
     for got, want in zip(history, expected_history, strict=True):
@@ -76,20 +78,6 @@ def test_it_learns(single, kind):
     # relu ramps its penalty up, so the reconstruction is compared, not the loss
     assert last["fvu"] < 0.7 * first["fvu"]
     assert kind != "topk" or all(h["l0"] <= 4 for h in history)
-
-
-def test_a_running_mean_is_plain_at_first_and_exponential_later():
-    beta, least = 0.9, np.random.default_rng(0).uniform(0.1, 2.0, 40).astype(np.float32)
-    least[[3, 25]] = np.inf  # no positive activation in these batches
-    value, moving = 0.0, {"threshold": jnp.float32(0.0)}
-    for step, new in enumerate(least):
-        moving = moved(moving, jnp.float32(new), jnp.int32(step), beta)
-        weight = min(beta, step / (step + 1))
-        value = weight * value + (1 - weight) * float(new) if np.isfinite(new) else value
-        assert float(moving["threshold"]) == pytest.approx(value, rel=1e-5)
-        if step < 3:
-            assert value == pytest.approx(least[: step + 1].mean(), rel=1e-6)
-    assert moved({}, jnp.float32(1.0), jnp.int32(0), beta) == {}
 
 
 def test_batchtopk_keeps_the_mean_of_its_least_kept_activations(single):
@@ -118,12 +106,12 @@ def test_schedules(single):
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 def test_bfloat16_compute_keeps_float32_parameters(store, tmp_path, compute):
     config = make_config("topk", tmp_path, train__compute_dtype=compute)
-    spec = SAESpec.from_options(config.sae, D_IN, compute)
+    spec = SAESpec.from_options(config.sae, WIDTHS, compute)
     mesh = sharding.make_mesh(MeshOptions(2, 4))
     x = store.read(HOOKPOINT, 0, 32)
-    state = initial_state(config, spec, store.stats(HOOKPOINT), x.astype(np.float32), 10, mesh)
+    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
     with jax.set_mesh(mesh):
-        state, metrics = make_step(config, spec, 10)(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in")))
+        state, metrics = make_step(config, spec, 10)(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     assert np.isfinite(float(metrics["loss"]))
 
@@ -131,12 +119,12 @@ def test_bfloat16_compute_keeps_float32_parameters(store, tmp_path, compute):
 @pytest.mark.parametrize("kind", kinds("relu", "topk", "matryoshka"))
 def test_the_step_moves_no_dictionary_wide_array(store, tmp_path, kind):
     config = make_config(kind, tmp_path, sae__d_sae=1024)
-    spec = SAESpec.from_options(config.sae, D_IN)
+    spec = SAESpec.from_options(config.sae, WIDTHS)
     mesh = sharding.make_mesh(MeshOptions(1, 8))
     x = store.read(HOOKPOINT, 0, 32)
-    state = initial_state(config, spec, store.stats(HOOKPOINT), x.astype(np.float32), 10, mesh)
+    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
     with jax.set_mesh(mesh):
-        rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", "d_in"))
+        rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))
         hlo = make_step(config, spec, 10).lower(state, rows).compile().as_text()
     assert " sort(" not in hlo
     widest = max(map(math.prod, moved_shapes(hlo)))

@@ -1,0 +1,37 @@
+"""All kinds at three L0s on the store of the demo: 21 SAEs of 2304 features over one stream.
+
+Hardware: 2 CPU cores, 4 GB of memory. Time: about 45 minutes (with the demo's store there).
+Expect:   the table and the plot of docs/quality.md ("L0 and FVU of all kinds").
+Command:  saejax run --config=configs/frontier.py, then python benchmarks/frontier.py runs/frontier
+
+Learning rates are those of short runs; every kind aims at the same L0s (`train.target_l0`).
+"""
+
+from saejax.config import default_config
+
+
+def get_config():
+    c = default_config("topk")
+    c.name = "frontier"
+    c.harvest.store = "runs/demo/store"
+    c.harvest.tokens = 393_216
+    c.harvest.batch_contexts = 8
+    c.train.tokens = 524_288
+    c.train.batch = 1024
+    c.train.lr_warmup = 0.02
+    c.sae.d_sae = 2304
+    c.sae.dead_tokens = 200_000
+    c.checkpoint.every_tokens = 131_072
+    c.eval.contexts = 16
+    c.eval.batch_contexts = 8
+    c.sweep.product = ("train.target_l0=16,32,64",)
+    c.sweep.variations = (
+        "recipe=relu train.lr=1e-3",
+        "recipe=gated train.lr=1e-3",
+        "recipe=topk train.lr=1e-3",
+        "recipe=batchtopk train.lr=1e-3",
+        "recipe=matryoshka train.lr=1e-3",
+        "recipe=jumprelu train.lr=1e-3 train.lr_decay=0.2",
+        "recipe=jumprelu_tanh train.lr=1e-3",
+    )
+    return c

@@ -1,0 +1,1 @@
+"""Many SAEs at once: sweeps over one stream."""

@@ -1,0 +1,96 @@
+"""Running values that steer a run: the batch threshold, and the factor that brings a penalty's L0 to `train.target_l0`.
+
+The controller is proportional-integral on where L0 is heading: e = log(L0 / goal) + T d log(L0) / d step, penalty =
+lambda exp(P e + I sum e). The goal moves from the first L0 to the target over the first half of the steps, evenly in the
+logarithm: a penalty that pulls at once kills features. L0 answers a change of the penalty late and, where thresholds integrate it
+(jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02
+e per step.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from saejax.config import Config
+from saejax.recipes import WITH_K
+
+PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.02, 0.1, 0.5
+SHORT, LONG = 0.95, 0.99  # memories of the two means of log L0 whose difference gives its slope
+FOLLOW = 0.05  # how fast topk's threshold follows, in the logarithm per step
+
+
+def initial(config: Config) -> dict[str, jax.Array]:
+    """The running values that a kind has, at step 0 (float32 scalars).
+
+    threshold (topk, batchtopk): what a release as jumprelu uses. log_l0, log_penalty: state of the controller.
+    """
+    names = ("threshold",) if config.sae.kind in WITH_K else ()
+    if controlled(config):
+        names = ("log_l0", "log_l0_long", "log_l0_first", "log_penalty")
+    return {name: jnp.zeros((), jnp.float32) for name in names}
+
+
+def controlled(config: Config) -> bool:
+    """True where the penalty is steered; kinds with k are given `train.target_l0` as k instead."""
+    return bool(config.train.target_l0) and config.sae.kind not in WITH_K
+
+
+def penalty_factor(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array,
+                   total_steps: int) -> jax.Array:
+    """What lambda is multiplied by at this step; 1 without a controller."""
+    if "log_penalty" not in moving:
+        return jnp.float32(1.0)
+    error = jnp.where(step == 0, 0.0, _error(config, moving, target_l0, step, total_steps))
+    return jnp.exp(PROPORTIONAL * error + moving["log_penalty"])
+
+
+def _error(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
+    """e. jumprelu's objective `target_l0` pulls towards the target from both sides: there e is how far off L0 is, beyond 3 %."""
+    slope = (moving["log_l0"] - moving["log_l0_long"]) / (1 / (1 - LONG) - 1 / (1 - SHORT))
+    ahead = AHEAD * total_steps
+    remaining = jnp.clip(1 - (step + ahead) / (APPROACH * total_steps), 0.0, 1.0)
+    log_goal = jnp.log(target_l0) + remaining * (moving["log_l0_first"] - jnp.log(target_l0))
+    error = moving["log_l0"] + ahead * slope - log_goal
+    if config.sae.kind == "jumprelu" and config.sae.objective == "target_l0":
+        error = jnp.abs(error) - 0.03
+    return jnp.clip(error, -1.0, 1.0)
+
+
+def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, target_l0: jax.Array,
+          total_steps: int) -> dict[str, jax.Array]:
+    """The running values after a step; seen: the batch's `LossParts`."""
+    if "log_penalty" in moving:
+        log_l0 = jnp.log(jnp.maximum(seen.l0, 0.01))
+        moving = dict(moving)
+        for name, memory in (("log_l0", SHORT), ("log_l0_long", LONG)):
+            memory = jnp.minimum(memory, step / (step + 1))
+            moving[name] = memory * moving[name] + (1 - memory) * log_l0
+        moving["log_l0_first"] = jnp.where(step == 0, log_l0, moving["log_l0_first"])
+        gain = min(INTEGRAL / total_steps, FASTEST)
+        log_penalty = moving["log_penalty"] + gain * _error(config, moving, target_l0, step, total_steps)
+        return moving | {"log_penalty": jnp.clip(log_penalty, -12.0, 12.0)}
+    if "threshold" not in moving:
+        return moving
+    if config.sae.kind == "topk":
+        return {"threshold": followed(moving["threshold"], seen, config.sae.k)}
+    return {"threshold": mean_of_least(moving["threshold"], seen.least, step, config.sae.threshold_beta)}
+
+
+def mean_of_least(threshold: jax.Array, least: jax.Array, step: jax.Array, beta: float) -> jax.Array:
+    """Exponential mean of `least`, the smallest kept activation of each batch (Bussmann et al. 2024); plain mean at first.
+
+    beta grows as step / (step + 1) up to its final value, so that the first steps do not weigh more than later ones. A batch
+    without any positive activation leaves the mean alone.
+    """
+    beta = jnp.minimum(beta, step / (step + 1))
+    return jnp.where(jnp.isfinite(least), beta * threshold + (1 - beta) * least, threshold)
+
+
+def followed(threshold: jax.Array, seen, k: int) -> jax.Array:
+    """The value that k pre-activations per row exceed on average: it goes up while more do, down while fewer do.
+
+    topk keeps k of each row, so no single value separates them; this one gives a jumprelu SAE of the same mean L0. It starts at
+    the smallest kept activation.
+    """
+    started = jnp.where(jnp.isfinite(seen.least), jnp.maximum(seen.least, 1e-6), 1e-6)
+    ratio = (seen.above + 1) / (k + 1)
+    return jnp.where(threshold == 0, started, threshold * jnp.exp(FOLLOW * jnp.clip(jnp.log(ratio), -2.0, 2.0)))

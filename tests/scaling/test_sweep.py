@@ -1,0 +1,336 @@
+"""Many SAEs over one stream: each is what it would be alone, can be killed at any moment, and stands on its own afterwards."""
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import saejax
+from saejax import sharding, storage
+from saejax.errors import CheckpointError
+from saejax.logs import read_metrics
+from saejax.main import main
+from saejax.sae import SAESpec, tensors
+from saejax.sae.select_batch import batch_topk_mask
+from saejax.scaling.sweep import groups, members
+from saejax.train import loop
+from saejax.train.checkpoint import Checkpoints, read_meta, restore_step, steps_in
+from saejax.train.preemption import Preempted
+from saejax.train.programs import make_joint_step, stacked
+from saejax.train.state import abstract_state, initial_state
+from saejax.train.step import make_step
+from tests import tiny_experiment as tiny
+from tests.train.synthetic import D_IN, HOOKPOINT, TARGET, WIDTHS, make_config, make_store
+
+# Two that train as one program, with AuxK and resampling at different moments; two by themselves, of which one ends earlier.
+MIXED = ("train.lr=0.003", "train.lr=0.02 seed=7", "recipe=relu sae.l1=0.1 train.lr=0.003",
+         f"sae.hookpoint={TARGET} sae.d_sae=96 train.tokens=544")
+TOGETHER = ("lr=0.003", "lr=0.02,seed=7")
+OPTIONS = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "train__tokens": 30 * 32,
+           "sae__d_sae": 128, "sae__dead_tokens": 96, "mesh__data": 2, "mesh__dict": 4}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("sweep") / "store")
+
+
+def sweep_config(run_dir, variations=MIXED, **overrides):
+    return make_config("topk", run_dir, sweep__variations=variations, **OPTIONS | overrides)
+
+
+def train_sweep(config, store):
+    return loop.train_all(groups(members(config), config.sweep.together), store)
+
+
+def name_of(config):
+    return config.run_dir.rsplit("/", 1)[-1]
+
+
+def checkpoints_of(config):
+    return Path(config.run_dir) / "checkpoints"
+
+
+def final(config):
+    """{member: fingerprints of its last checkpoint}."""
+    out = {}
+    for member in members(config):
+        checkpoints = checkpoints_of(member)
+        out[name_of(member)] = read_meta(checkpoints / str(steps_in(checkpoints)[-1])).fingerprints
+    return out
+
+
+@pytest.fixture(scope="module")
+def straight(store, tmp_path_factory):
+    """A sweep that nobody disturbed."""
+    config = sweep_config(tmp_path_factory.mktemp("straight") / "run")
+    train_sweep(config, store)
+    return config, final(config)
+
+
+def slow(*values):
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 8), (8, 1)])
+def test_every_member_is_what_it_would_be_alone_on_other_meshes(store, tmp_path, mesh):
+    config = sweep_config(tmp_path / "run", mesh__data=mesh[0], mesh__dict=mesh[1])
+    train_sweep(config, store)
+    check_against_single_runs(config, store, tmp_path)
+
+
+def test_every_member_is_what_it_would_be_alone(store, straight, tmp_path):
+    assert [len(group) for group in groups(members(straight[0]))] == [2, 1, 1]
+    check_against_single_runs(straight[0], store, tmp_path)
+
+
+def check_against_single_runs(config, store, tmp_path):
+    for member in members(config):
+        alone = dataclasses.replace(member, run_dir=str(tmp_path / "alone" / name_of(member)))
+        trained = loop.train(alone, store)
+        step = checkpoints_of(member) / str(trained.step)
+        assert steps_in(step.parent)[-1] == trained.step == (17 if "tokens" in name_of(member) else 30)
+        lines, expected = (read_metrics(checkpoints_of(c).parent / "metrics.jsonl") for c in (member, alone))
+        if name_of(member) in TOGETHER:
+            state, _ = restore_step(step, abstract_state(member, trained.spec, trained.mesh))
+            for key, a in tensors(state.params).items():
+                b = np.asarray(tensors(trained.state.params)[key])
+                assert np.linalg.norm(np.asarray(a) - b) <= 1e-5 * np.linalg.norm(b), (name_of(member), key)
+            np.testing.assert_array_equal(state.tokens_since_fired_F, trained.state.tokens_since_fired_F)
+        else:
+            assert read_meta(step).fingerprints == storage.fingerprints(trained.state)
+        assert [line["step"] for line in lines] == [line["step"] for line in expected]
+        for got, want in zip(lines, expected, strict=True):
+            assert got.keys() == want.keys() and got.get("resampled") == want.get("resampled")
+            assert [got[k] for k in ("loss", "aux", "lr") if k in got] == pytest.approx(
+                [want[k] for k in ("loss", "aux", "lr") if k in want], rel=1e-4, abs=1e-9)
+
+
+def test_the_disturbed_moments_exist(straight):
+    config, _ = straight
+    lines = {name_of(m): read_metrics(checkpoints_of(m).parent / "metrics.jsonl") for m in members(config)}
+    first, second = (lines[name] for name in TOGETHER)
+    assert sum(line.get("resampled", 0) for line in first + second) > 0
+    assert any((a["aux"] > 0) != (b["aux"] > 0) for a, b in zip(first, second, strict=True)), "one has dead features, one not"
+
+
+@pytest.mark.parametrize("stop", [16, *slow(3, 15, 17, 23)])
+def test_preempted_and_resumed_is_bitwise_equal(store, straight, tmp_path, monkeypatch, stop):
+    config = sweep_config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Preemption, "requested", lambda self, step: step == stop)
+        with pytest.raises(Preempted, match=f"stopped at step {stop} of 30"):
+            train_sweep(config, store)
+    train_sweep(config, store)
+    assert final(config) == straight[1]
+    for member in members(config):
+        steps = [line["step"] for line in read_metrics(checkpoints_of(member).parent / "metrics.jsonl")]
+        assert steps == sorted(set(steps)) and steps[-1] == (17 if "tokens" in name_of(member) else 30)
+
+
+@pytest.mark.parametrize("saves", [6, *slow(0, 1, 3, 4, 5, 8, 9, 10)])
+def test_killed_between_the_checkpoints_of_one_step_is_bitwise_equal(store, straight, tmp_path, monkeypatch, saves):
+    """At the n-th checkpoint of the run (several SAEs save at the same step) the power goes."""
+    config, begun = sweep_config(tmp_path / "run"), []
+    save = Checkpoints.save
+
+    def crashing(self, *args):
+        if len(begun) == saves:
+            raise RuntimeError("power cut")
+        begun.append(self)
+        save(self, *args)
+        self.wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", crashing)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_sweep(config, store)
+    train_sweep(config, store)
+    assert final(config) == straight[1]
+
+
+def test_a_finished_sweep_starts_nothing(store, straight, monkeypatch):
+    monkeypatch.setattr(loop, "make_step", None)
+    monkeypatch.setattr(loop, "make_joint_step", None)
+    outcomes = train_sweep(straight[0], store)
+    assert [(o.step, o.trouble) for o in outcomes] == [(30, ""), (30, ""), (30, ""), (17, "")]
+
+
+def test_members_stand_on_their_own(store, straight, tmp_path):
+    from saejax.formats.release import release
+    for member in members(straight[0]):
+        run = checkpoints_of(member).parent
+        sae, out = saejax.load(run), release(run, tmp_path / name_of(member))
+        width = D_IN if member.sae.hookpoint == HOOKPOINT else WIDTHS[TARGET]
+        x = np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
+        np.testing.assert_array_equal(sae.encode(x), saejax.load(out).encode(x))
+        assert sae.cfg.d_sae == member.sae.d_sae and sae.cfg.hookpoint == member.sae.hookpoint
+        assert loop.train(member, store).step == loop.total_steps(member)
+
+
+def test_a_member_that_is_ahead_of_all_others_is_named(store, tmp_path, monkeypatch):
+    config = sweep_config(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Preemption, "requested", lambda self, step: step == 23)
+        with pytest.raises(Preempted):
+            loop.train(members(config)[2], store)
+    with pytest.raises(CheckpointError, match=r"steps \[20, 23\] are not among those of .*finish it first with `saejax train"):
+        train_sweep(config, store)
+
+
+def test_a_diverging_member_is_left_behind(store, tmp_path):
+    config = sweep_config(tmp_path / "run", ("train.lr=0.003", "train.lr=1e30"), train__clip=0.0, train__max_skipped=3)
+    good, bad = train_sweep(config, store)
+    assert (good.step, good.trouble) == (30, "") and bad.step < 30 and "not finite in 3 steps in a row" in bad.trouble
+    assert np.isfinite(np.asarray(saejax.load(bad.paths.root).W_dec)).all()
+    assert [o.step for o in train_sweep(config, store)] == [30, bad.step], "it stays where it was stopped"
+
+
+DIVERGING = ("train.lr=0.003", "train.lr=1e30", "train.lr=0.001", "recipe=relu sae.l1=0.1 train.lr=1e30")
+
+
+@pytest.mark.slow
+def test_a_diverging_member_stops_alone(store, tmp_path, capsys):
+    config = sweep_config(tmp_path / "run", DIVERGING, train__clip=0.0, train__max_skipped=3)
+    outcomes = train_sweep(config, store)
+    assert [bool(o.trouble) for o in outcomes] == [False, True, False, True]
+    assert [o.step == 30 for o in outcomes] == [True, False, True, False]
+    assert "not finite in 3 steps in a row" in outcomes[1].trouble and outcomes[1].trouble in capsys.readouterr().err
+    for o in outcomes:
+        assert np.isfinite(np.asarray(saejax.load(o.paths.root).W_dec)).all()
+    alone = loop.train(dataclasses.replace(members(config)[0], run_dir=str(tmp_path / "alone")), store)
+    assert read_metrics(outcomes[0].paths.metrics)[-1]["loss"] == pytest.approx(
+        read_metrics(tmp_path / "alone" / "metrics.jsonl")[-1]["loss"], rel=1e-5) and alone.step == 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [2, 7, 23])
+def test_a_diverged_member_does_not_hinder_resuming(store, tmp_path, monkeypatch, stop):
+    straight, again = (sweep_config(tmp_path / name, DIVERGING, train__clip=0.0, train__max_skipped=3) for name in "ab")
+    outcomes = train_sweep(straight, store)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Preemption, "requested", lambda self, step: step == stop)
+        with pytest.raises(Preempted):
+            train_sweep(again, store)
+    assert [(o.step, bool(o.trouble)) for o in train_sweep(again, store)] == [(o.step, bool(o.trouble)) for o in outcomes]
+    assert final(again) == final(straight)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", *slow("topk")])
+def test_conditions_stay_branches_under_vmap(store, tmp_path, kind):
+    configs = [make_config(kind, tmp_path / str(lr), train__lr=lr) for lr in (1e-3, 3e-3)]
+    spec, mesh = SAESpec.from_options(configs[0].sae, WIDTHS), sharding.make_mesh(configs[0].mesh)
+    x = store.read(HOOKPOINT, 0, 32)
+    states = [initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh) for config in configs]
+
+    def branches(step, state):
+        hlo = step.lower(state, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))).compile().as_text()
+        return len(re.findall(r" conditional\(", hlo))
+
+    with jax.set_mesh(mesh):
+        alone = branches(make_step(configs[0], spec, 50), states[0])
+        assert alone >= {"topk": 1, "batchtopk": 2}[kind]  # AuxK; ties at the threshold of a batch
+        assert branches(make_joint_step(configs, spec, 50), stacked(states)) == alone
+
+
+def test_a_condition_that_is_not_reduced_is_no_branch():
+    x = jax.numpy.ones((2, 8, 16))
+    select = functools.partial(batch_topk_mask, k=3)
+    assert " cond[" in str(jax.make_jaxpr(jax.vmap(select, axis_name=sharding.MEMBERS))(x))
+    assert " cond[" not in str(jax.make_jaxpr(jax.vmap(select))(x)), "what the tests above are about"
+
+
+def test_together_limits_a_program(tmp_path):
+    lrs = tuple(f"train.lr={lr}" for lr in (0.1, 0.2, 0.3))
+    assert [len(g) for g in groups(members(sweep_config(tmp_path, lrs, sweep__together=2)), 2)] == [2, 1]
+    different = (*lrs, "sae.k=2", "train.beta1=0.5", "sae.aux_k=8", "train.tokens=64")
+    assert [len(g) for g in groups(members(sweep_config(tmp_path, different)))] == [3, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("kind, variations, sizes", [
+    ("relu", ("sae.l1=1", "sae.l1=2", "sae.l1=1 train.target_l0=8", "sae.l1=1 train.target_l0=9"), [2, 2]),
+    ("jumprelu", ("sae.sparsity=1", "sae.sparsity=2", "train.target_l0=9", "seed=3"), [4]),
+    ("topk", ("train.target_l0=8", "train.target_l0=9"), [1, 1]),
+])
+def test_what_may_differ_in_a_program(tmp_path, kind, variations, sizes):
+    config = make_config(kind, tmp_path, sweep__variations=variations)
+    assert [len(group) for group in groups(members(config))] == sizes
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A sweep that the command itself made."""
+    folder = tmp_path_factory.mktemp("command")
+    model, text = tiny.write_model(folder / "model"), tiny.write_text(folder / "text")
+    config = tiny.write_config(folder / "config.py", model, text, folder / "run",
+                               "c.sweep.product = ('sae.k=4,8',)\nc.log.tensorboard = False")
+    assert main(["run", f"--config={config}"]) == 0
+    return config, folder / "run"
+
+
+NAMES = ["k=4", "k=8"]
+
+
+def test_a_run_of_a_sweep(finished, monkeypatch, capsys):
+    config, run = finished
+    monkeypatch.setattr("saejax.jobs.evaluate", None)  # nothing is measured again
+    assert main(["run", str(run)]) == 0
+    out = capsys.readouterr().out
+    header = out.splitlines()[0]
+    assert [header.index(str(run / name)) for name in NAMES] == sorted(header.index(str(run / name)) for name in NAMES)
+    assert re.search(r"^L0 +4 .* 8 ", out, re.MULTILINE)
+    for name in NAMES:
+        assert f"report   {run / name / 'report.html'}" in out and (run / name / "report.html").is_file()
+        assert json.loads((run / name / "config.json").read_text())["harvest"]["store"] == str(run / "store")
+        assert not (run / name / "store").exists()
+
+
+def test_other_commands_on_a_sweep(finished, tmp_path, capsys):
+    _, run = finished
+    everything = sorted(str(p) for p in run.iterdir())
+    assert main(["eval", *everything, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert [f["run"] for f in figures] == [str(run / name) for name in NAMES]
+    assert main(["eval", str(run), "--json"]) == 0 and json.loads(capsys.readouterr().out) == figures
+    assert main(["inspect", *(str(run / name) for name in NAMES)]) == 0
+    assert main(["inspect", str(run)]) == 0 and "sweep" in capsys.readouterr().out
+    assert main(["train", str(run / NAMES[0])]) == 0 and main(["run", str(run / NAMES[1])]) == 0
+    assert main(["release", str(run / NAMES[0]), f"--out={tmp_path / 'sae'}"]) == 0
+    assert main(["train", str(run)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["trained"] * 2
+
+
+def test_a_moved_sweep_is_still_one(finished, tmp_path, capsys):
+    import shutil
+    _, run = finished
+    shutil.copytree(run, tmp_path / "elsewhere")
+    shutil.move(run, run.with_name("away"))
+    try:
+        assert main(["eval", str(tmp_path / "elsewhere"), "--contexts=4"]) == 0
+        assert main(["train", str(tmp_path / "elsewhere" / NAMES[1])]) == 0
+    finally:
+        shutil.move(run.with_name("away"), run)
+
+
+@pytest.mark.slow
+def test_a_diverging_member_gives_an_exit_code(finished, tmp_path, capsys):
+    config, run = finished
+    code = main(["run", f"--config={config}", f"--config.run_dir={tmp_path / 'run'}", f"--config.harvest.store={run / 'store'}",
+                 "--config.sweep.product=('train.lr=1e-3,1e30',)", "--config.train.max_skipped=2", "--config.train.clip=0.0"])
+    out, err = capsys.readouterr()
+    assert code == 2 and err.splitlines()[-1].startswith(f"saejax: error: {tmp_path / 'run' / 'lr=1e+30'}: loss or gradient not")
+    assert (tmp_path / "run" / "lr=0.001" / "report.html").is_file() and "lr=0.001" in out.splitlines()[0]
+    assert not (tmp_path / "run" / "lr=1e+30" / "report.html").exists()
+
+
+def test_mistakes_are_one_line(finished, tmp_path, capsys):
+    config, _ = finished
+    assert main(["train", f"--config={config}", "--config.sweep.product=('train.batch=32,64', 'sae.k=4,4000')"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "config.sweep.product: train.batch cannot vary: all SAEs of a sweep read one stream" in err
