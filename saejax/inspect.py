@@ -23,7 +23,7 @@ from saejax.sae import SAESpec
 from saejax.scaling.sweep import is_sweep, members
 from saejax.storage import file_sha256
 from saejax.train.checkpoint import is_step, read_meta, restore_params, restore_step, steps_in
-from saejax.train.loop import total_steps
+from saejax.train.member import total_steps
 from saejax.train.state import abstract_state
 
 

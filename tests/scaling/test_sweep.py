@@ -20,6 +20,7 @@ from saejax.sae.select_batch import batch_topk_mask
 from saejax.scaling.sweep import groups, members
 from saejax.train import loop
 from saejax.train.checkpoint import Checkpoints, read_meta, restore_step, steps_in
+from saejax.train.member import total_steps
 from saejax.train.preemption import Preempted
 from saejax.train.programs import make_joint_step, stacked
 from saejax.train.state import abstract_state, initial_state
@@ -171,7 +172,7 @@ def test_members_stand_on_their_own(store, straight, tmp_path):
         x = np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
         np.testing.assert_array_equal(sae.encode(x), saejax.load(out).encode(x))
         assert sae.cfg.d_sae == member.sae.d_sae and sae.cfg.hookpoint == member.sae.hookpoint
-        assert loop.train(member, store).step == loop.total_steps(member)
+        assert loop.train(member, store).step == total_steps(member)
 
 
 def test_a_member_that_is_ahead_of_all_others_is_named(store, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from saejax.data.stream import Stream
 from saejax.errors import ConfigError
 from saejax.records import StreamState
 from saejax.sae import SAESpec, tensors
-from saejax.train.loop import total_steps
+from saejax.train.member import total_steps
 from saejax.train.state import geometric_median, initial_state, normalization_scale
 from saejax.train.step import make_step
 from tests.hlo import moved_shapes
