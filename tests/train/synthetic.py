@@ -36,8 +36,8 @@ def make_store(path: Path, contexts: int = 48, seed: int = 0) -> Store:
 
 
 def kinds(*core: str) -> list:
-    """All kinds and shapes as test parameters; those not named here run in the slow tier."""
-    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in (*KINDS, *VARIANTS)]
+    """All recipes as test parameters; those not named here run in the slow tier."""
+    return [kind if kind in core else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
 
 
 class OnDemand(dict):

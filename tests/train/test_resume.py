@@ -21,12 +21,11 @@ from saejax.train.checkpoint import read_meta, restore_step, steps_in
 from saejax.train.preemption import Preempted
 from saejax.train.state import abstract_state
 
-from .synthetic import D_IN, HOOKPOINT, KINDS, WIDTHS, OnDemand, kinds, make_config, make_store
+from .synthetic import D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
 
 # 336 unmasked rows and batches of 32: the epoch edge lies inside step 11. Resampling happens after steps 15, 30 and 45.
 OPTIONS = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
            "sae__dead_tokens": 64, "sae__l1": 30.0}
-
 
 
 def options(kind):
@@ -38,7 +37,7 @@ def moments(steps, typical):
     """The two oldest kinds at every step; the others at a typical one, some of them in the slow tier."""
     core = ("gated", "batchtopk")
     return [*itertools.product(("relu", "topk"), steps),
-            *(pytest.param(kind, typical, marks=() if kind in core else pytest.mark.slow) for kind in KINDS[2:])]
+            *(pytest.param(kind, typical, marks=() if kind in core else pytest.mark.slow) for kind in (*KINDS[2:], *VARIANTS))]
 
 
 @pytest.fixture(scope="module")
