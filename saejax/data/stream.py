@@ -30,7 +30,7 @@ ORDER_VERSION = 1
 _BLOCK_ORDER, _ROW_ORDER = 1, 2
 _QUEUE_BYTES = 64 << 20
 _ROWS_AT_ONCE = 256
-_EXPONENT = np.uint16(0x7F80)
+_EXPONENT = 0x7F80  # bits of +Inf
 
 
 @dataclass
@@ -268,14 +268,14 @@ class Stream:
 
     def _gather(self, window: _Window, slots: np.ndarray, out: np.ndarray) -> None:
         """The rows in these slots, their hookpoints side by side; each piece is checked while it is still in the cache."""
-        scratch = np.empty((_ROWS_AT_ONCE, out.shape[1]), np.uint16)
         for a in range(0, len(slots), _ROWS_AT_ONCE):
             piece, column = out[a:a + _ROWS_AT_ONCE], 0
             for values, width in zip(window.x, self.widths, strict=True):
                 columns = piece[:, column:column + width]
                 np.take(values.view(np.uint16), slots[a:a + _ROWS_AT_ONCE], axis=0, out=columns, mode="clip")
                 column += width
-            if np.bitwise_and(piece, _EXPONENT, out=scratch[:len(piece)]).max() == _EXPONENT:
+            # Of bfloat16 bits, NaN and +Inf are the largest as int16, NaN and -Inf the largest as uint16.
+            if piece.view(np.int16).max() >= _EXPONENT or piece.max() >= _EXPONENT + 0x8000:
                 self._refuse(window)
 
     def _refuse(self, window: _Window) -> None:
