@@ -136,3 +136,34 @@ def test_a_dictionary_without_any_alive_feature_recovers(kind, tmp_path):
         for b in batches(3):
             state, metrics = make_step(config, spec, 20)(state, sharding.place(b, rest))
     assert float(metrics["l0"]) > 0 and int(state.skipped) == 0
+
+
+def test_a_transcoder_takes_each_direction_from_its_own_space(tmp_path):
+    """Encoder rows come from inputs, decoder rows from the targets of the same rows; the mesh does not matter."""
+    config = make_config("transcoder", tmp_path)
+    spec = SAESpec.from_options(config.sae, WIDTHS)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((128, sum(WIDTHS.values()))).astype(np.float32)
+    stats = [ActivationStats(len(v), v.mean(0), float(np.linalg.norm(v, axis=1).mean()), float(np.square(v).sum(1).mean()), 1.0)
+             for v in (x[:, :D_IN], x[:, D_IN:])]
+    found = []
+    for shape in ((1, 1), (2, 4)):
+        mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[: shape[0] * shape[1]])
+        rest = sharding.sharding(mesh, "rows_at_rest", None)
+        state = initial_state(config, spec, stats, x, mesh)
+        since = np.where(np.arange(64) % 3 == 0, 1000, 0).astype(np.uint32)
+        state = state.replace(tokens_since_fired_F=sharding.place(since, sharding.sharding(mesh, "features")))
+        with jax.set_mesh(mesh):
+            state, n = resample(config, spec, state, [iter([sharding.place(x, rest)]) for _ in range(2)], occasion=0)
+        assert n == 22
+        found.append(jax.device_get(state))
+    single, sharded = found
+    for name, value in tensors(single.params).items():
+        np.testing.assert_allclose(tensors(sharded.params)[name], value, rtol=1e-5, atol=1e-7)
+    normal = (x - single.normalization.center) * single.normalization.scale
+    read, written = normal[:, :D_IN], normal[:, D_IN:] - single.params.b_dec
+    read, written = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (read, written))
+    encoder = single.params.W_enc[::3] / np.linalg.norm(single.params.W_enc[::3], axis=1, keepdims=True)
+    sources = (encoder @ read.T).argmax(1)
+    np.testing.assert_allclose(encoder, read[sources], atol=1e-5)
+    np.testing.assert_allclose(single.params.W_dec[::3], written[sources], atol=1e-5)
