@@ -1,7 +1,6 @@
 """All kinds at three L0s on the store of the demo: 21 SAEs of 2304 features over one stream.
 
-Hardware: 2 CPU cores, 4 GB of memory. Time: about 45 minutes (with the demo's store there).
-Expect:   the table and the plot of docs/quality.md ("L0 and FVU of all kinds").
+Hardware: made for 2 CPU cores and the demo's store; it has not been run whole yet, so time and figures are open.
 Command:  saejax run --config=configs/frontier.py, then python benchmarks/frontier.py runs/frontier
 
 Learning rates are those of short runs; every kind aims at the same L0s (`train.target_l0`).
