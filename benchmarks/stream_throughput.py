@@ -18,10 +18,10 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+import tensorstore as ts
 
 from saejax.config import StreamOptions
 from saejax.data.manifest import StoreSpec
-from saejax.data.shards import new_context
 from saejax.data.store import Store
 from saejax.data.stream import Stream
 from saejax.data.writer import StoreWriter
@@ -58,7 +58,8 @@ def drop_cache(root: Path) -> None:
 def sequential(path: Path, width: int) -> float:
     """Bytes per second of tensorstore reading the activations once, in order."""
     store = Store.open(path)
-    array = store.spec.arrays()[f"acts/{HOOK}"].open(path, store.rows, new_context())
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
+    array = store.spec.arrays()[f"acts/{HOOK}"].open(path, store.rows, context)
     began, flying = time.perf_counter(), collections.deque()
     for a in range(0, store.rows, PIECE):
         flying.append(array[a:min(a + PIECE, store.rows)].read())

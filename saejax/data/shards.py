@@ -3,16 +3,18 @@
 A shard file (`<array>/c/<s>/0`, or `<array>/c/<s>` for one number per row) is what zarr3's `sharding_indexed` codec
 writes for one outer chunk: its inner chunks in order, each followed by its crc32c, then the index (offset and size of
 every inner chunk) and the index's crc32c. There is no compression, so every offset is arithmetic. That is used twice:
-the size and index of a file are checked against what they must be, and the crc32c words beside the chunks that a read
-touches are compared with those the writer recorded. tensorstore checks each chunk against its word, we check the word
-against the record: a shard that is valid but stale or swapped cannot pass, and nothing is read twice.
+the size and index of a file are checked against what they must be, and chunks are read without a look at the index. Each
+is checked against the crc32c that the writer recorded, not only against the word beside it: a shard that is valid but
+stale or swapped cannot pass. tensorstore writes the files; any zarr v3 reader reads them.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
@@ -23,6 +25,8 @@ from saejax.storage import disk_errors, file_sha256
 _CRC = 4
 _INDEX_ENTRY = 16
 _SIDE_CHUNK_ROWS = 2048
+_PART_CHUNKS = 256  # of one system call: two buffers each, of which the kernel takes 1024
+_TASK_BYTES = 1 << 20
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32), "uint8": np.dtype(np.uint8),
            "float32": np.dtype(np.float32)}
 Span = tuple[int, int]
@@ -101,18 +105,13 @@ class ArraySpec:
             "store_data_equal_to_fill_value": True, "recheck_cached_data": False}, context=context).result()
 
 
-def new_context(cache_bytes: int = 64 << 20) -> ts.Context:
-    """Threads and cache of one store. The cache spares re-reading shard indices; chunks pass through it."""
-    return ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
-
-
 def write_shard_files(root: Path, shard: int, arrays: dict[ArraySpec, np.ndarray]) -> dict[str, dict]:
     """Writes one shard of every array, each with one write, side by side, and flushes them to the disk.
 
     Returns {array name: {"bytes", "sha256", "crcs"}}. Raises `DiskError`; then no file of this shard is left.
     """
     files = [root / spec.shard_file(shard) for spec in arrays]
-    context, pending = new_context(0), []
+    context, pending = ts.Context(), []
     try:
         with disk_errors(root):
             for file in files:
@@ -135,8 +134,14 @@ def write_shard_files(root: Path, shard: int, arrays: dict[ArraySpec, np.ndarray
 def _written(root: Path, spec: ArraySpec, shard: int, rows: int) -> dict:
     path = root / spec.shard_file(shard)
     check_layout(root, spec, shard, rows)
-    words = read_words(path, spec, 0, spec.chunks(rows))
-    return {"bytes": spec.shard_bytes(rows), "sha256": file_sha256(path), "crcs": words.hex()}
+    return {"bytes": spec.shard_bytes(rows), "sha256": file_sha256(path), "crcs": _words(path, spec, rows).hex()}
+
+
+def _words(path: Path, spec: ArraySpec, rows: int) -> bytes:
+    """The crc32c words beside the chunks of a shard file, 4 bytes each."""
+    stride = spec.chunk_bytes + _CRC
+    with open(path, "rb") as f:
+        return b"".join(os.pread(f.fileno(), _CRC, c * stride + spec.chunk_bytes) for c in range(spec.chunks(rows)))
 
 
 def check_layout(root: Path, spec: ArraySpec, shard: int, rows: int) -> None:
@@ -156,19 +161,6 @@ def check_layout(root: Path, spec: ArraySpec, shard: int, rows: int) -> None:
         raise StoreCorruptError(f"{path}: {_reason(e)}; {AGAIN}") from e
 
 
-def read_words(path: str | Path, spec: ArraySpec, first: int, last: int) -> bytes:
-    """The crc32c words beside the chunks first..last-1 of a shard file, 4 bytes each."""
-    stride = spec.chunk_bytes + _CRC
-    try:
-        fd = os.open(path, os.O_RDONLY)
-    except OSError as e:
-        raise StoreCorruptError(f"{path}: {_reason(e)}; {AGAIN}") from e
-    try:
-        return b"".join(os.pread(fd, _CRC, c * stride + spec.chunk_bytes) for c in range(first, last))
-    finally:
-        os.close(fd)
-
-
 def _reason(error: OSError) -> str:
     return "missing" if isinstance(error, FileNotFoundError) else (error.strerror or str(error))
 
@@ -182,86 +174,89 @@ class ShardTruth:
 
 
 class ArrayReader:
-    """Checked reads of one array. `truth(s)` gives the recorded `ShardTruth` of shard s."""
+    """Checked reads of one array, in the threads of `pool`. `truth(s)` gives the recorded `ShardTruth` of shard s.
 
-    def __init__(self, root: Path, spec: ArraySpec, rows: int, truth, context: ts.Context):
+    Offsets are arithmetic, so the bytes of the chunks go from the file straight into the caller's array, where their crc32c is
+    computed: one copy and a third of the processor time that a general zarr reader takes.
+    """
+
+    def __init__(self, root: Path, spec: ArraySpec, rows: int, truth: Callable[[int], ShardTruth], pool: ThreadPoolExecutor):
         self.spec, self.rows = spec, rows
-        self._root, self._truth = root, truth
-        self._store = spec.open(root, rows, context)
-        self._checked: set[int] = set()
-        self._known: dict[int, tuple[str, bytes]] = {}
+        self._root, self._truth, self._pool = root, truth, pool
+        self._known: dict[int, tuple[str, np.ndarray]] = {}
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1. Raises `StoreCorruptError` naming the shard file; never returns an unchecked value."""
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"{self.spec.name}: rows {start}:{stop} of {self.rows}")
         out = np.empty(self.spec.shape(stop - start), self.spec.numpy_dtype)
-        self.start([(start, stop)], out).wait()
+        self.read_into([(start, stop)], out)
         return out
 
-    def start(self, spans: Iterable[Span], out: np.ndarray) -> "PendingRead":
-        """Starts reading the spans, one behind the other, into `out` (all at once, in tensorstore's threads)."""
-        target, parts, at = ts.array(out), [], 0
-        for shard, a, b in self._parts(spans):
-            if shard not in self._checked:
-                check_layout(self._root, self.spec, shard, self._truth(shard).rows)
-                self._checked.add(shard)
-            parts.append((shard, a, b, target[at:at + b - a].write(self._store[a:b])))
-            at += b - a
-        return PendingRead(self, parts)
+    def read_into(self, spans: Iterable[Span], out: np.ndarray) -> None:
+        """Reads the spans side by side into `out` (C-contiguous), one behind the other. Raises when no read is under way."""
+        flat, at, first = out.reshape(len(out), self.spec.width or 1).view(np.uint8), 0, 0
+        parts, reads = [], []
+        try:
+            for shard, a, b in self._parts(spans):
+                parts.append((self._shard(shard), a, b, flat[at:at + b - a]))
+                at += b - a
+                if (at - first) * flat.shape[1] >= _TASK_BYTES:
+                    reads.append(self._pool.submit(self._read_parts, parts))
+                    parts, first = [], at
+            self._read_parts(parts)
+        finally:
+            wait(reads)
+        for read in reads:
+            read.result()
 
     def _parts(self, spans: Iterable[Span]) -> Iterator[tuple[int, int, int]]:
+        """(shard, first row, last row + 1), rows counted from the start of the shard; at most `_PART_CHUNKS` chunks each."""
+        step = _PART_CHUNKS * self.spec.chunk_rows
         for start, stop in spans:
             while start < stop:
-                shard = start // self.spec.shard_rows
-                end = min(stop, (shard + 1) * self.spec.shard_rows)
-                yield shard, start, end
-                start = end
+                shard, a = divmod(start, self.spec.shard_rows)
+                b = min(stop - start + a, self.spec.shard_rows, (a // step + 1) * step)
+                yield shard, a, b
+                start += b - a
 
-    def check_words(self, shard: int, start: int, stop: int) -> None:
-        """Compares the checksum words of the chunks that hold these rows with the recorded ones."""
-        path, crcs = self._words(shard)
-        first = (start - shard * self.spec.shard_rows) // self.spec.chunk_rows
-        last = -(-(stop - shard * self.spec.shard_rows) // self.spec.chunk_rows)
-        if read_words(path, self.spec, first, last) != crcs[first * _CRC:last * _CRC]:
-            raise StoreCorruptError(f"{path}: its checksums are not the ones recorded when it was written (stale "
-                                    f"or swapped file); {AGAIN}")
+    def _read_parts(self, parts: list) -> None:
+        for (path, crcs), start, stop, out in parts:
+            self._read_part(path, crcs, start, stop, out)
 
-    def _words(self, shard: int) -> tuple[str, bytes]:
-        """Path and recorded checksums of a shard file, looked up once: this runs for every block of every window."""
+    def _shard(self, shard: int) -> tuple[str, np.ndarray]:
+        """Path and recorded checksum words of a shard file whose size and index are right; looked up once."""
         if shard not in self._known:
-            self._known[shard] = (str(self._root / self.spec.shard_file(shard)), self._truth(shard).crcs)
+            truth = self._truth(shard)
+            check_layout(self._root, self.spec, shard, truth.rows)
+            self._known[shard] = (str(self._root / self.spec.shard_file(shard)), np.frombuffer(truth.crcs, "<u4"))
         return self._known[shard]
 
-    def failure(self, shard: int, error: ValueError) -> StoreCorruptError:
-        path = self._root / self.spec.shard_file(shard)
-        reason = str(error).split(" [", 1)[0].splitlines()[0]
-        return StoreCorruptError(f"{path}: does not read back ({reason}); {AGAIN}")
-
-
-class PendingRead:
-    """Reads under way; `wait()` returns when the values are there and checked."""
-
-    def __init__(self, reader: ArrayReader, parts: list):
-        self._reader, self._parts = reader, parts
-
-    def wait(self) -> None:
-        first: StoreCorruptError | None = None
-        for shard, start, stop, future in self._parts:
+    def _read_part(self, path: str, crcs: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
+        """Rows start..stop-1 of a shard, as bytes [rows, row bytes], into `out`."""
+        size = self.spec.chunk_rows
+        first, last = start // size, -(-stop // size)
+        whole = start == first * size and stop == last * size
+        target = out if whole else np.empty(((last - first) * size, out.shape[1]), np.uint8)
+        chunks = target.reshape(last - first, self.spec.chunk_bytes)
+        words = np.empty(last - first, "<u4")
+        try:
+            fd = os.open(path, os.O_RDONLY)
             try:
-                future.result()
-                if first is None:
-                    self._reader.check_words(shard, start, stop)
-            except ValueError as e:
-                first = first or self._reader.failure(shard, e)
-            except StoreCorruptError as e:
-                first = e
-        self._parts = []
-        if first is not None:
-            raise first
-
-    def abandon(self) -> None:
-        """Waits for the reads to let go of their buffer; their values and errors are of no interest."""
-        for _, _, _, future in self._parts:
-            future.exception()
-        self._parts = []
+                buffers = [part for i in range(last - first) for part in (chunks[i], words[i:i + 1])]
+                stride = self.spec.chunk_bytes + _CRC
+                if os.preadv(fd, buffers, first * stride) != (last - first) * stride:
+                    raise StoreCorruptError(f"{path}: ends in the middle of a chunk; {AGAIN}")
+            finally:
+                os.close(fd)
+        except OSError as e:
+            raise StoreCorruptError(f"{path}: {_reason(e)}; {AGAIN}") from e
+        if not np.array_equal(words, crcs[first:last]):
+            raise StoreCorruptError(f"{path}: its checksums are not the ones recorded when it was written (stale "
+                                    f"or swapped file); {AGAIN}")
+        for i, chunk in enumerate(chunks, first):
+            if google_crc32c.value(chunk) != crcs[i]:
+                raise StoreCorruptError(f"{path}: does not read back (rows from {i * size} of this shard do not match their "
+                                        f"checksum); {AGAIN}")
+        if not whole:
+            out[:] = target[start - first * size:stop - first * size]

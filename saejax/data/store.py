@@ -13,18 +13,20 @@ details.
 import functools
 import json
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
-from saejax.data.shards import AGAIN, ArrayReader, PendingRead, ShardTruth, Span, check_layout, new_context
+from saejax.data.shards import AGAIN, ArrayReader, ShardTruth, Span, check_layout
 from saejax.errors import StoreCorruptError, StoreError
 from saejax.records import OUTLIER_FACTOR, ActivationStats
 from saejax.storage import file_sha256, inside, read_json, text_sha256
 
 MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
+_READ_THREADS = 3  # one is enough for the page cache, more keep a disk busy
 
 
 def record_file(shard: int) -> str:
@@ -51,8 +53,8 @@ class Store:
         self.digest: str = values["sha256"]
         self._contexts = mf.shard_contexts(spec, self.n_contexts)
         self._crcs = functools.cache(self._read_crcs)
-        context = new_context()
-        self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name), context)
+        pool = ThreadPoolExecutor(_READ_THREADS, "saejax-read")
+        self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name), pool)
                          for name, array in spec.arrays().items()}
 
     @classmethod
@@ -106,9 +108,9 @@ class Store:
         self.width(hookpoint)
         return self._readers[f"norms/{hookpoint}"].read(start, stop)
 
-    def start_read(self, array: str, spans: Iterable[Span], out: np.ndarray) -> PendingRead:
-        """Starts reading row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`; `.wait()` for them."""
-        return self._readers[array].start(spans, out)
+    def read_into(self, array: str, spans: Iterable[Span], out: np.ndarray) -> None:
+        """Reads row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`, in several threads."""
+        self._readers[array].read_into(spans, out)
 
     def _verify(self, full: bool) -> None:
         arrays = self.spec.arrays()

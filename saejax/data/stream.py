@@ -6,7 +6,7 @@ permuted with key (seed, e, w) and handed out. The order depends on the seed, th
 only: not on the batch size, the number of processes, the prefetching or any timing. `ORDER_VERSION` names the order;
 changing it breaks resuming.
 
-While one window is handed out, tensorstore's threads read the next one into the other of two buffers.
+While one window is handed out, the store's threads read the next one into the other of two buffers.
 """
 
 import queue
@@ -14,6 +14,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import ml_dtypes
@@ -29,19 +30,18 @@ from saejax.records import ActivationBatch, StreamState
 ORDER_VERSION = 1
 _BLOCK_ORDER, _ROW_ORDER = 1, 2
 _QUEUE_BYTES = 64 << 20
-_ROWS_AT_ONCE = 256
+_PIECE_BYTES = 2 << 20
 _EXPONENT = 0x7F80  # bits of +Inf
 
 
 @dataclass
 class _Window:
-    """A window being read: `rows[i]` is the store row whose values land in slot i of the buffers, one `x` per hookpoint."""
+    """A window that was read: `rows[i]` is the store row whose values land in slot i of the buffers, one `x` per hookpoint."""
 
     order: np.ndarray
     rows: np.ndarray
     x: list[np.ndarray]
     tokens: np.ndarray
-    pending: list
 
 
 class RowOrder:
@@ -237,42 +237,36 @@ class Stream:
 
     def _windows(self, state: StreamState) -> Iterator[tuple[int, _Window, int]]:
         """(epoch, window with its values read and checked, rows of it handed out before), reading one window ahead."""
-        buffer = 0
-        epoch = state.epoch
+        buffer, epoch = 0, state.epoch
         number, done = self.order.find(state.seed, epoch, state.position)
-        ahead = self._start(state.seed, epoch, number, buffer)
-        try:
+        with ThreadPoolExecutor(1, "saejax-window") as reader:
+            ahead = reader.submit(self._read, state.seed, epoch, number, buffer)
             while True:
-                current, current_epoch, skip = ahead, epoch, done
-                for read in current.pending:
-                    read.wait()
-                current.pending = []
+                current, current_epoch, skip = ahead.result(), epoch, done
                 number, done, buffer = number + 1, 0, 1 - buffer
                 if number == self.order.n_windows:
                     number, epoch = 0, epoch + 1
-                ahead = self._start(state.seed, epoch, number, buffer)
+                ahead = reader.submit(self._read, state.seed, epoch, number, buffer)
                 yield current_epoch, current, skip
-        finally:
-            for read in ahead.pending:
-                read.abandon()
 
-    def _start(self, seed: int, epoch: int, number: int, buffer: int) -> _Window:
+    def _read(self, seed: int, epoch: int, number: int, buffer: int) -> _Window:
         blocks, order = self.order.window(seed, epoch, number)
         spans = [self.order.span(b) for b in blocks]
         rows = np.concatenate([np.arange(a, b, dtype=np.int64) for a, b in spans])
         x, tokens = [values[:len(rows)] for values in self._buffers[buffer][0]], self._buffers[buffer][1][:len(rows)]
-        pending = [self.store.start_read(f"acts/{hookpoint}", spans, values)
-                   for hookpoint, values in zip(self.hookpoints, x, strict=True)]
-        pending.append(self.store.start_read("tokens", spans, tokens))
-        return _Window(order, rows, x, tokens, pending)
+        for hookpoint, values in zip(self.hookpoints, x, strict=True):
+            self.store.read_into(f"acts/{hookpoint}", spans, values)
+        self.store.read_into("tokens", spans, tokens)
+        return _Window(order, rows, x, tokens)
 
     def _gather(self, window: _Window, slots: np.ndarray, out: np.ndarray) -> None:
         """The rows in these slots, their hookpoints side by side; each piece is checked while it is still in the cache."""
-        for a in range(0, len(slots), _ROWS_AT_ONCE):
-            piece, column = out[a:a + _ROWS_AT_ONCE], 0
+        rows = max(1, _PIECE_BYTES // out[:1].nbytes)
+        for a in range(0, len(slots), rows):
+            piece, column = out[a:a + rows], 0
             for values, width in zip(window.x, self.widths, strict=True):
                 columns = piece[:, column:column + width]
-                np.take(values.view(np.uint16), slots[a:a + _ROWS_AT_ONCE], axis=0, out=columns, mode="clip")
+                np.take(values.view(np.uint16), slots[a:a + rows], axis=0, out=columns, mode="clip")
                 column += width
             # Of bfloat16 bits, NaN and +Inf are the largest as int16, NaN and -Inf the largest as uint16.
             if piece.view(np.int16).max() >= _EXPONENT or piece.max() >= _EXPONENT + 0x8000:

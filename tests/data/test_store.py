@@ -3,12 +3,14 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
 import tensorstore as ts
 
+from saejax.data.shards import ArrayReader, ArraySpec, ShardTruth, write_shard_files
 from saejax.data.store import Store, check_matches
 from saejax.data.writer import StoreWriter, exact_median
 from saejax.errors import DiskError, NonFiniteError, StoreCorruptError, StoreError
@@ -31,6 +33,25 @@ def test_reads_back_what_was_written(tmp_path):
     assert (store.rows, store.n_contexts, store.kept_rows) == (n, 37, int(rows.keep.sum()))
     with pytest.raises(IndexError):
         store.read(HOOK, 0, n + 1)
+
+
+def test_reader_equals_tensorstore_on_any_spans(tmp_path):
+    """Shards of 900 chunks: more than one system call takes; spans that start and end inside chunks and cross shards."""
+    array = ArraySpec("a", "bfloat16", 5, 1800, 2)
+    x = np.random.default_rng(0).standard_normal((4001, 5), np.float32).astype(ml_dtypes.bfloat16)
+    truth = []
+    for shard, part in enumerate(np.split(x, [1800, 3600])):
+        crcs = write_shard_files(tmp_path, shard, {array: part})["a"]["crcs"]
+        truth.append(ShardTruth(len(part), bytes.fromhex(crcs)))
+    plain = array.open(tmp_path, len(x), ts.Context())
+    with ThreadPoolExecutor(2) as pool:
+        reader = ArrayReader(tmp_path, array, len(x), truth.__getitem__, pool)
+        for spans in ([(0, 4001)], [(3601, 4001), (1, 2), (1799, 3603), (7, 7), (600, 2000)]):
+            out = np.empty((sum(b - a for a, b in spans), 5), x.dtype)
+            reader.read_into(spans, out)
+            expected = np.concatenate([plain[a:b].read().result() for a, b in spans])
+            assert np.array_equal(bits(out), bits(expected))
+            assert np.array_equal(bits(out), bits(np.concatenate([x[a:b] for a, b in spans])))
 
 
 def test_statistics_are_of_the_kept_rows(tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from saejax.config import StreamOptions
 from saejax.data import stream as stream_module
-from saejax.data.shards import PendingRead
+from saejax.data.shards import ArrayReader
 from saejax.data.stream import Stream, _Recycled
 from saejax.data.writer import StoreWriter
 from saejax.errors import NonFiniteError, StoreError
@@ -95,13 +95,13 @@ def test_batch_size_does_not_change_the_order(store):
 
 def test_order_does_not_depend_on_timing(store, monkeypatch):
     straight = take(store, 20)
-    wait = PendingRead.wait
+    read = ArrayReader._read_part
 
-    def slow(self):
+    def slow(self, *args):
         time.sleep(np.random.default_rng().uniform(0, 0.01))
-        wait(self)
+        read(self, *args)
 
-    monkeypatch.setattr(PendingRead, "wait", slow)
+    monkeypatch.setattr(ArrayReader, "_read_part", slow)
     with Stream(store, (HOOK,), 50, StreamOptions(4, 150), START) as stream:
         again = []
         for i in range(20):
@@ -114,9 +114,9 @@ def test_order_does_not_depend_on_timing(store, monkeypatch):
 
 def test_restoring_reads_no_skipped_window(store, monkeypatch):
     read = []
-    start_read = type(store).start_read
-    monkeypatch.setattr(type(store), "start_read", lambda self, array, spans, out: (
-        read.append((array, sum(b - a for a, b in spans))), start_read(self, array, spans, out))[1])
+    read_into = type(store).read_into
+    monkeypatch.setattr(type(store), "read_into", lambda self, array, spans, out: (
+        read.append((array, sum(b - a for a, b in spans))), read_into(self, array, spans, out))[1])
     with Stream(store, (HOOK,), 10, StreamOptions(1, 32), StreamState(0, 3, 400)) as stream:
         next(stream)
         stream.close()
