@@ -22,6 +22,8 @@ def _of_sae(sae, c) -> list[str]:
                    f"{sae.k} and at most config.sae.d_sae = {sae.d_sae}; set it to 0")
     if sae.align and not sae.unit_decoder:
         out.append("config.sae.align: needs unit decoder rows; set config.sae.unit_decoder, or align to False")
+    if sae.align and sae.encoder_init_scale != 1:
+        out.append("config.sae.align: fixes the scale of the encoder; set it to False, or config.sae.encoder_init_scale to 1")
     if sae.align and sae.target:
         out.append("config.sae.align: encoder and decoder rows of a transcoder live in different spaces; set it to False")
     if c.train.target_l0 > sae.d_sae:

@@ -146,6 +146,7 @@ def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) ->
     params = init_params(spec, key_init, b_dec, config.sae)
     if spec.kind != "relu" and not config.sae.align:
         params = _input_scaled(spec, params, key_probe)
+    params = params.replace(W_enc=params.W_enc * config.sae.encoder_init_scale)
     if config.sae.init_l0:
         params = _biased(spec, config.sae.init_l0, params, jax.sharding.reshard(rows_NW, sharding.spec("rows", None)))
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))

@@ -157,6 +157,14 @@ def test_aligned_rows(store, tmp_path):
     np.testing.assert_allclose(np.linalg.norm(params.W_dec, axis=1), 1.0, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["relu", "topk"])
+def test_the_encoder_starts_at_its_share_of_the_scale(store, tmp_path, kind):
+    whole, share = (Run(store, make_config(kind, tmp_path / str(scale), sae__encoder_init_scale=scale)).host.params
+                    for scale in (1.0, 0.25))
+    np.testing.assert_allclose(share.W_enc, 0.25 * whole.W_enc, rtol=1e-6)
+    np.testing.assert_array_equal(share.W_dec, whole.W_dec)
+
+
 @pytest.mark.parametrize("kind", ["relu", "jumprelu_tanh"])
 @pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
 def test_biases_from_data_set_the_first_l0(store, tmp_path, kind, mesh_shape):

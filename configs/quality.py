@@ -1,0 +1,35 @@
+"""One kind at a published size: SmolLM2-135M, layer 15, L0 = 50, 18,432 features (32 x the width of the model).
+
+Hardware: 2 CPU cores, 6 GB of memory. Time: about 25 minutes for the store, then 15 minutes for each kind, twice that at 64 x.
+Expect:   docs/quality.md, "A language model at 32 and 64 times its width".
+Command:  saejax run --config=configs/quality.py:topk       (a recipe of default_config, or RECIPE,FACTOR: topk,64)
+
+All kinds read one store, which the first run harvests. Learning rates are those of short runs.
+"""
+
+from saejax.config import default_config
+
+LR = 7e-4
+
+
+def get_config(choice: str = "topk"):
+    recipe, _, factor = choice.partition(",")
+    c = default_config(recipe)
+    c.name = f"quality_{recipe}_{factor or 32}x"
+    c.harvest.store = "runs/quality/store"
+    c.harvest.tokens = 1_310_720
+    c.harvest.batch_contexts = 8
+    c.harvest.hookpoints = ("blocks.15.hook_resid_post",)
+    c.sae.hookpoint = "blocks.15.hook_resid_post"
+    c.sae.d_sae = 576 * int(factor or 32)
+    c.sae.k = 50
+    c.sae.dead_tokens = 200_000
+    c.train.target_l0 = 50.0
+    c.train.tokens = 655_360
+    c.train.batch = 2048
+    c.train.lr = LR
+    c.train.lr_warmup = 0.02
+    c.checkpoint.every_tokens = 131_072
+    c.eval.contexts = 64
+    c.eval.batch_contexts = 8
+    return c
