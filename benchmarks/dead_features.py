@@ -64,8 +64,9 @@ def main() -> None:
         result = measure(run, Store.open(args.store or config.harvest.store), args.tokens)
         evaluation = json.loads(RunPaths(run).evaluation.read_text())["entries"][-1]["result"]
         rows.append((run.name, config.train.tokens, result, evaluation))
-    print("| run | features | trained on | dead | less than 1 in 100,000 | L0 | held-out L0 | EV | EV without outliers | CE recovered |\n"
-          "|---|---|---|---|---|---|---|---|---|---|")
+    columns = ("run", "features", "trained on", "dead", "less than 1 in 100,000", "L0", "held-out L0", "EV",
+               "EV without outliers", "CE recovered")
+    print(f"| {' | '.join(columns)} |\n" + "|---" * len(columns) + "|")
     for name, trained, r, e in rows:
         print(f"| {name} | {r['features']:,} | {trained:,} | {r['dead'] / r['features']:.2%} ({r['dead']}) | "
               f"{r['rare'] / r['features']:.2%} | {r['l0']:.1f} | {e['l0_mean']:.1f} | {e['explained_variance']:.4f} | "

@@ -3,7 +3,8 @@
 Hardware: made for 2 CPU cores and the demo's store; it has not been run whole yet, so time and figures are open.
 Command:  saejax run --config=configs/frontier.py, then python benchmarks/frontier.py runs/frontier
 
-Learning rates are those of short runs; every kind aims at the same L0s (`train.target_l0`).
+Learning rates and the size of the first encoder are those of short runs (docs/quality.md); every kind aims at the same L0s
+(`train.target_l0`).
 """
 
 from saejax.config import default_config
@@ -15,7 +16,7 @@ def get_config():
     c.harvest.store = "runs/demo/store"
     c.harvest.tokens = 393_216
     c.harvest.batch_contexts = 8
-    c.train.tokens = 524_288
+    c.train.tokens = 393_216
     c.train.batch = 1024
     c.train.lr_warmup = 0.02
     c.sae.d_sae = 2304
@@ -24,13 +25,12 @@ def get_config():
     c.eval.contexts = 16
     c.eval.batch_contexts = 8
     c.sweep.product = ("train.target_l0=16,32,64",)
-    c.sweep.variations = (
-        "recipe=relu train.lr=1e-3",
-        "recipe=gated train.lr=1e-3",
-        "recipe=topk train.lr=1e-3",
-        "recipe=batchtopk train.lr=1e-3",
-        "recipe=matryoshka train.lr=1e-3",
-        "recipe=jumprelu train.lr=1e-3 train.lr_decay=0.2",
-        "recipe=jumprelu_tanh train.lr=1e-3",
-    )
+    c.sweep.variations = tuple(f"recipe={recipe} train.lr={lr} {more}".strip() for recipe, lr, more in (
+        ("relu", 1e-3, ""),
+        ("gated", 1e-3, ""),
+        ("topk", 2e-3, "sae.encoder_init_scale=0.3"),
+        ("batchtopk", 2e-3, "sae.encoder_init_scale=0.3"),
+        ("matryoshka", 2e-3, "sae.encoder_init_scale=0.3"),
+        ("jumprelu", 1e-3, "train.lr_decay=0.2"),
+        ("jumprelu_tanh", 1e-3, "")))
     return c

@@ -9,7 +9,7 @@ All kinds read one store, which the first run harvests. Learning rates are those
 
 from saejax.config import default_config
 
-LR = 7e-4
+LR = 1e-3
 
 
 def get_config(choice: str = "topk"):

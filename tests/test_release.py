@@ -15,10 +15,11 @@ from saejax.errors import FormatError
 from saejax.formats.release import release
 from saejax.sae import tensors
 from saejax.train import loop
-from tests.train.synthetic import SHAPES, make_config, make_store
+from tests.train.synthetic import kinds, make_config, make_store
 
 
-@pytest.fixture(scope="module", params=["relu", "topk", "gated", "jumprelu", "batchtopk", *SHAPES])
+@pytest.fixture(scope="module", params=[*kinds("relu", "topk", "jumprelu", "batchtopk"), "transcoder", "crosscoder",
+                                        pytest.param("skip_transcoder", marks=pytest.mark.slow)])
 def released(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("release")
     loop.train(make_config(request.param, path / "run"), make_store(path / "store"))

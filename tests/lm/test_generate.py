@@ -27,7 +27,7 @@ def by_full_forwards(model, prompt, new, taps=None):
 
 @pytest.mark.parametrize(
     "label",
-    [pytest.param(label, marks=() if label in ("gpt2", "gemma3", "smollm3") else pytest.mark.slow) for label in FAMILIES],
+    [pytest.param(label, marks=() if label in ("gpt2", "gemma3") else pytest.mark.slow) for label in FAMILIES],
 )
 def test_greedy_equals_full_forwards(family_model, label):
     """Rows of one batch, padded on the left, past the window of the sliding families (8 to 10 tokens)."""

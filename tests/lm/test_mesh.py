@@ -26,7 +26,7 @@ TOKENS = jnp.asarray(np.random.default_rng(2).integers(0, 53, (4, 24)))
 
 
 @pytest.mark.parametrize("label", _SPLIT)
-@pytest.mark.parametrize("data, model", [(1, 8), (2, 4)])
+@pytest.mark.parametrize("data, model", [(1, 8), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_tensor_parallel_equals_one_device(tmp_path, label, data, model):
     config = families.CONFIGS[label] | _SPLIT[label]
     cfg, folder = from_hf(config), families.write(tmp_path / label, config)

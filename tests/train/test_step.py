@@ -54,7 +54,7 @@ def single(store, tmp_path_factory):
 def kinds_and_meshes():
     """The two oldest kinds on every mesh, the others on the mixed one; what remains is slow."""
     for kind, shape in itertools.product((*KINDS, *VARIANTS), [(1, 8), (8, 1), (2, 4), (4, 2)]):
-        mixed = ("gated", "jumprelu", "batchtopk", "matryoshka", *SHAPES)
+        mixed = ("jumprelu", "batchtopk", "matryoshka", "transcoder", "crosscoder")
         core = kind in ("relu", "topk") or (shape == (2, 4) and kind in mixed)
         yield pytest.param(kind, shape, marks=() if core else pytest.mark.slow)
 
@@ -71,7 +71,7 @@ def test_sharded_equals_single_device_over_50_steps(store, single, tmp_path, kin
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", kinds("relu", "topk", "gated", "jumprelu", "batchtopk", "matryoshka"))
+@pytest.mark.parametrize("kind", kinds("relu", "topk", "jumprelu", "batchtopk", "matryoshka"))
 def test_it_learns(single, kind):
     _, history = single[kind]
     first, last = history[0], history[-1]
