@@ -19,7 +19,7 @@ from saejax.train.state import geometric_median, initial_state, normalization_sc
 from saejax.train.step import make_step
 from tests.hlo import moved_shapes
 
-from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, SHAPES, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
+from .synthetic import CONTEXT, D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
 
 
 @pytest.fixture(scope="module")
