@@ -1,8 +1,10 @@
 """L0 against FVU of every SAE of a finished sweep: a CSV and a plot.
 
     python benchmarks/frontier.py runs/frontier [--out docs/frontier]
+    python benchmarks/frontier.py runs/frontier_1 --beside runs/frontier_8
 
-Held-out figures of each SAE's newest evaluation; writes OUT.csv and OUT.png and prints a Markdown table.
+Held-out figures of each SAE's newest evaluation; writes OUT.csv and OUT.png and prints a Markdown table. With --beside, how far
+the training metrics of two sweeps of the same SAEs are apart (another mesh, say), and nothing is written.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import csv
 import json
 from pathlib import Path
 
+from saejax.logs import read_metrics
 from saejax.records import RunPaths, read_config
 
 FIGURES = ("l0_mean", "fvu", "fvu_no_outliers", "ce_recovered", "dead_fraction")
@@ -42,11 +45,33 @@ def plot(rows: list[dict], file: Path) -> None:
     figure.savefig(file, dpi=110)
 
 
+def _by_step(run: Path) -> dict[int, dict]:
+    return {line["step"]: line for line in read_metrics(RunPaths(run).metrics)}
+
+
+def compare(a: Path, b: Path) -> None:
+    """Prints the largest differences over all logged steps, SAE by SAE."""
+    print("| SAE | steps | L0 at the end | FVU at the end | largest difference of L0 | of FVU, relative |\n|---|---|---|---|---|---|")
+    for config in sorted(a.glob("*/config.json")):
+        name = config.parent.name
+        one, other = _by_step(a / name), _by_step(b / name)
+        if one.keys() != other.keys():
+            raise SystemExit(f"{name}: the two sweeps logged different steps")
+        l0 = max(abs(one[s]["l0"] - other[s]["l0"]) for s in one)
+        fvu = max(abs(one[s]["fvu"] / other[s]["fvu"] - 1) for s in one)
+        last = max(one)
+        print(f"| {name} | {last} | {one[last]['l0']:.3f} | {one[last]['fvu']:.5f} | {l0:.1e} | {fvu:.1e} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweep", type=Path)
     parser.add_argument("--out", type=Path, default=Path("docs/frontier"))
+    parser.add_argument("--beside", type=Path, help="another sweep of the same SAEs, to compare with")
     args = parser.parse_args()
+    if args.beside:
+        compare(args.sweep, args.beside)
+        return
     rows = rows_of(args.sweep)
     if not rows:
         parser.error(f"{args.sweep}: no evaluated SAE below; run `saejax eval {args.sweep}` first")
