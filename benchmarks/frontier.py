@@ -51,7 +51,7 @@ def _by_step(run: Path) -> dict[int, dict]:
 
 def compare(a: Path, b: Path) -> None:
     """Prints the largest differences over all logged steps, SAE by SAE."""
-    print("| SAE | steps | L0 at the end | FVU at the end | largest difference of L0 | of FVU, relative |\n|---|---|---|---|---|---|")
+    print("| SAE | steps | last L0 | last FVU | largest difference of L0 | of FVU, relative |\n|---|---|---|---|---|---|")
     for config in sorted(a.glob("*/config.json")):
         name = config.parent.name
         one, other = _by_step(a / name), _by_step(b / name)
