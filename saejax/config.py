@@ -137,8 +137,10 @@ class SAEOptions:
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
                           choices=("zeros", "mean", "geometric_median"))
     decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
-    encoder_init_scale: float = opt(1.0, "the encoder starts at this share of the scale at which reconstructions are as large as "
-                                    "inputs (relu: of W_dec); below 1 its rows turn faster at the same learning rate", gt=0.0)
+    encoder_init: str = opt("input_scale", "W_enc starts as W_dec, or at the multiple of it at which reconstructions are as "
+                            "large as inputs", choices=("tied", "input_scale"))
+    encoder_init_scale: float = opt(1.0, "times this; below 1 the encoder's rows turn faster at the same learning rate; 0: "
+                                    "d_in / d_sae", ge=0.0)
     init_l0: float = opt(0.0, "features per token that fire at initialisation, by encoder biases taken from a sample of rows; 0: "
                          "biases 0", ge=0.0)
     align: bool = opt(False, "keep the inner product of each feature's encoder and decoder rows at 1, which keeps features "

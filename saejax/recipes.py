@@ -10,7 +10,7 @@ WITH_AUX = ("topk", "batchtopk", "jumprelu")
 # configs/demo_relu.py).
 _RELU = {
     "sae.kind": "relu", "sae.unit_decoder": False, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
-    "sae.decoder_init_norm": 0.1, "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
+    "sae.decoder_init_norm": 0.1, "sae.encoder_init": "tied", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
     "train.lr": 5e-5, "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
     "train.l1_warmup": 0.05, "train.lr_decay": 0.2,
 }
@@ -36,13 +36,13 @@ _JUMPRELU = {
 }
 _GEMMA_SCOPE = _JUMPRELU | {"sae.bandwidth": 0.001, "sae.threshold_init": 0.001}
 
-# Transformer Circuits update January 2025; decoder rows start at the norm that U(-1/sqrt(n), 1/sqrt(n)) gives, 1/sqrt(3). Lambda
-# rises over the whole run. Encoder biases start where each feature fires 10,000/m of the time.
+# Transformer Circuits update January 2025; decoder rows start at the norm that U(-1/sqrt(n), 1/sqrt(n)) gives, 1/sqrt(3), encoder
+# rows at n/m of them. Lambda rises over the whole run. Encoder biases start where each feature fires 10,000/m of the time.
 _JUMPRELU_TANH = {
     "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_norm_sqrt_D", "sae.objective": "tanh", "sae.sparsity": 10.0,
     "sae.penalty_scale": 4.0, "sae.pre_act_coef": 3e-6, "sae.bandwidth": 2.0, "sae.threshold_init": 0.1,
-    "sae.init_l0": 10_000.0, "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.pre_bias": False,
-    "sae.b_dec_init": "zeros",
+    "sae.init_l0": 10_000.0, "sae.unit_decoder": False, "sae.decoder_init_norm": 0.577, "sae.encoder_init": "tied",
+    "sae.encoder_init_scale": 0.0, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
     "train.lr": 2e-4, "train.batch": 32_768, "train.eps": 1e-8, "train.lr_decay": 0.2, "train.l1_warmup": 1.0,
     "train.clip": 1.0,
 }

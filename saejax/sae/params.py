@@ -1,7 +1,7 @@
 """What an SAE is made of: four arrays, what kind and shape add to them, row-major by feature, and a small description."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import jax
@@ -15,6 +15,11 @@ from saejax.recipes import WITH_K
 # What a kind keeps per feature besides the four common arrays.
 PER_FEATURE: dict[str, tuple[str, ...]] = {"gated": ("b_mag", "r_mag"), "jumprelu": ("log_threshold",)}
 PER_FEATURE_FOLDED = PER_FEATURE | {"jumprelu": ("threshold",)}
+
+
+def entry_scale(convention: str, widths: Sequence[int]) -> float:
+    """Root mean square of an entry of an input normalised by a convention of `sae.normalize` (1 for "none": not known)."""
+    return (sum(widths) / len(widths)) ** -0.5 if convention == "mean_sq_norm_1" else 1.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class SAESpec:
     def from_options(cls, options: SAEOptions, widths: Mapping[str, int], compute_dtype: str = "float32") -> "SAESpec":
         """widths: of every hookpoint that the options name."""
         read = tuple(widths[name] for name in options.sources)
-        typical = 0.75 * ((sum(read) / len(read)) ** -0.5 if options.normalize == "mean_sq_norm_1" else 1.0)
+        typical = 0.75 * entry_scale(options.normalize, read)
         return cls(kind=options.kind, d_in=sum(read), d_sae=options.d_sae, k=options.k if options.kind in WITH_K else 0,
                    pre_bias=options.pre_bias, compute_dtype=compute_dtype,
                    bandwidth=options.bandwidth or typical, threshold_init=options.threshold_init or typical,

@@ -16,6 +16,7 @@ from saejax.records import ActivationStats
 from saejax.sae import SAEParams, SAESpec, init_params, pre_activations, reconstruct
 from saejax.sae.activations import thresholds
 from saejax.sae.normalization import Normalization, columns
+from saejax.sae.params import entry_scale
 from saejax.train import control, optim
 
 _BIAS_ROWS = 4096  # rows that initial biases are taken from
@@ -144,9 +145,10 @@ def _jitted(spec: SAESpec, config: Config):
 def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) -> TrainState:
     key_init, key_probe = jax.random.split(key)
     params = init_params(spec, key_init, b_dec, config.sae)
-    if spec.kind != "relu" and not config.sae.align:
-        params = _input_scaled(spec, params, key_probe)
-    params = params.replace(W_enc=params.W_enc * config.sae.encoder_init_scale)
+    if config.sae.encoder_init == "input_scale" and not config.sae.align:
+        norm = spec.d_in ** 0.5 * entry_scale(config.sae.normalize, spec.layers or (spec.d_in,))
+        params = _input_scaled(spec, params, key_probe, norm)
+    params = params.replace(W_enc=params.W_enc * (config.sae.encoder_init_scale or spec.d_in / spec.d_sae))
     if config.sae.init_l0:
         params = _biased(spec, config.sae.init_l0, params, jax.sharding.reshard(rows_NW, sharding.spec("rows", None)))
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
@@ -170,19 +172,19 @@ def _biased(spec: SAESpec, l0: float, params: SAEParams, rows_NW: jax.Array) -> 
     return params.replace(b_enc=params.b_enc + least_F - border_F + 1e-6)
 
 
-def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array) -> SAEParams:
-    """Encoder divided by the mean norm of the reconstructions of unit vectors, so that outputs start at the inputs' scale.
+def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array, norm: float) -> SAEParams:
+    """Encoder divided by how much longer reconstructions of random vectors are, so that outputs start at the inputs' scale.
 
-    All kinds but relu, whose recipe starts small. Source: official training code of Gao et al. 2024 (256 random unit vectors
-    around b_dec).
+    norm: of the inputs; thresholds know no other scale. Source: official training code of Gao et al. 2024 (256 random vectors of
+    norm 1 around b_dec, for inputs of mean norm 1).
     """
     n = 256
     probe = jax.random.normal(key, (n, spec.d_in), jnp.float32)
-    probe = probe / jnp.linalg.norm(probe, axis=1, keepdims=True)
+    probe = probe * (norm / jnp.linalg.norm(probe, axis=1, keepdims=True))
     centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))  # W_skip is 0 at this point
     # Rows are repeated up to a multiple of the data axis and the repeats not counted: the value is the same on every mesh.
     row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().shape["data"])
     if spec.kind == "batchtopk":  # the repeated rows must not compete
         spec = dataclasses.replace(spec, kind="topk")
     recon, _ = reconstruct(spec, centred, jax.sharding.reshard(probe[row % n], sharding.spec("rows", "d_in")))
-    return params.replace(W_enc=params.W_enc * (n / jnp.where(row < n, jnp.linalg.norm(recon, axis=1), 0.0).sum()))
+    return params.replace(W_enc=params.W_enc * (n * norm / jnp.where(row < n, jnp.linalg.norm(recon, axis=1), 0.0).sum()))
