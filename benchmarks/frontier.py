@@ -80,7 +80,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(rows, args.out.with_suffix(".png"))
-    print("| kind | L0 | FVU | without outliers | CE recovered | dead on held-out text |\n|---|---|---|---|---|---|")
+    print("| kind | L0 | FVU | without outliers | CE recovered | silent on held-out text |\n|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['kind']} | {row['l0_mean']:.1f} | {row['fvu']:.4f} | {row['fvu_no_outliers']:.4f} | "
               f"{row['ce_recovered']:.4f} | {100 * row['dead_fraction']:.2f} % |")

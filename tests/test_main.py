@@ -139,7 +139,7 @@ def test_a_run_leaves_everything_and_says_so(finished, capsys):
     assert main(["run", f"--config={config}"]) == 0
     out = capsys.readouterr().out
     assert 0 < float(re.search(r"^L0 +([\d.]+)", out, re.MULTILINE)[1]) <= 8
-    for label in ("FVU", "explained variance", "CE clean / spliced", "CE recovered", "dead on held-out text",
+    for label in ("FVU", "explained variance", "CE clean / spliced", "CE recovered", "silent on held-out text",
                   "tokens/s harvest", "tokens/s training"):
         assert re.search(rf"^{re.escape(label)} +\S", out, re.MULTILINE), out
     assert f"report   {run / 'report.html'}" in out

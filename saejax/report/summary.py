@@ -61,7 +61,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("CE zero / mean", f"{_number(e['ce_zero'])} / {_number(e['ce_mean'])}"),
         ("CE recovered", f"{_number(e['ce_recovered'])}, against mean {_number(e['ce_recovered_mean'])}"),
         ("KL(clean || spliced)", _number(e["kl"])),
-        ("dead on held-out text", _percent(e["dead_fraction"])),
+        ("silent on held-out text", _percent(e["dead_fraction"])),
         (f"dead in {_tokens(sae.dead_tokens)} tokens", _percent(_last(result.paths, "dead_fraction"))),
         ("tokens/s harvest", _rate(result.rates.harvest)),
         ("tokens/s training", _rate(result.rates.train)),
