@@ -8,6 +8,7 @@ import optax
 
 from saejax.config import SAEOptions, TrainOptions
 from saejax.sae.params import SAEParams
+from saejax.train.control import APPROACH
 
 
 def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
@@ -26,9 +27,10 @@ def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
 def penalty_ramp(options: TrainOptions, total_steps: int) -> optax.Schedule:
     """The share of lambda at a step: linearly from 0 to 1 over the share `l1_warmup` of the steps (April 2024: 5 %).
 
-    At most 5 % where L0 is aimed at: a longer rise would work against what steers it.
+    Where L0 is aimed at no longer than the goal moves, half of the run: after that a rise would work against what steers it.
     """
-    warmup = max(round((min(options.l1_warmup, 0.05) if options.target_l0 else options.l1_warmup) * total_steps), 1)
+    share = min(options.l1_warmup, APPROACH) if options.target_l0 else options.l1_warmup
+    warmup = max(round(share * total_steps), 1)
     return lambda step: jnp.minimum(1.0, step / warmup)
 
 
