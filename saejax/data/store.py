@@ -26,7 +26,7 @@ from saejax.records import OUTLIER_FACTOR, ActivationStats
 from saejax.storage import file_sha256, inside, read_json, text_sha256
 
 MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
-_READ_THREADS = 3  # one is enough for the page cache, more keep a disk busy
+_READ_THREADS = 2  # one is enough for the page cache, two keep a disk busy
 
 
 def record_file(shard: int) -> str:
