@@ -136,7 +136,7 @@ class SAEOptions:
     pre_bias: bool = opt(True, "subtract b_dec from the input of the encoder")
     b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
                           choices=("zeros", "mean", "geometric_median"))
-    decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation (the encoder starts tied)", gt=0.0)
+    decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation", gt=0.0)
     encoder_init: str = opt("input_scale", "W_enc starts as W_dec, or at the multiple of it at which reconstructions are as "
                             "large as inputs", choices=("tied", "input_scale"))
     encoder_init_scale: float = opt(1.0, "times this; below 1 the encoder's rows turn faster at the same learning rate; 0: "
