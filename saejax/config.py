@@ -198,6 +198,8 @@ class TrainOptions:
     max_skipped: int = opt(10, "steps in a row with a non-finite loss or gradient, each left out, that stop the run", gt=0)
     compute_dtype: str = opt("float32", "dtype of the matrix products; parameters and optimizer stay float32",
                              choices=("float32", "bfloat16"))
+    sparse: str = opt("auto", "decode and gradients from the kept features only (topk): where that is faster, always or never; "
+                      "the result is the same up to rounding", choices=("auto", "always", "never"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
     resample: ResampleOptions = field(default_factory=ResampleOptions)
 

@@ -37,15 +37,22 @@ def out(*logical: str | None) -> PartitionSpec | None:
 MEMBERS = "members"  # the vmapped axis of SAEs that train as one program
 
 
-def any_member(condition: jax.Array) -> jax.Array:
-    """`condition` of any SAE that trains in the same program: under `vmap` a `cond` that depends on its own SAE only would become
-    a select, which computes both branches.
+def most_of_members(value: jax.Array) -> jax.Array:
+    """The largest `value` of all SAEs that train in the same program: under `vmap` a loop whose length depends on its own SAE
+    only would select between old and new in every round.
     """
     try:
         jax.lax.axis_size(MEMBERS)
     except NameError:  # no such axis: one SAE
-        return condition
-    return jax.lax.pmax(condition.astype(np.int32), MEMBERS) > 0
+        return value
+    return jax.lax.pmax(value, MEMBERS)
+
+
+def any_member(condition: jax.Array) -> jax.Array:
+    """`condition` of any SAE that trains in the same program: under `vmap` a `cond` that depends on its own SAE only would become
+    a select, which computes both branches.
+    """
+    return most_of_members(condition.astype(np.int32)) > 0
 
 
 def make_mesh(options: MeshOptions, devices=None) -> Mesh:

@@ -6,6 +6,7 @@ from flax import struct
 from jax import lax
 
 from saejax import sharding
+from saejax.sae import sparse
 from saejax.sae.activations import topk
 from saejax.sae.model import decode
 from saejax.sae.params import SAEParams, SAESpec
@@ -56,23 +57,29 @@ def variance_total(x_BD: jax.Array) -> jax.Array:
     return jnp.square(x_BD - x_BD.mean(0)).sum()
 
 
-def aux_loss(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, error_BD: jax.Array, fired_F: jax.Array,
-             inputs: LossInputs, aux_k: int) -> jax.Array:
+def aux_loss(spec: SAESpec, params: SAEParams, seen: jax.Array, error_BD: jax.Array, fired_F: jax.Array, inputs: LossInputs,
+             aux_k: int, *, as_pairs: bool = False) -> jax.Array:
     """AuxK: how much of the residual error the k_aux best dead features leave unexplained.
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
     nothing is dead (the branch is then not computed; of SAEs that train as one program, for none of them) or when the ratio is
-    not finite. Source: Gao et al. 2024, A.2.
+    not finite. seen: pre-activations, on the sparse path the inputs: there the encoder's product is done once more when
+    something is dead. Source: Gao et al. 2024, A.2.
     """
     dead_F = (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
+    k = min(aux_k, spec.d_sae)
 
-    def of_dead(params, pre_BF):
-        acts_BF = topk(jnp.where(dead_F, pre_BF, -jnp.inf), min(aux_k, spec.d_sae))  # relu(-inf) = 0 where fewer are dead
-        estimate_BD = decode(spec, params, acts_BF) - params.b_dec
-        ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
+    def of_dead(params, seen):
+        if as_pairs:
+            pairs, _, _ = sparse.encode(spec, params, seen, k, inputs.threshold, allowed_F=dead_F)
+            estimate_BD = sparse.decode(spec, params, pairs)
+        else:  # relu(-inf) = 0 where fewer are dead
+            estimate_BD = decode(spec, params, topk(jnp.where(dead_F, seen, -jnp.inf), k))
+        ratio = squared_error(error_BD, estimate_BD - params.b_dec).sum() / variance_total(error_BD)
         # Under `vmap` the branch is also taken where only another SAE has dead features.
         return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
-    return lax.cond(sharding.any_member(dead_F.any()), jax.checkpoint(of_dead),
-                    lambda params, pre_BF: jnp.zeros((), jnp.float32), params, pre_BF)
+    recomputed = jax.checkpoint(of_dead, policy=jax.checkpoint_policies.save_only_these_names(sparse.SAVED))
+    return lax.cond(sharding.any_member(dead_F.any()), recomputed,
+                    lambda params, seen: jnp.zeros((), jnp.float32), params, seen)

@@ -7,29 +7,35 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
+from saejax import sharding
 from saejax.config import SAEOptions
 from saejax.recipes import WITH_K
+from saejax.sae import sparse
 from saejax.sae.activations import activate, fires, thresholds, topk
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
 from saejax.sae.model import decode, pre_activations, skipped
 from saejax.sae.normalization import columns
 from saejax.sae.params import SAEParams, SAESpec
-from saejax.sae.prefixes import prefix_reconstructions
+from saejax.sae.prefixes import borders, prefix_reconstructions
 
 
 @struct.dataclass
 class Forward:
-    """One pass over a batch: normalised rows to be reconstructed, pre-activations, activations, reconstruction, which features
-    fired, the nested reconstructions (none without `sae.groups`), and what a skip connection added to all of them.
+    """One pass over a batch: normalised rows to be reconstructed, reconstruction, which features fired, the smallest positive
+    activation, features per row and pre-activations per row above the running threshold, the nested reconstructions (none
+    without `sae.groups`), what a skip connection added to all of them; pre-activations and activations (none on the sparse path).
     """
 
     y_BD: jax.Array
-    pre_BF: jax.Array
-    acts_BF: jax.Array
     recon_BD: jax.Array
     fired_F: jax.Array
-    prefixes_GBD: jax.Array | None
+    least: jax.Array
+    l0: jax.Array
+    above: jax.Array
     through_BD: jax.Array | float
+    prefixes_GBD: jax.Array | None = None
+    pre_BF: jax.Array | None = None
+    acts_BF: jax.Array | None = None
 
     @property
     def mse(self) -> jax.Array:
@@ -39,36 +45,69 @@ class Forward:
         return squared_error(self.y_BD, self.prefixes_GBD).mean(1).sum()
 
 
-def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array,
-              inputs: LossInputs) -> tuple[jax.Array, LossParts]:
-    """The loss of a kind over a batch of normalised rows, and what it is made of (its `mse`: that of the whole dictionary).
-
-    With `sae.aux_k`, aux_coef * aux is added to the loss of any kind, times Var(x) where the kind's loss is not divided by it.
-
-    rows_BW: input columns, then those of a transcoder's target. In the formulas x is what is reconstructed.
-    """
-    x_BD, y_BD = columns(spec, rows_BW)
+def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array,
+           inputs: LossInputs) -> Forward:
     pre_BF = pre_activations(spec, params, x_BD)
     acts_BF = activate(spec, params, pre_BF)
     prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
     recon_BD = decode(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
+    return _seen(spec, params, x_BD, y_BD, recon_BD, prefixes_GBD, fired_F=(acts_BF > 0).any(0),
+                 least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(), l0=(acts_BF > 0).sum(dtype=jnp.float32) / len(y_BD),
+                 above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / len(y_BD), pre_BF=pre_BF, acts_BF=acts_BF)
+
+
+def _seen(spec: SAESpec, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array, recon_BD: jax.Array,
+          prefixes_GBD: jax.Array | None, **measured) -> Forward:
     through_BD = skipped(spec, params, x_BD)
-    recon_BD, prefixes_GBD = recon_BD + through_BD, None if prefixes_GBD is None else prefixes_GBD + through_BD
-    seen = Forward(y_BD=y_BD, pre_BF=pre_BF, acts_BF=acts_BF, recon_BD=recon_BD, fired_F=(acts_BF > 0).any(0),
-                   prefixes_GBD=prefixes_GBD, through_BD=through_BD)
+    return Forward(y_BD=y_BD, recon_BD=recon_BD + through_BD, through_BD=through_BD,
+                   prefixes_GBD=None if prefixes_GBD is None else prefixes_GBD + through_BD, **measured)
+
+
+def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array,
+            inputs: LossInputs) -> Forward:
+    over_batch = spec.kind == "batchtopk"
+    pairs, above_B, missing = sparse.encode(spec, params, x_BD, spec.k, inputs.threshold, over_batch=over_batch)
+
+    def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
+        prefixes_GBD = None
+        if options.groups:
+            prefixes_GBD = sparse.decode_groups(spec, params, pairs, borders(options.groups, spec.d_sae))
+        recon_BD = sparse.decode(spec, params, pairs) if prefixes_GBD is None else prefixes_GBD[-1]
+        positive_CB = pairs.values_CB > 0
+        return _seen(spec, params, x_BD, y_BD, recon_BD, prefixes_GBD, fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
+                     least=jnp.where(positive_CB, pairs.values_CB, jnp.inf).min(),
+                     l0=positive_CB.sum(dtype=jnp.float32) / len(y_BD))
+
+    if not over_batch:
+        return of_pairs(params, pairs)
+
+    def whole(params: SAEParams, pairs: sparse.Pairs) -> Forward:
+        return _dense(spec, options, params, x_BD, y_BD, inputs).replace(pre_BF=None, acts_BF=None)
+
+    return lax.cond(sharding.any_member(missing), jax.checkpoint(whole), of_pairs, params, pairs)
+
+
+def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array, inputs: LossInputs, *,
+              as_pairs: bool = False) -> tuple[jax.Array, LossParts]:
+    """The loss of a kind over a batch of normalised rows, and what it is made of (its `mse`: that of the whole dictionary).
+
+    With `sae.aux_k`, aux_coef * aux is added to the loss of any kind, times Var(x) where the kind's loss is not divided by it.
+
+    rows_BW: input columns, then those of a transcoder's target. In the formulas x is what is reconstructed. as_pairs: take the
+    sparse path (`saejax.sae.sparse`; topk), which gives the same up to rounding.
+    """
+    x_BD, y_BD = columns(spec, rows_BW)
+    seen = (_sparse if as_pairs else _dense)(spec, options, params, x_BD, y_BD, inputs)
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
-        error_BD = lax.stop_gradient(y_BD - recon_BD)
-        own |= {"aux": aux_loss(spec, params, pre_BF, error_BD, seen.fired_F, inputs, options.aux_k)}
+        own |= {"aux": aux_loss(spec, params, x_BD if as_pairs else seen.pre_BF, lax.stop_gradient(y_BD - seen.recon_BD),
+                                seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     errors_B = squared_error(y_BD, seen.recon_BD)
-    l0 = (acts_BF > 0).sum(dtype=jnp.float32) / y_BD.shape[0]
-    fvu = errors_B.sum() / variance_total(y_BD)
-    return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=l0, fvu=fvu, fired_F=seen.fired_F, own=own,
-                           least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(),
-                           above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / y_BD.shape[0])
+    return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=seen.l0, fvu=errors_B.sum() / variance_total(y_BD),
+                           fired_F=seen.fired_F, own=own, least=seen.least, above=seen.above)
 
 
 def _decoder_norms(spec: SAESpec, options: SAEOptions, params: SAEParams) -> jax.Array:

@@ -21,18 +21,25 @@ def topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
                          out_specs=rows_features)(pre_BF)
 
 
+def kept_per_row(values: jax.Array, k: int, shards: int) -> jax.Array:
+    """Which of this shard's min(k, F_local) largest values of each row, as `lax.top_k` returns them, are among the k of all
+    shards. Call it inside `shard_map` where there are several.
+    """
+    if shards == 1:
+        return jnp.ones_like(values, bool)
+    threshold, chosen_equal = _global_threshold(values, k)
+    return (values > threshold) | chosen_equal
+
+
 def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
     # top_k is fast on CPU only for float32 and only when its output is not sliced in the same program: hence the
     # reductions (min, max over masked entries) where an index would read more easily.
     values, index = lax.top_k(pre_local, min(k, pre_local.shape[1]))
-    if shards == 1:
-        threshold = values.min(-1, keepdims=True)
-        chosen_equal = values == threshold
-    else:
-        threshold, chosen_equal = _global_threshold(values, k)
-    last_equal = jnp.where(chosen_equal, index, -1).max(-1, keepdims=True)
+    kept = kept_per_row(values, k, shards)
+    least = jnp.where(kept, values, jnp.inf).min(-1, keepdims=True)
+    last_equal = jnp.where(kept & (values == least), index, -1).max(-1, keepdims=True)
     feature = lax.broadcasted_iota(jnp.int32, pre_local.shape, 1)
-    return (pre_local > threshold) | ((pre_local == threshold) & (feature <= last_equal))
+    return (pre_local > least) | ((pre_local == least) & (feature <= last_equal))
 
 
 def _global_threshold(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:

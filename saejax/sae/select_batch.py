@@ -32,6 +32,15 @@ def batch_topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
                          out_specs=rows_features, check_vma=False)(pre_BF)
 
 
+def kept_over_batch(values: jax.Array, k: int, _shards: int) -> jax.Array:
+    """Which of a shard's largest values of each row, as `lax.top_k` returns them, are among the B x k of the whole batch: exact
+    as long as no row's least one is. Call it inside `shard_map` where there are several devices.
+    """
+    if not sharding.mesh_is_set():
+        return _mask_local(values, len(values) * k, ())
+    return _mask_local(values, len(values) * lax.axis_size("data") * k, ("data", "dict"))
+
+
 def _mask_local(pre_local: jax.Array, keep: int, axes: tuple[str, ...]) -> jax.Array:
     bits = jnp.where(pre_local > 0, lax.bitcast_convert_type(pre_local, jnp.int32), 0)
     low, high, n_high = _bracket(bits, keep, axes)

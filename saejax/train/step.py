@@ -8,7 +8,7 @@ from jax import lax
 
 from saejax import sharding
 from saejax.config import Config
-from saejax.sae import SAEParams, SAESpec
+from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.objectives import objective
 from saejax.train import control, optim
@@ -88,7 +88,10 @@ def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Ar
     """Gradients of the loss and what was seen, in `train.accumulate` parts one after the other: means, all features that fired.
     """
     def of_part(rows: jax.Array) -> tuple[SAEParams, LossParts]:
-        (_, seen), gradients = jax.value_and_grad(lambda p: objective(spec, config.sae, p, rows, inputs), has_aux=True)(params)
+        def of(params: SAEParams):
+            return objective(spec, config.sae, params, rows, inputs, as_pairs=takes_pairs(config, spec))
+
+        (_, seen), gradients = jax.value_and_grad(of, has_aux=True)(params)
         return gradients, seen
 
     n = config.train.accumulate
@@ -106,6 +109,13 @@ def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Ar
     fired_F, least = seen.fired_F, seen.least
     seen = jax.tree.map(lambda value: value / n, seen.replace(fired_F=jnp.float32(0)))
     return jax.tree.map(lambda gradient: gradient / n, gradients), seen.replace(fired_F=fired_F, least=least)
+
+
+def takes_pairs(config: Config, spec: SAESpec) -> bool:
+    """Whether the step takes the sparse path (`train.sparse`), on the mesh that is set."""
+    if config.train.sparse == "never" or spec.kind not in sparse.KINDS or config.sae.multi_topk:
+        return False
+    return config.train.sparse == "always" or sparse.pays(spec, jax.sharding.get_abstract_mesh().shape.get("dict", 1))
 
 
 def _merged(a: LossParts, b: LossParts) -> LossParts:

@@ -1,0 +1,117 @@
+"""The sparse path gives what the dense one gives: loss, what was seen and every gradient, on every mesh."""
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax import sharding
+from saejax.config import MeshOptions, SAEOptions, TrainOptions
+from saejax.sae import SAEParams, SAESpec, param_shardings, sparse, tensors
+from saejax.sae.losses import LossInputs
+from saejax.sae.objectives import objective
+from saejax.train.step import takes_pairs
+from tests.hlo import moved_shapes
+from tests.train.synthetic import OnDemand
+
+B, D, OUT, F, K = 64, 12, 10, 256, 5
+MESHES = [(1, 1), (2, 4), pytest.param((1, 8), marks=pytest.mark.slow), pytest.param((8, 1), marks=pytest.mark.slow)]
+
+
+def case(target: bool, equal_rows: bool = False):
+    rng = np.random.default_rng(0)
+    width = OUT if target else D
+    values = {"W_enc": rng.standard_normal((F, D)), "b_enc": rng.standard_normal(F) * 0.1 - 0.5,
+              "W_dec": rng.standard_normal((F, width)), "b_dec": rng.standard_normal(width)}
+    if target:
+        values["W_skip"] = rng.standard_normal((D, OUT))
+    if equal_rows:  # features in fours that always tie
+        values |= {name: np.repeat(values[name][::4], 4, axis=0) for name in ("W_enc", "b_enc")}
+    x = rng.standard_normal((B, D + (OUT if target else 0)))
+    return SAEParams(**{name: value.astype(np.float32) for name, value in values.items()}), x.astype(np.float32)
+
+
+def loss_and_gradients(options, spec, mesh_shape, as_pairs, params, x, *long_silent):
+    """(the program, what it returns for each number of tokens that a third of the features has been silent for)."""
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+
+    def of(params, x, silent):
+        inputs = LossInputs(sparsity=jnp.float32(0), target_l0=jnp.float32(0), threshold=jnp.float32(2),
+                            dead_after=jnp.uint32(10), inverse_variance=jnp.float32(0.1),
+                            tokens_since_fired_F=jnp.where(jnp.arange(F) % 3 == 0, silent, jnp.uint32(0)))
+        return jax.value_and_grad(lambda p: objective(spec, options, p, x, inputs, as_pairs=as_pairs), has_aux=True)(params)
+
+    with jax.set_mesh(mesh):
+        given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
+                 sharding.place(x, sharding.sharding(mesh, "rows", None)))
+        program = jax.jit(of).lower(*given, jnp.uint32(0)).compile()
+        return program, [jax.device_get(program(*given, jnp.uint32(tokens))) for tokens in long_silent]
+
+
+CASES = {
+    "topk": {"kind": "topk"},
+    "ties": {"kind": "topk"},
+    "transcoder": {"kind": "topk", "target": "there", "skip": True, "pre_bias": False},
+    "batchtopk": {"kind": "batchtopk"},
+    "matryoshka": {"kind": "batchtopk", "groups": (0.1, 0.3, 0.6)},
+    "matryoshka transcoder": {"kind": "batchtopk", "groups": (0.1, 0.3, 0.6), "target": "there", "skip": True, "pre_bias": False},
+}
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return OnDemand(lambda name: loss_and_gradients(*of_case(name), (1, 1), False, *inputs_of(name), 0, 100)[1])
+
+
+def of_case(name):
+    options = SAEOptions(**CASES[name], d_sae=F, k=K, aux_k=8)
+    return options, SAESpec(options.kind, D, F, k=K, pre_bias=options.pre_bias, d_out=OUT if options.target else None,
+                            skip=options.skip)
+
+
+def inputs_of(name):
+    return case("target" in CASES[name], equal_rows=name == "ties")
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+@pytest.mark.parametrize("name, room", [(name, 4) for name in CASES] + [("batchtopk", 1), ("matryoshka", 1)])
+def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, mesh_shape):
+    """With nothing dead and with dead features. room 1: some row keeps more features than there is room for."""
+    monkeypatch.setattr(sparse, "ROOM", room)
+    _, results = loss_and_gradients(*of_case(name), mesh_shape, True, *inputs_of(name), 0, 100)
+    assert (dense[name][0][0][1].own["aux"], dense[name][1][0][1].own["aux"] > 0) == (0, True)
+    for expected, got in zip(dense[name], results, strict=True):
+        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), jax.tree_util.keystr(path)
+
+
+def test_nothing_is_as_large_as_batch_times_features(monkeypatch):
+    """The encoder goes tile by tile; over `dict` candidates and reconstructions move, and nothing is sorted."""
+    monkeypatch.setattr(sparse, "TILE", 8 * F)
+    text = loss_and_gradients(*of_case("topk"), (1, 1), True, *inputs_of("topk"))[0].as_text()
+    assert f"f32[{B},{F}]" not in text and f"f32[8,{F}]" in text
+    text = loss_and_gradients(*of_case("topk"), (1, 8), True, *inputs_of("topk"))[0].as_text()
+    assert max(map(math.prod, moved_shapes(text))) <= B * 8 * 8 and " sort(" not in text
+
+
+def test_bfloat16_products_agree():
+    options, spec = of_case("topk")
+    spec = dataclasses.replace(spec, compute_dtype="bfloat16")
+    (dense,), (pairs,) = (loss_and_gradients(options, spec, (1, 1), as_pairs, *inputs_of("topk"), 0)[1]
+                          for as_pairs in (False, True))
+    for a, b in zip(jax.tree.leaves(dense), jax.tree.leaves(pairs), strict=True):
+        assert np.linalg.norm(np.float64(a) - np.float64(b)) <= 1e-2 * np.linalg.norm(np.float64(a))
+
+
+@pytest.mark.parametrize("kind, d_sae, sparse_option, multi_topk, expected", [
+    ("topk", 65_536, "auto", False, True), ("topk", 64, "auto", False, False), ("topk", 64, "always", False, True),
+    ("topk", 65_536, "never", False, False), ("relu", 65_536, "always", False, False), ("topk", 65_536, "always", True, False),
+])
+def test_which_path_is_taken(kind, d_sae, sparse_option, multi_topk, expected):
+    config = SimpleNamespace(train=TrainOptions(sparse=sparse_option), sae=SAEOptions(multi_topk=multi_topk))
+    assert takes_pairs(config, SAESpec(kind, 8, d_sae, k=32)) == expected
