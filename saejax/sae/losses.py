@@ -1,5 +1,7 @@
 """What the objectives of all kinds share: what they read, what they report, error measures and AuxK."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -8,7 +10,7 @@ from jax import lax
 from saejax import sharding
 from saejax.sae import sparse
 from saejax.sae.activations import topk
-from saejax.sae.model import decode
+from saejax.sae.model import decode, pre_activations
 from saejax.sae.params import SAEParams, SAESpec
 
 
@@ -57,29 +59,62 @@ def variance_total(x_BD: jax.Array) -> jax.Array:
     return jnp.square(x_BD - x_BD.mean(0)).sum()
 
 
-def aux_loss(spec: SAESpec, params: SAEParams, seen: jax.Array, error_BD: jax.Array, fired_F: jax.Array, inputs: LossInputs,
+FEW = 1024  # dead features of a shard up to which AuxK takes them for a small SAE of their own
+
+
+def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array, fired_F: jax.Array, inputs: LossInputs,
              aux_k: int, *, as_pairs: bool = False) -> jax.Array:
     """AuxK: how much of the residual error the k_aux best dead features leave unexplained.
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
-    nothing is dead (the branch is then not computed; of SAEs that train as one program, for none of them) or when the ratio is
-    not finite. seen: pre-activations, on the sparse path the inputs: there the encoder's product is done once more when
-    something is dead. Source: Gao et al. 2024, A.2.
+    nothing is dead (nothing is then computed; of SAEs that train as one program, for none of them) or when the ratio is not
+    finite. Cost: O(`FEW`) per row as long as no shard has more dead features, else one product of the encoder more. Source: Gao
+    et al. 2024, A.2.
     """
     dead_F = (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
     k = min(aux_k, spec.d_sae)
 
-    def of_dead(params, seen):
+    def of_few(params: SAEParams, x_BD: jax.Array) -> jax.Array:
+        some, valid_M = _some_of(params, dead_F)
+        pre_BM = jnp.where(valid_M, pre_activations(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
+        return ratio(decode(spec, some, topk(pre_BM, min(k, len(valid_M)))) - params.b_dec)
+
+    def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
         if as_pairs:
-            pairs, _, _ = sparse.encode(spec, params, seen, k, inputs.threshold, allowed_F=dead_F)
-            estimate_BD = sparse.decode(spec, params, pairs)
-        else:  # relu(-inf) = 0 where fewer are dead
-            estimate_BD = decode(spec, params, topk(jnp.where(dead_F, seen, -jnp.inf), k))
-        ratio = squared_error(error_BD, estimate_BD - params.b_dec).sum() / variance_total(error_BD)
+            pairs, _, _ = sparse.encode(spec, params, x_BD, k, inputs.threshold, allowed_F=dead_F)
+            return ratio(sparse.decode(spec, params, pairs) - params.b_dec)
+        pre_BF = jnp.where(dead_F, pre_activations(spec, params, x_BD), -jnp.inf)
+        return ratio(decode(spec, params, topk(pre_BF, k)) - params.b_dec)
+
+    def ratio(estimate_BD: jax.Array) -> jax.Array:
+        ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
         # Under `vmap` the branch is also taken where only another SAE has dead features.
         return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
-    recomputed = jax.checkpoint(of_dead, policy=jax.checkpoint_policies.save_only_these_names(sparse.SAVED))
-    return lax.cond(sharding.any_member(dead_F.any()), recomputed,
-                    lambda params, seen: jnp.zeros((), jnp.float32), params, seen)
+    recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(sparse.SAVED))
+    most = sharding.most_of_members(_most_on_a_shard(dead_F))
+    return lax.switch((most > 0).astype(jnp.int32) + (most > FEW),
+                      [lambda params, x_BD: jnp.zeros((), jnp.float32), recomputed(of_few), recomputed(of_many)], params, x_BD)
+
+
+def _some_of(params: SAEParams, chosen_F: jax.Array) -> tuple[SAEParams, jax.Array]:
+    """An SAE of up to `FEW` of the chosen features of each shard, and which of its features are some. No communication."""
+    def local(chosen_F, *values):
+        size = min(FEW, len(chosen_F))
+        index = jnp.nonzero(chosen_F, size=size, fill_value=0)[0]
+        return tuple(value[index] for value in values), jnp.arange(size) < chosen_F.sum()
+
+    if sharding.mesh_is_set():
+        row, matrix = sharding.spec("features"), sharding.spec("features", None)
+        local = jax.shard_map(local, in_specs=(row, matrix, row, matrix), out_specs=((matrix, row, matrix), row))
+    (W_enc, b_enc, W_dec), valid_M = local(chosen_F, params.W_enc, params.b_enc, params.W_dec)
+    return SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=params.b_dec), valid_M
+
+
+def _most_on_a_shard(chosen_F: jax.Array) -> jax.Array:
+    """The largest number of chosen features on one shard of the dictionary."""
+    if not sharding.mesh_is_set():
+        return chosen_F.sum()
+    return jax.shard_map(lambda chosen_F: lax.pmax(chosen_F.sum(), "dict"), in_specs=sharding.spec("features"),
+                         out_specs=sharding.spec())(chosen_F)

@@ -101,8 +101,8 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
-        own |= {"aux": aux_loss(spec, params, x_BD if as_pairs else seen.pre_BF, lax.stop_gradient(y_BD - seen.recon_BD),
-                                seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
+        error_BD = lax.stop_gradient(y_BD - seen.recon_BD)
+        own |= {"aux": aux_loss(spec, params, x_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     errors_B = squared_error(y_BD, seen.recon_BD)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -11,7 +12,7 @@ import pytest
 
 from saejax import sharding
 from saejax.config import MeshOptions, SAEOptions, TrainOptions
-from saejax.sae import SAEParams, SAESpec, param_shardings, sparse, tensors
+from saejax.sae import SAEParams, SAESpec, losses, param_shardings, sparse, tensors
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
 from saejax.train.step import takes_pairs
@@ -62,6 +63,12 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """A third of the features is more than one on every shard: AuxK takes the path that is tested here."""
+    monkeypatch.setattr(losses, "FEW", 1)
+
+
 @pytest.fixture(scope="module")
 def dense():
     return OnDemand(lambda name: loss_and_gradients(*of_case(name), (1, 1), False, *inputs_of(name), 0, 100)[1])
@@ -77,6 +84,12 @@ def inputs_of(name):
     return case("target" in CASES[name], equal_rows=name == "ties")
 
 
+def check_equal(expected, got):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), jax.tree_util.keystr(path)
+
+
 @pytest.mark.parametrize("mesh_shape", MESHES)
 @pytest.mark.parametrize("name, room", [(name, 4) for name in CASES] + [("batchtopk", 1), ("matryoshka", 1)])
 def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, mesh_shape):
@@ -85,9 +98,15 @@ def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, me
     _, results = loss_and_gradients(*of_case(name), mesh_shape, True, *inputs_of(name), 0, 100)
     assert (dense[name][0][0][1].own["aux"], dense[name][1][0][1].own["aux"] > 0) == (0, True)
     for expected, got in zip(dense[name], results, strict=True):
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got), strict=True):
-            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-            assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(a), jax.tree_util.keystr(path)
+        check_equal(expected, got)
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_few_dead_features_give_what_many_give(monkeypatch, dense, mesh_shape):
+    """AuxK takes up to `FEW` dead features of a shard for an SAE of their own."""
+    monkeypatch.setattr(losses, "FEW", F // 2 // mesh_shape[1])
+    _, (got,) = loss_and_gradients(*of_case("topk"), mesh_shape, True, *inputs_of("topk"), 100)
+    check_equal(dense["topk"][1], got)
 
 
 def test_nothing_is_as_large_as_batch_times_features(monkeypatch):
@@ -96,7 +115,8 @@ def test_nothing_is_as_large_as_batch_times_features(monkeypatch):
     text = loss_and_gradients(*of_case("topk"), (1, 1), True, *inputs_of("topk"))[0].as_text()
     assert f"f32[{B},{F}]" not in text and f"f32[8,{F}]" in text
     text = loss_and_gradients(*of_case("topk"), (1, 8), True, *inputs_of("topk"))[0].as_text()
-    assert max(map(math.prod, moved_shapes(text))) <= B * 8 * 8 and " sort(" not in text
+    assert max(map(math.prod, moved_shapes(text))) <= B * 8 * 8
+    assert all(int(width) <= 8 * 8 for width in re.findall(r"\[(?:\d+,)*(\d+)\]\S* sort\(", text))
 
 
 def test_bfloat16_products_agree():
