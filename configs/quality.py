@@ -4,9 +4,9 @@ Hardware: 2 CPU cores, 6 GB of memory. Time: about 25 minutes for the store, the
 Expect:   docs/quality.md, "A language model at 32 and 64 times its width".
 Command:  saejax run --config=configs/quality.py:topk       (a recipe of default_config, or RECIPE,FACTOR: topk,64)
 
-All kinds read one store, which the first run harvests. Learning rate and batch are those of a short run of a wide dictionary: with a
-larger rate or smaller batches features die. Tokens with a norm 100 times that of the others, one in 3,000 here, stay out of
-training: each of them moves every feature (docs/quality.md).
+All kinds read one store, which the first run harvests. Learning rate and batch are those of a short run of a wide dictionary:
+with a larger rate or smaller batches features die. Tokens with a norm 100 times that of the others, one in 3,000 here, stay out
+of training: each of them moves every feature (docs/quality.md).
 """
 
 from saejax.config import default_config

@@ -17,12 +17,10 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from saejax import sharding
-from saejax.recipes import WITH_K
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import kept_per_row
 from saejax.sae.select_batch import kept_over_batch
 
-KINDS = WITH_K
 TILE = 2**24  # pre-activations in memory at once (64 MB)
 ROOM = 4  # of a row where rows keep k on average (batchtopk), as a multiple of k
 WORTH = {"cpu": 64}  # features of a shard for each pair of a row from which on this path is the faster one
@@ -32,8 +30,8 @@ SAVED = "pairs"  # name of what a `jax.checkpoint` should keep, so that the enco
 
 @struct.dataclass
 class Pairs:
-    """values_CB: activations, float32, positive ones first, then 0. index_CB: features, int32, counted within the shard.
-    count_SB: positive ones of each row on each shard.
+    """values_CB: activations, float32, positive ones first (or not finite ones, which must not get lost), then 0. index_CB:
+    features, int32, counted within the shard. count_SB: those that are not 0, of each row on each shard.
     """
 
     values_CB: jax.Array
@@ -117,7 +115,7 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
     last = lax.broadcasted_iota(jnp.int32, kept_BC.shape, 1) == kept_BC.shape[1] - 1
     missing = (kept_BC & last).any() & (over_batch and kept_BC.shape[1] < F)
     values_BC = jnp.where(kept_BC, jax.nn.relu(values_BC), 0.0)
-    return (values_BC.T, index_BC.T, (values_BC > 0).sum(1, dtype=jnp.int32)[None], _over(lax.psum, above_B, "dict"),
+    return (values_BC.T, index_BC.T, (values_BC != 0).sum(1, dtype=jnp.int32)[None], _over(lax.psum, above_B, "dict"),
             _over(lax.pmax, missing.astype(jnp.int32), "data", "dict") > 0)
 
 

@@ -8,6 +8,7 @@ from jax import lax
 
 from saejax import sharding
 from saejax.config import Config
+from saejax.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.objectives import objective
@@ -113,7 +114,7 @@ def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Ar
 
 def takes_pairs(config: Config, spec: SAESpec) -> bool:
     """Whether the step takes the sparse path (`train.sparse`), on the mesh that is set."""
-    if config.train.sparse == "never" or spec.kind not in sparse.KINDS or config.sae.multi_topk:
+    if config.train.sparse == "never" or spec.kind not in WITH_K or config.sae.multi_topk:
         return False
     return config.train.sparse == "always" or sparse.pays(spec, jax.sharding.get_abstract_mesh().shape.get("dict", 1))
 
