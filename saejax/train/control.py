@@ -3,8 +3,9 @@
 The controller is proportional-integral on where L0 is heading: e = log(L0 / goal) + T d log(L0) / d step, penalty =
 lambda exp(P e + I sum e). The goal moves from the first L0 to the target over the first half of the steps, evenly in the
 logarithm: a penalty that pulls at once kills features. L0 answers a change of the penalty late and, where thresholds integrate it
-(jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.02
-e per step.
+(jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.04
+e per step. The slope is the difference of two running means of log L0, over at most 100 steps and 5 % of the run: one that
+remembers the fall of the first half holds the penalty back when L0 has long stopped to fall.
 """
 
 import jax
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 from saejax.config import Config
 from saejax.recipes import WITH_K
 
-PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.02, 0.1, 0.5
-SHORT, LONG = 0.95, 0.99  # memories of the two means of log L0 whose difference gives its slope
+PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.04, 0.1, 0.5
+LONGEST, SHARE = 100, 0.05  # steps and share of a run that the longer mean of log L0 remembers; the shorter one a fifth of them
 FOLLOW = 0.05  # how fast topk's threshold follows, in the logarithm per step
 
 
@@ -45,7 +46,8 @@ def penalty_factor(config: Config, moving: dict[str, jax.Array], target_l0: jax.
 
 def _error(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
     """e. jumprelu's objective `target_l0` pulls towards the target from both sides: there e is how far off L0 is, beyond 3 %."""
-    slope = (moving["log_l0"] - moving["log_l0_long"]) / (1 / (1 - LONG) - 1 / (1 - SHORT))
+    short, long = _memories(total_steps)
+    slope = (moving["log_l0"] - moving["log_l0_long"]) / (long - short)
     ahead = AHEAD * total_steps
     remaining = jnp.clip(1 - (step + ahead) / (APPROACH * total_steps), 0.0, 1.0)
     log_goal = jnp.log(target_l0) + remaining * (moving["log_l0_first"] - jnp.log(target_l0))
@@ -55,14 +57,20 @@ def _error(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, s
     return jnp.clip(error, -1.0, 1.0)
 
 
+def _memories(total_steps: int) -> tuple[float, float]:
+    """Steps that the shorter and the longer mean of log L0 remember."""
+    longer = min(LONGEST, max(SHARE * total_steps, 10.0))
+    return longer / 5, longer
+
+
 def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, target_l0: jax.Array,
           total_steps: int) -> dict[str, jax.Array]:
     """The running values after a step; seen: the batch's `LossParts`."""
     if "log_penalty" in moving:
         log_l0 = jnp.log(jnp.maximum(seen.l0, 0.01))
         moving = dict(moving)
-        for name, memory in (("log_l0", SHORT), ("log_l0_long", LONG)):
-            memory = jnp.minimum(memory, step / (step + 1))
+        for name, steps in zip(("log_l0", "log_l0_long"), _memories(total_steps), strict=True):
+            memory = jnp.minimum(1 - 1 / steps, step / (step + 1))
             moving[name] = memory * moving[name] + (1 - memory) * log_l0
         moving["log_l0_first"] = jnp.where(step == 0, log_l0, moving["log_l0_first"])
         gain = min(INTEGRAL / total_steps, FASTEST)

@@ -79,9 +79,9 @@ def slow(*values):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(1, 8), (8, 1)])
-def test_every_member_is_what_it_would_be_alone_on_other_meshes(store, tmp_path, mesh):
-    config = sweep_config(tmp_path / "run", mesh__data=mesh[0], mesh__dict=mesh[1])
+@pytest.mark.parametrize("mesh, path", [((1, 8), "auto"), ((8, 1), "auto"), ((2, 4), "always")])
+def test_every_member_is_what_it_would_be_alone_on_other_meshes(store, tmp_path, mesh, path):
+    config = sweep_config(tmp_path / "run", mesh__data=mesh[0], mesh__dict=mesh[1], train__sparse=path)
     train_sweep(config, store)
     check_against_single_runs(config, store, tmp_path)
 
@@ -223,9 +223,10 @@ def test_a_diverged_member_does_not_hinder_resuming(store, tmp_path, monkeypatch
     assert final(again) == final(straight)
 
 
-@pytest.mark.parametrize("kind", ["batchtopk", *slow("topk")])
-def test_conditions_stay_branches_under_vmap(store, tmp_path, kind):
-    configs = [make_config(kind, tmp_path / str(lr), train__lr=lr) for lr in (1e-3, 3e-3)]
+@pytest.mark.parametrize("kind, path", [("batchtopk", "never"), ("batchtopk", "always"),
+                                        *(pytest.param("topk", path, marks=pytest.mark.slow) for path in ("never", "always"))])
+def test_conditions_stay_branches_under_vmap(store, tmp_path, kind, path):
+    configs = [make_config(kind, tmp_path / str(lr), train__lr=lr, train__sparse=path) for lr in (1e-3, 3e-3)]
     spec, mesh = SAESpec.from_options(configs[0].sae, WIDTHS), sharding.make_mesh(configs[0].mesh)
     x = store.read(HOOKPOINT, 0, 32)
     states = [initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh) for config in configs]
