@@ -142,6 +142,13 @@ def test_schedules():
     assert ks[0] == 512 and ks[100:] == [8] * 900 and len(set(ks)) == 9 and ks == sorted(ks, reverse=True)
 
 
+def test_a_steered_penalty_is_whole_at_the_latest_when_its_goal_is_reached():
+    """Published for jumprelu_tanh: a rise over the whole run. Steering can't tell that from a penalty that is too weak."""
+    for target_l0, rise, whole_at in ((0.0, 1.0, 100), (0.0, 0.3, 30), (50.0, 1.0, 50), (50.0, 0.3, 30)):
+        ramp = optim.penalty_ramp(TrainOptions(target_l0=target_l0, l1_warmup=rise), 100)
+        assert [float(ramp(step)) for step in (0, whole_at // 2, whole_at, 100)] == pytest.approx([0, 0.5, 1, 1])
+
+
 def test_k_falls_during_the_run(store, tmp_path):
     loop.train(make_config("topk", tmp_path, sae__k_start=7, train__k_anneal=0.5, sae__aux_k=0, log__every_steps=1), store)
     l0 = [line["l0"] for line in read_metrics(tmp_path / "metrics.jsonl")]
