@@ -20,7 +20,8 @@ from tests.hlo import moved_shapes
 from tests.train.synthetic import OnDemand
 
 B, D, OUT, F, K = 64, 12, 10, 256, 5
-MESHES = [(1, 1), (2, 4), pytest.param((1, 8), marks=pytest.mark.slow), pytest.param((8, 1), marks=pytest.mark.slow)]
+MESHES = [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4), pytest.param((1, 8), marks=pytest.mark.slow),
+          pytest.param((8, 1), marks=pytest.mark.slow)]
 
 
 def case(target: bool, equal_rows: bool = False):
@@ -91,7 +92,9 @@ def check_equal(expected, got):
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)
-@pytest.mark.parametrize("name, room", [(name, 4) for name in CASES] + [("batchtopk", 1), ("matryoshka", 1)])
+@pytest.mark.parametrize("name, room", [("topk", 4), ("batchtopk", 1), ("matryoshka transcoder", 4), *(
+    pytest.param(name, room, marks=pytest.mark.slow)
+    for name, room in (("ties", 4), ("transcoder", 4), ("batchtopk", 4), ("matryoshka", 4), ("matryoshka", 1)))])
 def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, mesh_shape):
     """With nothing dead and with dead features. room 1: some row keeps more features than there is room for."""
     monkeypatch.setattr(sparse, "ROOM", room)
@@ -119,6 +122,7 @@ def test_nothing_is_as_large_as_batch_times_features(monkeypatch):
     assert all(int(width) <= 8 * 8 for width in re.findall(r"\[(?:\d+,)*(\d+)\]\S* sort\(", text))
 
 
+@pytest.mark.slow
 def test_bfloat16_products_agree():
     options, spec = of_case("topk")
     spec = dataclasses.replace(spec, compute_dtype="bfloat16")

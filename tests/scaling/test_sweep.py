@@ -223,8 +223,8 @@ def test_a_diverged_member_does_not_hinder_resuming(store, tmp_path, monkeypatch
     assert final(again) == final(straight)
 
 
-@pytest.mark.parametrize("kind, path", [("batchtopk", "never"), ("batchtopk", "always"),
-                                        *(pytest.param("topk", path, marks=pytest.mark.slow) for path in ("never", "always"))])
+@pytest.mark.parametrize("kind, path", [("batchtopk", "never"), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (("batchtopk", "always"), ("topk", "never"), ("topk", "always")))])
 def test_conditions_stay_branches_under_vmap(store, tmp_path, kind, path):
     configs = [make_config(kind, tmp_path / str(lr), train__lr=lr, train__sparse=path) for lr in (1e-3, 3e-3)]
     spec, mesh = SAESpec.from_options(configs[0].sae, WIDTHS), sharding.make_mesh(configs[0].mesh)
