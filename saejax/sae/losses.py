@@ -82,7 +82,7 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
     def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
         if as_pairs:
             pairs, _, _ = sparse.encode(spec, params, x_BD, k, inputs.threshold, allowed_F=dead_F)
-            return ratio(sparse.decode(spec, params, pairs) - params.b_dec)
+            return ratio(sparse.decode(spec, params, pairs, len(x_BD)) - params.b_dec)
         pre_BF = jnp.where(dead_F, pre_activations(spec, params, x_BD), -jnp.inf)
         return ratio(decode(spec, params, topk(pre_BF, k)) - params.b_dec)
 

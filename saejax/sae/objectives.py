@@ -71,12 +71,12 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arr
     def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
         prefixes_GBD = None
         if options.groups:
-            prefixes_GBD = sparse.decode_groups(spec, params, pairs, borders(options.groups, spec.d_sae))
-        recon_BD = sparse.decode(spec, params, pairs) if prefixes_GBD is None else prefixes_GBD[-1]
-        positive_CB = pairs.values_CB > 0
+            prefixes_GBD = sparse.decode_groups(spec, params, pairs, len(y_BD), borders(options.groups, spec.d_sae))
+        recon_BD = sparse.decode(spec, params, pairs, len(y_BD)) if prefixes_GBD is None else prefixes_GBD[-1]
+        positive_P = pairs.values_P > 0
         return _seen(spec, params, x_BD, y_BD, recon_BD, prefixes_GBD, fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
-                     least=jnp.where(positive_CB, pairs.values_CB, jnp.inf).min(),
-                     l0=positive_CB.sum(dtype=jnp.float32) / len(y_BD))
+                     least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(),
+                     l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
 
     if not over_batch:
         return of_pairs(params, pairs)

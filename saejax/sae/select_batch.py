@@ -1,5 +1,6 @@
 """Exact selection of the B x k largest activations of a whole batch that is split over both mesh axes."""
 
+import functools
 import math
 
 import jax
@@ -32,29 +33,40 @@ def batch_topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
                          out_specs=rows_features, check_vma=False)(pre_BF)
 
 
-def kept_over_batch(values: jax.Array, k: int, _shards: int) -> jax.Array:
+def kept_over_batch(values: jax.Array, wide: jax.Array, wide_rows: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Which of a shard's largest values of each row, as `lax.top_k` returns them, are among the B x k of the whole batch: exact
-    as long as no row's least one is. Call it inside `shard_map` where there are several devices.
+    as long as no row's least one is. wide: more values of some rows, `wide_rows`, which have -inf in `values`. Call it inside
+    `shard_map` where there are several devices.
     """
-    if not sharding.mesh_is_set():
-        return _mask_local(values, len(values) * k, ())
-    return _mask_local(values, len(values) * lax.axis_size("data") * k, ("data", "dict"))
+    axes, devices = (("data", "dict"), lax.axis_size("data")) if sharding.mesh_is_set() else ((), 1)
+    return _masks_local((values, wide), wide_rows, len(values) * devices * k, axes)
 
 
 def _mask_local(pre_local: jax.Array, keep: int, axes: tuple[str, ...]) -> jax.Array:
-    bits = jnp.where(pre_local > 0, lax.bitcast_convert_type(pre_local, jnp.int32), 0)
+    return _masks_local((pre_local,), jnp.zeros(0, jnp.int32), keep, axes)[0]
+
+
+def _masks_local(tables: tuple[jax.Array, ...], wide_rows: jax.Array, keep: int, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    bits = tuple(jnp.where(table > 0, lax.bitcast_convert_type(table, jnp.int32), 0) for table in tables)
     low, high, n_high = _bracket(bits, keep, axes)
-    above = bits >= high
+    above = tuple(table >= high for table in bits)
     tied = (n_high < keep) & (low > 0)
-    return lax.cond(sharding.any_member(tied), lambda: above | _first(bits == low, keep - n_high, axes), lambda: above)
+
+    def with_ties():
+        return tuple(map(jnp.logical_or, above, _first(tuple(table == low for table in bits), wide_rows, keep - n_high, axes)))
+
+    return lax.cond(sharding.any_member(tied), with_ties, lambda: above)
 
 
-def _bracket(bits: jax.Array, keep: int, axes: tuple[str, ...], tolerance: int = 0):
+def _bracket(tables: tuple[jax.Array, ...], keep: int, axes: tuple[str, ...], tolerance: int = 0):
     """(low, high, n_high): n_high <= keep entries are >= high, more than keep are >= low; n_high = keep or high = low + 1.
 
     low = 0 where at most `keep` entries are positive. tolerance: a count that is off by so much will do.
     """
-    hints = _hints(bits, keep, axes) if tolerance == 0 and len(bits) >= 4 * _STRIDE else ()
+    hints = _hints(tables[0], keep, axes) if tolerance == 0 and len(tables[0]) >= 4 * _STRIDE else ()
+
+    def total(condition):
+        return _total(jnp.concatenate([condition(table).sum(1, dtype=jnp.int32) for table in tables]), axes)
 
     def unfinished(state):
         low, high, n_low, n_high, _ = state
@@ -66,13 +78,13 @@ def _bracket(bits: jax.Array, keep: int, axes: tuple[str, ...], tolerance: int =
         middle = jnp.where(halve, low + (high - low) // 2, _interpolated(low, high, n_low, n_high, keep))
         for i, hint in enumerate(hints):
             middle = jnp.where((trial == i) & (low < hint) & (hint < high), hint, middle)
-        n = _total((bits >= middle).sum(1, dtype=jnp.int32), axes)
+        n = total(lambda bits: bits >= middle)
         more = n > keep
         return (jnp.where(more, middle, low), jnp.where(more, high, middle), jnp.where(more, n, n_low),
                 jnp.where(more, n_high, n), trial + 1)
 
-    n_positive = _total((bits > 0).sum(1, dtype=jnp.int32), axes)
-    largest = bits.max()
+    n_positive = total(lambda bits: bits > 0)
+    largest = functools.reduce(jnp.maximum, [bits.max() for bits in tables])
     largest = lax.pmax(largest, axes) if axes else largest
     few = n_positive <= keep
     start = (jnp.where(few, 0, 1), jnp.where(few, 1, largest + 1), n_positive, jnp.where(few, n_positive, 0), 0)
@@ -85,7 +97,8 @@ def _hints(bits: jax.Array, keep: int, axes: tuple[str, ...]) -> tuple[jax.Array
     sample = bits[::_STRIDE]
     wanted = keep * len(sample) // len(bits)
     spread = 3 * math.isqrt(wanted + 1)
-    return tuple(_bracket(sample, max(n, 1), axes, tolerance=max(spread // 3, 1))[1] for n in (wanted + spread, wanted - spread))
+    return tuple(_bracket((sample,), max(n, 1), axes, tolerance=max(spread // 3, 1))[1]
+                 for n in (wanted + spread, wanted - spread))
 
 
 def _interpolated(low, high, n_low, n_high, keep: int) -> jax.Array:
@@ -119,8 +132,12 @@ def _total(counts_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jnp.where(high < 0x7FFF, (high * 65536 + low).astype(jnp.int32), _MOST)
 
 
-def _first(equal: jax.Array, allowed: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """The first `allowed` True entries in the order (row, feature) over all shards. Sums saturate at `allowed`."""
+def _first(equal: tuple[jax.Array, ...], wide_rows: jax.Array, allowed: jax.Array,
+           axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
+    """The first `allowed` True entries in the order (row, feature) over all shards, of tables as `kept_over_batch` takes them.
+
+    Sums saturate at `allowed`.
+    """
     def add(a, b):
         return jnp.minimum(a, allowed - b) + b  # min(a + b, allowed) for a, b <= allowed, without overflow
 
@@ -129,8 +146,10 @@ def _first(equal: jax.Array, allowed: jax.Array, axes: tuple[str, ...]) -> jax.A
         return lax.slice_in_dim(jnp.concatenate([jnp.zeros_like(lax.slice_in_dim(inclusive, 0, 1, axis=axis)), inclusive], axis),
                                 0, counts.shape[axis], axis=axis), inclusive
 
-    in_row = jnp.cumsum(equal, axis=1, dtype=jnp.int32)
-    n_row = in_row[:, -1]
+    in_row = [jnp.cumsum(table, axis=1, dtype=jnp.int32) for table in equal]
+    n_row = in_row[0][:, -1]
+    for wide in in_row[1:]:
+        n_row = n_row.at[wide_rows].add(wide[:, -1])
     whole_row, lower_shards, earlier = n_row, jnp.zeros_like(n_row), jnp.zeros_like(allowed)
     if axes:
         per_shard = lax.all_gather(n_row, "dict", axis=1)
@@ -142,5 +161,6 @@ def _first(equal: jax.Array, allowed: jax.Array, axes: tuple[str, ...]) -> jax.A
     if axes:
         exclusive, _ = before(lax.all_gather(rows_through[-1], "data"), 0)
         earlier = jnp.where(jnp.arange(exclusive.shape[0]) == lax.axis_index("data"), exclusive, 0).sum()
-    preceding = add(add(rows_before, lower_shards), earlier)
-    return equal & (in_row <= (allowed - preceding)[:, None])
+    left = allowed - add(add(rows_before, lower_shards), earlier)
+    left = (left, left[wide_rows])
+    return tuple(table & (n <= left[i][:, None]) for i, (table, n) in enumerate(zip(equal, in_row, strict=True)))

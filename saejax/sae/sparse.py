@@ -1,10 +1,9 @@
-"""The sparse path of kinds with k: a batch's kept activations as (value, feature) pairs, so that decoding and all gradients cost
+"""The sparse path of kinds with k: a batch's kept activations as (value, feature, row), so that decoding and all gradients cost
 O(k) per row.
 
-What stays dense is the encoder's product, O(F) per row, computed tile by tile: no array of B x F is in memory. Each row has room
-for C pairs on each shard of the dictionary, the larger first; features are counted within the shard. Rounds of one pair for each
-row follow each other, and end with the fullest row. Communication: that of the dense path (candidate values or counts, one
-all-reduce of [B, D]).
+What stays dense is the encoder's product, O(F) per row, computed tile by tile: no array of B x F is in memory. Each device lists
+the pairs of its rows with features of its shard, one row after the other, and works on B of them at a time until none is left.
+Communication: that of the dense path (candidate values or counts, one all-reduce of [B, D]).
 """
 
 import functools
@@ -22,7 +21,8 @@ from saejax.sae.select import kept_per_row
 from saejax.sae.select_batch import kept_over_batch
 
 TILE = 2**24  # pre-activations in memory at once (64 MB)
-ROOM = 4  # of a row where rows keep k on average (batchtopk), as a multiple of k
+# batchtopk, where rows keep k on average: candidates of a row, and of the widest rows, as multiples of k; the share of those
+ROOM, WIDE, WIDE_SHARE = 3, 32, 1 / 16
 WORTH = {"cpu": 64}  # features of a shard for each pair of a row from which on this path is the faster one
 WORTH_ELSEWHERE = 800
 SAVED = "pairs"  # name of what a `jax.checkpoint` should keep, so that the encoder's product is not done again
@@ -30,13 +30,14 @@ SAVED = "pairs"  # name of what a `jax.checkpoint` should keep, so that the enco
 
 @struct.dataclass
 class Pairs:
-    """values_CB: activations, float32, positive ones first (or not finite ones, which must not get lost), then 0. index_CB:
-    features, int32, counted within the shard. count_SB: those that are not 0, of each row on each shard.
+    """values_P: activations, float32, positive (or not finite, which must not get lost), then 0. index_P: features, counted
+    within the shard; row_P: rows, counted within the device's (int32). count: how many of a device's P are pairs, [devices].
     """
 
-    values_CB: jax.Array
-    index_CB: jax.Array
-    count_SB: jax.Array
+    values_P: jax.Array
+    index_P: jax.Array
+    row_P: jax.Array
+    count: jax.Array
 
 
 def pays(spec: SAESpec, shards: int) -> bool:
@@ -44,43 +45,46 @@ def pays(spec: SAESpec, shards: int) -> bool:
     return spec.d_sae // shards >= WORTH.get(jax.default_backend(), WORTH_ELSEWHERE) * spec.k
 
 
-_CB, _FD, _F = sharding.spec("features", "rows"), sharding.spec("features", None), sharding.spec("features")
+_P, _FD, _F = sharding.spec("rows_at_rest"), sharding.spec("features", None), sharding.spec("features")
 _B, _BD, _GBD = sharding.spec("rows"), sharding.spec("rows", None), sharding.spec(None, "rows", None)
-_PAIRS = Pairs(_CB, _CB, _CB)
+_PAIRS = Pairs(_P, _P, _P, _P)
 
 
 def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
            allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
     """(`activations.topk` of the pre-activations as pairs, how many pre-activations of each row exceed `threshold` [B], whether
-    pairs are missing). over_batch: `activations.batchtopk`; pairs are missing where a row keeps more than `ROOM` x k on a shard.
-    allowed_F: the features that may be kept. Gradients flow from the values to the parameters, none to x.
+    pairs are missing). over_batch: `activations.batchtopk`; pairs are missing where too many rows keep more than `ROOM` x k on a
+    shard, or one more than `WIDE` x k, or one device's rows many more than others'. allowed_F: the features that may be kept.
+    Gradients flow from the values to the parameters, none to x.
     """
     bias_F = params.b_enc - params.W_enc @ params.b_dec if spec.pre_bias else params.b_enc
     allowed_F = jnp.ones_like(bias_F, bool) if allowed_F is None else allowed_F
     select = functools.partial(_select, k=k, over_batch=over_batch, dtype=jnp.dtype(spec.compute_dtype))
-    *found, above_B, missing = _on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (_CB, _CB, _CB, _B, sharding.spec()))(
+    *found, above_B, missing = _on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
         *map(lax.stop_gradient, (params.W_enc, bias_F, allowed_F, x_BD, threshold)))
     pairs = Pairs(*(checkpoint_name(value, SAVED) for value in found))
-    return pairs.replace(values_CB=_attached(params.W_enc, bias_F, x_BD, pairs)), above_B, missing
+    return pairs.replace(values_P=_attached(params.W_enc, bias_F, x_BD, pairs)), above_B, missing
 
 
-def decode(spec: SAESpec, params: SAEParams, pairs: Pairs) -> jax.Array:
-    """recon[b] = sum_c values[c, b] W_dec[index[c, b]] + b_dec, float32 [B, d_out]. One all-reduce of [B, d_out] along `dict`."""
-    return decode_groups(spec, params, pairs, (spec.d_sae,))[0]
+def decode(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int) -> jax.Array:
+    """recon[b] = sum of values[p] W_dec[index[p]] over the pairs of row b, + b_dec, float32 [rows, d_out]. One all-reduce of it
+    along `dict`.
+    """
+    return decode_groups(spec, params, pairs, rows, (spec.d_sae,))[0]
 
 
-def decode_groups(spec: SAESpec, params: SAEParams, pairs: Pairs, ends: tuple[int, ...]) -> jax.Array:
-    """recon[g] = sum over pairs of features below ends[g], + b_dec, float32 [G, B, d_out]. One all-reduce of it along `dict`."""
-    return jnp.cumsum(_decoded(jnp.dtype(spec.compute_dtype), ends, params.W_dec, pairs), axis=0) + params.b_dec
+def decode_groups(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int, ends: tuple[int, ...]) -> jax.Array:
+    """recon[g] = that of the pairs of features below ends[g], float32 [G, rows, d_out]. One all-reduce of it along `dict`."""
+    return jnp.cumsum(_decoded(jnp.dtype(spec.compute_dtype), rows, ends, params.W_dec, pairs), axis=0) + params.b_dec
 
 
 def fired(spec: SAESpec, pairs: Pairs) -> jax.Array:
     """Which features have a positive activation in the batch, bool [F]."""
-    def local(values_CB, index_CB, shards):
-        found_F = jnp.zeros(spec.d_sae // shards, jnp.int32).at[index_CB].max((values_CB > 0).astype(jnp.int32))
+    def local(values_P, index_P, shards):
+        found_F = jnp.zeros(spec.d_sae // shards, jnp.int32).at[index_P].max((values_P > 0).astype(jnp.int32))
         return _over(lax.pmax, found_F, "data") > 0
 
-    return _on_shards(local, (_CB, _CB), _F)(lax.stop_gradient(pairs.values_CB), pairs.index_CB)
+    return _on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
 
 
 def _on_shards(local: Callable, given, returned) -> Callable:
@@ -102,90 +106,114 @@ def _over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
 def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bool, dtype, shards: int):
     W_enc, (B, F) = W_enc.astype(dtype), (len(x_BD), len(bias_F))
 
-    def of_tile(x_TD: jax.Array):
+    def candidates(x_TD: jax.Array, n: int):
         pre_TF = jnp.einsum("td,fd->tf", x_TD.astype(dtype), W_enc, preferred_element_type=jnp.float32) + bias_F
         pre_TF = jnp.where(allowed_F, pre_TF, -jnp.inf)
-        values_TC, index_TC = lax.top_k(pre_TF, min(F, ROOM * k if over_batch else k))
-        return values_TC, index_TC, (pre_TF > threshold).sum(1, dtype=jnp.int32)
+        return *lax.top_k(pre_TF, min(F, n)), (pre_TF > threshold).sum(1, dtype=jnp.int32)
 
     tiles = next(n for n in range(1, B + 1) if B % n == 0 and B // n * F <= max(TILE, F))
+    of_tile = functools.partial(candidates, n=ROOM * k if over_batch else k)
     values_BC, index_BC, above_B = (value.reshape(B, *value.shape[2:])
                                     for value in lax.map(of_tile, x_BD.reshape(tiles, B // tiles, -1)))
-    kept_BC = (kept_over_batch if over_batch else kept_per_row)(values_BC, k, shards)
-    last = lax.broadcasted_iota(jnp.int32, kept_BC.shape, 1) == kept_BC.shape[1] - 1
-    missing = (kept_BC & last).any() & (over_batch and kept_BC.shape[1] < F)
-    values_BC = jnp.where(kept_BC, jax.nn.relu(values_BC), 0.0)
-    return (values_BC.T, index_BC.T, (values_BC != 0).sum(1, dtype=jnp.int32)[None], _over(lax.psum, above_B, "dict"),
-            _over(lax.pmax, missing.astype(jnp.int32), "data", "dict") > 0)
+    if over_batch:
+        _, wide_rows = lax.top_k(values_BC[:, -1], max(1, int(WIDE_SHARE * B)))
+        wide, wide_index, _ = candidates(x_BD[wide_rows], WIDE * k)
+        values_BC = values_BC.at[wide_rows].set(-jnp.inf)
+        tables, capacity = ((values_BC, index_BC), (wide, wide_index)), B * -(-k * 5 // 4)
+        kept = kept_over_batch(values_BC, wide, wide_rows, k)
+    else:
+        wide_rows, tables, capacity = jnp.zeros(0, jnp.int32), ((values_BC, index_BC),), B * k
+        kept = (kept_per_row(values_BC, k, shards),)
+    *pairs, lost = _listed(tables, kept, wide_rows, capacity)
+    missing = lost | functools.reduce(jnp.logical_or, [table[:, -1].any() & (table.shape[1] < F) for table in kept])
+    return (*pairs, _over(lax.psum, above_B, "dict"),
+            _over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
+
+
+def _listed(tables, kept, wide_rows: jax.Array, capacity: int):
+    """(values_P, index_P, row_P, count, whether there are more than `capacity`) of what is kept of candidates in falling order:
+    the first of each row of the tables; the second one's are those of `wide_rows`, of which the first keeps none.
+    """
+    B, C = kept[0].shape
+    # A kept candidate that is negative gives no activation; those come last.
+    n_rows = [(mask & ~(values <= 0)).sum(1, dtype=jnp.int32) for mask, (values, _) in zip(kept, tables, strict=True)]
+    count_B, base_B = n_rows[0], jnp.arange(B) * C
+    if len(tables) == 2:
+        count_B = count_B.at[wide_rows].set(n_rows[1])
+        base_B = base_B.at[wide_rows].set(B * C + jnp.arange(len(wide_rows)) * kept[1].shape[1])
+    ends_B = jnp.cumsum(count_B)
+    slot_P = jnp.arange(capacity)
+    row_P = jnp.minimum(jnp.searchsorted(ends_B, slot_P, side="right", method="scan_unrolled"), B - 1).astype(jnp.int32)
+    place_P = base_B[row_P] + slot_P - (ends_B - count_B)[row_P]
+    values, index = (jnp.concatenate([table[i].reshape(-1) for table in tables]) for i in (0, 1))
+    here_P = slot_P < ends_B[-1]
+    values_P = jnp.where(here_P, jax.nn.relu(values.at[place_P].get(mode="clip")), 0.0)
+    index_P = jnp.where(here_P, index.at[place_P].get(mode="clip"), 0)
+    return values_P, index_P, row_P, jnp.minimum(ends_B[-1:], capacity), ends_B[-1] > capacity
 
 
 @jax.custom_vjp
 def _attached(W_enc, bias_F, x_BD, pairs: Pairs):
-    """The values, as functions of W_enc and bias: values[c, b] = W_enc[index[c, b]] . x[b] + bias[index[c, b]]."""
-    return pairs.values_CB
+    """The values, as functions of W_enc and bias: values[p] = W_enc[index[p]] . x[row[p]] + bias[index[p]]."""
+    return pairs.values_P
 
 
-def _attached_backward(saved, gradient_CB):
+def _attached_backward(saved, gradient_P):
     x_BD, bias_F, pairs = saved
 
-    def local(gradient_CB, pairs, x_BD, bias_F, shards):
-        gradient_CB = jnp.where(pairs.values_CB > 0, gradient_CB, 0.0)
-        to_W = _scattered(gradient_CB, pairs, x_BD, None, len(bias_F))
-        to_bias = jnp.zeros_like(bias_F).at[pairs.index_CB].add(gradient_CB)
+    def local(gradient_P, pairs, x_BD, bias_F, shards):
+        gradient_P = jnp.where(pairs.values_P > 0, gradient_P, 0.0)
+        to_W = _added(len(bias_F), pairs.index_P, gradient_P, x_BD, pairs.row_P, pairs, len(x_BD))
+        to_bias = jnp.zeros_like(bias_F).at[pairs.index_P].add(gradient_P)
         return tuple(_over(lax.psum, value, "data") for value in (to_W, to_bias))
 
-    to_W, to_bias = _on_shards(local, (_CB, _PAIRS, _BD, _F), (_FD, _F))(gradient_CB, pairs, x_BD, bias_F)
+    to_W, to_bias = _on_shards(local, (_P, _PAIRS, _BD, _F), (_FD, _F))(gradient_P, pairs, x_BD, bias_F)
     return to_W, to_bias, jnp.zeros_like(x_BD), None
 
 
-_attached.defvjp(lambda W_enc, bias_F, x_BD, pairs: (pairs.values_CB, (x_BD, bias_F, pairs)), _attached_backward)
+_attached.defvjp(lambda W_enc, bias_F, x_BD, pairs: (pairs.values_P, (x_BD, bias_F, pairs)), _attached_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _decoded(dtype, ends, W_dec, pairs: Pairs):
-    """What the pairs of each group's features add up to, [G, B, d_out]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _decoded(dtype, rows, ends, W_dec, pairs: Pairs):
+    """What the pairs of each group's features add up to, [G, rows, d_out]."""
     def local(W_dec, pairs, shards):
-        B = pairs.values_CB.shape[1]
-
-        def add(c, recon_GBD):
-            value_B, index_B = pairs.values_CB[c], pairs.index_CB[c]
-            row_BD = _rounded(value_B, dtype)[:, None] * _rounded(W_dec[index_B], dtype)
-            if len(ends) == 1:
-                return recon_GBD + row_BD
-            mine_GB = _groups(ends, index_B, len(W_dec)) == jnp.arange(len(ends))[:, None]
-            return recon_GBD + jnp.where(mine_GB[:, :, None], row_BD, 0.0)
-
-        start = jnp.zeros((len(ends), B, W_dec.shape[1]), jnp.float32)
-        return _over(lax.psum, lax.fori_loop(0, sharding.most_of_members(pairs.count_SB.max()), add, start), "dict")
+        B = rows // (lax.axis_size("data") if sharding.mesh_is_set() else 1)
+        recon_RD = _added(len(ends) * B, _group_rows(ends, pairs, B, len(W_dec)), _rounded(pairs.values_P, dtype), W_dec,
+                          pairs.index_P, pairs, B, dtype)
+        return _over(lax.psum, recon_RD.reshape(len(ends), B, -1), "dict")
 
     return _on_shards(local, (_FD, _PAIRS), _GBD)(W_dec, pairs)
 
 
-def _decoded_backward(dtype, ends, saved, gradient_GBD):
+def _decoded_backward(dtype, rows, ends, saved, gradient_GBD):
     def local(W_dec, pairs, gradient_GBD, shards):
         G, B, D = gradient_GBD.shape
-        gradient_RD = _rounded(gradient_GBD.reshape(G * B, D), dtype)
-        row_CB = _groups(ends, pairs.index_CB, len(W_dec)) * B + jnp.arange(B) if G > 1 else None
+        gradient_RD, row_P = _rounded(gradient_GBD.reshape(G * B, D), dtype), _group_rows(ends, pairs, B, len(W_dec))
+        to_W = _added(len(W_dec), pairs.index_P, _rounded(pairs.values_P, dtype), gradient_RD, row_P, pairs, B)
 
-        def dot(c, to_values):
-            gradient_BD = gradient_RD if G == 1 else gradient_RD[row_CB[c]]
-            return to_values.at[c].set((gradient_BD * _rounded(W_dec[pairs.index_CB[c]], dtype)).sum(1))
+        turns, of = _turns(pairs, B)
 
-        to_values = lax.fori_loop(0, sharding.most_of_members(pairs.count_SB.max()), dot, jnp.zeros_like(pairs.values_CB))
-        to_W = _scattered(_rounded(pairs.values_CB, dtype), pairs, gradient_RD, row_CB, len(W_dec))
-        return _over(lax.psum, to_W, "data"), to_values
+        def multiply(i, to_TB):
+            return to_TB.at[i].set((gradient_RD[of(row_P, i)] * _rounded(W_dec[of(pairs.index_P, i)], dtype)).sum(1))
 
-    to_W, to_values = _on_shards(local, (_FD, _PAIRS, _GBD), (_FD, _CB))(*saved, gradient_GBD)
-    return to_W, Pairs(to_values, None, None)
+        to_TB = lax.fori_loop(0, turns, multiply, jnp.zeros_like(pairs.values_P).reshape(-1, B))
+        return _over(lax.psum, to_W, "data"), to_TB.reshape(-1)
 
-
-_decoded.defvjp(lambda dtype, ends, *values: (_decoded(dtype, ends, *values), values), _decoded_backward)
+    to_W, to_values = _on_shards(local, (_FD, _PAIRS, _GBD), (_FD, _P))(*saved, gradient_GBD)
+    return to_W, Pairs(to_values, None, None, None)
 
 
-def _groups(ends: tuple[int, ...], index: jax.Array, features: int) -> jax.Array:
-    """The group of each feature of this shard."""
+_decoded.defvjp(lambda dtype, rows, ends, *values: (_decoded(dtype, rows, ends, *values), values), _decoded_backward)
+
+
+def _group_rows(ends: tuple[int, ...], pairs: Pairs, rows: int, features: int) -> jax.Array:
+    """The row of [G x rows] that each pair adds to: group of its feature times `rows`, plus its row."""
+    if len(ends) == 1:
+        return pairs.row_P
     start = lax.axis_index("dict") * features if sharding.mesh_is_set() else 0
-    return (index[..., None] + start >= jnp.asarray(ends[:-1])).sum(-1)
+    group_P = (pairs.index_P[:, None] + start >= jnp.asarray(ends[:-1])).sum(-1)
+    return group_P * rows + pairs.row_P
 
 
 def _rounded(value: jax.Array, dtype) -> jax.Array:
@@ -193,21 +221,17 @@ def _rounded(value: jax.Array, dtype) -> jax.Array:
     return value.astype(dtype).astype(jnp.float32)
 
 
-def _scattered(scale_CB: jax.Array, pairs: Pairs, rows_RD: jax.Array, row_CB: jax.Array | None, features: int) -> jax.Array:
-    """out[f] = sum over pairs of f of scale[c, b] rows[row[c, b]], [F, D] (row[c, b] = b where there is none); B pairs at a time,
-    so that no [C, B, D] is in memory, and no longer than there are pairs.
-    """
-    C, B = scale_CB.shape
-    count_B = pairs.count_SB[0]
-    ends_B = jnp.cumsum(count_B)
+def _added(n: int, to_P: jax.Array, scale_P: jax.Array, rows_RD: jax.Array, from_P: jax.Array, pairs: Pairs, size: int,
+           dtype=jnp.float32) -> jax.Array:
+    """out[to[p]] = sum over pairs of scale[p] rows[from[p]], [n, D]; `size` pairs at a time."""
+    turns, of = _turns(pairs, size)
 
-    def add(s, out_FD):
-        slot_B = s * B + jnp.arange(B)
-        b = jnp.minimum(jnp.searchsorted(ends_B, slot_B, side="right"), B - 1)
-        c = jnp.clip(slot_B - (ends_B - count_B)[b], 0, C - 1)
-        scale_B = jnp.where(slot_B < ends_B[-1], scale_CB[c, b], 0.0)
-        row_B = b if row_CB is None else row_CB[c, b]
-        return out_FD.at[pairs.index_CB[c, b]].add(scale_B[:, None] * rows_RD[row_B])
+    def add(i, out_ND):
+        return out_ND.at[of(to_P, i)].add(of(scale_P, i)[:, None] * _rounded(rows_RD[of(from_P, i)], dtype))
 
-    rounds = sharding.most_of_members(-(-ends_B[-1] // B))
-    return lax.fori_loop(0, rounds, add, jnp.zeros((features, rows_RD.shape[1]), jnp.float32))
+    return lax.fori_loop(0, turns, add, jnp.zeros((n, rows_RD.shape[1]), jnp.float32))
+
+
+def _turns(pairs: Pairs, size: int) -> tuple[jax.Array, Callable]:
+    """How often to take `size` pairs until all have been taken, and what of a value_P is taken at a turn."""
+    return sharding.most_of_members(-(-pairs.count[0] // size)), lambda value_P, i: value_P.reshape(-1, size)[i]
