@@ -266,19 +266,26 @@ def test_what_may_differ_in_a_program(tmp_path, kind, variations, sizes):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A sweep that the command itself made."""
+def written(tmp_path_factory):
+    """(config file, run directory) of a sweep that has not been started."""
     folder = tmp_path_factory.mktemp("command")
     model, text = tiny.write_model(folder / "model"), tiny.write_text(folder / "text")
     config = tiny.write_config(folder / "config.py", model, text, folder / "run",
                                "c.sweep.product = ('sae.k=4,8',)\nc.log.tensorboard = False")
-    assert main(["run", f"--config={config}"]) == 0
     return config, folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(written):
+    """The same, made by the command itself."""
+    assert main(["run", f"--config={written[0]}"]) == 0
+    return written
 
 
 NAMES = ["k=4", "k=8"]
 
 
+@pytest.mark.slow
 def test_a_run_of_a_sweep(finished, monkeypatch, capsys):
     config, run = finished
     monkeypatch.setattr("saejax.jobs.evaluate", None)  # nothing is measured again
@@ -293,6 +300,7 @@ def test_a_run_of_a_sweep(finished, monkeypatch, capsys):
         assert not (run / name / "store").exists()
 
 
+@pytest.mark.slow
 def test_other_commands_on_a_sweep(finished, tmp_path, capsys):
     _, run = finished
     everything = sorted(str(p) for p in run.iterdir())
@@ -308,6 +316,7 @@ def test_other_commands_on_a_sweep(finished, tmp_path, capsys):
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[-2:]] == ["trained"] * 2
 
 
+@pytest.mark.slow
 def test_a_moved_sweep_is_still_one(finished, tmp_path, capsys):
     import shutil
     _, run = finished
@@ -331,8 +340,8 @@ def test_a_diverging_member_gives_an_exit_code(finished, tmp_path, capsys):
     assert not (tmp_path / "run" / "lr=1e+30" / "report.html").exists()
 
 
-def test_mistakes_are_one_line(finished, tmp_path, capsys):
-    config, _ = finished
+def test_mistakes_are_one_line(written, tmp_path, capsys):
+    config, _ = written
     assert main(["train", f"--config={config}", "--config.sweep.product=('train.batch=32,64', 'sae.k=4,4000')"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "config.sweep.product: train.batch cannot vary: all SAEs of a sweep read one stream" in err
