@@ -13,7 +13,9 @@ import pytest
 from saejax import sharding
 from saejax.config import MeshOptions, SAEOptions, TrainOptions
 from saejax.sae import SAEParams, SAESpec, losses, param_shardings, sparse, tensors
+from saejax.sae.activations import batchtopk
 from saejax.sae.losses import LossInputs
+from saejax.sae.model import pre_activations
 from saejax.sae.objectives import objective
 from saejax.train.step import takes_pairs
 from tests.hlo import moved_shapes
@@ -96,12 +98,37 @@ def check_equal(expected, got):
     pytest.param(name, room, marks=pytest.mark.slow)
     for name, room in (("ties", 4), ("transcoder", 4), ("batchtopk", 4), ("matryoshka", 4), ("matryoshka", 1)))])
 def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, mesh_shape):
-    """With nothing dead and with dead features. room 1: some row keeps more features than there is room for."""
+    """With nothing dead and with dead features. room 1: more rows than the widest keep more features than there is room for."""
     monkeypatch.setattr(sparse, "ROOM", room)
     _, results = loss_and_gradients(*of_case(name), mesh_shape, True, *inputs_of(name), 0, 100)
     assert (dense[name][0][0][1].own["aux"], dense[name][1][0][1].own["aux"] > 0) == (0, True)
     for expected, got in zip(dense[name], results, strict=True):
         check_equal(expected, got)
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+def test_a_few_rows_that_keep_many_are_done_again(monkeypatch, mesh_shape):
+    """One row in eight keeps nearly everything, among values that tie all over the batch (small integers, so exact)."""
+    monkeypatch.setattr(sparse, "ROOM", 1)
+    monkeypatch.setattr(sparse, "WIDE_SHARE", 1 / 8)
+    rng = np.random.default_rng(4)
+    params = SAEParams(*(rng.integers(-3, 4, shape).astype(np.float32) for shape in ((F, D), F, (F, D), D)))
+    x = rng.integers(-3, 4, (B, D)).astype(np.float32) * np.where(np.arange(B) % 8, 1, 3).astype(np.float32)[:, None]
+    spec = SAESpec("batchtopk", D, F, k=K, pre_bias=False)
+    expected = np.asarray(batchtopk(pre_activations(spec, params, x), K))
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+    with jax.set_mesh(mesh):
+        given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
+                 sharding.place(x, sharding.sharding(mesh, "rows", None)))
+        pairs, above, missing = jax.device_get(jax.jit(
+            lambda params, x: sparse.encode(spec, params, x, K, jnp.float32(9), over_batch=True))(*given))
+    n_data, n_dict = mesh_shape
+    got = np.zeros((n_data, B // n_data, n_dict, F // n_dict), np.float32)
+    device = np.repeat(np.arange(n_data * n_dict), len(pairs.values_P) // (n_data * n_dict))
+    np.add.at(got, (device // n_dict, pairs.row_P, device % n_dict, pairs.index_P), pairs.values_P)
+    np.testing.assert_array_equal(got.reshape(B, F), expected)
+    np.testing.assert_array_equal(above, (np.asarray(pre_activations(spec, params, x)) > 9).sum(1))
+    assert not missing and (expected > 0).sum(1).max() > 5 * K and pairs.count.sum() == B * K
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)
