@@ -10,8 +10,7 @@ of training: each of them moves every feature (docs/quality.md).
 """
 
 from saejax.config import default_config
-
-LR = 1.5e-3
+from saejax.recipes import WITH_K
 
 
 def get_config(choice: str = "topk"):
@@ -31,8 +30,12 @@ def get_config(choice: str = "topk"):
     c.train.target_l0 = 50.0
     c.train.tokens = 655_360
     c.train.batch = 2048
-    c.train.lr = LR
-    c.train.lr_warmup = 0.02
+    c.train.lr, c.train.lr_warmup = 1.5e-3, 0.02
+    if c.sae.kind not in WITH_K:
+        # Kinds without k: hundreds of active features per token in the first steps add up to steps that are too large.
+        c.train.lr, c.train.lr_warmup = 1e-3, 0.1
+        c.sae.init_l0, c.sae.encoder_init, c.sae.encoder_init_scale, c.sae.decoder_init_norm = 200.0, "input_scale", 1.0, 1.0
+        c.sae.center = not c.sae.pre_bias
     c.checkpoint.every_tokens = 131_072
     c.eval.contexts = 64
     c.eval.batch_contexts = 8

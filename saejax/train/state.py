@@ -13,8 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saejax import sharding
 from saejax.config import Config, SAEOptions
 from saejax.records import ActivationStats
-from saejax.sae import SAEParams, SAESpec, init_params, pre_activations, reconstruct
-from saejax.sae.activations import thresholds
+from saejax.sae import SAEParams, SAESpec, decode, init_params, pre_activations, reconstruct
+from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns
 from saejax.sae.params import entry_scale
 from saejax.train import control, optim
@@ -145,12 +145,7 @@ def _jitted(spec: SAESpec, config: Config):
 def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) -> TrainState:
     key_init, key_probe = jax.random.split(key)
     params = init_params(spec, key_init, b_dec, config.sae)
-    if config.sae.encoder_init == "input_scale" and not config.sae.align:
-        norm = spec.d_in ** 0.5 * entry_scale(config.sae.normalize, spec.layers or (spec.d_in,))
-        params = _input_scaled(spec, params, key_probe, norm)
-    params = params.replace(W_enc=params.W_enc * (config.sae.encoder_init_scale or spec.d_in / spec.d_sae))
-    if config.sae.init_l0:
-        params = _biased(spec, config.sae.init_l0, params, jax.sharding.reshard(rows_NW, sharding.spec("rows", None)))
+    params = _started(spec, config.sae, params, key_probe, rows_NW)
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, params=params, opt_state=optim.optimizer(config.train).init(params), tokens_since_fired_F=since,
@@ -158,18 +153,36 @@ def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) ->
                       moving=control.initial(config), ema=params if config.train.ema else None)
 
 
-def _biased(spec: SAESpec, l0: float, params: SAEParams, rows_NW: jax.Array) -> SAEParams:
-    """Encoder biases with which each feature fires on the share l0 / d_sae (at most half) of normalised sample rows.
+def _started(spec: SAESpec, options: SAEOptions, params: SAEParams, key: jax.Array, rows_NW: jax.Array) -> SAEParams:
+    """The encoder at its first scale (`sae.encoder_init`, `sae.encoder_init_scale`) with its first biases (`sae.init_l0`)."""
+    scale = options.encoder_init_scale or spec.d_in / spec.d_sae
+    matched = options.encoder_init == "input_scale" and not options.align
+    if options.init_l0:
+        return _biased(spec, options.init_l0, params, jax.sharding.reshard(rows_NW, sharding.spec("rows", None)), scale, matched)
+    if matched:
+        params = _input_scaled(spec, params, key, spec.d_in ** 0.5 * entry_scale(options.normalize, spec.layers or (spec.d_in,)))
+    return params.replace(W_enc=params.W_enc * scale)
+
+
+def _biased(spec: SAESpec, l0: float, params: SAEParams, rows_NW: jax.Array, scale: float, matched: bool) -> SAEParams:
+    """The encoder times `scale`, with biases with which each feature fires on the share l0 / d_sae (at most half) of normalised
+    sample rows. matched: and times what makes the mean norm of what the features then add to b_dec that of the rows around it.
 
     Source: Transformer Circuits update January 2025 (l0 = 10,000). A share below one row in the sample: on its largest one.
     """
-    x_ND, _ = columns(spec, rows_NW)
+    x_ND, y_ND = columns(spec, rows_NW)
     share = min(l0 / spec.d_sae, 0.5)
     # Each feature's pre-activations over the rows, sorted: a sort along rows only, local to the feature's device.
-    pre_FN = jnp.sort(jax.sharding.reshard(pre_activations(spec, params, x_ND), sharding.spec(None, "features")).T, axis=1)
+    pre_NF = pre_activations(spec, params, x_ND)
+    pre_FN = jnp.sort(jax.sharding.reshard(pre_NF, sharding.spec(None, "features")).T, axis=1)
     border_F = pre_FN[:, min(round((1 - share) * len(x_ND)), len(x_ND) - 1)]
     least_F = thresholds(params) if spec.kind == "jumprelu" else 0.0
-    return params.replace(b_enc=params.b_enc + least_F - border_F + 1e-6)
+    if matched:
+        shift_F = least_F - border_F
+        around = params.replace(b_dec=jnp.zeros_like(params.b_dec), b_enc=params.b_enc + shift_F)  # W_skip is 0 at this point
+        recon_ND = decode(spec, around, activate(spec, around, pre_NF + shift_F))
+        scale *= jnp.linalg.norm(y_ND - params.b_dec, axis=1).mean() / jnp.linalg.norm(recon_ND, axis=1).mean()
+    return params.replace(W_enc=params.W_enc * scale, b_enc=(params.b_enc - border_F) * scale + least_F + 1e-6)
 
 
 def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array, norm: float) -> SAEParams:
