@@ -140,7 +140,7 @@ def test_few_dead_features_give_what_many_give(monkeypatch, dense, mesh_shape):
 
 
 def test_nothing_is_as_large_as_batch_times_features(monkeypatch):
-    """The encoder goes tile by tile; over `dict` candidates and reconstructions move, and nothing is sorted."""
+    """The encoder goes tile by tile; over `dict` candidates and reconstructions move, and nothing wider than they is sorted."""
     monkeypatch.setattr(sparse, "TILE", 8 * F)
     text = loss_and_gradients(*of_case("topk"), (1, 1), True, *inputs_of("topk"))[0].as_text()
     assert f"f32[{B},{F}]" not in text and f"f32[8,{F}]" in text
