@@ -25,12 +25,13 @@ def get_config():
     c.eval.contexts = 16
     c.eval.batch_contexts = 8
     c.sweep.product = ("train.target_l0=16,32,64",)
-    c.sweep.variations = tuple(f"recipe={recipe} train.lr=1e-3 {more}".strip() for recipe, more in (
-        ("relu", ""),
-        ("gated", ""),
+    fewer = "sae.init_l0=128 sae.encoder_init=input_scale sae.encoder_init_scale=1 sae.decoder_init_norm=1 train.lr_warmup=0.1"
+    c.sweep.variations = tuple(f"recipe={recipe} train.lr=1e-3 {more}" for recipe, more in (
+        ("relu", f"{fewer} sae.center=True"),
+        ("gated", fewer),
         ("topk", "sae.encoder_init_scale=0.3"),
         ("batchtopk", "sae.encoder_init_scale=0.3"),
         ("matryoshka", "sae.encoder_init_scale=0.3"),
-        ("jumprelu", "train.lr_decay=0.2"),
-        ("jumprelu_tanh", "sae.init_l0=128")))
+        ("jumprelu", f"{fewer} train.lr_decay=0.2"),
+        ("jumprelu_tanh", f"{fewer} sae.center=True")))
     return c
