@@ -11,6 +11,8 @@ demo: $(STAMP)
 	@$(BIN)/python -m saejax.assets
 	@$(BIN)/saejax run --config=configs/demo.py
 
+# The core tier compiles quickly; the slow tier compiles as users do.
+test: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
