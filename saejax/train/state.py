@@ -129,7 +129,7 @@ def abstract_state(config: Config, spec: SAESpec, mesh: Mesh):
     with jax.set_mesh(mesh):
         row = jax.ShapeDtypeStruct((spec.d_in + (spec.d_out or 0),), jnp.float32)
         rows = jax.ShapeDtypeStruct((mesh.size, *row.shape), jnp.float32, sharding=sharding.sharding(mesh, "rows_at_rest", None))
-        shapes = jax.eval_shape(functools.partial(_make, spec, config), jax.random.key(0),
+        shapes = jax.eval_shape(functools.partial(_make, spec, config), jax.eval_shape(jax.random.key, 0),
                                 jax.ShapeDtypeStruct((spec.width_out,), jnp.float32), Normalization(row, row),
                                 jax.ShapeDtypeStruct((), jnp.float32), rows)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
