@@ -35,6 +35,9 @@ class Arguments:
     contexts: int | None
     json: bool
     jumprelu: bool
+    topology: str | None = None
+    width: int | None = None
+    compile: bool = False
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -61,7 +64,10 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
                      contexts=fv["contexts"].value if "contexts" in fv else None,
                      json=bool(fv["json"].value) if "json" in fv else False,
-                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False)
+                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
+                     topology=fv["topology"].value if "topology" in fv else None,
+                     width=fv["d_in"].value if "d_in" in fv else None,
+                     compile=bool(fv["compile"].value) if "compile" in fv else False)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -80,6 +86,10 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
     if "jumprelu" in options:
         flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
+    if "topology" in options:
+        flags.DEFINE_string("topology", None, "chips, as v5p:4x8x8", flag_values=fv)
+        flags.DEFINE_integer("d_in", None, "width of the activations", lower_bound=1, flag_values=fv)
+        flags.DEFINE_bool("compile", False, "compile the step for the topology", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

@@ -30,6 +30,7 @@ from saejax.storage import is_writer, read_json, text_sha256, write_json
 from saejax.train.checkpoint import is_step, read_meta
 from saejax.train.loop import train, train_all
 from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir
+from saejax.train.step_cost import mesh_options
 
 
 def start(job: str, arguments: Arguments) -> int:
@@ -37,6 +38,8 @@ def start(job: str, arguments: Arguments) -> int:
     if job == "inspect":
         from saejax.inspect import inspect_paths
         return inspect_paths(arguments.paths, as_json=arguments.json)
+    if job == "plan":
+        return _plan(arguments)
     if job == "eval":
         return _eval(arguments)
     if job == "release":
@@ -98,7 +101,7 @@ def preflight(config: Config) -> list[Config]:
     """
     configs = members(config)
     check_run_dir(config)
-    check_all(configs, sharding.make_mesh(config.mesh))
+    check_all(configs, sharding.make_mesh(mesh_options(config, jax.devices())))
     return configs
 
 
@@ -166,7 +169,7 @@ def _mesh(config: Config) -> Mesh | None:
     if n == 1:
         return None
     try:
-        return sharding.make_mesh(config.mesh)
+        return sharding.make_mesh(mesh_options(config, jax.devices()))
     except ConfigError:
         return sharding.make_mesh(MeshOptions(1, -1)) if config.sae.d_sae % n == 0 else None
 
@@ -185,6 +188,16 @@ def _eval(arguments: Arguments) -> int:
             print(json.dumps([{"run": str(r.paths.root), "step": r.step, **r.evaluation} for r in results], indent=1))
         else:
             print(table(results))
+    return 0
+
+
+def _plan(arguments: Arguments) -> int:
+    from saejax import plan
+    if arguments.compile and arguments.topology is None:
+        raise ConfigError("saejax plan: --compile needs --topology, for example --topology=v5p:4x4x4")
+    for config in _configs(arguments):
+        made = plan.make_plan(config, arguments.topology, width=arguments.width, compiled=arguments.compile)
+        print(plan.as_json(made) if arguments.json else plan.as_table(made))
     return 0
 
 

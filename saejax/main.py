@@ -85,6 +85,19 @@ JOBS = {
         "options:\n  --out=DIR                where to write\n"
         "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
         "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
+    "plan": Job(
+        "what a config needs on a pod: memory, collectives, time",
+        "saejax plan --config=FILE [--topology=CHIPS] [--config.KEY=VALUE ...]\n       saejax plan RUN_DIR",
+        "Reads the config, and the width of the activations from the store or the language model's config; writes\n"
+        "nothing. Prints bytes per chip by kind, FLOPs, collectives, predicted step time and tokens/s, store and\n"
+        "harvest, days for config.train.tokens, and the smallest topologies that fit. docs/plan.md has the model.\n\n"
+        "options:\n  --topology=CHIPS         v5e:8x8, v5p:4x8x8, v6e:16x16, h100:8x4 (GPUs per node x nodes), h200:8,\n"
+        "                           cpu:8; without it only what fits is listed\n"
+        "  --d_in=WIDTH             width of the activations, where nothing here tells it\n"
+        "  --compile                compile the training step for a TPU topology (pip install 'saejax[tpu-plan]')\n"
+        "                           or for cpu:N, and report the compiler's memory and collectives\n"
+        "  --json                   print the plan as JSON\n" + _CONFIG,
+        "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", options=("topology", "json")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -138,6 +151,8 @@ def _dispatch(argv: list[str]) -> int:
 
 def _start(job: str, rest: list[str]) -> int:
     _quiet()
+    if job == "plan":  # asks no accelerator
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
     if arguments.config is None and not arguments.paths:

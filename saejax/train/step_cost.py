@@ -5,6 +5,7 @@ The model is a sum of rooflines, nothing of it overlapped; docs/plan.md has the 
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from saejax.config import Config, MeshOptions
@@ -18,9 +19,11 @@ MATMUL = 0.65      # share of the peak that large matrix products reach
 STREAMED = 0.8     # share of the bandwidth that passes over parameters reach
 USABLE = 0.92      # share of the memory that arrays can have: the rest is the program's, and what falls between arrays
 # float32 arrays of [rows, features of a shard] alive at once on the dense path, by what the compilers reserved
-DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7}, "else": 1.0}
-TANH = 1.8         # times so many with jumprelu's objective tanh
-UPDATE = {"cpu": 3.5, "else": 0.8}  # copies of what the gradients take that clipping, casts and the update hold beside them
+DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7},
+         "else": {"relu": 1.3, "jumprelu": 1.8, "gated": 1.8, "topk": 1.3, "batchtopk": 1.3}}
+TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's objective tanh
+# What casts, clipping and the update hold beside the gradients, in multiples of these: dense and sparse path
+UPDATE = {"cpu": (3.0, 3.5), "else": (0.3, 0.8)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,8 @@ def flops(w: Work) -> float:
 
 
 def collectives(w: Work, platform: str) -> list[Collective]:
-    """What moves in a step. Along `dict` rows, reconstructions and candidates; along `data` the gradients of a chip's features."""
+    """What moves in a step: along `dict` rows, reconstructions and candidates, along `data` the gradients of a chip's features.
+    """
     out = []
 
     def add(what: str, kind: str, axis: str, size: float) -> None:
@@ -147,14 +151,13 @@ def working(w: Work, platform: str) -> dict[str, float]:
         tile = max(3.0 * min(4.0 * max(sparse.TILE, w.features), tile), whole)
     else:
         pairs, tile = 0.0, _dense_arrays(w, sort) * tile
-    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": gradients * UPDATE[sort],
+    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": gradients * UPDATE[sort][w.pairs],
             "rows and reconstructions": 4.0 * local * w.row_width + 4.0 * w.part * w.d_out * (3 + w.groups), "pairs": pairs,
             "pre-activations": tile}
 
 
 def _dense_arrays(w: Work, sort: str) -> float:
-    alive = DENSE[sort]
-    return (alive[w.kind] if isinstance(alive, dict) else alive) * (TANH if w.tanh else 1.0)
+    return DENSE[sort][w.kind] * (TANH[sort] if w.tanh else 1.0)
 
 
 def seconds(w: Work, topology: Topology) -> dict[str, float]:
@@ -213,16 +216,19 @@ def best_mesh(config: Config, d_in: int, d_out: int | None, topology: Topology, 
     return best.data, best.dict
 
 
-def mesh_options(config: Config, devices, width: int | None = None) -> MeshOptions:
+def mesh_options(config: Config, devices, width_of: Callable[[str], int] | None = None) -> MeshOptions:
     """`config.mesh`, and where it leaves both sizes open (-1) the ones that `best_mesh` chooses for these devices.
 
-    width: of the rows; where it is not known yet, a middling one: it only decides what fits.
+    width_of: of a hookpoint; where that is not known yet, a middling width is taken: it only decides what fits.
     """
     if (config.mesh.data, config.mesh.dict) != (-1, -1):
         return config.mesh
-    return MeshOptions(*best_mesh(config, width or config.sae.d_in or 2048, None, present(devices)))
+    sae = config.sae
+    width = sum(map(width_of, sae.sources)) if width_of else sae.d_in or 2048
+    out = width_of(sae.target) if width_of and sae.target else None
+    return MeshOptions(*best_mesh(config, width, out, present(devices)))
 
 
-def on_mesh(w: Work, data: int, dict_: int) -> Work:
-    """The same work on another mesh; the path stays."""
-    return dataclasses.replace(w, data=data, dict=dict_)
+def with_path(config: Config, pairs: bool) -> Config:
+    """The config with the sparse path taken always or never, so that it is the same wherever the step is compiled."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, sparse="always" if pairs else "never"))
