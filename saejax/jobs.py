@@ -16,6 +16,7 @@ from saejax.command_line import Arguments
 from saejax.config import Config, LMOptions, MeshOptions
 from saejax.data.harvest import harvest, lm_mesh
 from saejax.data.store import RECORDS, Store, is_complete
+from saejax.distributed import check_agreement
 from saejax.errors import CheckpointError, ConfigError, NonFiniteError
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.formats import load
@@ -35,6 +36,8 @@ from saejax.train.step_cost import mesh_options
 
 def start(job: str, arguments: Arguments) -> int:
     """Runs a job by name; returns the exit code. Raises `SaejaxError` for everything that the user can repair."""
+    if arguments.distributed is not None:
+        _check_agreement(job, arguments)
     if job == "inspect":
         from saejax.inspect import inspect_paths
         return inspect_paths(arguments.paths, as_json=arguments.json)
@@ -47,6 +50,14 @@ def start(job: str, arguments: Arguments) -> int:
     for config in _configs(arguments):
         {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0
+
+
+def _check_agreement(job: str, arguments: Arguments) -> None:
+    """Raises `ConfigError` when the processes were not started alike; how each of them shows its progress is its own affair."""
+    given = {"job": job, "options": (arguments.paths, arguments.out, arguments.contexts, arguments.jumprelu)}
+    for config in _configs(arguments):
+        given |= {f"config.{key}": value for key, value in config_lib.flat(config).items() if not key.startswith("log.")}
+    check_agreement(given)
 
 
 def run(config: Config) -> None:

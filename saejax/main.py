@@ -29,10 +29,13 @@ _CONFIG = """\
   --config.KEY=VALUE       change one key, e.g. --config.train.tokens=2000000; docs/config.md has all
 """
 _DISTRIBUTED = """\
-  --distributed            this is one of several processes (TPU pods and Slurm need nothing more)
-  --coordinator=HOST:PORT  address of process 0,
+  --distributed            this is one of several processes; a TPU pod needs nothing more, Slurm, GKE and
+                           launch/jobset.yaml not even this
+  --coordinator=HOST:PORT  elsewhere the address of process 0,
   --num_processes=N        how many there are,
   --process_id=I           and the number of this one, from 0
+  --start_timeout=SECONDS  until all of them must be there (300)
+  --heartbeat=SECONDS      until a silent process counts as dead and ends the others (100)
 """
 
 JOBS = {
@@ -159,19 +162,12 @@ def _start(job: str, rest: list[str]) -> int:
         what = "PATH" if job == "inspect" else "--config=FILE or a run directory"
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
     if arguments.distributed is not None:
-        _initialize(arguments.distributed)
+        from saejax import distributed
+        # Must come before anything that asks jax for its devices.
+        d = arguments.distributed
+        distributed.start(d.coordinator, d.num_processes, d.process_id, timeout=d.timeout, heartbeat=d.heartbeat)
     from saejax import jobs
     return jobs.start(job, arguments)
-
-
-def _initialize(distributed) -> None:
-    """Must come before anything that asks jax for its devices."""
-    import jax
-    try:
-        jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--distributed: {' '.join(str(error).split())[:300]}; give --coordinator, --num_processes "
-                          "and --process_id") from error
 
 
 def _quiet() -> None:

@@ -48,6 +48,7 @@ class Work:
     clip: bool
     unit_decoder: bool
     tanh: bool
+    aux: bool
 
     @classmethod
     def of(cls, config: Config, d_in: int, d_out: int | None, data: int, dict_: int, platform: str,
@@ -60,7 +61,7 @@ class Work:
             row_width=d_in + (d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
             compute_bytes=2 if train.compute_dtype == "bfloat16" else 4, state_bytes=state_bytes, clip=bool(train.clip),
-            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh")
+            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k))
 
     @property
     def chips(self) -> int:
@@ -151,7 +152,9 @@ def working(w: Work, platform: str) -> dict[str, float]:
         tile = max(3.0 * min(4.0 * max(sparse.TILE, w.features), tile), whole)
     else:
         pairs, tile = 0.0, _dense_arrays(w, sort) * tile
-    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": gradients * UPDATE[sort][w.pairs],
+    # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
+    aux = 2 * gradients + 8.0 * w.part * w.d_out if w.aux else 0.0
+    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": gradients * UPDATE[sort][w.pairs], "AuxK": aux,
             "rows and reconstructions": 4.0 * local * w.row_width + 4.0 * w.part * w.d_out * (3 + w.groups), "pairs": pairs,
             "pre-activations": tile}
 
