@@ -91,7 +91,7 @@ def parse(text: str) -> Topology:
     """`v5e:8x8`, `v5p:4x8x8`, `v6e:16x16`, `h100:8x4` (GPUs per node x nodes), `h200:8`, `cpu:8`. Raises `ConfigError`."""
     name, _, shape = text.strip().lower().partition(":")
     if name not in CHIPS:
-        near = difflib.get_close_matches(name, CHIPS, n=1)
+        near = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(CHIPS)}"
         raise ConfigError(f"--topology={text}: unknown chip {name!r}; {hint}")
     example = "x".join(map(str, SHAPES[name][-3])) if name in SHAPES else "8" if name == "cpu" else "8x4"
