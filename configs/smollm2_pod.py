@@ -25,6 +25,7 @@ def get_config():
     c.harvest.tokens = 1_000_000_000
     c.harvest.batch_contexts = 64
     c.sae.hookpoint = "blocks.12.hook_resid_post"
+    c.sae.d_in = 2048
     c.sae.d_sae = 2**20
     c.sae.k = 64
     c.mesh.data, c.mesh.dict = 4, 16

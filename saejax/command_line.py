@@ -12,6 +12,7 @@ from ml_collections.config_flags import config_flags
 from saejax import config as config_lib
 from saejax.config import Config
 from saejax.config_values import nearest, rounder
+from saejax.distributed import announced
 from saejax.errors import ConfigError
 
 
@@ -22,6 +23,8 @@ class Distributed:
     coordinator: str | None
     num_processes: int | None
     process_id: int | None
+    timeout: int | None
+    heartbeat: int | None
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Arguments:
     contexts: int | None
     json: bool
     jumprelu: bool
+    topology: str | None = None
+    width: int | None = None
+    compile: bool = False
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -61,7 +67,10 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
                      contexts=fv["contexts"].value if "contexts" in fv else None,
                      json=bool(fv["json"].value) if "json" in fv else False,
-                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False)
+                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
+                     topology=fv["topology"].value if "topology" in fv else None,
+                     width=fv["d_in"].value if "d_in" in fv else None,
+                     compile=bool(fv["compile"].value) if "compile" in fv else False)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -70,16 +79,22 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
     if takes_config:
         config_flags.DEFINE_config_file("config", None, "config file", flag_values=fv, lock_config=True)
     if "distributed" in options:
-        flags.DEFINE_bool("distributed", False, "one of several processes", flag_values=fv)
+        flags.DEFINE_bool("distributed", None, "one of several processes", flag_values=fv)
         flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=fv)
         flags.DEFINE_integer("num_processes", None, "processes in all", lower_bound=1, flag_values=fv)
         flags.DEFINE_integer("process_id", None, "number of this process", lower_bound=0, flag_values=fv)
+        flags.DEFINE_integer("start_timeout", None, "seconds to wait for the others", lower_bound=1, flag_values=fv)
+        flags.DEFINE_integer("heartbeat", None, "seconds until a silent process is dead", lower_bound=1, flag_values=fv)
     if "out" in options:
         flags.DEFINE_string("out", None, "output directory", flag_values=fv)
     if "contexts" in options:
         flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
     if "jumprelu" in options:
         flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
+    if "topology" in options:
+        flags.DEFINE_string("topology", None, "chips, as v5p:4x8x8", flag_values=fv)
+        flags.DEFINE_integer("d_in", None, "width of the activations", lower_bound=1, flag_values=fv)
+        flags.DEFINE_bool("compile", False, "compile the step for the topology", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv
@@ -89,15 +104,16 @@ def _distributed(fv: flags.FlagValues) -> Distributed | None:
     if "distributed" not in fv:
         return None
     given = {name: fv[name].value for name in ("coordinator", "num_processes", "process_id")}
-    if not fv["distributed"].value:
-        if any(value is not None for value in given.values()):
-            raise ConfigError("--coordinator, --num_processes and --process_id need --distributed as well")
+    asked, several = fv["distributed"].value, announced()
+    if not asked and any(value is not None for value in given.values()):
+        raise ConfigError("--coordinator, --num_processes and --process_id need --distributed as well")
+    if asked is False or (asked is None and not several):
         return None
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if missing and len(missing) < 3:
         raise ConfigError(f"--distributed: {', '.join(missing)} missing; give --coordinator, --num_processes and "
                           "--process_id together, or none of them on a cluster that announces itself")
-    return Distributed(**given)
+    return Distributed(**given, timeout=fv["start_timeout"].value, heartbeat=fv["heartbeat"].value)
 
 
 def _config_first(arguments: list[str]) -> list[str]:

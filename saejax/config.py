@@ -32,7 +32,8 @@ def opt(default, doc, **rules):
 class MeshOptions:
     """The device mesh ("data", "dict"): batch rows are split over `data`, dictionary features over `dict`."""
 
-    data: int = opt(1, "devices along the batch axis; -1 takes what `dict` leaves", ge=-1)
+    data: int = opt(1, "devices along the batch axis; -1 takes what `dict` leaves; both -1: the fastest shape by prediction "
+                    "(docs/plan.md)", ge=-1)
     dict: int = opt(-1, "devices along the dictionary axis; -1 takes what `data` leaves", ge=-1)
 
 

@@ -92,8 +92,6 @@ def _of_run(c) -> list[str]:
         out.append("config.train.lr_warmup + config.train.lr_decay: together more than the whole run; lower one")
     if c.train.batch % c.train.accumulate:
         out.append(f"config.train.accumulate: {c.train.accumulate} parts do not divide config.train.batch = {c.train.batch}")
-    if c.mesh.data == -1 and c.mesh.dict == -1:
-        out.append("config.mesh: only one of data and dict can be -1")
     if 0 in (c.mesh.data, c.mesh.dict):
         out.append("config.mesh: data and dict are device counts or -1, not 0")
     if c.lm.mesh.data == 0:

@@ -16,6 +16,7 @@ from saejax.command_line import Arguments
 from saejax.config import Config, LMOptions, MeshOptions
 from saejax.data.harvest import harvest, lm_mesh
 from saejax.data.store import RECORDS, Store, is_complete
+from saejax.distributed import check_agreement
 from saejax.errors import CheckpointError, ConfigError, NonFiniteError
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.formats import load
@@ -30,13 +31,18 @@ from saejax.storage import is_writer, read_json, text_sha256, write_json
 from saejax.train.checkpoint import is_step, read_meta
 from saejax.train.loop import train, train_all
 from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir
+from saejax.train.step_cost import mesh_options
 
 
 def start(job: str, arguments: Arguments) -> int:
     """Runs a job by name; returns the exit code. Raises `SaejaxError` for everything that the user can repair."""
+    if arguments.distributed is not None:
+        _check_agreement(job, arguments)
     if job == "inspect":
         from saejax.inspect import inspect_paths
         return inspect_paths(arguments.paths, as_json=arguments.json)
+    if job == "plan":
+        return _plan(arguments)
     if job == "eval":
         return _eval(arguments)
     if job == "release":
@@ -44,6 +50,14 @@ def start(job: str, arguments: Arguments) -> int:
     for config in _configs(arguments):
         {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0
+
+
+def _check_agreement(job: str, arguments: Arguments) -> None:
+    """Raises `ConfigError` when the processes were not started alike; how each of them shows its progress is its own affair."""
+    given = {"job": job, "options": (arguments.paths, arguments.out, arguments.contexts, arguments.jumprelu)}
+    for config in _configs(arguments):
+        given |= {f"config.{key}": value for key, value in config_lib.flat(config).items() if not key.startswith("log.")}
+    check_agreement(given)
 
 
 def run(config: Config) -> None:
@@ -98,7 +112,7 @@ def preflight(config: Config) -> list[Config]:
     """
     configs = members(config)
     check_run_dir(config)
-    check_all(configs, sharding.make_mesh(config.mesh))
+    check_all(configs, sharding.make_mesh(mesh_options(config, jax.devices())))
     return configs
 
 
@@ -166,7 +180,7 @@ def _mesh(config: Config) -> Mesh | None:
     if n == 1:
         return None
     try:
-        return sharding.make_mesh(config.mesh)
+        return sharding.make_mesh(mesh_options(config, jax.devices()))
     except ConfigError:
         return sharding.make_mesh(MeshOptions(1, -1)) if config.sae.d_sae % n == 0 else None
 
@@ -185,6 +199,16 @@ def _eval(arguments: Arguments) -> int:
             print(json.dumps([{"run": str(r.paths.root), "step": r.step, **r.evaluation} for r in results], indent=1))
         else:
             print(table(results))
+    return 0
+
+
+def _plan(arguments: Arguments) -> int:
+    from saejax import plan
+    if arguments.compile and arguments.topology is None:
+        raise ConfigError("saejax plan: --compile needs --topology, for example --topology=v5p:4x4x4")
+    for config in _configs(arguments):
+        made = plan.make_plan(config, arguments.topology, width=arguments.width, compiled=arguments.compile)
+        print(plan.as_json(made) if arguments.json else plan.as_table(made))
     return 0
 
 

@@ -29,10 +29,13 @@ _CONFIG = """\
   --config.KEY=VALUE       change one key, e.g. --config.train.tokens=2000000; docs/config.md has all
 """
 _DISTRIBUTED = """\
-  --distributed            this is one of several processes (TPU pods and Slurm need nothing more)
-  --coordinator=HOST:PORT  address of process 0,
+  --distributed            this is one of several processes; a TPU pod needs nothing more, Slurm, GKE and
+                           launch/jobset.yaml not even this
+  --coordinator=HOST:PORT  elsewhere the address of process 0,
   --num_processes=N        how many there are,
   --process_id=I           and the number of this one, from 0
+  --start_timeout=SECONDS  until all of them must be there (300)
+  --heartbeat=SECONDS      until a silent process counts as dead and ends the others (100)
 """
 
 JOBS = {
@@ -85,6 +88,19 @@ JOBS = {
         "options:\n  --out=DIR                where to write\n"
         "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
         "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
+    "plan": Job(
+        "what a config needs on a pod: memory, collectives, time",
+        "saejax plan --config=FILE [--topology=CHIPS] [--config.KEY=VALUE ...]\n       saejax plan RUN_DIR",
+        "Reads the config, and the width of the activations from the store or the language model's config; writes\n"
+        "nothing. Prints bytes per chip by kind, FLOPs, collectives, predicted step time and tokens/s, store and\n"
+        "harvest, days for config.train.tokens, and the smallest topologies that fit. docs/plan.md has the model.\n\n"
+        "options:\n  --topology=CHIPS         v5e:8x8, v5p:4x8x8, v6e:16x16, h100:8x4 (GPUs per node x nodes), h200:8,\n"
+        "                           cpu:8; without it only what fits is listed\n"
+        "  --d_in=WIDTH             width of the activations, where nothing here tells it\n"
+        "  --compile                compile the training step for a TPU topology (pip install 'saejax[tpu-plan]')\n"
+        "                           or for cpu:N, and report the compiler's memory and collectives\n"
+        "  --json                   print the plan as JSON\n" + _CONFIG,
+        "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", options=("topology", "json")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -138,25 +154,20 @@ def _dispatch(argv: list[str]) -> int:
 
 def _start(job: str, rest: list[str]) -> int:
     _quiet()
+    if job == "plan":  # asks no accelerator
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
     if arguments.config is None and not arguments.paths:
         what = "PATH" if job == "inspect" else "--config=FILE or a run directory"
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
     if arguments.distributed is not None:
-        _initialize(arguments.distributed)
+        from saejax import distributed
+        # Must come before anything that asks jax for its devices.
+        d = arguments.distributed
+        distributed.start(d.coordinator, d.num_processes, d.process_id, timeout=d.timeout, heartbeat=d.heartbeat)
     from saejax import jobs
     return jobs.start(job, arguments)
-
-
-def _initialize(distributed) -> None:
-    """Must come before anything that asks jax for its devices."""
-    import jax
-    try:
-        jax.distributed.initialize(distributed.coordinator, distributed.num_processes, distributed.process_id)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--distributed: {' '.join(str(error).split())[:300]}; give --coordinator, --num_processes "
-                          "and --process_id") from error
 
 
 def _quiet() -> None:

@@ -55,10 +55,9 @@ def any_member(condition: jax.Array) -> jax.Array:
     return most_of_members(condition.astype(np.int32)) > 0
 
 
-def make_mesh(options: MeshOptions, devices=None) -> Mesh:
-    """Mesh ("data", "dict") with explicit axis types over all devices. Raises `ConfigError` when the sizes do not fit."""
-    devices = list(jax.devices() if devices is None else devices)
-    n, data, dict_ = len(devices), options.data, options.dict
+def mesh_sizes(options: MeshOptions, n: int) -> tuple[int, int]:
+    """(data, dict) on n devices. Raises `ConfigError` when the sizes do not use all of them."""
+    data, dict_ = options.data, options.dict
     if data == -1:
         data = max(1, n // dict_)
     if dict_ == -1:
@@ -66,7 +65,14 @@ def make_mesh(options: MeshOptions, devices=None) -> Mesh:
     if data * dict_ != n:
         fits = ", ".join(f"{d}x{n // d}" for d in range(1, n + 1) if n % d == 0)
         raise ConfigError(f"config.mesh: data x dict = {data} x {dict_} does not use the {n} devices here; choose one of {fits}")
-    return Mesh(np.array(devices).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
+    return data, dict_
+
+
+def make_mesh(options: MeshOptions, devices=None) -> Mesh:
+    """Mesh ("data", "dict") with explicit axis types over all devices. Raises `ConfigError` when the sizes do not fit."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(options, len(devices))
+    return Mesh(np.array(devices).reshape(sizes), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
 
 
 def single_device_mesh(device=None) -> Mesh:
@@ -76,20 +82,33 @@ def single_device_mesh(device=None) -> Mesh:
 
 def check_batch(batch: int, mesh: Mesh, key: str = "config.train.batch") -> None:
     """Raises `ConfigError` unless `batch` rows can rest over all devices of the mesh; names the nearest valid sizes."""
-    n = mesh.size
+    _check_batch(batch, mesh.shape["data"], mesh.shape["dict"], key)
+
+
+def _check_batch(batch: int, data: int, dict_: int, key: str = "config.train.batch") -> None:
+    n = data * dict_
     if batch % n:
         below, above = batch // n * n, math.ceil(batch / n) * n
         near = f"{above}" if below == 0 else f"{below} or {above}"
-        raise ConfigError(f"{key}: {batch} rows cannot be split over the {mesh.shape['data']} x {mesh.shape['dict']} mesh; "
+        raise ConfigError(f"{key}: {batch} rows cannot be split over the {data} x {dict_} mesh; "
                           f"the nearest valid value is {near}")
 
 
 def check_features(d_sae: int, mesh: Mesh) -> None:
     """Raises `ConfigError` unless the dictionary divides over the mesh's `dict` axis."""
-    n = mesh.shape["dict"]
+    _check_features(d_sae, mesh.shape["dict"])
+
+
+def _check_features(d_sae: int, n: int) -> None:
     if d_sae % n:
         raise ConfigError(f"config.sae.d_sae: {d_sae} features cannot be split over mesh.dict = {n}; the nearest valid "
                           f"value is {math.ceil(d_sae / n) * n}")
+
+
+def check_divides(batch: int, d_sae: int, data: int, dict_: int) -> None:
+    """`check_batch` and `check_features` for a mesh whose devices are not here."""
+    _check_batch(batch, data, dict_)
+    _check_features(d_sae, dict_)
 
 
 def sharding(mesh: Mesh, *logical: str | None) -> NamedSharding:

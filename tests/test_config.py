@@ -48,7 +48,7 @@ def test_recipes_resolve_and_round_trip(name):
     ("sae.crosscoder", ("blocks.9.hook_resid_post", "blocks.3.hook_resid_post"), "'blocks.3.hook_resid_post' is not harvested"),
     ("harvest.chunk_rows", 3000, "config.harvest.chunk_rows: 3000 does not divide"),
     ("stream.window_rows", 100, "config.stream.window_rows: 100 is less than one block"),
-    ("mesh.data", -1, "only one of data and dict can be -1"),
+    ("mesh.data", 0, "config.mesh: data and dict are device counts or -1, not 0"),
 ])
 def test_wrong_values_are_named(key, value, message):
     values = dataclasses.asdict(Config())

@@ -15,7 +15,6 @@ import saejax
 from saejax.main import JOBS, main
 from saejax.records import RunPaths
 from tests import tiny_experiment as tiny
-from tests.processes import environment, free_port
 
 
 @pytest.fixture
@@ -232,17 +231,3 @@ def test_sigterm_saves_and_the_same_command_goes_on(model_and_text, tmp_path):
     assert stopped < 10_000
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=240, env=env)
     assert done.returncode == 0 and f"at step {stopped} of 10000" in done.stderr
-
-
-@pytest.mark.slow
-def test_two_processes_make_one_run(model_and_text, tmp_path):
-    port, run = free_port(), tmp_path / "run"
-    config = tiny.write_config(tmp_path / "config.py", *model_and_text, run)
-    processes = [subprocess.Popen(
-        [sys.executable, "-m", "saejax.main", "run", "--distributed", f"--coordinator=127.0.0.1:{port}", "--num_processes=2",
-         f"--process_id={i}", f"--config={config}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=environment(2)) for i in range(2)]
-    (first, first_err), (second, second_err) = [p.communicate(timeout=240) for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], first_err + second_err
-    assert "CE recovered" in first and "CE recovered" not in second
-    assert main(["inspect", str(run)]) == 0

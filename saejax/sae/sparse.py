@@ -16,6 +16,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from saejax import sharding
+from saejax.config import SAEOptions
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import kept_per_row
 from saejax.sae.select_batch import kept_over_batch
@@ -40,9 +41,11 @@ class Pairs:
     count: jax.Array
 
 
-def pays(spec: SAESpec, shards: int) -> bool:
-    """Whether this path is the faster one: decided by features per kept feature on a shard, and by the hardware."""
-    return spec.d_sae // shards >= WORTH.get(jax.default_backend(), WORTH_ELSEWHERE) * spec.k
+def pays(spec: SAESpec | SAEOptions, shards: int, platform: str | None = None) -> bool:
+    """Whether this path is the faster one: decided by features per kept feature on a shard, and by the hardware (that which is
+    here, unless a platform is named).
+    """
+    return spec.d_sae // shards >= WORTH.get(platform or jax.default_backend(), WORTH_ELSEWHERE) * spec.k
 
 
 _P, _FD, _F = sharding.spec("rows_at_rest"), sharding.spec("features", None), sharding.spec("features")

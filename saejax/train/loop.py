@@ -30,6 +30,7 @@ from saejax.train.programs import Program, make_joint_step
 from saejax.train.resample import due, resample
 from saejax.train.state import TrainState, initial_state, measured
 from saejax.train.step import make_step
+from saejax.train.step_cost import mesh_options
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class _Run:
     def __init__(self, groups: Sequence[Sequence[Config]], store: Store):
         configs = [config for group in groups for config in group]
         self.store, self.alone = store, len(configs) == 1
-        self.mesh = sharding.make_mesh(configs[0].mesh)
+        self.mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
         check_all(configs, self.mesh, store)
         self.programs = [Program([Member(config, store, self.mesh, alone=self.alone) for config in group],
                                  make_step if len(group) == 1 else make_joint_step) for group in groups]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from saejax import sharding
 from saejax.config import Config, SAEOptions
@@ -124,12 +124,14 @@ def initial_state(config: Config, spec: SAESpec, stats: Sequence[ActivationStats
             jax.random.key(config.seed), b_dec, normalization, np.float32(1 / sum(written)), rows_NW)
 
 
-def abstract_state(config: Config, spec: SAESpec, mesh: Mesh):
-    """Shapes, dtypes and shardings of the state on a mesh, nothing allocated: what a checkpoint is restored into."""
-    with jax.set_mesh(mesh):
+def abstract_state(config: Config, spec: SAESpec, mesh: Mesh | AbstractMesh):
+    """Shapes, dtypes and shardings of the state on a mesh, nothing allocated: what a checkpoint is restored into, or what would
+    lie on a mesh whose devices are not here.
+    """
+    with jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh):
         row = jax.ShapeDtypeStruct((spec.d_in + (spec.d_out or 0),), jnp.float32)
         rows = jax.ShapeDtypeStruct((mesh.size, *row.shape), jnp.float32, sharding=sharding.sharding(mesh, "rows_at_rest", None))
-        shapes = jax.eval_shape(functools.partial(_make, spec, config), jax.random.key(0),
+        shapes = jax.eval_shape(functools.partial(_make, spec, config), jax.eval_shape(jax.random.key, 0),
                                 jax.ShapeDtypeStruct((spec.width_out,), jnp.float32), Normalization(row, row),
                                 jax.ShapeDtypeStruct((), jnp.float32), rows)
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(

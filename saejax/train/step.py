@@ -7,7 +7,7 @@ from flax import struct
 from jax import lax
 
 from saejax import sharding
-from saejax.config import Config
+from saejax.config import Config, SAEOptions
 from saejax.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs, LossParts
@@ -112,11 +112,12 @@ def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Ar
     return jax.tree.map(lambda gradient: gradient / n, gradients), seen.replace(fired_F=fired_F, least=least)
 
 
-def takes_pairs(config: Config, spec: SAESpec) -> bool:
-    """Whether the step takes the sparse path (`train.sparse`), on the mesh that is set."""
+def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None = None, platform: str | None = None) -> bool:
+    """Whether the step takes the sparse path (`train.sparse`): on the mesh and the hardware that are set, or on those named."""
     if config.train.sparse == "never" or spec.kind not in WITH_K or config.sae.multi_topk:
         return False
-    return config.train.sparse == "always" or sparse.pays(spec, jax.sharding.get_abstract_mesh().shape.get("dict", 1))
+    shards = shards or jax.sharding.get_abstract_mesh().shape.get("dict", 1)
+    return config.train.sparse == "always" or sparse.pays(spec, shards, platform)
 
 
 def _merged(a: LossParts, b: LossParts) -> LossParts:

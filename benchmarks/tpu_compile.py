@@ -1,0 +1,73 @@
+"""The training step at pod scale, compiled for TPU slices that are not there: python benchmarks/tpu_compile.py [NAME ...]
+
+Needs the TPU compiler (pip install -e '.[tpu-plan]') and no TPU; a case takes up to three minutes and 2 GB on one core. What
+is printed is the compiler's word and this project's model, not a measurement.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+
+from saejax.config import default_config, resolve
+from saejax.plan import make_plan
+from saejax.recipes import WITH_K
+
+CASES = {  # name: recipe, features, width, batch, topology
+    "topk-34M-v5p": ("topk", 2**25, 4096, 16_384, "v5p:4x8x8"),
+    "relu-34M-v5p": ("relu", 2**25, 4096, 16_384, "v5p:4x8x8"),
+    "topk-34M-v5e": ("topk", 2**25, 4096, 16_384, "v5e:16x16"),
+    "topk-34M-v5e-small-batch": ("topk", 2**25, 4096, 4096, "v5e:16x16"),
+    "topk-4M-v5e": ("topk", 2**22, 4096, 16_384, "v5e:8x8"),
+    "relu-4M-v5e": ("relu", 2**22, 4096, 4096, "v5e:8x8"),
+    "topk-1M-v5e": ("topk", 2**20, 2304, 4096, "v5e:4x4"),
+    "relu-1M-v5e": ("relu", 2**20, 2304, 4096, "v5e:4x4"),
+}
+
+
+def one(name: str) -> None:
+    """Prints the plan of a case with what the compiler says, as one line of JSON."""
+    recipe, features, width, batch, topology = CASES[name]
+    c = default_config(recipe)
+    c.name, c.sae.d_in, c.sae.d_sae, c.train.batch, c.train.compute_dtype = name, width, features, batch, "bfloat16"
+    c.mesh.data, c.mesh.dict = 1, -1
+    if c.sae.kind in WITH_K:
+        c.sae.k, c.sae.aux_k = 64, 0
+    plan = make_plan(resolve(c), topology, compiled=True)
+    print(json.dumps(plan | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
+
+
+def row(name: str, plan: dict) -> str:
+    """A line of the table."""
+    found, at = plan["compiled"], plan["topology"]
+    sae, planned = plan["sae"], plan["memory"]["total"] / 1e9
+    head = f"| {sae['kind']} {sae['d_sae']:,} x {sae['d_in']:,} | {sae['batch']:,} | {at['name']} | {at['path']} "
+    tail = f"| {found['seconds_to_compile']:.0f} | {plan['peak_rss'] / 1e9:.1f} |"
+    if "refused" in found:
+        return f"{head}| {found['refused'].removeprefix('RESOURCE_EXHAUSTED: ')} | {planned:.1f} | | | | {tail[2:]}"
+    memory, estimate = found["memory"], found["step_seconds"]
+    moved = sum(size for axis, size in found["collective_bytes"].items() if "branches" not in axis) / 1e9
+    return (f"{head}| {memory['arguments'] / 1e9:.1f} + {memory['temporaries'] / 1e9:.1f} | {planned:.1f} "
+            f"| {f'{estimate * 1e3:.0f}' if estimate else '-'} | {plan['time']['step_seconds'] * 1e3:.0f} "
+            f"| {moved:.2f} / {sum(plan['collective_bytes'].values()) / 1e9:.2f} {tail}")
+
+
+def main(names: list[str]) -> None:
+    print("| SAE | batch | topology | path | GB per chip, compiler: state + temporaries | GB per chip, plan "
+          "| ms per step, compiler | ms per step, roofline | GB moved, compiler / plan | s to compile | GB to compile |")
+    print("|" + "---|" * 11)
+    for name in names or CASES:
+        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True,
+                              env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        if done.returncode:
+            print(f"| {name} | failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]} |", flush=True)
+        else:
+            print(row(name, json.loads(done.stdout.splitlines()[-1])), flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        one(sys.argv[2])
+    else:
+        main(sys.argv[1:])

@@ -1,0 +1,109 @@
+"""The project's own training step, compiled for a topology ahead of time: what the compiler says of its memory and collectives.
+
+TPU slices are compiled by `libtpu`, which needs no TPU (extra `saejax[tpu-plan]`); `cpu:N` by the CPU compiler, on N simulated
+devices. There is no compiler for absent GPUs.
+"""
+
+import contextlib
+import os
+import re
+import time
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from saejax import sharding
+from saejax.config import Config
+from saejax.errors import ConfigError
+from saejax.hardware import Topology
+from saejax.plan.hlo import moved
+from saejax.sae import SAESpec
+from saejax.train import step_cost
+from saejax.train.member import total_steps
+from saejax.train.state import abstract_state
+from saejax.train.step import make_step, takes_pairs
+
+
+def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int) -> dict:
+    """What the compiler reserves and moves. `refused`: its reason, where the step does not fit.
+
+    Raises `ConfigError` where there is no compiler for this topology.
+    """
+    mesh = Mesh(_devices(topology).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
+    clock = time.monotonic()
+    try:
+        compiled = lowered(config, spec, mesh, topology.chip.platform).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return {"refused": _reason(str(error)), "seconds_to_compile": round(time.monotonic() - clock, 1)}
+    return read(compiled, data, dict_) | {"seconds_to_compile": round(time.monotonic() - clock, 1)}
+
+
+def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
+    """The step that training would run on this mesh, on the path that it would take on this platform."""
+    pairs = takes_pairs(config, spec, mesh.shape["dict"], platform)
+    config = step_cost.with_path(config, pairs)
+    # Outside the mesh: its constants are made at once, on devices that are here.
+    step = make_step(config, spec, total_steps(config))
+    rows = jax.ShapeDtypeStruct((config.train.batch, spec.d_in + (spec.d_out or 0)), jnp.bfloat16,
+                                sharding=sharding.sharding(mesh, "rows_at_rest", None))
+    with jax.set_mesh(mesh):
+        return step.trace(abstract_state(config, spec, mesh), rows).lower(lowering_platforms=(platform,))
+
+
+def read(compiled, data: int, dict_: int) -> dict:
+    """Bytes on each chip, FLOPs, the compiler's estimate of the time (None where it has none), collectives."""
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    found = moved(compiled.as_text(), data, dict_)
+    estimate = cost.get("optimal_seconds", -1.0)
+    total: Counter = Counter()
+    for m in found:
+        total[f"{m.axis}{' in branches' if m.branch else ''}"] += m.bytes
+    largest = sorted(found, key=lambda m: -m.bytes)[:12]
+    return {
+        "memory": {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
+                   "outputs beside arguments": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+                   "program": memory.generated_code_size_in_bytes},
+        "flops_per_step_per_chip": round(cost.get("flops", 0)), "bytes_accessed": round(cost.get("bytes accessed", 0)),
+        "step_seconds": estimate if estimate > 0 else None,
+        "collective_bytes": dict(sorted(total.items())),
+        "collectives": [{"kind": m.kind, "axis": m.axis, "bytes": m.bytes, "times": m.times, "branch": m.branch,
+                         "shapes": list(m.shapes)} for m in largest if m.bytes],
+    }
+
+
+def _devices(topology: Topology) -> np.ndarray:
+    if topology.chip.platform == "cpu":
+        with contextlib.suppress(RuntimeError):  # the devices are there already
+            jax.config.update("jax_num_cpu_devices", topology.size)
+        if topology.size > jax.device_count("cpu"):
+            raise ConfigError(f"--compile for {topology.name}: there are {jax.device_count('cpu')} CPU devices here; set "
+                              f"JAX_NUM_CPU_DEVICES={topology.size}")
+        return np.array(jax.devices("cpu")[:topology.size])
+    if topology.chip.platform != "tpu":
+        raise ConfigError(f"--compile for {topology.name}: only TPU topologies (with libtpu) and cpu:N can be compiled for while "
+                          "they are not there; leave --compile out")
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ConfigError(f"--compile for {topology.name} needs the TPU compiler: pip install 'saejax[tpu-plan]', or leave "
+                          "--compile out") from None
+    # libtpu would ask the network what machine this is, and say so when it is none.
+    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
+                        "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(name, value)
+    from jax.experimental import topologies
+    try:
+        return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+    except Exception as error:  # the compiler's own list of shapes may differ from ours
+        raise ConfigError(f"--compile for {topology.name}: the TPU compiler refuses it ({_reason(str(error))})") from error
+
+
+def _reason(message: str) -> str:
+    """The sentence of a compiler's error that says why."""
+    found = re.search(r"Ran out of memory[^.]*\.\d+[^.]*\.\d+\w*\)?|[^\n]+", message)
+    return " ".join((found[0] if found else message).split())[:240]

@@ -1,0 +1,211 @@
+"""A config and a topology -> what training it there needs and takes, as one JSON value (docs/plan.md has the formulas)."""
+
+import dataclasses
+import math
+from collections import Counter
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
+from saejax import hardware, sharding
+from saejax.config import Config, MeshOptions
+from saejax.data.store import model_name
+from saejax.errors import ConfigError
+from saejax.hardware import Topology
+from saejax.plan.compiled import compile_step
+from saejax.plan.source import Source, find
+from saejax.sae import SAESpec
+from saejax.train import step_cost
+from saejax.train.state import TrainState, abstract_state
+from saejax.train.step_cost import Work
+
+SCHEMA_VERSION = 1
+_GB = 1e9
+
+
+def make_plan(config: Config, topology: str | None = None, *, width: int | None = None, compiled: bool = False) -> dict:
+    """What a config needs: on this topology, or without one only which topologies it fits.
+
+    compiled: also compile the step for the topology. width: of the hookpoints, where neither store nor language model tell it.
+    Raises `ConfigError`: unknown topology; a mesh, batch or dictionary that does not divide (with the nearest that do); a
+    dictionary that cannot fit (by how much, what would).
+    """
+    chosen = None if topology is None else hardware.parse(topology)
+    source = find(config, width)
+    spec = SAESpec.from_options(config.sae, source.widths, config.train.compute_dtype)
+    plan = {"schema_version": SCHEMA_VERSION, "sae": _sae(config, spec), "harvest": _harvest(config, spec, source)}
+    if chosen is not None:
+        mesh = mesh_on(config, spec, chosen)
+        plan |= on_topology(config, spec, chosen, *mesh)
+        if compiled:  # whether it fits is then the compiler's word
+            plan["compiled"] = compile_step(config, spec, chosen, *mesh)
+        else:
+            _check_fits(config, spec, chosen, plan)
+    plan["fits"] = fitting(config, spec)
+    if not plan["fits"]:
+        raise ConfigError(f"config.sae.d_sae: {config.sae.d_sae} features of width {spec.d_in} fit none of the known topologies "
+                          "over which config.train.batch and config.sae.d_sae divide; " + _advice(config))
+    return plan
+
+
+def mesh_on(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, int]:
+    """(data, dict) that training would have on so many devices: `config.mesh`, or the best shape where it leaves both open."""
+    n, mesh = topology.size, config.mesh
+    if (mesh.data, mesh.dict) == (-1, -1):
+        return step_cost.best_mesh(config, spec.d_in, spec.d_out, topology)
+    possible = step_cost.shapes(n, config.train.batch, config.sae.d_sae)
+    best = possible and "{}x{}".format(*step_cost.best_mesh(config, spec.d_in, spec.d_out, topology))
+    try:
+        data, dict_ = sharding.mesh_sizes(mesh, n)
+        sharding.check_divides(config.train.batch, config.sae.d_sae, data, dict_)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; of the {n} chips of {topology.name} the shapes data x dict that divide all are "
+                          f"{_nearest(possible, mesh)}" + (f", the best by the model {best}" if best else "")) from None
+    return data, dict_
+
+
+def _nearest(possible: list[tuple[int, int]], mesh: MeshOptions) -> str:
+    wanted = mesh.dict if mesh.dict > 0 else mesh.data
+    side = 1 if mesh.dict > 0 else 0
+    near = sorted(possible, key=lambda shape: abs(math.log(shape[side] / wanted)))[:3]
+    return ", ".join(f"{data}x{dict_}" for data, dict_ in near) or "none"
+
+
+def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int) -> dict:
+    """Memory, collectives and time of a step on a mesh of this topology."""
+    state = abstract_state(config, spec, AbstractMesh((data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
+    kept, platform = state_bytes(state), topology.chip.platform
+    work = work_on(config, spec, topology, data, dict_, per_parameter(config, spec))
+    memory = kept | {name: round(size) for name, size in step_cost.working(work, platform).items() if size}
+    total, usable = sum(memory.values()), round(step_cost.USABLE * topology.chip.memory)
+    moved = step_cost.collectives(work, platform)
+    where = {"name": topology.name, "chips": topology.size, "mesh": {"data": data, "dict": dict_},
+             "path": "sparse" if work.pairs else "dense"}
+    best = step_cost.best_mesh(config, spec.d_in, spec.d_out, topology, work.state_bytes)
+    if best != (data, dict_):
+        rate = _time(config, work_on(config, spec, topology, *best, work.state_bytes), topology)["tokens_per_second"]
+        where["best"] = {"data": best[0], "dict": best[1], "tokens_per_second": rate}
+    return {"topology": where,
+            "memory": {"by_kind": memory, "total": total, "usable": usable, "fits": total <= usable},
+            "flops": {"per_step_per_chip": round(step_cost.flops(work)),
+                      "per_token": round(step_cost.flops(work) * work.chips / work.rows)},
+            "collectives": [dataclasses.asdict(c) for c in moved],
+            "collective_bytes": dict(Counter({a: sum(c.bytes for c in moved if c.axis == a) for a in ("dict", "data")})),
+            "time": _time(config, work, topology)}
+
+
+def _time(config: Config, work: Work, topology: Topology) -> dict:
+    """Seconds of a step by what takes them, and what follows: tokens/s, days, the rate at which the store is read."""
+    parts = step_cost.seconds(work, topology)
+    row = 2 * work.row_width
+    fed = work.rows * row / topology.size / topology.chip.host
+    step = max(sum(parts.values()), fed)
+    rate = work.rows / step
+    return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(parts | {"input": fed}, key=(
+                parts | {"input": fed}).__getitem__), "tokens_per_second": rate, "store_bytes_per_second": rate * row,
+            "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}
+
+
+def work_on(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int, per: float) -> Work:
+    """The step's `Work` there."""
+    return Work.of(config, spec.d_in, spec.d_out, data, dict_, topology.chip.platform, per)
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes of the state on one chip by kind; optimiser moments by dtype. state: shapes with shardings (`abstract_state`)."""
+    def size(leaf) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    out: Counter = Counter()
+    for leaf in jax.tree.leaves(state.params):
+        out["parameters"] += size(leaf)
+    for leaf in jax.tree.leaves(state.opt_state):
+        out[f"optimizer {leaf.dtype}" if leaf.ndim else "counters and scalars"] += size(leaf)
+    for leaf in jax.tree.leaves(state.ema):
+        out["mean of the parameters"] += size(leaf)
+    rest = state.replace(params=None, opt_state=None, ema=None)
+    out["counters and scalars"] += sum(map(size, jax.tree.leaves(rest)))
+    return dict(out)
+
+
+def per_parameter(config: Config, spec: SAESpec) -> float:
+    """Bytes of state for each parameter."""
+    state = abstract_state(config, spec, AbstractMesh((1, 1), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
+    return sum(state_bytes(state).values()) / sum(leaf.size for leaf in jax.tree.leaves(state.params))
+
+
+def fitting(config: Config, spec: SAESpec) -> list[dict]:
+    """Of every chip the smallest topologies that a config fits, each on its best mesh: the smallest three."""
+    out, found, per = [], Counter(), per_parameter(config, spec)
+    for topology in hardware.every():
+        if found[topology.chip.name] == 3 or not step_cost.shapes(topology.size, config.train.batch, config.sae.d_sae):
+            continue
+        data, dict_ = step_cost.best_mesh(config, spec.d_in, spec.d_out, topology, per)
+        work = work_on(config, spec, topology, data, dict_, per)
+        if step_cost.fits(work, topology.chip):
+            found[topology.chip.name] += 1
+            time = _time(config, work, topology)
+            used = step_cost.state_size(work) + sum(step_cost.working(work, topology.chip.platform).values())
+            out.append({"topology": topology.name, "chips": topology.size, "mesh": {"data": data, "dict": dict_},
+                        "bytes_per_chip": round(used), "tokens_per_second": time["tokens_per_second"], "days": time["days"]})
+    return out
+
+
+def _check_fits(config: Config, spec: SAESpec, topology: Topology, plan: dict) -> None:
+    memory = plan["memory"]
+    if memory["fits"]:
+        return
+    mesh = plan["topology"]["mesh"]
+    over = (memory["total"] - memory["usable"]) / _GB
+    would = []
+    best = step_cost.best_mesh(config, spec.d_in, spec.d_out, topology, per_parameter(config, spec))
+    if step_cost.fits(work_on(config, spec, topology, *best, per_parameter(config, spec)), topology.chip):
+        would.append(f"the mesh {best[0]}x{best[1]} fits")
+    larger = [option["topology"] for option in fitting(config, spec) if option["topology"].split(":")[0] == topology.chip.name]
+    would += [f"the smallest {topology.chip.name} that fits is {larger[0]}"] if larger else []
+    would += [f"the largest dictionary here is about {_largest(config, spec, topology, mesh):,} features"]
+    raise ConfigError(f"config.sae.d_sae: {config.sae.d_sae:,} features of width {spec.d_in} need {memory['total'] / _GB:.1f} GB "
+                      f"on each chip of {topology.name} (mesh {mesh['data']}x{mesh['dict']}), {over:.1f} GB more than the "
+                      f"{memory['usable'] / _GB:.1f} GB that arrays can have; {'; '.join(would)}; {_advice(config)}")
+
+
+def _largest(config: Config, spec: SAESpec, topology: Topology, mesh: dict) -> int:
+    """The largest multiple of 1,024 x dict features that fits this mesh."""
+    step, per = 1024 * mesh["dict"], per_parameter(config, spec)
+    low, high = 0, max(1, config.sae.d_sae // step)
+    while low < high:
+        middle = (low + high + 1) // 2
+        wanted = dataclasses.replace(config, sae=dataclasses.replace(config.sae, d_sae=middle * step))
+        if step_cost.fits(work_on(wanted, spec, topology, mesh["data"], mesh["dict"], per), topology.chip):
+            low = middle
+        else:
+            high = middle - 1
+    return low * step
+
+
+def _advice(config: Config) -> str:
+    own = "config.train.accumulate" if config.train.accumulate == 1 else "a smaller config.train.batch"
+    return f"or take more chips, fewer features, or {own} for less working memory"
+
+
+def _sae(config: Config, spec: SAESpec) -> dict:
+    state = abstract_state(config, spec, AbstractMesh((1, 1), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
+    return {"name": config.name, "kind": spec.kind, "shape": spec.shape, "d_in": spec.d_in, "d_out": spec.width_out,
+            "d_sae": spec.d_sae, "k": spec.k, "batch": config.train.batch, "accumulate": config.train.accumulate,
+            "compute_dtype": config.train.compute_dtype, "tokens": config.train.tokens,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            "state_bytes_per_parameter": round(per_parameter(config, spec), 3)}
+
+
+def _harvest(config: Config, spec: SAESpec, source: Source) -> dict:
+    """The store's size, and what a harvested token costs against a trained one (FLOPs; the dense path's where it depends)."""
+    harvested = config.harvest.tokens
+    per_row = 2 * sum(source.widths.values()) + 5 + 4 * len(source.widths)  # bfloat16 rows; token, mask, norms
+    train = step_cost.flops(Work.of(config, spec.d_in, spec.d_out, 1, 1, "tpu")) / config.train.batch
+    out = {"model": model_name(config.lm.model), "hookpoints": list(source.widths), "store_tokens": harvested,
+           "store_bytes": harvested * per_row, "passes": config.train.tokens / harvested, "train_flops_per_token": round(train)}
+    if source.lm_flops is not None:
+        total = source.lm_flops * harvested
+        out |= {"lm_flops_per_token": round(source.lm_flops), "lm_parameters": source.lm_params,
+                "share_of_flops": total / (total + train * config.train.tokens)}
+    return out

@@ -1,0 +1,237 @@
+"""What a training step costs on one chip: FLOPs, collectives, seconds; and which mesh shape is the cheapest.
+
+The model is a sum of rooflines, nothing of it overlapped; docs/plan.md has the formulas. It describes the step of
+`saejax.train.step` as it is: AuxK and resampling, which run only while features are dead, are not counted.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from saejax.config import Config, MeshOptions
+from saejax.errors import ConfigError
+from saejax.hardware import Chip, Topology, present
+from saejax.recipes import WITH_K
+from saejax.sae import sparse
+from saejax.train.step import takes_pairs
+
+MATMUL = 0.65      # share of the peak that large matrix products reach
+STREAMED = 0.8     # share of the bandwidth that passes over parameters reach
+USABLE = 0.92      # share of the memory that arrays can have: the rest is the program's, and what falls between arrays
+# float32 arrays of [rows, features of a shard] alive at once on the dense path, by what the compilers reserved
+DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7},
+         "else": {"relu": 1.3, "jumprelu": 1.8, "gated": 1.8, "topk": 1.3, "batchtopk": 1.3}}
+TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's objective tanh
+# What casts, clipping and the update hold beside the gradients, in multiples of these: dense and sparse path
+UPDATE = {"cpu": (3.0, 3.5), "else": (0.3, 0.8)}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step's sizes: batch rows, widths, features, the mesh, and the path (`pairs`: the sparse one)."""
+
+    kind: str
+    rows: int
+    d_in: int
+    d_out: int
+    d_sae: int
+    k: int
+    data: int
+    dict: int
+    pairs: bool
+    row_width: int      # columns of a row of the stream
+    accumulate: int
+    groups: int
+    decodes: int        # reconstructions whose products are done: gated and multi_topk have two
+    compute_bytes: int
+    state_bytes: float  # parameters and optimiser state, per parameter
+    clip: bool
+    unit_decoder: bool
+    tanh: bool
+    aux: bool
+
+    @classmethod
+    def of(cls, config: Config, d_in: int, d_out: int | None, data: int, dict_: int, platform: str,
+           state_bytes: float = 12.0) -> "Work":
+        """The work of a config whose rows have these widths, on a mesh data x dict. d_out: of a transcoder's target."""
+        sae, train = config.sae, config.train
+        return cls(
+            kind=sae.kind, rows=train.batch, d_in=d_in, d_out=d_in if d_out is None else d_out, d_sae=sae.d_sae,
+            k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, dict_, platform),
+            row_width=d_in + (d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
+            decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
+            compute_bytes=2 if train.compute_dtype == "bfloat16" else 4, state_bytes=state_bytes, clip=bool(train.clip),
+            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k))
+
+    @property
+    def chips(self) -> int:
+        return self.data * self.dict
+
+    @property
+    def features(self) -> int:
+        """Of a shard."""
+        return self.d_sae // self.dict
+
+    @property
+    def part(self) -> int:
+        """Rows that a chip works on at once."""
+        return self.rows // self.data // self.accumulate
+
+    @property
+    def matrices(self) -> int:
+        """Entries of a chip's two matrices."""
+        return self.features * (self.d_in + self.d_out)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """`bytes`: ring-equivalent, what a chip sends in a step: the array's size for a gather or scatter, twice it for an all-reduce
+    (the factor (n - 1) / n is left out).
+    """
+
+    what: str
+    kind: str
+    axis: str
+    bytes: int
+
+
+def flops(w: Work) -> float:
+    """Of a step, on one chip. Dense 2 x (2 D_in + 3 D_out) F per row, and 4 D_out F more for a second reconstruction; sparse
+    2 D_in F + 2 (D_in + 3 D_out) k. Source: Gao et al. 2024, appendix D, without the gradient of the input.
+    """
+    rows = w.rows / w.data
+    if w.pairs:
+        again = 1 + sparse.WIDE_SHARE if w.kind == "batchtopk" else 1
+        return rows * (2 * again * w.d_in * w.features + 2 * (w.d_in + 3 * w.d_out) * w.k / w.dict)
+    return rows * w.features * (4 * w.d_in + 6 * w.d_out + 4 * w.d_out * (w.decodes - 1))
+
+
+def collectives(w: Work, platform: str) -> list[Collective]:
+    """What moves in a step: along `dict` rows, reconstructions and candidates, along `data` the gradients of a chip's features.
+    """
+    out = []
+
+    def add(what: str, kind: str, axis: str, size: float) -> None:
+        out.append(Collective(what, kind, axis, round(size * (2 if kind == "all-reduce" else 1))))
+
+    local = w.rows // w.data
+    if w.dict > 1:
+        add("rows", "all-gather", "dict", local * w.row_width * _rows_bytes(platform))
+        add("reconstruction", "all-reduce", "dict", 4 * w.groups * w.decodes * local * w.d_out)
+        if w.kind == "topk":
+            kept = min(w.k, w.features) + (min(4 * w.k, w.features) if w.decodes > 1 else 0)
+            add("candidate values", "all-gather", "dict", 4 * local * w.dict * kept)
+        if w.pairs:
+            add("counts", "all-reduce", "dict", 4 * local)
+    if w.data > 1:
+        bytes_ = w.compute_bytes if platform != "cpu" and not w.pairs else 4
+        add("gradients", "all-reduce", "data", w.accumulate * (bytes_ * w.matrices + 4 * w.features))
+        if w.pairs:
+            add("which fired", "all-reduce", "data", 4 * w.accumulate * w.features)
+    return out
+
+
+def _rows_bytes(platform: str) -> int:
+    """Bytes of an entry of a row on its way: stored as bfloat16, which CPU collectives promote."""
+    return 4 if platform == "cpu" else 2
+
+
+def working(w: Work, platform: str) -> dict[str, float]:
+    """Bytes on one chip besides the state: gradients, copies while updating, rows and reconstructions, pairs, and the
+    pre-activations (one tile on the sparse path). An estimate: compilers decide what lives at the same time.
+    """
+    sort = platform if platform == "cpu" else "else"
+    gradients = 4.0 * w.matrices
+    local = w.rows / w.data
+    tile = 4.0 * w.part * w.features
+    if w.pairs:
+        width = (sparse.ROOM if w.kind == "batchtopk" else 1) * w.k
+        pairs = 4.0 * w.part * (6 * width + (w.dict * w.k if w.kind == "topk" and w.dict > 1 else 0))
+        # The branch that takes the dense path when pairs are missing has its memory whether it is taken or not.
+        whole = _dense_arrays(w, sort) * tile if w.kind == "batchtopk" else 0.0
+        tile = max(3.0 * min(4.0 * max(sparse.TILE, w.features), tile), whole)
+    else:
+        pairs, tile = 0.0, _dense_arrays(w, sort) * tile
+    # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
+    aux = 2 * gradients + 8.0 * w.part * w.d_out if w.aux else 0.0
+    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": gradients * UPDATE[sort][w.pairs], "AuxK": aux,
+            "rows and reconstructions": 4.0 * local * w.row_width + 4.0 * w.part * w.d_out * (3 + w.groups), "pairs": pairs,
+            "pre-activations": tile}
+
+
+def _dense_arrays(w: Work, sort: str) -> float:
+    return DENSE[sort][w.kind] * (TANH[sort] if w.tanh else 1.0)
+
+
+def seconds(w: Work, topology: Topology) -> dict[str, float]:
+    """Seconds of a step by what takes them, one after the other."""
+    chip = topology.chip
+    peak = chip.flops * (chip.float32 if w.compute_bytes == 4 else 1.0)
+    local, s = w.rows / w.data, w.compute_bytes
+    # Unfused: written, and read twice to select. Dense besides: activations and their gradients, for three products each.
+    passes = 12.0 if w.pairs or w.k else 0.0
+    passes += 0.0 if w.pairs else 8.0 + 6.0 * s
+    # Sparse, for each pair: four rows gathered, three added to what is there (read and written), all float32.
+    touched = local * w.k / w.dict * (4 * 4 + 3 * 8) * (w.d_in + w.d_out) / 2 if w.pairs else 0.0
+    # State read and written, gradient written and read; once more read for the norm, and decoder rows for theirs.
+    moved = 2 * w.state_bytes + 8 + 4 * w.clip + 10 * w.unit_decoder
+    groups = {"dict": (w.dict, 1), "data": (w.data, w.dict)}
+    out = {"products": flops(w) / (MATMUL * peak), "selection": passes * local * w.features / chip.bandwidth,
+           "gathers": touched / (chip.gather * chip.bandwidth),
+           "optimizer": moved * w.matrices / (STREAMED * chip.bandwidth)}
+    return out | {"collectives": sum(c.bytes / topology.ring(*groups[c.axis]) for c in collectives(w, topology.chip.platform))}
+
+
+def state_size(w: Work) -> float:
+    """Bytes of parameters and optimiser state on one chip."""
+    return w.state_bytes * w.matrices
+
+
+def fits(w: Work, chip: Chip) -> bool:
+    """Whether state and working memory fit one chip, by the estimate of `working`."""
+    return state_size(w) + sum(working(w, chip.platform).values()) <= USABLE * chip.memory
+
+
+def shapes(n: int, batch: int, d_sae: int) -> list[tuple[int, int]]:
+    """The meshes data x dict of n devices over which batch and dictionary divide."""
+    return [(n // f, f) for f in range(1, n + 1) if n % f == 0 and d_sae % f == 0] if batch % n == 0 else []
+
+
+def best_mesh(config: Config, d_in: int, d_out: int | None, topology: Topology, state_bytes: float = 12.0) -> tuple[int, int]:
+    """(data, dict) with the least predicted step time among those that fit; where none fits, the one that needs least.
+
+    Along `dict` three arrays of [B, D] move, along `data` the gradients, 8 bytes a parameter: the dictionary is split over all
+    chips unless so little is left on each that the rows cost more than the product that they feed. Raises `ConfigError` when
+    batch or dictionary do not divide over the devices.
+    """
+    possible = shapes(topology.size, config.train.batch, config.sae.d_sae)
+    if not possible:
+        near = max(1, round(config.train.batch / topology.size)) * topology.size
+        raise ConfigError(f"config.train.batch: {config.train.batch} rows cannot rest on {topology.size} devices; the nearest "
+                          f"valid value is {near}")
+    work = [Work.of(config, d_in, d_out, data, dict_, topology.chip.platform, state_bytes) for data, dict_ in possible]
+
+    def order(w: Work):
+        small = fits(w, topology.chip)
+        return (not small, sum(seconds(w, topology).values()) if small else state_size(w), -w.dict)
+
+    best = min(work, key=order)
+    return best.data, best.dict
+
+
+def mesh_options(config: Config, devices, width_of: Callable[[str], int] | None = None) -> MeshOptions:
+    """`config.mesh`, and where it leaves both sizes open (-1) the ones that `best_mesh` chooses for these devices.
+
+    width_of: of a hookpoint; where that is not known yet, a middling width is taken: it only decides what fits.
+    """
+    if (config.mesh.data, config.mesh.dict) != (-1, -1):
+        return config.mesh
+    sae = config.sae
+    width = sum(map(width_of, sae.sources)) if width_of else sae.d_in or 2048
+    out = width_of(sae.target) if width_of and sae.target else None
+    return MeshOptions(*best_mesh(config, width, out, present(devices)))
+
+
+def with_path(config: Config, pairs: bool) -> Config:
+    """The config with the sparse path taken always or never, so that it is the same wherever the step is compiled."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, sparse="always" if pairs else "never"))

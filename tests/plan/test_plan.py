@@ -1,0 +1,280 @@
+"""A plan against the program that it describes: state, FLOPs and collectives of the compiled step, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from saejax import hardware, sharding
+from saejax.config import MeshOptions
+from saejax.errors import ConfigError
+from saejax.hardware import parse
+from saejax.main import main
+from saejax.plan import as_json, as_table, make_plan
+from saejax.plan.compiled import lowered
+from saejax.plan.hlo import moved
+from saejax.plan.plan import per_parameter
+from saejax.sae import SAESpec
+from saejax.train import step_cost
+from saejax.train.loop import mesh_options
+from saejax.train.step_cost import Work, best_mesh, flops, working
+from tests.plan.configs import make_config, wide
+
+GOLDEN = Path(__file__).parent / "golden.json"
+
+
+def compiled(config, data):
+    mesh = sharding.make_mesh(MeshOptions(data, 8 // data))
+    spec = SAESpec.from_options(config.sae, {config.sae.hookpoint: config.sae.d_in}, config.train.compute_dtype)
+    return lowered(config, spec, mesh, "cpu").compile(), spec
+
+
+def rows_of(*core):
+    """(recipe, path, data axis, parts) with those not in `core` in the slow tier."""
+    cases = [("topk", "always", 1, 1), ("topk", "always", 2, 1), ("topk", "always", 2, 4), ("topk", "never", 2, 1),
+             ("topk", "never", 8, 1), ("relu", "auto", 4, 1), ("gated", "auto", 2, 1), ("jumprelu", "auto", 2, 1),
+             ("batchtopk", "never", 2, 1), ("matryoshka", "never", 2, 1)]
+    return [pytest.param(*case, marks=() if case in core else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("kind, path, data, parts", rows_of(("topk", "always", 2, 1), ("relu", "auto", 4, 1)))
+def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
+    config = make_config(kind, train__sparse=path, train__accumulate=parts)
+    program, spec = compiled(config, data)
+    found, expected = moved(program.as_text(), data, 8 // data), make_plan(
+        dataclasses.replace(config, mesh=MeshOptions(data, 8 // data)), "cpu:8")
+    for axis in ("dict", "data"):
+        got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
+        assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), (axis, found)
+    work = Work.of(config, spec.d_in, None, data, 8 // data, "cpu")
+    assert program.memory_analysis().argument_size_in_bytes == pytest.approx(
+        sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu")), rel=0.02)
+    if parts == 1:  # a loop's FLOPs are counted once
+        assert program.cost_analysis()["flops"] == pytest.approx(flops(work), rel=0.17)
+    measured = program.memory_analysis().temp_size_in_bytes
+    assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
+
+
+def test_collectives_of_topk_are_three_arrays_of_rows_and_the_candidates():
+    config = make_config(sae__d_in=1024, train__batch=512, train__sparse="always", sae__d_sae=4096)
+    found = [m for m in moved(compiled(config, 1)[0].as_text(), 1, 8) if not m.branch]
+    assert sum(m.bytes for m in found) == pytest.approx(3 * 4 * 512 * 1024 + 4 * 8 * 512 * 16, rel=0.05)
+    assert {m.axis for m in found} == {"dict"}
+    sizes = [math.prod(int(n) for n in re.findall(r"\d+", shape.split("[")[1])) for m in found for shape in m.shapes]
+    assert max(sizes) == 512 * 1024  # no gradient and no parameter among them
+
+
+def test_golden_plan():
+    made = json.loads(as_json(make_plan(wide(), "v5p:2x4x4")))
+    golden = json.loads(GOLDEN.read_text())
+    assert _rounded(made) == _rounded(golden), ("the plan of tests/plan/configs.wide has changed; if that is right: "
+                                                "python -m tests.plan.golden > tests/plan/golden.json")
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def test_state_bytes_are_those_of_the_training_state():
+    plan = make_plan(wide(), "v5p:2x4x4")
+    parameters = 2 * 4096 * 2**22 + 2**22 + 4096
+    assert plan["sae"]["parameters"] == parameters
+    memory = plan["memory"]["by_kind"]
+    on_chip = 4 * (2 * 4096 * 2**22 + 2**22) // 32 + 4 * 4096  # b_dec is on every chip
+    assert memory["parameters"] == on_chip and memory["optimizer float32"] == 2 * on_chip
+    with_mean = make_plan(make_config(train__ema=0.99), "cpu:8")["memory"]["by_kind"]
+    assert with_mean["mean of the parameters"] == with_mean["parameters"]
+
+
+def test_table_and_json_say_the_same(capsys):
+    plan = make_plan(wide(), "v5p:2x4x4")
+    table = as_table(plan)
+    for text in ("v5p:2x4x4, 32 chips", "1 x 32 (data x dict), sparse path", "candidate values", "tokens/s", "smallest that fit"):
+        assert text in table
+    assert max(map(len, table.splitlines())) <= 130
+    assert json.loads(as_json(plan)) == json.loads(json.dumps(plan))
+
+
+def test_without_a_topology_it_lists_the_smallest_that_fit():
+    plan = make_plan(wide())
+    assert "memory" not in plan and "time" not in plan
+    by_chip = {}
+    for option in plan["fits"]:
+        by_chip.setdefault(option["topology"].split(":")[0], []).append(option)
+    assert set(by_chip) == {"v5e", "v5p", "v6e", "h100", "h200"} and all(len(options) == 3 for options in by_chip.values())
+    for options in by_chip.values():
+        chips = [option["chips"] for option in options]
+        assert chips == sorted(chips)
+        for option in options:
+            assert option["bytes_per_chip"] <= step_cost.USABLE * hardware.CHIPS[option["topology"].split(":")[0]].memory
+    # The next smaller one would not do.
+    with pytest.raises(ConfigError, match=r"GB more than the 88.3 GB that arrays can have; .*smallest v5p .* is v5p:2x2x2"):
+        make_plan(wide(), "v5p:2x2x1")
+
+
+@pytest.mark.parametrize("text, size, name", [
+    ("v5p:4x8x8", 256, "v5p:4x8x8"), ("V5E:16", 16, "v5e:4x4"), ("v6e:8x4", 32, "v6e:8x4"), ("h100:8x4", 32, "h100:8x4"),
+    ("h200:8", 8, "h200:8"), ("cpu:8", 8, "cpu:8")])
+def test_topologies(text, size, name):
+    assert parse(text).size == size and parse(text).name == name
+
+
+@pytest.mark.parametrize("text, message", [
+    ("v5:8x8", "unknown chip 'v5'; did you mean 'v5"),
+    ("a100:8", "unknown chip 'a100'; did you mean 'h100'"),
+    ("tpu", "unknown chip 'tpu'; known are v5e, v5p, v6e, h100, h200, cpu"),
+    ("v5p", "the shape is missing or no product of sizes; write for example v5p:8x8x16"),
+    ("v5p:4x8x", "the shape is missing or no product of sizes"),
+    ("v5p:4x4x5", "v5p has no slice of that shape; nearest are v5p:4x4x4, "),
+    ("v5e:32x32", "v5e has no slice of that shape; nearest are v5e:16x16"),
+    ("h100:16x4", "the shape of h100 is GPUs per node (at most 8) x nodes"),
+    ("cpu:4x2", "the shape of cpu is a number of devices"),
+])
+def test_unknown_topologies(text, message):
+    with pytest.raises(ConfigError) as error:
+        make_plan(make_config(), text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_uses_every_axis_that_it_reaches_over():
+    v5p, nodes = parse("v5p:4x8x8"), parse("h100:8x4")
+    link = v5p.chip.link
+    assert [v5p.ring(n) / link for n in (8, 64, 256)] == [1, 2, 3]
+    assert v5p.ring(4, stride=64) == link and v5p.ring(32, stride=8) == 2 * link
+    assert nodes.ring(8) == nodes.chip.link and nodes.ring(4, stride=8) == nodes.ring(16) == nodes.chip.across
+
+
+@pytest.mark.parametrize("overrides, topology, message", [
+    ({"mesh__data": 3, "mesh__dict": 2}, "cpu:8", "does not use the 8 devices here; .*that divide all are 4x2"),
+    ({"train__batch": 100}, "cpu:8", "config.train.batch: 100 rows cannot be split over the 1 x 8 mesh; .*96 or 104"),
+    ({"sae__d_sae": 8190, "mesh__dict": 4, "mesh__data": 2}, "cpu:8", "nearest valid value is 8192; .*divide all are 4x2"),
+    ({"mesh__data": -1, "train__batch": 100}, "cpu:8", "100 rows cannot rest on 8 devices; the nearest valid value is 96"),
+    ({"sae__d_sae": 2**25, "sae__d_in": 4096, "train__batch": 16384}, "v5e:16x16",
+     r"33,554,432 features of width 4096 need [\d.]+ GB on each chip of v5e:16x16 \(mesh 1x256\), [\d.]+ GB more than the "
+     r"14.7 GB .* the largest dictionary here is about [\d,]+ features; .*accumulate"),
+    ({"sae__d_sae": 2**31, "sae__d_in": 4096}, None, "fit none of the known topologies"),
+])
+def test_what_cannot_be_is_one_line_with_a_way_out(overrides, topology, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        make_plan(make_config(**overrides), topology)
+    assert "\n" not in str(error.value)
+
+
+def test_the_largest_dictionary_that_it_names_fits():
+    config = make_config(sae__d_sae=2**25, sae__d_in=4096, train__batch=16384)
+    with pytest.raises(ConfigError) as error:
+        make_plan(config, "v5e:16x16")
+    largest = int(str(error.value).split("is about ")[1].split(" ")[0].replace(",", ""))
+    sae = dataclasses.replace(config.sae, d_sae=largest)
+    assert make_plan(dataclasses.replace(config, sae=sae), "v5e:16x16")["memory"]["fits"]
+
+
+def test_the_mesh_that_it_chooses():
+    # Few features on each chip, many rows: gradients are cheaper to move than rows.
+    small = make_config(sae__d_in=512, sae__d_sae=16_384, train__batch=2**18, train__compute_dtype="bfloat16")
+    assert best_mesh(small, 512, None, parse("v5e:4x4"))[0] > 1
+    # A wide dictionary and few rows: no gradient travels.
+    assert best_mesh(wide(), 4096, None, parse("v5p:2x4x4")) == (1, 32)
+    # With many rows the dictionary stays inside a node: the network between nodes takes the gradients.
+    pod = make_config(sae__d_in=2304, sae__d_sae=2**17, sae__k=64, train__batch=2**19, train__compute_dtype="bfloat16")
+    assert best_mesh(pod, 2304, None, parse("h100:8x4")) == (4, 8)
+    # Shapes that divide only.
+    odd = make_config(sae__d_sae=8192 + 2, train__batch=512)
+    assert best_mesh(odd, 512, None, parse("cpu:8"))[1] <= 2
+    # What does not fit on the fastest shape goes onto one where it does.
+    spec = SAESpec.from_options(wide().sae, {wide().sae.hookpoint: 4096})
+    assert per_parameter(wide(), spec) == pytest.approx(12, rel=1e-3)
+
+
+def test_training_takes_the_chosen_mesh_where_the_config_leaves_it_open():
+    config, devices = make_config(), jax.devices()
+    assert mesh_options(config, devices) == config.mesh
+    free = dataclasses.replace(config, mesh=MeshOptions(-1, -1))
+    chosen = mesh_options(free, devices, lambda hookpoint: 512)
+    assert (chosen.data, chosen.dict) == best_mesh(free, 512, None, hardware.present(devices))
+    assert sharding.make_mesh(chosen).size == 8
+
+
+def test_collectives_are_read_with_loops_branches_and_groups():
+    hlo = """HloModule m
+%body (p: f32[8]) -> f32[8] {
+  %a = f32[4,8]{1,0} all-reduce(%x), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%sum
+}
+%left (p: f32[8]) -> f32[8] {
+  %g = f32[16,8]{1,0} all-gather(%x), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+}
+%right (p: f32[8]) -> f32[8] {
+}
+ENTRY %main (p: f32[8]) -> f32[8] {
+  %w = f32[8] while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %c1 = f32[8] conditional(%i, %p, %p), branch_computations={%left, %right}
+  %s = (bf16[2,8]{1,0}, bf16[8,8]{1,0}) all-gather-start(%p), replica_groups=mesh['a'=2,'b'=4] {'b'}, dimensions={0}
+  %r = f32[2,8]{1,0} reduce-scatter(%p), replica_groups=[2,4]<=[8], dimensions={0}
+}
+"""
+    found = {m.kind + str(m.branch): m for m in moved(hlo, 2, 4)}
+    assert len(found) == 4
+    reduce, branch = found["all-reduceFalse"], found["all-gatherTrue"]
+    assert (reduce.axis, reduce.times, reduce.bytes) == ("data", 5, 2 * 5 * 4 * 8 * 4)
+    assert (branch.axis, branch.bytes) == ("dict", 16 * 8 * 4)
+    assert (found["all-gatherFalse"].axis, found["all-gatherFalse"].bytes) == ("dict", 8 * 8 * 2)
+    assert found["reduce-scatterFalse"].bytes == 4 * 2 * 8 * 4
+
+
+def test_harvest_and_store(model_and_text, tmp_path):
+    from tests import tiny_experiment
+    config = tiny_experiment.make_config(*model_and_text, tmp_path / "run")
+    plan = make_plan(config, "cpu:1")
+    assert plan["sae"]["d_in"] == tiny_experiment.D_IN
+    harvest = plan["harvest"]
+    assert harvest["store_tokens"] == 4096 and harvest["passes"] == 0.5
+    lm, train = harvest["lm_flops_per_token"], harvest["train_flops_per_token"]
+    assert harvest["share_of_flops"] == pytest.approx(lm * 4096 / (lm * 4096 + train * 2048), rel=1e-6)
+    assert "of all FLOPs" in as_table(plan)
+
+
+def test_the_command(model_and_text, tmp_path, capsys):
+    from tests import tiny_experiment as tiny
+    config = tiny.write_config(tmp_path / "config.py", *model_and_text, tmp_path / "run", "c.sae.aux_k = 0")
+    assert main(["plan", f"--config={config}", "--topology=cpu:8", "--compile", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    found = plan["compiled"]
+    assert set(found["memory"]) == {"arguments", "temporaries", "outputs beside arguments", "program"}
+    assert found["memory"]["arguments"] > 0 and found["flops_per_step_per_chip"] > 0
+    assert found["collectives"][0]["bytes"] >= found["collectives"][-1]["bytes"]
+    assert plan["compiled"]["collective_bytes"]["dict"] == pytest.approx(plan["collective_bytes"]["dict"], rel=0.1)
+    assert main(["plan", f"--config={config}"]) == 0 and "smallest that fit" in capsys.readouterr().out
+    for arguments, message in ((["--topology=v5x:8"], "unknown chip 'v5x'"), (["--compile"], "--compile needs --topology"),
+                               (["--topology=h100:8", "--compile"], "only TPU topologies"),
+                               (["--config.lm.model=no/model"], "not known here")):
+        assert main(["plan", f"--config={config}", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
+    with pytest.raises(ConfigError, match=r"needs the TPU compiler: pip install 'saejax\[tpu-plan\]'"):
+        make_plan(make_config(), "v5e:2x4", compiled=True)
+
+
+@pytest.mark.slow
+def test_the_step_compiles_for_a_tpu_slice():
+    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
+    config = make_config(sae__d_in=256, sae__d_sae=16_384, train__batch=1024, train__compute_dtype="bfloat16",
+                         train__sparse="always", mesh__data=2, mesh__dict=4)
+    plan = make_plan(config, "v5e:2x4", compiled=True)
+    found, memory = plan["compiled"], plan["memory"]["by_kind"]
+    state = sum(size for name, size in memory.items() if name.startswith(("parameters", "optimizer", "counters")))
+    assert found["memory"]["arguments"] == pytest.approx(state, rel=0.05)
+    for axis in ("dict", "data"):
+        assert found["collective_bytes"][axis] == pytest.approx(plan["collective_bytes"][axis], rel=0.05)

@@ -1,0 +1,105 @@
+"""Several processes meet within a time limit, say why they do not, and refuse to go on with different configs."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from saejax.command_line import parse
+from saejax.distributed import announced
+from saejax.errors import ConfigError
+from tests import tiny_experiment as tiny
+from tests.processes import environment, free_port
+
+
+@pytest.fixture
+def config_file(model_and_text, tmp_path):
+    return tiny.write_config(tmp_path / "config.py", *model_and_text, tmp_path / "run")
+
+
+def processes(config_file, port, number, *, of=2, each=lambda i: (), flags=("--start_timeout=60",)):
+    """Starts the processes that are numbered so, and returns (exit code, last line on stderr, seconds) of each."""
+    clock = time.monotonic()
+    command = [sys.executable, "-m", "saejax.main", "train", f"--config={config_file}", "--distributed",
+               f"--coordinator=127.0.0.1:{port}", f"--num_processes={of}", *flags]
+    jobs = [subprocess.Popen([*command, f"--process_id={i}", *each(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=environment(1)) for i in number]
+    try:
+        out = [job.communicate(timeout=100)[1].splitlines() for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    errors = [next((line for line in lines if line.startswith("saejax: error:")), lines[-1:]) for lines in out]
+    return [(job.returncode, error, time.monotonic() - clock) for job, error in zip(jobs, errors, strict=True)]
+
+
+@pytest.mark.parametrize("env, who", [
+    ({}, ""),
+    ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, ""),  # a batch script or a shell, no step of srun
+    ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "3"}, "Slurm"),
+    ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, ""),
+    ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, "TPU workers"),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, ""),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JOB_COMPLETION_INDEX": "2"}, "environment"),
+    ({"JAX_COORDINATOR_ADDRESS": "a:1"}, ""),
+])
+def test_who_announces_several_processes(env, who):
+    assert announced(env) == who
+
+
+def test_flags_and_environment_decide_together(config_file, monkeypatch):
+    def distributed(*flags):
+        return parse("train", [f"--config={config_file}", *flags], takes_config=True, options=("distributed",)).distributed
+
+    assert distributed() is None and distributed("--distributed").coordinator is None
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert distributed() is not None and distributed("--nodistributed") is None
+    given = distributed("--distributed", "--coordinator=a:1", "--num_processes=2", "--process_id=0", "--heartbeat=7")
+    assert (given.coordinator, given.heartbeat, given.timeout) == ("a:1", 7, None)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--coordinator=nowhere", "--num_processes=2", "--process_id=0"), "--coordinator=nowhere: write HOST:PORT"),
+    (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "are numbered from 0 to 1"),
+])
+def test_addresses_and_numbers_are_checked_first(flags, message, config_file, capsys):
+    from saejax.main import main
+    assert main(["train", f"--config={config_file}", "--distributed", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_environment_must_say_which_process_this_is(monkeypatch):
+    from saejax import distributed
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ConfigError, match="neither JAX_PROCESS_ID nor JOB_COMPLETION_INDEX says which"):
+        distributed.start()
+
+
+def test_an_unreachable_coordinator_ends_in_one_line_in_time(config_file):
+    [(code, error, seconds)] = processes(config_file, free_port(), [1], flags=("--start_timeout=1",))
+    assert code == 2 and seconds < 40
+    assert "no job after 1 s: nothing answers at 127.0.0.1:" in error
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_come_are_missed(config_file):
+    [(code, error, _)] = processes(config_file, free_port(), [0], flags=("--start_timeout=2",))
+    assert code == 2 and "not all 2 processes came to 127.0.0.1:" in error
+    port = free_port()
+    ends = processes(config_file, port, [0, 1], of=3, flags=("--start_timeout=8",))
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert any("answers, but the job is not complete" in error or "not all 3 processes" in error for _, error, _ in ends)
+
+
+def test_processes_with_different_configs_refuse_to_start(config_file, tmp_path):
+    def own(i):
+        return f"--config.train.lr={1 + i}", f"--config.sae.k={8 - i}", f"--config.log.every_steps={1 + i}"
+
+    ends = processes(config_file, free_port(), [0, 1], each=own)
+    for code, error, _ in ends:
+        assert code == 2, error
+        assert "config.sae.k, config.train.lr: not the same in all 2 processes (process 1 differs from process 0)" in error
+    assert not (tmp_path / "run").exists()
