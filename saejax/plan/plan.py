@@ -101,7 +101,8 @@ def _time(config: Config, work: Work, topology: Topology) -> dict:
     fed = work.rows * row / topology.size / topology.chip.host
     step = max(sum(parts.values()), fed)
     rate = work.rows / step
-    return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(parts | {"input": fed}, key=(
+    return {"seconds": parts, "step_seconds": step,
+            "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()), "input_seconds": fed, "bound": max(parts | {"input": fed}, key=(
                 parts | {"input": fed}).__getitem__), "tokens_per_second": rate, "store_bytes_per_second": rate * row,
             "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}
 

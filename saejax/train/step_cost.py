@@ -163,9 +163,12 @@ def _dense_arrays(w: Work, sort: str) -> float:
     return DENSE[sort][w.kind] * (TANH[sort] if w.tanh else 1.0)
 
 
-def seconds(w: Work, topology: Topology) -> dict[str, float]:
-    """Seconds of a step by what takes them, one after the other."""
+def seconds(w: Work, topology: Topology, *, at_peak: bool = False) -> dict[str, float]:
+    """Seconds of a step by what takes them, one after the other. at_peak: if products and memory ran at what the vendor states,
+    which is what a compiler's estimate supposes.
+    """
     chip = topology.chip
+    matmul, streamed, gather = (1.0, 1.0, 1.0) if at_peak else (MATMUL, STREAMED, chip.gather)
     peak = chip.flops * (chip.float32 if w.compute_bytes == 4 else 1.0)
     local, s = w.rows / w.data, w.compute_bytes
     # Unfused: written, and read twice to select. Dense besides: activations and their gradients, for three products each.
@@ -176,9 +179,9 @@ def seconds(w: Work, topology: Topology) -> dict[str, float]:
     # State read and written, gradient written and read; once more read for the norm, and decoder rows for theirs.
     moved = 2 * w.state_bytes + 8 + 4 * w.clip + 10 * w.unit_decoder
     groups = {"dict": (w.dict, 1), "data": (w.data, w.dict)}
-    out = {"products": flops(w) / (MATMUL * peak), "selection": passes * local * w.features / chip.bandwidth,
-           "gathers": touched / (chip.gather * chip.bandwidth),
-           "optimizer": moved * w.matrices / (STREAMED * chip.bandwidth)}
+    out = {"products": flops(w) / (matmul * peak), "selection": passes * local * w.features / chip.bandwidth,
+           "gathers": touched / (gather * chip.bandwidth),
+           "optimizer": moved * w.matrices / (streamed * chip.bandwidth)}
     return out | {"collectives": sum(c.bytes / topology.ring(*groups[c.axis]) for c in collectives(w, topology.chip.platform))}
 
 

@@ -278,3 +278,14 @@ def test_the_step_compiles_for_a_tpu_slice():
     assert found["memory"]["arguments"] == pytest.approx(state, rel=0.05)
     for axis in ("dict", "data"):
         assert found["collective_bytes"][axis] == pytest.approx(plan["collective_bytes"][axis], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_compilers_estimate_of_a_dense_step_is_the_sum_of_rooflines():
+    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
+    config = make_config("relu", sae__d_in=2304, sae__d_sae=2**20, train__batch=4096, train__compute_dtype="bfloat16")
+    plan = make_plan(config, "v5e:4x4", compiled=True)
+    ratio = plan["compiled"]["step_seconds"] / plan["time"]["step_seconds_at_peak"]
+    assert 1 / 1.3 < ratio < 1.3, ratio
+    kept, total = plan["compiled"]["memory"], plan["memory"]["total"]
+    assert 0.5 < (kept["arguments"] + kept["temporaries"]) / total < 2
