@@ -96,14 +96,13 @@ def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, di
 
 def _time(config: Config, work: Work, topology: Topology) -> dict:
     """Seconds of a step by what takes them, and what follows: tokens/s, days, the rate at which the store is read."""
-    parts = step_cost.seconds(work, topology)
-    row = 2 * work.row_width
+    parts, row = step_cost.seconds(work, topology), 2 * work.row_width
     fed = work.rows * row / topology.size / topology.chip.host
     step = max(sum(parts.values()), fed)
-    rate = work.rows / step
-    return {"seconds": parts, "step_seconds": step,
-            "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()), "input_seconds": fed, "bound": max(parts | {"input": fed}, key=(
-                parts | {"input": fed}).__getitem__), "tokens_per_second": rate, "store_bytes_per_second": rate * row,
+    sources, rate = parts | {"input": fed}, work.rows / step
+    return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
+            "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()),
+            "tokens_per_second": rate, "store_bytes_per_second": rate * row,
             "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}
 
 

@@ -289,3 +289,9 @@ def test_the_compilers_estimate_of_a_dense_step_is_the_sum_of_rooflines():
     assert 1 / 1.3 < ratio < 1.3, ratio
     kept, total = plan["compiled"]["memory"], plan["memory"]["total"]
     assert 0.5 < (kept["arguments"] + kept["temporaries"]) / total < 2
+
+
+def test_the_example_in_the_docs_is_current(capsys):
+    root = Path(__file__).parents[2]
+    assert main(["plan", f"--config={root / 'configs/smollm2_pod.py'}", "--topology=v5p:4x4x4"]) == 0
+    assert capsys.readouterr().out in (root / "docs/plan.md").read_text(), "put what the command in docs/plan.md prints there"
