@@ -50,12 +50,13 @@ def row(name: str, plan: dict) -> str:
     moved = sum(size for axis, size in found["collective_bytes"].items() if "branches" not in axis) / 1e9
     return (f"{head}| {memory['arguments'] / 1e9:.1f} + {memory['temporaries'] / 1e9:.1f} | {planned:.1f} "
             f"| {f'{estimate * 1e3:.0f}' if estimate else '-'} | {plan['time']['step_seconds'] * 1e3:.0f} "
+            f"({plan['time']['step_seconds_at_peak'] * 1e3:.0f}) "
             f"| {moved:.2f} / {sum(plan['collective_bytes'].values()) / 1e9:.2f} {tail}")
 
 
 def main(names: list[str]) -> None:
     print("| SAE | batch | topology | path | GB per chip, compiler: state + temporaries | GB per chip, plan "
-          "| ms per step, compiler | ms per step, roofline | GB moved, compiler / plan | s to compile | GB to compile |")
+          "| ms per step, compiler | ms per step, plan (at peak) | GB moved, compiler / plan | s to compile | GB to compile |")
     print("|" + "---|" * 11)
     for name in names or CASES:
         done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True,

@@ -1,9 +1,8 @@
 """TopK SAE with 1,048,576 features on SmolLM2-1.7B, layer 12: an example for a pod or a multi-GPU cluster.
 
-Hardware: a mesh of 4 x 16 devices: two matrices of 2048 x 2^20 in float32 with gradients and Adam's two moments are
-          69 GB, 4.3 GB on each of 16 devices. A float32 array of [65536 / 4, 2^20 / 16] (pre-activations, activations,
-          gradients) is another 4.3 GB, and a step holds up to six of them at once: plan for 30 GB on each device, or lower
-          train.batch. Other device counts: --config.mesh.data=... --config.mesh.dict=...
+Hardware: a mesh of 4 x 16 devices. `saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4` puts it at 8.5 GB on each
+          chip; the TPU compiler reserves 3.2 GB for the state and 7.0 GB beside it (--compile). Without --topology it lists what
+          it fits. Other device counts: --config.mesh.data=... --config.mesh.dict=..., or -1 for both.
           Not yet run at this size, so no time and no metrics are given.
 Needs:    the Hugging Face hub (model and text), a run directory on storage that every host sees.
 Command:  saejax run --distributed --config=configs/smollm2_pod.py --config.run_dir=/shared/runs/smollm2_pod

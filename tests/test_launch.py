@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -187,3 +188,15 @@ def test_local_processes_make_one_run(model_and_text, tmp_path):
     assert main(["inspect", str(tmp_path / "run")]) == 0
     failed = script("local_processes.sh", "2", "2", "run", f"--config={config}", "--config.sae.k=3", env=env)
     assert failed.returncode == 2 and "belongs to another config" in failed.stderr
+
+
+def test_local_processes_pass_a_signal_on(tmp_path):
+    (tmp_path / "job.sh").write_text('#!/usr/bin/env bash\ntrap "exit 75" TERM\ntouch "$0.${*: -1}"\n'
+                                     'for i in {1..300}; do sleep 0.1; done\n')
+    job = subprocess.Popen(["bash", str(LAUNCH / "local_processes.sh"), "2", "1", "train"],
+                           env=os.environ | {"SAEJAX": f"bash {tmp_path / 'job.sh'}"})
+    end = time.monotonic() + 20
+    while len(list(tmp_path.glob("job.sh.--process_id=*"))) < 2 and time.monotonic() < end:
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=20) == 75

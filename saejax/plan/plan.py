@@ -16,7 +16,7 @@ from saejax.plan.compiled import compile_step
 from saejax.plan.source import Source, find
 from saejax.sae import SAESpec
 from saejax.train import step_cost
-from saejax.train.state import TrainState, abstract_state
+from saejax.train.state import abstract_state
 from saejax.train.step_cost import Work
 
 SCHEMA_VERSION = 1
@@ -52,9 +52,9 @@ def mesh_on(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, int
     """(data, dict) that training would have on so many devices: `config.mesh`, or the best shape where it leaves both open."""
     n, mesh = topology.size, config.mesh
     if (mesh.data, mesh.dict) == (-1, -1):
-        return step_cost.best_mesh(config, spec.d_in, spec.d_out, topology)
+        return step_cost.best_mesh(config, spec, topology)
     possible = step_cost.shapes(n, config.train.batch, config.sae.d_sae)
-    best = possible and "{}x{}".format(*step_cost.best_mesh(config, spec.d_in, spec.d_out, topology))
+    best = possible and "{}x{}".format(*step_cost.best_mesh(config, spec, topology))
     try:
         data, dict_ = sharding.mesh_sizes(mesh, n)
         sharding.check_divides(config.train.batch, config.sae.d_sae, data, dict_)
@@ -74,16 +74,16 @@ def _nearest(possible: list[tuple[int, int]], mesh: MeshOptions) -> str:
 def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int) -> dict:
     """Memory, collectives and time of a step on a mesh of this topology."""
     state = abstract_state(config, spec, AbstractMesh((data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
-    kept, platform = state_bytes(state), topology.chip.platform
-    work = work_on(config, spec, topology, data, dict_, per_parameter(config, spec))
+    kept, platform = step_cost.state_bytes(state), topology.chip.platform
+    work = Work.of(config, spec, data, dict_, platform)
     memory = kept | {name: round(size) for name, size in step_cost.working(work, platform).items() if size}
     total, usable = sum(memory.values()), round(step_cost.USABLE * topology.chip.memory)
     moved = step_cost.collectives(work, platform)
     where = {"name": topology.name, "chips": topology.size, "mesh": {"data": data, "dict": dict_},
              "path": "sparse" if work.pairs else "dense"}
-    best = step_cost.best_mesh(config, spec.d_in, spec.d_out, topology, work.state_bytes)
+    best = step_cost.best_mesh(config, spec, topology)
     if best != (data, dict_):
-        rate = _time(config, work_on(config, spec, topology, *best, work.state_bytes), topology)["tokens_per_second"]
+        rate = _time(config, Work.of(config, spec, *best, platform), topology)["tokens_per_second"]
         where["best"] = {"data": best[0], "dict": best[1], "tokens_per_second": rate}
     return {"topology": where,
             "memory": {"by_kind": memory, "total": total, "usable": usable, "fits": total <= usable},
@@ -96,52 +96,24 @@ def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, di
 
 def _time(config: Config, work: Work, topology: Topology) -> dict:
     """Seconds of a step by what takes them, and what follows: tokens/s, days, the rate at which the store is read."""
-    parts = step_cost.seconds(work, topology)
-    row = 2 * work.row_width
+    parts, row = step_cost.seconds(work, topology), 2 * work.row_width
     fed = work.rows * row / topology.size / topology.chip.host
     step = max(sum(parts.values()), fed)
-    rate = work.rows / step
-    return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(parts | {"input": fed}, key=(
-                parts | {"input": fed}).__getitem__), "tokens_per_second": rate, "store_bytes_per_second": rate * row,
+    sources, rate = parts | {"input": fed}, work.rows / step
+    return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
+            "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()),
+            "tokens_per_second": rate, "store_bytes_per_second": rate * row,
             "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}
-
-
-def work_on(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int, per: float) -> Work:
-    """The step's `Work` there."""
-    return Work.of(config, spec.d_in, spec.d_out, data, dict_, topology.chip.platform, per)
-
-
-def state_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes of the state on one chip by kind; optimiser moments by dtype. state: shapes with shardings (`abstract_state`)."""
-    def size(leaf) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    out: Counter = Counter()
-    for leaf in jax.tree.leaves(state.params):
-        out["parameters"] += size(leaf)
-    for leaf in jax.tree.leaves(state.opt_state):
-        out[f"optimizer {leaf.dtype}" if leaf.ndim else "counters and scalars"] += size(leaf)
-    for leaf in jax.tree.leaves(state.ema):
-        out["mean of the parameters"] += size(leaf)
-    rest = state.replace(params=None, opt_state=None, ema=None)
-    out["counters and scalars"] += sum(map(size, jax.tree.leaves(rest)))
-    return dict(out)
-
-
-def per_parameter(config: Config, spec: SAESpec) -> float:
-    """Bytes of state for each parameter."""
-    state = abstract_state(config, spec, AbstractMesh((1, 1), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
-    return sum(state_bytes(state).values()) / sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def fitting(config: Config, spec: SAESpec) -> list[dict]:
     """Of every chip the smallest topologies that a config fits, each on its best mesh: the smallest three."""
-    out, found, per = [], Counter(), per_parameter(config, spec)
+    out, found = [], Counter()
     for topology in hardware.every():
         if found[topology.chip.name] == 3 or not step_cost.shapes(topology.size, config.train.batch, config.sae.d_sae):
             continue
-        data, dict_ = step_cost.best_mesh(config, spec.d_in, spec.d_out, topology, per)
-        work = work_on(config, spec, topology, data, dict_, per)
+        data, dict_ = step_cost.best_mesh(config, spec, topology)
+        work = Work.of(config, spec, data, dict_, topology.chip.platform)
         if step_cost.fits(work, topology.chip):
             found[topology.chip.name] += 1
             time = _time(config, work, topology)
@@ -158,8 +130,8 @@ def _check_fits(config: Config, spec: SAESpec, topology: Topology, plan: dict) -
     mesh = plan["topology"]["mesh"]
     over = (memory["total"] - memory["usable"]) / _GB
     would = []
-    best = step_cost.best_mesh(config, spec.d_in, spec.d_out, topology, per_parameter(config, spec))
-    if step_cost.fits(work_on(config, spec, topology, *best, per_parameter(config, spec)), topology.chip):
+    best = step_cost.best_mesh(config, spec, topology)
+    if step_cost.fits(Work.of(config, spec, *best, topology.chip.platform), topology.chip):
         would.append(f"the mesh {best[0]}x{best[1]} fits")
     larger = [option["topology"] for option in fitting(config, spec) if option["topology"].split(":")[0] == topology.chip.name]
     would += [f"the smallest {topology.chip.name} that fits is {larger[0]}"] if larger else []
@@ -171,12 +143,11 @@ def _check_fits(config: Config, spec: SAESpec, topology: Topology, plan: dict) -
 
 def _largest(config: Config, spec: SAESpec, topology: Topology, mesh: dict) -> int:
     """The largest multiple of 1,024 x dict features that fits this mesh."""
-    step, per = 1024 * mesh["dict"], per_parameter(config, spec)
+    step, work = 1024 * mesh["dict"], Work.of(config, spec, mesh["data"], mesh["dict"], topology.chip.platform)
     low, high = 0, max(1, config.sae.d_sae // step)
     while low < high:
         middle = (low + high + 1) // 2
-        wanted = dataclasses.replace(config, sae=dataclasses.replace(config.sae, d_sae=middle * step))
-        if step_cost.fits(work_on(wanted, spec, topology, mesh["data"], mesh["dict"], per), topology.chip):
+        if step_cost.fits(dataclasses.replace(work, d_sae=middle * step), topology.chip):
             low = middle
         else:
             high = middle - 1
@@ -194,14 +165,14 @@ def _sae(config: Config, spec: SAESpec) -> dict:
             "d_sae": spec.d_sae, "k": spec.k, "batch": config.train.batch, "accumulate": config.train.accumulate,
             "compute_dtype": config.train.compute_dtype, "tokens": config.train.tokens,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            "state_bytes_per_parameter": round(per_parameter(config, spec), 3)}
+            "state_bytes_per_parameter": round(step_cost.bytes_per_parameter(config, spec), 3)}
 
 
 def _harvest(config: Config, spec: SAESpec, source: Source) -> dict:
     """The store's size, and what a harvested token costs against a trained one (FLOPs; the dense path's where it depends)."""
     harvested = config.harvest.tokens
     per_row = 2 * sum(source.widths.values()) + 5 + 4 * len(source.widths)  # bfloat16 rows; token, mask, norms
-    train = step_cost.flops(Work.of(config, spec.d_in, spec.d_out, 1, 1, "tpu")) / config.train.batch
+    train = step_cost.flops(Work.of(config, spec, 1, 1, "tpu")) / config.train.batch
     out = {"model": model_name(config.lm.model), "hookpoints": list(source.widths), "store_tokens": harvested,
            "store_bytes": harvested * per_row, "passes": config.train.tokens / harvested, "train_flops_per_token": round(train)}
     if source.lm_flops is not None:

@@ -74,7 +74,8 @@ def _traffic(plan: dict) -> list[tuple[str, str]]:
 
 def _time(plan: dict) -> list[tuple[str, str]]:
     time = plan["time"]
-    return [("step, roofline", f"{_duration(time['step_seconds'])}, most of it {time['bound']}"),
+    peak = _duration(time["step_seconds_at_peak"])
+    return [("step, roofline", f"{_duration(time['step_seconds'])}, most of it {time['bound']}; {peak} at the vendor's peak"),
             *((f"  {name}", _duration(value)) for name, value in time["seconds"].items() if value),
             ("tokens/s", number(time["tokens_per_second"])),
             ("store is read at", f"{number(time['store_bytes_per_second'], 'B')}/s"),

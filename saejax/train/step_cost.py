@@ -5,14 +5,21 @@ The model is a sum of rooflines, nothing of it overlapped; docs/plan.md has the 
 """
 
 import dataclasses
+import functools
+import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
 
 from saejax.config import Config, MeshOptions
 from saejax.errors import ConfigError
 from saejax.hardware import Chip, Topology, present
 from saejax.recipes import WITH_K
-from saejax.sae import sparse
+from saejax.sae import SAESpec, sparse
+from saejax.train.state import TrainState, abstract_state
 from saejax.train.step import takes_pairs
 
 MATMUL = 0.65      # share of the peak that large matrix products reach
@@ -51,16 +58,16 @@ class Work:
     aux: bool
 
     @classmethod
-    def of(cls, config: Config, d_in: int, d_out: int | None, data: int, dict_: int, platform: str,
-           state_bytes: float = 12.0) -> "Work":
-        """The work of a config whose rows have these widths, on a mesh data x dict. d_out: of a transcoder's target."""
+    def of(cls, config: Config, spec: SAESpec, data: int, dict_: int, platform: str) -> "Work":
+        """The work of a config on a mesh data x dict."""
         sae, train = config.sae, config.train
         return cls(
-            kind=sae.kind, rows=train.batch, d_in=d_in, d_out=d_in if d_out is None else d_out, d_sae=sae.d_sae,
+            kind=sae.kind, rows=train.batch, d_in=spec.d_in, d_out=spec.width_out, d_sae=sae.d_sae,
             k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, dict_, platform),
-            row_width=d_in + (d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
+            row_width=spec.d_in + (spec.d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
-            compute_bytes=2 if train.compute_dtype == "bfloat16" else 4, state_bytes=state_bytes, clip=bool(train.clip),
+            compute_bytes=2 if train.compute_dtype == "bfloat16" else 4,
+            state_bytes=bytes_per_parameter(config, spec), clip=bool(train.clip),
             unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k))
 
     @property
@@ -163,9 +170,12 @@ def _dense_arrays(w: Work, sort: str) -> float:
     return DENSE[sort][w.kind] * (TANH[sort] if w.tanh else 1.0)
 
 
-def seconds(w: Work, topology: Topology) -> dict[str, float]:
-    """Seconds of a step by what takes them, one after the other."""
+def seconds(w: Work, topology: Topology, *, at_peak: bool = False) -> dict[str, float]:
+    """Seconds of a step by what takes them, one after the other. at_peak: if products and memory ran at what the vendor states,
+    which is what a compiler's estimate supposes.
+    """
     chip = topology.chip
+    matmul, streamed, gather = (1.0, 1.0, 1.0) if at_peak else (MATMUL, STREAMED, chip.gather)
     peak = chip.flops * (chip.float32 if w.compute_bytes == 4 else 1.0)
     local, s = w.rows / w.data, w.compute_bytes
     # Unfused: written, and read twice to select. Dense besides: activations and their gradients, for three products each.
@@ -176,9 +186,9 @@ def seconds(w: Work, topology: Topology) -> dict[str, float]:
     # State read and written, gradient written and read; once more read for the norm, and decoder rows for theirs.
     moved = 2 * w.state_bytes + 8 + 4 * w.clip + 10 * w.unit_decoder
     groups = {"dict": (w.dict, 1), "data": (w.data, w.dict)}
-    out = {"products": flops(w) / (MATMUL * peak), "selection": passes * local * w.features / chip.bandwidth,
-           "gathers": touched / (chip.gather * chip.bandwidth),
-           "optimizer": moved * w.matrices / (STREAMED * chip.bandwidth)}
+    out = {"products": flops(w) / (matmul * peak), "selection": passes * local * w.features / chip.bandwidth,
+           "gathers": touched / (gather * chip.bandwidth),
+           "optimizer": moved * w.matrices / (streamed * chip.bandwidth)}
     return out | {"collectives": sum(c.bytes / topology.ring(*groups[c.axis]) for c in collectives(w, topology.chip.platform))}
 
 
@@ -197,7 +207,7 @@ def shapes(n: int, batch: int, d_sae: int) -> list[tuple[int, int]]:
     return [(n // f, f) for f in range(1, n + 1) if n % f == 0 and d_sae % f == 0] if batch % n == 0 else []
 
 
-def best_mesh(config: Config, d_in: int, d_out: int | None, topology: Topology, state_bytes: float = 12.0) -> tuple[int, int]:
+def best_mesh(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, int]:
     """(data, dict) with the least predicted step time among those that fit; where none fits, the one that needs least.
 
     Along `dict` three arrays of [B, D] move, along `data` the gradients, 8 bytes a parameter: the dictionary is split over all
@@ -209,13 +219,12 @@ def best_mesh(config: Config, d_in: int, d_out: int | None, topology: Topology, 
         near = max(1, round(config.train.batch / topology.size)) * topology.size
         raise ConfigError(f"config.train.batch: {config.train.batch} rows cannot rest on {topology.size} devices; the nearest "
                           f"valid value is {near}")
-    work = [Work.of(config, d_in, d_out, data, dict_, topology.chip.platform, state_bytes) for data, dict_ in possible]
 
     def order(w: Work):
         small = fits(w, topology.chip)
         return (not small, sum(seconds(w, topology).values()) if small else state_size(w), -w.dict)
 
-    best = min(work, key=order)
+    best = min((Work.of(config, spec, data, dict_, topology.chip.platform) for data, dict_ in possible), key=order)
     return best.data, best.dict
 
 
@@ -226,10 +235,33 @@ def mesh_options(config: Config, devices, width_of: Callable[[str], int] | None 
     """
     if (config.mesh.data, config.mesh.dict) != (-1, -1):
         return config.mesh
-    sae = config.sae
-    width = sum(map(width_of, sae.sources)) if width_of else sae.d_in or 2048
-    out = width_of(sae.target) if width_of and sae.target else None
-    return MeshOptions(*best_mesh(config, width, out, present(devices)))
+    widths = {name: width_of(name) if width_of else config.sae.d_in or 2048 for name in config.sae.hookpoints}
+    spec = SAESpec.from_options(config.sae, widths, config.train.compute_dtype)
+    return MeshOptions(*best_mesh(config, spec, present(devices)))
+
+
+def state_bytes(state: TrainState) -> dict[str, int]:
+    """Bytes of the state on one chip by kind; optimiser moments by dtype. state: shapes with shardings (`abstract_state`)."""
+    def size(leaf) -> int:
+        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    out: Counter = Counter()
+    for leaf in jax.tree.leaves(state.params):
+        out["parameters"] += size(leaf)
+    for leaf in jax.tree.leaves(state.opt_state):
+        out[f"optimizer {leaf.dtype}" if leaf.ndim else "counters and scalars"] += size(leaf)
+    for leaf in jax.tree.leaves(state.ema):
+        out["mean of the parameters"] += size(leaf)
+    rest = state.replace(params=None, opt_state=None, ema=None)
+    out["counters and scalars"] += sum(map(size, jax.tree.leaves(rest)))
+    return dict(out)
+
+
+@functools.lru_cache(maxsize=64)
+def bytes_per_parameter(config: Config, spec: SAESpec) -> float:
+    """Bytes of state for each parameter."""
+    state = abstract_state(config, spec, AbstractMesh((1, 1), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
+    return sum(state_bytes(state).values()) / sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def with_path(config: Config, pairs: bool) -> Config:

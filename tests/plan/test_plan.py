@@ -17,19 +17,21 @@ from saejax.main import main
 from saejax.plan import as_json, as_table, make_plan
 from saejax.plan.compiled import lowered
 from saejax.plan.hlo import moved
-from saejax.plan.plan import per_parameter
 from saejax.sae import SAESpec
 from saejax.train import step_cost
 from saejax.train.loop import mesh_options
-from saejax.train.step_cost import Work, best_mesh, flops, working
+from saejax.train.step_cost import Work, best_mesh, bytes_per_parameter, flops, working
 from tests.plan.configs import make_config, wide
 
 GOLDEN = Path(__file__).parent / "golden.json"
 
 
+def spec_of(config):
+    return SAESpec.from_options(config.sae, {config.sae.hookpoint: config.sae.d_in}, config.train.compute_dtype)
+
+
 def compiled(config, data):
-    mesh = sharding.make_mesh(MeshOptions(data, 8 // data))
-    spec = SAESpec.from_options(config.sae, {config.sae.hookpoint: config.sae.d_in}, config.train.compute_dtype)
+    mesh, spec = sharding.make_mesh(MeshOptions(data, 8 // data)), spec_of(config)
     return lowered(config, spec, mesh, "cpu").compile(), spec
 
 
@@ -50,7 +52,7 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
     for axis in ("dict", "data"):
         got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
         assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), (axis, found)
-    work = Work.of(config, spec.d_in, None, data, 8 // data, "cpu")
+    work = Work.of(config, spec, data, 8 // data, "cpu")
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(
         sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu")), rel=0.02)
     if parts == 1:  # a loop's FLOPs are counted once
@@ -177,21 +179,24 @@ def test_the_largest_dictionary_that_it_names_fits():
     assert make_plan(dataclasses.replace(config, sae=sae), "v5e:16x16")["memory"]["fits"]
 
 
+def best(config, topology):
+    return best_mesh(config, spec_of(config), parse(topology))
+
+
 def test_the_mesh_that_it_chooses():
+    bfloat16 = {"train__compute_dtype": "bfloat16"}
     # Few features on each chip, many rows: gradients are cheaper to move than rows.
-    small = make_config(sae__d_in=512, sae__d_sae=16_384, train__batch=2**18, train__compute_dtype="bfloat16")
-    assert best_mesh(small, 512, None, parse("v5e:4x4"))[0] > 1
+    assert best(make_config(sae__d_in=512, sae__d_sae=16_384, train__batch=2**18, **bfloat16), "v5e:4x4")[0] > 1
     # A wide dictionary and few rows: no gradient travels.
-    assert best_mesh(wide(), 4096, None, parse("v5p:2x4x4")) == (1, 32)
+    assert best(wide(), "v5p:2x4x4") == (1, 32)
     # With many rows the dictionary stays inside a node: the network between nodes takes the gradients.
-    pod = make_config(sae__d_in=2304, sae__d_sae=2**17, sae__k=64, train__batch=2**19, train__compute_dtype="bfloat16")
-    assert best_mesh(pod, 2304, None, parse("h100:8x4")) == (4, 8)
+    assert best(make_config(sae__d_in=2304, sae__d_sae=2**17, sae__k=64, train__batch=2**19, **bfloat16), "h100:8x4") == (4, 8)
     # Shapes that divide only.
-    odd = make_config(sae__d_sae=8192 + 2, train__batch=512)
-    assert best_mesh(odd, 512, None, parse("cpu:8"))[1] <= 2
-    # What does not fit on the fastest shape goes onto one where it does.
-    spec = SAESpec.from_options(wide().sae, {wide().sae.hookpoint: 4096})
-    assert per_parameter(wide(), spec) == pytest.approx(12, rel=1e-3)
+    assert best(make_config(sae__d_sae=8192 + 2, train__batch=512), "cpu:8")[1] <= 2
+    # State that an option adds is seen.
+    assert bytes_per_parameter(wide(), spec_of(wide())) == pytest.approx(12, rel=1e-3)
+    with_mean = make_config(train__ema=0.9)
+    assert bytes_per_parameter(with_mean, spec_of(with_mean)) == pytest.approx(16, rel=1e-3)
 
 
 def test_training_takes_the_chosen_mesh_where_the_config_leaves_it_open():
@@ -199,7 +204,7 @@ def test_training_takes_the_chosen_mesh_where_the_config_leaves_it_open():
     assert mesh_options(config, devices) == config.mesh
     free = dataclasses.replace(config, mesh=MeshOptions(-1, -1))
     chosen = mesh_options(free, devices, lambda hookpoint: 512)
-    assert (chosen.data, chosen.dict) == best_mesh(free, 512, None, hardware.present(devices))
+    assert (chosen.data, chosen.dict) == best_mesh(free, spec_of(free), hardware.present(devices))
     assert sharding.make_mesh(chosen).size == 8
 
 
@@ -278,3 +283,20 @@ def test_the_step_compiles_for_a_tpu_slice():
     assert found["memory"]["arguments"] == pytest.approx(state, rel=0.05)
     for axis in ("dict", "data"):
         assert found["collective_bytes"][axis] == pytest.approx(plan["collective_bytes"][axis], rel=0.05)
+
+
+@pytest.mark.slow
+def test_the_compilers_estimate_of_a_dense_step_is_the_sum_of_rooflines():
+    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
+    config = make_config("relu", sae__d_in=2304, sae__d_sae=2**20, train__batch=4096, train__compute_dtype="bfloat16")
+    plan = make_plan(config, "v5e:4x4", compiled=True)
+    ratio = plan["compiled"]["step_seconds"] / plan["time"]["step_seconds_at_peak"]
+    assert 1 / 1.3 < ratio < 1.3, ratio
+    kept, total = plan["compiled"]["memory"], plan["memory"]["total"]
+    assert 0.5 < (kept["arguments"] + kept["temporaries"]) / total < 2
+
+
+def test_the_example_in_the_docs_is_current(capsys):
+    root = Path(__file__).parents[2]
+    assert main(["plan", f"--config={root / 'configs/smollm2_pod.py'}", "--topology=v5p:4x4x4"]) == 0
+    assert capsys.readouterr().out in (root / "docs/plan.md").read_text(), "put what the command in docs/plan.md prints there"
