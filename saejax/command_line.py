@@ -35,6 +35,9 @@ class Arguments:
     contexts: int | None
     json: bool
     jumprelu: bool
+    to: str | None = None
+    approximate: bool = False
+    rows: Path | None = None
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -61,7 +64,10 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
                      contexts=fv["contexts"].value if "contexts" in fv else None,
                      json=bool(fv["json"].value) if "json" in fv else False,
-                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False)
+                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
+                     to=fv["to"].value if "to" in fv else None,
+                     approximate=bool(fv["approximate"].value) if "approximate" in fv else False,
+                     rows=Path(fv["rows"].value) if "rows" in fv and fv["rows"].value else None)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -80,6 +86,10 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
     if "jumprelu" in options:
         flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
+    if "to" in options:
+        flags.DEFINE_string("to", None, "format to write", flag_values=fv)
+        flags.DEFINE_bool("approximate", False, "topk as one threshold", flag_values=fv)
+        flags.DEFINE_string("rows", None, "activations (.npy)", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

@@ -85,6 +85,17 @@ JOBS = {
         "options:\n  --out=DIR                where to write\n"
         "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
         "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
+    "convert": Job(
+        "an SAE of any library -> the files of another one",
+        "saejax convert SRC DST --to=FORMAT [--approximate --rows=FILE.npy]",
+        "Reads SRC: a run, a checkpoint step, a release, files of SAELens, sparsify, dictionary_learning, Gemma\n"
+        "Scope, OpenAI, OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub. Writes the directory DST,\n"
+        "reads it back and compares. What the format cannot express exactly is refused with the reason\n"
+        "(docs/formats.md).\n\n"
+        "options:\n  --to=FORMAT              saelens, dictionary_learning, sparsify or gemma_scope\n"
+        "  --approximate            topk for Gemma Scope: one threshold, of the same mean L0 on the rows\n"
+        "  --rows=FILE.npy          activations [N, d_in] on which that is fitted and measured\n",
+        "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -141,7 +152,7 @@ def _start(job: str, rest: list[str]) -> int:
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
     if arguments.config is None and not arguments.paths:
-        what = "PATH" if job == "inspect" else "--config=FILE or a run directory"
+        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT"}.get(job, "--config=FILE or a run directory")
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
     if arguments.distributed is not None:
         _initialize(arguments.distributed)

@@ -80,7 +80,8 @@ def write(directory: Path, sae: SAE) -> None:
     arrays = {name: sharding.to_host(value) for name, value in tensors(params).items()}
     arrays = {_NAMES.get(name, name): np.ascontiguousarray(v.T) if name == "W_skip" else v for name, v in arrays.items()}
     values = {"activation": c.kind, "expansion_factor": max(1, c.d_sae // c.d_in), "normalize_decoder": False,
-              "num_latents": c.d_sae, "k": c.k, "multi_topk": False, "skip_connection": c.skip, "transcode": c.d_out is not None, "d_in": c.d_in}
+              "num_latents": c.d_sae, "k": c.k, "multi_topk": False, "skip_connection": c.skip,
+              "transcode": c.d_out is not None, "d_in": c.d_in}
     if is_writer():
         write_bytes(directory / WEIGHTS, save(arrays))
         write_json(directory / CONFIG, values | c.metadata.get("sparsify", {}))
