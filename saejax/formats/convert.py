@@ -17,8 +17,8 @@ LIMIT = 1e-4  # relative to the largest value
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two SAEs agree on the same rows. acts, recon: largest difference, relative to the largest value; other_features: how
-    many activations are zero in one and not in the other beyond rounding.
+    """How far two SAEs agree on the same rows. acts, recon: largest difference, relative to the largest value; other_features:
+    how many activations are zero in one and not in the other beyond rounding.
     """
 
     rows: int
@@ -99,7 +99,8 @@ def as_jumprelu(sae: SAE, x: np.ndarray) -> tuple[SAE, str]:
     (recon_a, acts_a), (recon_b, acts_b) = ([np.asarray(v) for v in s.reconstruct(x)] for s in (sae, other))
     changed = ((acts_a > 0) != (acts_b > 0)).sum() / max(1, (acts_a > 0).sum())
     relative = np.linalg.norm(recon_a - recon_b) / max(np.linalg.norm(recon_a), 1e-30)
-    return other, (f"; approximate: topk (k = {sae.cfg.k}) as threshold {threshold:.6g}, mean L0 {(acts_b > 0).sum(1).mean():.2f}, "
+    return other, (f"; approximate: topk (k = {sae.cfg.k}) as threshold {threshold:.6g}, mean L0 "
+                   f"{(acts_b > 0).sum(1).mean():.2f}, "
                    f"{100 * changed:.1f} % of the active features differ, reconstruction moves by {100 * relative:.1f} % (norm)")
 
 

@@ -40,8 +40,13 @@ def read(path: Path, mesh: Mesh | None = None, origin: str = "") -> SAE:
     """The SAE or transcoder of a directory (or of the `.npz` itself). origin: where the files come from, as "repo:path/in/repo"
     (default: the path); model, hookpoint, and of 1 whether it is a transcoder, are read off it. Raises `FormatError`.
     """
-    origin = origin or str(path.resolve())
+    origin = origin or _place(path)
     return _read_first(_npz(path), mesh, origin) if _npz(path).is_file() else _read_second(path, mesh, origin)
+
+
+def _place(path: Path) -> str:
+    """The last four components: repository, layer, width, L0. Folders above them say nothing of the files."""
+    return "/".join((path.parent if path.suffix == ".npz" else path).resolve().parts[-4:])
 
 
 def _npz(path: Path) -> Path:
@@ -130,7 +135,7 @@ def write(directory: Path, sae: SAE) -> None:
         raise FormatError(f"a {c.spec.shape} with input_norm={c.input_norm!r} cannot be written for Gemma Scope 1, which has "
                           "neither row "
                           "normalisation nor skip connections nor crosscoders")
-    if c.d_out is not None and "transcoder" not in str(directory.resolve()):
+    if c.d_out is not None and "transcoder" not in _place(directory):
         raise FormatError(f"{directory}: a transcoder is told from an SAE only by its place in Gemma Scope 1; write it to a "
                           "directory with "
                           "'transcoder' in its name")
