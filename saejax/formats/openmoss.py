@@ -5,10 +5,12 @@ activation_function.log_jumprelu_threshold, scalars dataset_average_activation_n
 `sae_weights.safetensors` with encoder.weight, decoder.weight and log_jumprelu_threshold. Old Llama Scope: `hyperparams.json` +
 `checkpoints/final.safetensors`, one jump_relu_threshold.
 
-The input is never centred. norm_activation "dataset-wise" (inputs times s = sqrt(d) / average norm) is folded as the peer's
-`from_pretrained` does by default: b_E /= s_in, b_D /= s_out, W_D *= s_in / s_out, W_E and thresholds unchanged; features come
-out in raw units. With sparsity_include_decoder_norm the selection reads pre ||W_D|| and the value stays pre: the threshold
-becomes threshold / ||W_D||. For topk no per-feature threshold can say that: norms are folded there, features are pre ||W_D||.
+The input is never centred. norm_activation "dataset-wise" (inputs times s = sqrt(d) / average norm) is folded, so that features
+come out in raw units: b_E /= s_in, b_D /= s_out, W_D *= s_in / s_out, W_E unchanged. Learned thresholds are in units of scaled
+inputs and are divided by s_in: the function as it was trained (lm-saes does so in its cross-layer transcoder; its SAE class
+leaves them, which moves the gate by s_in). The one jump_relu_threshold of old Llama Scope is in raw units already. With
+sparsity_include_decoder_norm the selection reads pre ||W_D|| and the value stays pre: the threshold becomes threshold /
+||W_D||. For topk no per-feature threshold can say that: norms are folded there, features are pre ||W_D||.
 """
 
 import math
@@ -24,7 +26,7 @@ from saejax.formats.assembling import parts_of, read_params, under
 from saejax.formats.keys import UNKNOWN, Keys, json_object
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams
-from saejax.sae.folding import decoder_norms, fold_input_scale, scale_features
+from saejax.sae.folding import decoder_norms, scale_features, to_raw_units
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.row_norm import CONSTANT_NORM, NONE
 
@@ -55,17 +57,16 @@ class _Folds:
     by_norm: str   # "", "threshold" or "features": how a selection by activation x decoder norm is expressed
 
     def apply(self, params: SAEParams) -> SAEParams:
-        own = params.per_feature
-        threshold = jnp.exp(own["threshold"]) if self.log_threshold else own.get("threshold")
-        params = params.replace(per_feature={})
-        # In units of scaled inputs first, then features / read: together b_enc / read, W_dec * read / written, W_enc as it was.
-        params = scale_features(fold_input_scale(params, self.read, self.written), jnp.full_like(params.b_enc, 1 / self.read))
         norms = decoder_norms(params)
+        threshold = params.per_feature.get("threshold")
+        if self.log_threshold:
+            threshold = jnp.exp(threshold) / self.read
+        if self.by_norm == "threshold":
+            threshold = threshold / norms
+        params = to_raw_units(params.replace(per_feature={}), self.read, self.written)
         if self.by_norm == "features":
-            params = scale_features(params, norms)
-        if threshold is None:
-            return params
-        return params.replace(per_feature={"threshold": threshold / norms if self.by_norm == "threshold" else threshold})
+            params = scale_features(params, decoder_norms(params))
+        return params if threshold is None else params.replace(per_feature={"threshold": threshold})
 
 
 def recognise(path: Path) -> bool:

@@ -153,13 +153,11 @@ def moss_config(**changes):
 
 
 def moss(w, act_fn, include):
-    """(features in raw units, reconstruction), folded as the peer folds; s is the factor of inputs and outputs."""
-    folded = w | {"b_enc": w["b_enc"] / S, "b_dec": w["b_dec"] / S}
-    z, by = pre(folded, X, False), NORMS if include else np.ones(F)
-    acts = {"jumprelu": lambda: jump(z * by, w["threshold"]) / by, "relu": lambda: relu(z), "topk": lambda: topk(z, 5, z * by)}[
-        act_fn
-    ]()
-    return acts, acts @ w["W_dec"] + folded["b_dec"]
+    """(features in raw units, reconstruction) of inputs times S, as trained."""
+    z, by = pre(w, X * S, False), NORMS if include else np.ones(F)
+    gate = {"jumprelu": lambda: jump(z * by, w["threshold"]) / by, "relu": lambda: relu(z), "topk": lambda: topk(z, 5, z * by)}
+    acts = gate[act_fn]()
+    return acts / S, (acts @ w["W_dec"] + w["b_dec"]) / S
 
 
 @pytest.mark.parametrize("include", [True, False])
@@ -212,7 +210,7 @@ def test_old_llama_scope(tmp_path):
             "dataset_average_activation_norm": {"in": math.sqrt(D) / S, "out": math.sqrt(D) / S},
         },
     )
-    acts, recon = moss(w | {"threshold": np.full(F, 0.4)}, "jumprelu", False)
+    acts, recon = moss(w | {"threshold": np.full(F, 0.4 * S)}, "jumprelu", False)  # 0.4 in raw units
     check(loaded(tmp_path, "openmoss"), X, acts, recon)
 
 
@@ -448,3 +446,48 @@ def test_dictionary_learning_backup_of_a_run(tmp_path):
     z = pre(w, X * S, False)
     acts = jump(z, w["threshold"]) / S
     check(loaded(tmp_path, "dictionary_learning"), X, acts, acts @ w["W_dec"] + w["b_dec"] / S)
+
+
+def test_layer_norm_adds_its_eps_going_in_only(tmp_path):
+    """Rows whose spread is near the eps: 0.7 % in the activations, nothing in the way back."""
+    w, x = weights(), X * 1e-3
+    write_lens(tmp_path, common(w), normalize_activations="layer_norm")
+    z, std, mean = layer_norm(x.astype(np.float64))
+    acts = relu(pre(w, z, True))
+    recon, got = saejax.load(tmp_path).reconstruct(x)
+    np.testing.assert_allclose(got, acts, atol=1e-4)
+    np.testing.assert_allclose(recon, (acts @ w["W_dec"] + w["b_dec"]) * std + mean, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("stored", ["threshold", "topk_threshold"])
+def test_a_feature_at_its_threshold_is_off(tmp_path, stored):
+    """Numbers that float32 holds, so that pre = threshold to the last bit."""
+    identity = {"W_enc": np.eye(D), "b_enc": np.zeros(D), "W_dec": np.eye(D), "b_dec": np.zeros(D)}
+    architecture = "jumprelu" if stored == "threshold" else "batchtopk"
+    write_lens(tmp_path, identity, architecture=architecture, d_sae=D, **({"k": 2.0} if stored != "threshold" else {}))
+    value = np.full(D, 2, np.float32) if stored == "threshold" else np.float64(2)
+    write_safetensors(tmp_path / "sae_weights.safetensors", f32(identity) | {stored: value})
+    x = np.arange(D, dtype=np.float32)[None] - 3
+    np.testing.assert_array_equal(saejax.load(tmp_path).encode(x), np.where(x > 2, x, 0))
+
+
+def test_square_matrices_are_not_confused(tmp_path):
+    """As many features as inputs: only the values tell a matrix from its transpose."""
+    rng = np.random.default_rng(0)
+    w = {"W_enc": rng.standard_normal((D, D)), "W_dec": rng.standard_normal((D, D)), "b_enc": rng.standard_normal(D)}
+    w |= {"b_dec": rng.standard_normal(D), "threshold": rng.uniform(0.1, 1, D)}
+    files = {
+        "saelens": lambda p: write_lens(p, common(w), d_sae=D),
+        "sparsify": lambda p: (
+            write_safetensors(
+                p / "sae.safetensors",
+                f32({"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"], "b_dec": w["b_dec"]}),
+            ),
+            write_json(p / "cfg.json", {"d_in": D, "num_latents": D, "k": D, "activation": "topk"}),
+        ),
+        "dictionary_learning": lambda p: torch_save(p / "ae.pt", linear(w, bias="b_dec")),
+    }
+    acts = relu(pre(w, X, True))
+    for name, write in files.items():
+        write(tmp_path / name)
+        check(loaded(tmp_path / name, name), X, acts, acts @ w["W_dec"] + w["b_dec"])
