@@ -1,6 +1,6 @@
 """Does SAELens read the files of others as we do? For formats and variants of which no peer wrote a fixture.
 
-    python benchmarks/format_cross_read.py peers OUT    # environment with sae-lens: random files, what its own loaders make of them
+    python benchmarks/format_cross_read.py peers OUT    # environment with sae-lens: random files, and what it makes of them
     python benchmarks/format_cross_read.py read OUT     # saejax: loads the same files and compares; prints one row each
 
 sae-lens downloads for its loaders; here the download is a look into OUT, nothing else of it is changed. Llama Scope comes out in

@@ -31,7 +31,7 @@ MUTATIONS = [
         "b_dec subtracted before the norm",
         f"{SAE}/inference.py",
         "normalise_rows(norm, x_BD)[0])\n",
-        "normalise_rows(norm, x_BD - params.b_dec)[0])\n",
+        "normalise_rows(norm, x_BD - (params.b_dec if norm != NONE else 0))[0] + (params.b_dec if norm != NONE else 0))\n",
     ),
     (
         "threshold not strict",
