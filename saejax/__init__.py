@@ -1,7 +1,7 @@
 """saejax: sparse autoencoders on language-model activations, from a laptop to a pod.
 
     import saejax
-    sae = saejax.load("runs/demo")        # a run, a checkpoint step or a release
+    sae = saejax.load("runs/demo")        # a run, a checkpoint step, a release, or files of another library
     acts = sae.encode(x)                  # x: [..., d_in] raw activations, numpy or jax
 """
 

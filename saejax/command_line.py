@@ -41,6 +41,9 @@ class Arguments:
     topology: str | None = None
     width: int | None = None
     compile: bool = False
+    to: str | None = None
+    approximate: bool = False
+    rows: Path | None = None
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -70,7 +73,10 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
                      topology=fv["topology"].value if "topology" in fv else None,
                      width=fv["d_in"].value if "d_in" in fv else None,
-                     compile=bool(fv["compile"].value) if "compile" in fv else False)
+                     compile=bool(fv["compile"].value) if "compile" in fv else False,
+                     to=fv["to"].value if "to" in fv else None,
+                     approximate=bool(fv["approximate"].value) if "approximate" in fv else False,
+                     rows=Path(fv["rows"].value) if "rows" in fv and fv["rows"].value else None)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -95,6 +101,10 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_string("topology", None, "chips, as v5p:4x8x8", flag_values=fv)
         flags.DEFINE_integer("d_in", None, "width of the activations", lower_bound=1, flag_values=fv)
         flags.DEFINE_bool("compile", False, "compile the step for the topology", flag_values=fv)
+    if "to" in options:
+        flags.DEFINE_string("to", None, "format to write", flag_values=fv)
+        flags.DEFINE_bool("approximate", False, "topk as one threshold", flag_values=fv)
+        flags.DEFINE_string("rows", None, "activations (.npy)", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

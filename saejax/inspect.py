@@ -16,7 +16,7 @@ from saejax.data.shards import check_layout
 from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_record, read_spec, record_file
 from saejax.errors import FormatError, SaejaxError
 from saejax.evals import evaluate as evals
-from saejax.formats import saelens
+from saejax.formats import saelens, saelens_read
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths, read_config
 from saejax.sae import SAESpec
@@ -176,7 +176,7 @@ def _release(path: Path) -> Finding:
     for name in (saelens.CONFIG, saelens.WEIGHTS):
         if not (path / name).is_file():
             found.problems.append(f"{path / name}: missing")
-    sae = found.attempt(lambda: saelens.read(path)) if not found.problems else None
+    sae = found.attempt(lambda: saelens_read.read(path)) if not found.problems else None
     if sae is not None:
         c = sae.cfg
         found.facts = {"sae": f"{c.kind}{f', k = {c.k}' if c.kind == 'topk' else ''}", "d_in": c.d_in, "d_sae": c.d_sae,

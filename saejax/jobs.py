@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from saejax import config as config_lib
@@ -43,6 +44,8 @@ def start(job: str, arguments: Arguments) -> int:
         return inspect_paths(arguments.paths, as_json=arguments.json)
     if job == "plan":
         return _plan(arguments)
+    if job == "convert":
+        return _convert(arguments)
     if job == "eval":
         return _eval(arguments)
     if job == "release":
@@ -225,6 +228,29 @@ def _release(arguments: Arguments) -> int:
         if is_writer():
             print(f"release  {out} (step {step_dir.name})")
     return 0
+
+
+def _convert(arguments: Arguments) -> int:
+    from saejax.formats.convert import convert
+    if len(arguments.paths) != 2 or not arguments.to:
+        raise ConfigError("saejax convert: give SRC, DST and --to=FORMAT, for example: saejax convert runs/demo my_sae "
+                          "--to=dictionary_learning")
+    if arguments.approximate != (arguments.rows is not None):
+        raise ConfigError("saejax convert: --approximate and --rows=FILE.npy go together: the error is measured on those rows")
+    source, directory = arguments.paths
+    sae, compared = convert(str(source), directory, arguments.to, _rows(arguments.rows))
+    if is_writer():
+        print(f"converted {directory}: {arguments.to}, {sae}\ncompared  {compared}")
+    return 0
+
+
+def _rows(path: Path | None) -> np.ndarray | None:
+    if path is None:
+        return None
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--rows={path}: not a readable .npy file of numbers ({error})") from error
 
 
 def _result(config: Config, paths: RunPaths, step: int, evaluation: dict) -> Result:

@@ -101,6 +101,17 @@ JOBS = {
         "                           or for cpu:N, and report the compiler's memory and collectives\n"
         "  --json                   print the plan as JSON\n" + _CONFIG,
         "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", options=("topology", "json")),
+    "convert": Job(
+        "an SAE of any library -> the files of another one",
+        "saejax convert SRC DST --to=FORMAT [--approximate --rows=FILE.npy]",
+        "Reads SRC: a run, a checkpoint step, a release, files of SAELens, sparsify, dictionary_learning, Gemma\n"
+        "Scope, OpenAI, OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub. Writes the directory DST,\n"
+        "reads it back and compares. What the format cannot express exactly is refused with the reason\n"
+        "(docs/formats.md).\n\n"
+        "options:\n  --to=FORMAT              saelens, dictionary_learning, sparsify or gemma_scope\n"
+        "  --approximate            topk for Gemma Scope: one threshold, of the same mean L0 on the rows\n"
+        "  --rows=FILE.npy          activations [N, d_in] on which that is fitted and measured\n",
+        "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -159,7 +170,7 @@ def _start(job: str, rest: list[str]) -> int:
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
     if arguments.config is None and not arguments.paths:
-        what = "PATH" if job == "inspect" else "--config=FILE or a run directory"
+        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT"}.get(job, "--config=FILE or a run directory")
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
     if arguments.distributed is not None:
         from saejax import distributed

@@ -1,5 +1,8 @@
-"""`saejax.load`: one door for a release, a run directory and a checkpoint step; all three give identical values."""
+"""`saejax.load`: one door for releases, runs, checkpoint steps and the files of other libraries, told apart by content."""
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -8,7 +11,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from saejax import sharding
 from saejax.config import Config
 from saejax.errors import CheckpointCorruptError, CheckpointError, FormatError
-from saejax.formats import saelens
+from saejax.formats import dictionary_learning, gemma_scope, goodfire, hub, openai, openmoss, saelens, saelens_read, sparsify
+from saejax.formats.keys import json_object
 from saejax.logs import say
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths, read_config
@@ -17,21 +21,59 @@ from saejax.sae.normalization import Normalization
 from saejax.train.checkpoint import CheckpointMeta, is_step, restore_params, steps_in
 
 
-def load(path: str | Path, mesh: Mesh | None = None) -> SAE:
-    """The SAE at `path`: a release directory, a run directory (newest checkpoint that verifies) or one checkpoint step.
+@dataclass(frozen=True)
+class Format:
+    """How a layout is recognised, read and, where it can be, written. needs: what it consists of, for messages."""
 
-    mesh: a ("data", "dict") mesh to split the dictionary over; None: one device. Raises `FormatError` when `path` is none of
-    these, `CheckpointError` / `CheckpointCorruptError` when nothing there verifies. Nothing found in the path is executed.
+    recognise: Callable[[Path], bool]
+    read: Callable[..., SAE]
+    needs: str
+    write: Callable[[Path, SAE], None] | None = None
+
+
+def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SAE:
+    """The SAE at `path`: a release, a run (newest checkpoint that verifies), a checkpoint step, files of SAELens, sparsify,
+    dictionary_learning, Gemma Scope, OpenAI, OpenMOSS or Goodfire, or of a Hugging Face repository as "org/repo:path/in/repo"
+    ("org/repo@revision:path").
+
+    mesh: a ("data", "dict") mesh to split the dictionary over; None: one device. format: a name of `FORMATS`, or "auto". Feature
+    activations are those of the library that wrote the files. Raises `FormatError` when nothing fits, when more than one format
+    does, or for anything in the files that is not understood; `CheckpointError` / `CheckpointCorruptError` when nothing of a run
+    verifies. Nothing found in the path is executed.
     """
+    source = hub.parse(path)
+    if source is not None:
+        path, revision = hub.fetch(source)
     path = Path(path)
-    if saelens.is_release(path):
-        return saelens.read(path, mesh)
-    if is_step(path):
-        return from_checkpoint(path, mesh)
-    if RunPaths(path).config.is_file():
-        return _newest(path, mesh)[1]
-    raise FormatError(f"{path}: neither a release (cfg.json + sae_weights.safetensors), nor a run (config.json + checkpoints/), "
-                      "nor a checkpoint step (meta/ + state/)" if path.exists() else f"{path}: does not exist")
+    name = recognise(path) if format == "auto" else format
+    if name not in FORMATS:
+        raise FormatError(f"format={name!r} is not one of auto, {', '.join(FORMATS)}")
+    if not path.exists():
+        raise FormatError(f"{path}: does not exist")
+    reader = FORMATS[name].read
+    extra = {"origin": source.origin} if source is not None and "origin" in inspect.signature(reader).parameters else {}
+    sae = reader(path, mesh, **extra)
+    if name not in OURS:
+        sae.cfg.metadata.setdefault("source", {"format": name})
+        say(f"{path}: {name}, {sae}")
+    if source is not None:
+        sae.cfg.metadata["hub"] = {"repo": source.repo, "path": source.path, "revision": revision}
+    return sae
+
+
+def recognise(path: Path) -> str:
+    """The name of the one format that fits what is at `path`. Raises `FormatError` for none or several."""
+    path = Path(path)
+    if not path.exists():
+        raise FormatError(f"{path}: does not exist")
+    fits = [name for name, known in FORMATS.items() if known.recognise(path)]
+    if len(fits) > 1:
+        raise FormatError(f"{path}: holds files of {' and of '.join(fits)}; say which with format=, or keep them in folders of "
+                          "their own")
+    if not fits:
+        looked = "; ".join(f"{name} ({known.needs})" for name, known in FORMATS.items())
+        raise FormatError(f"{path}: neither a release nor anything else that is known; looked for {looked}")
+    return fits[0]
 
 
 def newest_step(run: Path, mesh: Mesh | None = None) -> Path:
@@ -78,3 +120,31 @@ def _describe(kind: str, config: Config, meta: CheckpointMeta, normalization: No
     return SAEConfig(kind=kind, d_in=spec.d_in, d_sae=spec.d_sae, k=spec.k if kind in WITH_K else 0, pre_bias=spec.pre_bias,
                      hookpoints=config.sae.sources, target=config.sae.target, d_out=spec.d_out, skip=spec.skip,
                      layers=spec.layers, model=config.lm.model, metadata=metadata)
+
+
+def _is_run(path: Path) -> bool:
+    """A config.json of saejax, or one that cannot be read beside checkpoints of saejax."""
+    file = RunPaths(path).config
+    if not file.is_file():
+        return False
+    values = json_object(file)
+    return "run_dir" in values if values else bool(steps_in(RunPaths(path).checkpoints))
+
+
+def _read_run(path: Path, mesh: Mesh | None) -> SAE:
+    return _newest(path, mesh)[1]
+
+
+OURS = ("run", "checkpoint")
+FORMATS = {
+    "run": Format(_is_run, _read_run, "config.json + checkpoints/"),
+    "checkpoint": Format(is_step, from_checkpoint, "meta/ + state/"),
+    "saelens": Format(saelens.is_release, saelens_read.read, f"{saelens.CONFIG} + {saelens.WEIGHTS}", saelens.write),
+    "sparsify": Format(sparsify.recognise, sparsify.read, sparsify.NEEDS, sparsify.write),
+    "gemma_scope": Format(gemma_scope.recognise, gemma_scope.read, gemma_scope.NEEDS, gemma_scope.write),
+    "dictionary_learning": Format(dictionary_learning.recognise, dictionary_learning.read, dictionary_learning.NEEDS,
+                                  dictionary_learning.write),
+    "openmoss": Format(openmoss.recognise, openmoss.read, openmoss.NEEDS),
+    "openai": Format(openai.recognise, openai.read, openai.NEEDS),
+    "goodfire": Format(goodfire.recognise, goodfire.read, goodfire.NEEDS),
+}

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from saejax import sharding
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import topk_mask
 from saejax.sae.select_batch import batch_topk_mask
@@ -22,6 +23,21 @@ def topk(pre_BF: jax.Array, k: int) -> jax.Array:
     """
     keep_BF = topk_mask(jax.lax.stop_gradient(pre_BF), k)
     return jnp.where(keep_BF, jax.nn.relu(pre_BF), 0.0)
+
+
+def groupmax(pre_BF: jax.Array, k: int) -> jax.Array:
+    """acts = max(pre, 0) of the largest feature in each of k groups of consecutive features, 0 elsewhere; of equal ones the
+    first.
+
+    Source: EleutherAI sparsify, activation "groupmax". Communication on a mesh: one all-gather of [B, F] along `dict`; it is
+    there for SAEs that were trained elsewhere.
+    """
+    whole_BF = jax.sharding.reshard(pre_BF, sharding.spec("rows", None)) if sharding.mesh_is_set() else pre_BF
+    grouped_BKG = jax.nn.relu(whole_BF).reshape(whole_BF.shape[0], k, -1)
+    first_BK1 = grouped_BKG.argmax(2, keepdims=True)
+    place_BKG = jax.lax.broadcasted_iota(jnp.int32, grouped_BKG.shape, 2, out_sharding=jax.typeof(grouped_BKG).sharding)
+    acts_BF = jnp.where(place_BKG == first_BK1, grouped_BKG, 0.0).reshape(whole_BF.shape)
+    return jax.sharding.reshard(acts_BF, sharding.spec("rows", "features")) if sharding.mesh_is_set() else acts_BF
 
 
 def batchtopk(pre_BF: jax.Array, k: int) -> jax.Array:
@@ -98,4 +114,6 @@ def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array) -> jax.Array:
         return jumprelu(pre_BF, thresholds(params), spec.bandwidth)
     if spec.kind == "batchtopk":
         return batchtopk(pre_BF, spec.k)
+    if spec.kind == "groupmax":
+        return groupmax(pre_BF, spec.k)
     return topk(pre_BF, spec.k)

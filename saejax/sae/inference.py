@@ -15,6 +15,7 @@ from saejax.sae.activations import thresholds
 from saejax.sae.model import decode, encode, skipped
 from saejax.sae.normalization import Normalization
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
+from saejax.sae.row_norm import NONE, normalise_rows
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class SAEConfig:
 
     hookpoints: what it reads, one after the other where there are several (crosscoder, whose `layers` are their widths).
     target: the hookpoint that a transcoder predicts, of width d_out; empty: it reconstructs what it reads.
+    input_norm: normalisation of every row by itself before the encoder (`sae.row_norm.ROW_NORMS`), undone on the reconstruction
+    except in a transcoder, whose output is another space and whose skip connection reads the raw row.
     """
 
     kind: str
@@ -36,6 +39,7 @@ class SAEConfig:
     d_out: int | None = None
     skip: bool = False
     layers: tuple[int, ...] = ()
+    input_norm: str = NONE
     metadata: dict = field(default_factory=dict, compare=False)
 
     @property
@@ -91,19 +95,24 @@ def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEP
                      per_feature={name: value if name == "r_mag" else value * unit_F for name, value in own.items()})
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(spec, params, x_BD):
-    return encode(spec, params, x_BD.astype(jnp.float32))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _encode(spec, norm, params, x_BD):
+    return encode(spec, params, normalise_rows(norm, x_BD)[0])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(spec, params, acts_BF):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(spec, norm, params, acts_BF):
     return decode(spec, params, acts_BF.astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _skipped(spec, params, x_BD):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _skipped(spec, norm, params, x_BD):
     return skipped(spec, params, x_BD.astype(jnp.float32))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _scale_and_shift(spec, norm, params, x_BD):
+    return jnp.concatenate(normalise_rows(norm, x_BD)[1:], axis=1)
 
 
 class SAE:
@@ -142,41 +151,54 @@ class SAE:
         """Feature activations [..., d_sae] of raw activations x [..., d_in]. Raises `FormatError` for another width."""
         return self._apply(_encode, x, self.cfg.d_in, "d_in", "features")
 
-    def decode(self, acts) -> jax.Array:
-        """Reconstruction [..., d_out] in raw units from feature activations [..., d_sae]; without what a skip connection adds."""
-        return self._apply(_decode, acts, self.cfg.d_sae, "features", "d_out")
+    def decode(self, acts, x=None) -> jax.Array:
+        """Reconstruction [..., d_out] in raw units from feature activations [..., d_sae]; without what a skip connection adds.
+
+        x: the rows [..., d_in] that the activations come from; needed, and only read, where `cfg.input_norm` normalises every row
+        by itself. Raises `FormatError` where it is missing.
+        """
+        recon = self._apply(_decode, acts, self.cfg.d_sae, "features", "d_out")
+        if self.cfg.input_norm == NONE or self.cfg.d_out is not None:
+            return recon
+        if x is None:
+            raise FormatError(f"this SAE normalises every row by itself ({self.cfg.input_norm}): decode(acts, x) needs the "
+                              "rows, or "
+                              "call reconstruct(x)")
+        scale, shift = jnp.split(self._apply(_scale_and_shift, x, self.cfg.d_in, "d_in", None), 2, axis=-1)
+        return recon * scale + shift
 
     def reconstruct(self, x) -> tuple[jax.Array, jax.Array]:
         """(reconstruction [..., d_out], feature activations [..., d_sae])."""
         acts = self.encode(x)
-        recon = self.decode(acts)
+        recon = self.decode(acts, x)
         return (recon + self._apply(_skipped, x, self.cfg.d_in, "d_in", "d_out") if self.cfg.skip else recon), acts
 
     def __call__(self, x) -> jax.Array:
         """Reconstruction [..., d_out] (d_in but for a transcoder) from raw activations x [..., d_in]."""
         return self.reconstruct(x)[0]
 
-    def _apply(self, function, value, width: int, axis_in: str, axis_out: str) -> jax.Array:
+    def _apply(self, function, value, width: int, axis_in: str, axis_out: str | None) -> jax.Array:
         value = value if isinstance(value, jax.Array) else np.asarray(value)
         if value.ndim == 0 or value.shape[-1] != width:
             raise FormatError(f"this SAE expects [..., {width}], got shape {tuple(value.shape)}")
         lead = value.shape[:-1]
         rows = value.reshape(-1, width)
         if self.mesh is None:
-            out = function(self.cfg.spec, self.params, rows)
+            out = function(self.cfg.spec, self.cfg.input_norm, self.params, rows)
             return out.reshape(*lead, out.shape[-1])
         n = math.prod(lead)
         data = self.mesh.shape["data"]
         with jax.set_mesh(self.mesh):
             padded = jnp.pad(jnp.asarray(rows), ((0, -n % data), (0, 0)))
             placed = jax.device_put(padded, sharding.sharding(self.mesh, "rows", axis_in))
-            out = function(self.cfg.spec, self.params, placed)
+            out = function(self.cfg.spec, self.cfg.input_norm, self.params, placed)
             out = jax.sharding.reshard(out, sharding.spec(None, axis_out))[:n]
-            return out.reshape(*lead, out.shape[-1], out_sharding=jax.P(*(None,) * len(lead), sharding.AXES[axis_out]))
+            last = sharding.AXES[axis_out] if axis_out else None
+            return out.reshape(*lead, out.shape[-1], out_sharding=jax.P(*(None,) * len(lead), last))
 
     def __repr__(self) -> str:
         c = self.cfg
-        k = f", k={c.k}" if c.kind == "topk" else ""
+        k = f", k={c.k}" if c.k else ""
         shape = "" if c.spec.shape == "sae" else f" {c.spec.shape}"
         where = f"{c.hookpoint} -> {c.target}" if c.target else c.hookpoint
         return f"SAE({c.kind}{shape}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {where} of {c.model})"

@@ -1,0 +1,111 @@
+"""From any SAE that `saejax.load` reads to the files of another library, read back and compared."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.errors import FormatError
+from saejax.formats import saelens
+from saejax.formats.loading import FORMATS, load
+from saejax.sae.inference import SAE
+
+_SEED, _ROWS = 0, 64
+LIMIT = 1e-4  # relative to the largest value
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two SAEs agree on the same rows. acts, recon: largest difference, relative to the largest value; other_features:
+    how many activations are zero in one and not in the other beyond rounding.
+    """
+
+    rows: int
+    acts: float
+    recon: float
+    other_features: int
+
+    @property
+    def good(self) -> bool:
+        return max(self.acts, self.recon) <= LIMIT and self.other_features == 0
+
+    def __str__(self) -> str:
+        return (f"{self.rows} rows: activations within {self.acts:.1e}, reconstruction within {self.recon:.1e}, "
+                f"{self.other_features} other features active")
+
+
+def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray | None = None) -> tuple[SAE, str]:
+    """Writes the SAE at `source` in the format `to` and reads it back; (what was read, one line on what was compared).
+
+    rows [N, d_in]: activations; with them a topk SAE may be written with one threshold where `to` has no topk (approximate), and
+    the line states what that changes on them. Without rows the function is the same or nothing is written. Raises `FormatError`
+    with the reason for what the format cannot express, for a directory that is not empty, and when what was written disagrees.
+    """
+    writable = [name for name, known in FORMATS.items() if known.write]
+    if to not in writable:
+        raise FormatError(f"--to={to}: not a format that can be written; choose one of {', '.join(writable)}")
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FormatError(f"{directory}: is not empty; two formats in one folder cannot be told apart, give another one")
+    sae = load(source)
+    _check_saelens(sae, to)
+    note = ""
+    if rows is not None:
+        rows = check_rows(rows, sae)
+        if sae.cfg.kind == "topk" and to == "gemma_scope":
+            sae, note = as_jumprelu(sae, rows)
+    FORMATS[to].write(directory, sae)
+    written = load(directory, format=to)
+    measured = agreement(sae, written, _random_rows(sae) if rows is None else rows)
+    if not measured.good:
+        raise FormatError(f"{directory}: what was written does not agree with {source} ({measured}); do not use it")
+    return written, f"{measured}{note}"
+
+
+def _check_saelens(sae: SAE, to: str) -> None:
+    if to == "saelens" and saelens.architecture(sae.cfg) not in saelens.KNOWN_TO_SAELENS:
+        raise FormatError(f"a {sae.cfg.kind} {sae.cfg.spec.shape} cannot be written for SAELens, which has no architecture "
+                          f"{saelens.architecture(sae.cfg)!r}; it knows {', '.join(saelens.KNOWN_TO_SAELENS)}")
+
+
+def check_rows(rows: np.ndarray, sae: SAE) -> np.ndarray:
+    """The rows as float32. Raises `FormatError` unless they are finite and fit the SAE."""
+    if rows.ndim != 2 or rows.shape[1] != sae.cfg.d_in or len(rows) == 0 or rows.dtype.kind not in "fiu":
+        raise FormatError(f"--rows: {rows.dtype} {rows.shape}; expected numbers [N, {sae.cfg.d_in}]")
+    rows = rows.astype(np.float32)
+    if not np.isfinite(rows).all():
+        raise FormatError("--rows: hold NaN or Inf")
+    return rows
+
+
+def agreement(one: SAE, other: SAE, x: np.ndarray) -> Agreement:
+    """Compares activations and reconstructions of the rows x [N, d_in]."""
+    (recon_a, acts_a), (recon_b, acts_b) = ([np.asarray(v) for v in sae.reconstruct(x)] for sae in (one, other))
+    top = max(float(np.abs(acts_a).max()), 1e-30)
+    flips = ((acts_a > 0) != (acts_b > 0)) & (np.maximum(acts_a, acts_b) > LIMIT * top)
+    return Agreement(len(x), float(np.abs(acts_a - acts_b).max()) / top,
+                     float(np.abs(recon_a - recon_b).max()) / max(float(np.abs(recon_a).max()), 1e-30), int(flips.sum()))
+
+
+def as_jumprelu(sae: SAE, x: np.ndarray) -> tuple[SAE, str]:
+    """(the topk SAE with the one threshold at which as many features fire on average over x, what that changes on x)."""
+    dense = SAE(sae.params, replace(sae.cfg, kind="relu", k=0), sae.mesh)
+    acts = np.sort(np.asarray(dense.encode(x)).ravel())
+    k = sae.cfg.k * len(x)
+    threshold = float(acts[-k - 1]) if k < len(acts) else 0.0
+    params = sae.params.replace(per_feature={"threshold": jnp.full_like(sae.params.b_enc, threshold)})
+    other = SAE(params, replace(sae.cfg, kind="jumprelu", k=0), sae.mesh)
+    (recon_a, acts_a), (recon_b, acts_b) = ([np.asarray(v) for v in s.reconstruct(x)] for s in (sae, other))
+    changed = ((acts_a > 0) != (acts_b > 0)).sum() / max(1, (acts_a > 0).sum())
+    relative = np.linalg.norm(recon_a - recon_b) / max(np.linalg.norm(recon_a), 1e-30)
+    return other, (f"; approximate: topk (k = {sae.cfg.k}) as threshold {threshold:.6g}, mean L0 "
+                   f"{(acts_b > 0).sum(1).mean():.2f}, "
+                   f"{100 * changed:.1f} % of the active features differ, reconstruction moves by {100 * relative:.1f} % (norm)")
+
+
+def _random_rows(sae: SAE) -> np.ndarray:
+    """Seeded rows of the size at which features fire: around b_dec, of five times its spread and at least 1."""
+    rng = np.random.default_rng(_SEED)
+    centre = np.zeros(sae.cfg.d_in) if sae.cfg.d_out is not None else np.asarray(sae.b_dec)
+    return (rng.standard_normal((_ROWS, sae.cfg.d_in)) * 5 + centre).astype(np.float32)

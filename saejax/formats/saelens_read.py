@@ -1,0 +1,209 @@
+"""Reading SAELens' directories: releases of either library, files of SAELens before 6.0, and training checkpoints."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax.errors import FormatError
+from saejax.formats.arrays import FLOATS, ArrayFile
+from saejax.formats.assembling import parts_of, read_params, under
+from saejax.formats.keys import UNKNOWN, Keys
+from saejax.formats.saelens import ARCHITECTURES, CONFIG, SCHEMA_VERSION, TRANSPOSED, WEIGHTS
+from saejax.formats.safetensors_file import open_safetensors
+from saejax.sae import SAEParams
+from saejax.sae.folding import decoder_norms, fold_input_scale, scale_features
+from saejax.sae.inference import SAE, SAEConfig
+from saejax.sae.row_norm import ROW_NORMS
+from saejax.storage import file_sha256
+
+SCALER = "activation_scaler.json"
+AVERAGE = "expected_average_only_in"
+# Saved by the training classes; at inference one threshold, as SAELens exports them.
+WITH_TOPK_THRESHOLD = ("batchtopk", "matryoshka_batchtopk")
+# Keys that change nothing at inference: how it was trained, where it was computed.
+_TRAINING_KEYS = (
+    "device", "dtype", "decoder_init_norm", "l1_coefficient", "l1_warm_up_steps", "lp_norm", "aux_loss_coefficient",
+    "use_sparse_activations", "jumprelu_bandwidth", "jumprelu_init_threshold", "jumprelu_sparsity_loss_mode",
+    "jumprelu_ste_to_input", "jumprelu_tanh_scale", "l0_coefficient", "l0_warm_up_steps", "pre_act_loss_coefficient",
+    "target_l0", "topk_threshold_lr", "matryoshka_widths", "use_matryoshka_aux_loss")
+_RENAMED = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index", "activation_fn_str": "activation_fn"}
+_METADATA = ("model_name", "hook_name", "hook_name_out", "hook_head_index", "context_size", "prepend_bos", "seqpos_slice",
+             "dataset_path", "model_from_pretrained_kwargs", "neuronpedia_id", "sae_lens_training_version")
+
+
+@dataclass(frozen=True)
+class _Folds:
+    """What is folded into the weights at loading, so that raw activations give the peer's own feature values."""
+
+    log_threshold: bool = False
+    scale: float = 1.0              # of the inputs, from activation_scaler.json
+    decoder_norms: bool = False     # selection by activation x decoder norm
+    threshold: float | None = None  # of all features, in the units after folding
+
+    def apply(self, params: SAEParams) -> SAEParams:
+        if self.log_threshold:
+            params = replace(params, per_feature={"threshold": jnp.exp(params.per_feature["threshold"])})
+        params = fold_input_scale(params, self.scale) if self.scale != 1.0 else params
+        params = scale_features(params, decoder_norms(params)) if self.decoder_norms else params
+        if self.threshold is not None:
+            params = replace(params, per_feature={"threshold": jnp.full_like(params.b_enc, self.threshold)})
+        return params
+
+
+def read(directory: Path, mesh: Mesh | None = None) -> SAE:
+    """The SAE of a directory with `cfg.json` and `sae_weights.safetensors`; each device reads its own slice of the file.
+
+    Feature activations are SAELens' own. A training checkpoint (`activation_scaler.json`, `topk_threshold`, `log_threshold`)
+    comes out as what SAELens would export. Raises `FormatError` naming file and key or tensor.
+    """
+    directory = Path(directory)
+    path = directory / WEIGHTS
+    keys = Keys(directory / CONFIG)
+    own = _own(keys)
+    if "sae_lens_version" not in keys.section("metadata", {}).values and not own:
+        keys = Keys(keys.path, _modern(keys))
+    cfg, rescaled = _config(keys, own)
+    if own.get("weights_sha256") is not None and file_sha256(path) != own["weights_sha256"]:
+        raise FormatError(f"{path}: altered since cfg.json was written (sha256 differs); copy or release it again")
+    file = open_safetensors(path)
+    folds, names, ignored = _folds(directory, keys, cfg, file, rescaled)
+    fills = {} if folds.threshold is None else {"threshold": folds.threshold}
+    parts = parts_of(cfg.spec, names, TRANSPOSED, fills)
+    params = read_params(file, cfg.spec, parts, mesh, ignored, ("F32",) if own else FLOATS)
+    if folds != _Folds():
+        params = under(mesh, folds.apply, params)
+        cfg.metadata["folding"] = {"scaling_factor": folds.scale, "decoder_norms": folds.decoder_norms}
+    return SAE(params, cfg, mesh)
+
+
+def _own(keys: Keys) -> dict:
+    """What saejax itself wrote into the metadata; {} in files of others."""
+    own = keys.section("metadata", {}).get("saejax", dict, {})
+    if own.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        raise FormatError(f"{keys.path}: release schema version {own['schema_version']}, this saejax reads {SCHEMA_VERSION}")
+    return own
+
+
+def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
+    """(what the SAE is, whether it selects by activation x decoder norm)."""
+    architectures = {name: kind_and_shape for kind_and_shape, name in ARCHITECTURES.items()}
+    architectures |= dict.fromkeys(WITH_TOPK_THRESHOLD, ("jumprelu", "sae"))
+    name = keys.one_of("architecture", tuple(architectures))
+    kind, shape = architectures[name]
+    transcoder = shape.endswith("transcoder")
+    norm = keys.one_of("normalize_activations", (*ROW_NORMS, AVERAGE), "none")
+    if norm == AVERAGE and transcoder:
+        raise FormatError(f"{keys.path}: normalize_activations={norm!r} in a transcoder: the scale of its output is not known")
+    reshape = keys.one_of("reshape_activations", ("none", "hook_z"), "none")
+    pre_bias = keys.get("apply_b_dec_to_input", bool, True)
+    if transcoder and pre_bias and not own:
+        raise FormatError(f"{keys.path}: apply_b_dec_to_input=True in a transcoder, whose b_dec has the width of its output")
+    written = keys.section("metadata")
+    k = _k(keys, name)
+    cfg = SAEConfig(
+        kind=kind, d_in=keys.size("d_in"), d_sae=keys.size("d_sae"), k=k if kind == "topk" else 0, pre_bias=pre_bias,
+        model=written.get("model_name", str, None) or UNKNOWN, hookpoints=_hookpoints(written, shape),
+        target=(written.get("hook_name_out", str, None) or UNKNOWN) if transcoder else "",
+        d_out=keys.size("d_out") if transcoder else None, skip=shape == "skip transcoder",
+        layers=tuple(map(int, keys.get("layers", list))) if shape == "crosscoder" else (),
+        input_norm="none" if norm == AVERAGE else norm, metadata=own or _metadata(written.values, name, norm, reshape, k))
+    rescaled = keys.get("rescale_acts_by_decoder_norm", bool, False)
+    keys.finish(_TRAINING_KEYS)
+    return cfg, rescaled
+
+
+def _k(keys: Keys, architecture: str) -> int | float:
+    """k of topk; of batchtopk, where it need not be whole, only for the record."""
+    if architecture in WITH_TOPK_THRESHOLD:
+        return keys.get("k", float, 0.0)
+    k = keys.size("k") if architecture.startswith("topk") else 0
+    if k > keys.size("d_sae"):
+        raise FormatError(f"{keys.path}: k={k} of {keys.size('d_sae')} features")
+    return k
+
+
+def _hookpoints(written: Keys, shape: str) -> tuple[str, ...]:
+    if shape == "crosscoder":
+        return tuple(map(str, written.get("hook_names", list)))
+    return (written.get("hook_name", str, None) or UNKNOWN,)
+
+
+def _metadata(written: Mapping, architecture: str, norm: str, reshape: str, k) -> dict:
+    bos = {True: "row", False: "none"}.get(written.get("prepend_bos"))
+    return {"source": {"format": "saelens", "architecture": architecture, "version": written.get("sae_lens_version"), "k": k},
+            "text": {"context": written.get("context_size"), "bos": bos}, "normalization": norm, "reshape": reshape,
+            "units": "scaled inputs" if norm == AVERAGE else "normalised rows" if norm != "none" else "as stored",
+            "saelens": dict(written)}
+
+
+def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: ArrayFile, rescaled: bool) -> tuple[_Folds, dict, tuple[str, ...]]:
+    """(what to fold, names of tensors that differ from the parameters', tensors that are read elsewhere)."""
+    names, ignored, threshold, log = {"b_enc": "b_gate"} if cfg.kind == "gated" else {}, (), None, False
+    scale = _scale(directory, keys)
+    if keys.values["architecture"] in WITH_TOPK_THRESHOLD:
+        ignored = ("topk_threshold",)
+        if "topk_threshold" not in file.entries:
+            raise FormatError(f"{file.path}: topk_threshold: missing; without it a {keys.values['architecture']} SAE has no "
+                              "threshold")
+        threshold = file.scalar("topk_threshold") / (scale if rescaled else 1.0)
+    elif cfg.kind == "jumprelu" and "log_threshold" in file.entries and "threshold" not in file.entries:
+        names, log = {"threshold": "log_threshold"}, True
+    if rescaled and cfg.kind not in ("topk", "jumprelu"):
+        raise FormatError(f"{keys.path}: rescale_acts_by_decoder_norm=True with architecture {keys.values['architecture']!r}")
+    return _Folds(log, scale, rescaled, threshold), names, ignored
+
+
+def _scale(directory: Path, keys: Keys) -> float:
+    """The factor on the inputs that a training checkpoint keeps beside its weights."""
+    norm = keys.values.get("normalize_activations")
+    path = directory / SCALER
+    if not path.is_file():
+        if norm == AVERAGE:
+            raise FormatError(f"{keys.path}: normalize_activations={norm!r} and no {SCALER} beside it: the factor is not "
+                              "known. Fold it "
+                              f"with SAELens and save again, or write {SCALER} with "
+                              f"{{\"scaling_factor\": sqrt(d_in) / mean norm}}")
+        return 1.0
+    scaler = Keys(path)
+    factor = scaler.get("scaling_factor", float, None)
+    if scaler.get("has_whitening", bool, False):
+        raise FormatError(f"{path}: has_whitening=True: whitened inputs are not read; let SAELens fold them and save again")
+    scaler.finish()
+    if factor is None:
+        if norm == AVERAGE:
+            raise FormatError(f"{path}: scaling_factor is null, but cfg.json has normalize_activations={norm!r}")
+        return 1.0
+    if norm != AVERAGE:
+        raise FormatError(f"{path}: scaling_factor={factor} beside normalize_activations={norm!r}: folded already or not is "
+                          "not known; "
+                          f"remove {SCALER} if it is folded")
+    if not (np.isfinite(factor) and factor > 0):
+        raise FormatError(f"{path}: scaling_factor={factor}")
+    return factor
+
+
+def _modern(keys: Keys) -> dict:
+    """cfg.json of SAELens before 6.0, which is flat, as one of 6.0. What changed the function there is read or refused."""
+    old = {_RENAMED.get(name, name): value for name, value in keys.values.items() if name != "metadata"}
+    kwargs = old.get("activation_fn_kwargs") or {}
+    function = old.get("activation_fn", "relu")
+    architecture = old.get("architecture", "standard")
+    if function == "topk" and architecture in ("standard", "topk"):
+        architecture = "topk"
+    elif function != "relu":
+        raise FormatError(f"{keys.path}: activation_fn={function!r} with architecture {architecture!r} is not relu or topk")
+    if old.get("finetuning_scaling_factor"):
+        raise FormatError(f"{keys.path}: finetuning_scaling_factor=True is not read; let SAELens fold it")
+    norm = old.get("normalize_activations") or "none"
+    hook = str(old.get("hook_name"))
+    new = {"architecture": architecture, "d_in": old.get("d_in"), "d_sae": old.get("d_sae"),
+           "apply_b_dec_to_input": old.get("apply_b_dec_to_input", True),
+           "normalize_activations": AVERAGE if norm is True else norm,
+           "reshape_activations": old.get("reshape_activations", "hook_z" if "hook_z" in hook else "none"),
+           "metadata": {name: old[name] for name in _METADATA if name in old} | {"prepend_bos": old.get("prepend_bos", True)}}
+    new |= {"k": old.get("k", kwargs.get("k"))} if architecture == "topk" else {}
+    return new | ({"d_out": old["d_out"]} if "d_out" in old else {})
