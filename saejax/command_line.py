@@ -35,6 +35,9 @@ class Arguments:
     contexts: int | None
     json: bool
     jumprelu: bool
+    tokens: int | None = None
+    text: str = ""
+    verify: int | None = None
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -61,7 +64,10 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
                      contexts=fv["contexts"].value if "contexts" in fv else None,
                      json=bool(fv["json"].value) if "json" in fv else False,
-                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False)
+                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
+                     tokens=fv["tokens"].value if "tokens" in fv else None,
+                     text=(fv["text"].value or "") if "text" in fv else "",
+                     verify=fv["verify"].value if "verify" in fv else None)
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -80,6 +86,12 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
     if "jumprelu" in options:
         flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
+    if "tokens" in options:
+        flags.DEFINE_integer("tokens", None, "tokens to index", lower_bound=1, flag_values=fv)
+    if "text" in options:
+        flags.DEFINE_enum("text", None, ["train", "heldout"], "a split of the text", flag_values=fv)
+    if "verify" in options:
+        flags.DEFINE_integer("verify", None, "examples to run again", lower_bound=1, flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

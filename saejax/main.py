@@ -85,6 +85,29 @@ JOBS = {
         "options:\n  --out=DIR                where to write\n"
         "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
         "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
+    "features": Job(
+        "what the features of a run fire on: the index",
+        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--out=DIR] [--verify=N]",
+        "Reads a run (its newest checkpoint that verifies, or one step), its store and its language model; writes\n"
+        "the index to DIR (default RUN/features): per feature density, histograms, examples of every level of\n"
+        "activation with their context, top tokens, effect on the next token, neighbours. An interrupted index\n"
+        "goes on where it stopped; a finished one is left as it is; one of another checkpoint is refused.\n"
+        "docs/features.md describes it.\n\n"
+        "options:\n  --tokens=N               index the first N tokens (default: all of the store)\n"
+        "  --text=train|heldout     a split of the run's text, through the language model, instead of the store\n"
+        "                           (default 1,000,000 tokens of it)\n"
+        "  --out=DIR                where to write\n"
+        "  --verify=N               run N examples again through language model and SAE, and say how they differ\n"
+        "  --json                   print what was made as JSON\n" + _DISTRIBUTED,
+        "saejax features runs/demo --verify=1000", takes_config=False,
+        options=("distributed", "out", "tokens", "text", "verify", "json")),
+    "dashboard": Job(
+        "a site of an index that opens from disk",
+        "saejax dashboard RUN_OR_INDEX [--out=DIR]",
+        "Reads the index of a run (RUN/features) or the index given; writes index.html and its data to DIR (default\n"
+        "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
+        "options:\n  --out=DIR                where to write\n",
+        "saejax dashboard runs/demo", takes_config=False, options=("out",)),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -181,7 +204,7 @@ def _failed(error: SaejaxError) -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:<9}{job.summary}" for name, job in JOBS.items())
+    jobs = "\n".join(f"  {name:<11}{job.summary}" for name, job in JOBS.items())
     return (f"saejax {saejax.__version__}: sparse autoencoders on language-model activations\n\n"
             "usage: saejax JOB --config=FILE [--config.KEY=VALUE ...]\n       saejax JOB PATH ...\n\n"
             f"jobs:\n{jobs}\n\nexample:\n  {JOBS['run'].example}\n\n"

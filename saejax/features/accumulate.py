@@ -82,7 +82,7 @@ def _local(state, acts_BF, keep_B, first_row, *, per_row: int, exact: bool, cont
 
 
 def batch_contexts(mesh: Mesh, context: int, features: int, rows: int = 4096, elements: int = 1 << 28) -> int:
-    """Contexts of a batch: about `rows` rows, fewer where [B, F] would pass `elements` on a device; whole ones per `data` shard."""
+    """Contexts of a batch: about `rows` rows, fewer where [B, F] would pass `elements` on a device; whole per `data` shard."""
     data = mesh.shape["data"]
     most = min(rows, max(1, elements * mesh.size // features))
     return max(1, most // context // data) * data

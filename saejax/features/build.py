@@ -75,16 +75,16 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
 
 def _describe(sae: SAE) -> dict:
     c = sae.cfg
-    return {"fingerprint": sae_fingerprint(sae), "kind": c.kind, "k": c.k, "shape": c.spec.shape, "d_in": c.d_in, "d_sae": c.d_sae,
-            "hookpoints": list(c.hookpoints), "targets": list(c.targets), "model": Path(c.model).name}
+    return {"fingerprint": sae_fingerprint(sae), "kind": c.kind, "k": c.k, "shape": c.spec.shape, "d_in": c.d_in,
+            "d_sae": c.d_sae, "hookpoints": list(c.hookpoints), "targets": list(c.targets), "model": Path(c.model).name}
 
 
 def _check_models(corpus: Corpus, lm_: LM) -> None:
     for what, ours, theirs in (("language model", lm_.digest, corpus.model_digest),
                                ("tokenizer", lm_.tokenizer.digest, corpus.tokenizer_digest)):
         if ours != theirs:
-            raise FeatureIndexError(f"the corpus was made with another {what} (digest {theirs[:12]}, given {ours[:12]}); give the "
-                                    "one of config.lm.model that the store was harvested with")
+            raise FeatureIndexError(f"the corpus was made with another {what} (digest {theirs[:12]}, given {ours[:12]}); give "
+                                    "the config.lm.model that the store was harvested with")
 
 
 def _reopened(path: Path, source: dict, sae: SAE, lm_: LM) -> FeatureIndex:
@@ -152,8 +152,8 @@ def _check_finite(x_BD: np.ndarray, keep_B: np.ndarray, start: int, context: int
     bad = np.flatnonzero(bad_B & keep_B)
     if bad.size:
         place = divmod(int(bad[0]), context)
-        raise NonFiniteError(f"{bad.size} rows to index have NaN or Inf, the first in context {start + place[0]} at token {place[1]}; "
-                             "harvest with config.lm.dtype='float32'")
+        raise NonFiniteError(f"{bad.size} rows to index have NaN or Inf, the first in context {start + place[0]} at token "
+                             f"{place[1]}; harvest with config.lm.dtype='float32'")
 
 
 def _states(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, options: BuildOptions) -> FeatureState:
@@ -193,7 +193,8 @@ def _saved_state(path: Path, sae: SAE) -> tuple[int, FeatureState]:
             arrays = {name: saved[name] for name in FIELDS}
             contexts = int(saved["contexts"])
     except (OSError, ValueError, KeyError) as error:
-        raise FeatureIndexError(f"{file}: not readable ({' '.join(str(error).split())[:200]}); delete it to begin again") from error
+        raise FeatureIndexError(f"{file}: not readable ({' '.join(str(error).split())[:200]}); delete it to begin "
+                                "again") from error
     return contexts, FeatureState(**{
         name: sharding.place(value, sharding.sharding(mesh, "features", *[None] * (value.ndim - 1)))
         for name, value in arrays.items()})

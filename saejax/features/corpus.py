@@ -120,10 +120,12 @@ class Tokens:
 
     def __init__(self, folder: Path):
         try:
-            self.tokens_NT, self.keep_NT = (np.load(Path(folder) / name, mmap_mode="r", allow_pickle=False) for name in self.FILES)
+            self.tokens_NT, self.keep_NT = (np.load(Path(folder) / name, mmap_mode="r", allow_pickle=False)
+                                            for name in self.FILES)
         except (OSError, ValueError) as error:
-            raise FeatureIndexError(f"{folder}: {' and '.join(self.FILES)} are not readable ({' '.join(str(error).split())[:200]}); "
-                                    "build the index again") from error
+            reason = " ".join(str(error).split())[:200]
+            raise FeatureIndexError(f"{folder}: {' and '.join(self.FILES)} are not readable ({reason}); build the index "
+                                    "again") from error
 
     @classmethod
     def write(cls, folder: Path, corpus: Corpus) -> "Tokens":

@@ -1,4 +1,4 @@
-"""From states to examples: the top contexts and, of every interval of activation, a uniform sample; and what they tell of tokens."""
+"""From states to examples: the top contexts, and a uniform sample of every interval of activation; what these tell of tokens."""
 
 from dataclasses import dataclass
 
@@ -58,8 +58,9 @@ def bounds(state: FeatureState) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval_sample(state: FeatureState, interval: int, n: int = PER_INTERVAL) -> tuple[np.ndarray, np.ndarray]:
-    """(feature, flat slot) of at most n activations a with (interval - 1) / 10 < a / max <= interval / 10, uniform, least key first.
+    """(feature, flat slot) of at most n activations a with (interval - 1) / 10 < a / max <= interval / 10, uniform.
 
+    They come in the order of their keys.
     A bin that lies in the interval holds the least keys of its part of it. Of a bin across an end, the least keys of both sides
     are known, hence all of this side up to its last key: keys above the least such bound are not used, so that what is chosen
     are the least keys of the interval, whatever lies beside it.

@@ -3,10 +3,11 @@
     manifest.json        written last: what it was made from (fingerprints), totals, digests of the files
     features.parquet     one row a feature: counts, maximum, histograms, top tokens, logit effects, neighbours
     examples.parquet     one row an example, by feature; a row group holds those of 256 features
+    vocabulary.parquet   the text of every token id
     tokens.npy keep.npy  [contexts, T] the corpus' tokens, and which of them are unmasked
 """
 
-import bisect
+import functools
 import json
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from saejax.sae.inference import SAE
 from saejax.storage import file_sha256, fingerprints, read_json, text_sha256
 
 KIND, SCHEMA_VERSION = "saejax-feature-index", 1
-MANIFEST, FEATURES, EXAMPLES = "manifest.json", "features.parquet", "examples.parquet"
-FILES = (FEATURES, EXAMPLES, *Tokens.FILES)
+MANIFEST, FEATURES, EXAMPLES, VOCABULARY = "manifest.json", "features.parquet", "examples.parquet", "vocabulary.parquet"
+FILES = (FEATURES, EXAMPLES, VOCABULARY, *Tokens.FILES)
 GROUP = 256  # features of a row group of examples
 
 _NEAR = [("ids", pa.list_(pa.int32())), ("scores", pa.list_(pa.float32()))]
@@ -59,8 +60,10 @@ class FeatureIndex:
         self.path, self.manifest = path, manifest
         self.features: int = manifest["sae"]["d_sae"]
         self.window: int = manifest["settings"]["window"]
+        self._group = functools.lru_cache(maxsize=4)(lambda name, group: self._tables[name].read_row_group(group))
         self._tables = {name: pq.ParquetFile(path / name) for name in (FEATURES, EXAMPLES)}
-        self.tokens_NT, self.keep_NT = (lambda t: (t.tokens_NT, t.keep_NT))(Tokens(path))
+        tokens = Tokens(path)
+        self.tokens_NT, self.keep_NT = tokens.tokens_NT, tokens.keep_NT
 
     @classmethod
     def open(cls, path: str | Path, *, sae: SAE | None = None, lm_: LM | None = None, full: bool = False) -> "FeatureIndex":
@@ -91,6 +94,15 @@ class FeatureIndex:
         """A number of every feature: `fired`, `density`, `mean`, `max`, `decoder_norm`, `encoder_norm`, `bias`."""
         return self._tables[FEATURES].read(columns=[name])[name].to_numpy()
 
+    def lists(self, name: str) -> list[list]:
+        """A list of every feature, as `token_ids`."""
+        return self._tables[FEATURES].read(columns=[name])[name].to_pylist()
+
+    @functools.cached_property
+    def vocabulary(self) -> list[str]:
+        """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
+        return pq.read_table(self.path / VOCABULARY)["text"].to_pylist()
+
     def rows(self, first: int, last: int) -> list[dict]:
         """What is known of features first .. last - 1, by the names of `FEATURE_SCHEMA`."""
         return self._of(FEATURES, first, last)
@@ -100,11 +112,14 @@ class FeatureIndex:
         return self._of(EXAMPLES, first, first + 1 if last is None else last)
 
     def _of(self, name: str, first: int, last: int) -> list[dict]:
+        return self.table(name, first, last).to_pylist()
+
+    def table(self, name: str, first: int, last: int) -> pa.Table:
+        """The part of `FEATURES` or `EXAMPLES` that belongs to features first .. last - 1."""
         self.check_feature(first), self.check_feature(last - 1)
-        table = self._tables[name].read_row_groups(list(range(first // GROUP, (last - 1) // GROUP + 1)))
-        numbers = table["feature"].to_numpy()
-        begin, end = bisect.bisect_left(numbers, first), bisect.bisect_left(numbers, last)
-        return table.slice(begin, end - begin).to_pylist()
+        table = pa.concat_tables([self._group(name, g) for g in range(first // GROUP, (last - 1) // GROUP + 1)])
+        begin, end = np.searchsorted(table["feature"].to_numpy(), (first, last))
+        return table.slice(begin, end - begin)
 
 
 def read_manifest(path: Path) -> dict:
@@ -132,11 +147,13 @@ def check_belongs(path: Path, manifest: dict, sae: SAE | None, lm_: LM | None) -
     """Raises one `FeatureIndexError` that lists what an index was not built for."""
     problems = []
     if sae is not None and sae_fingerprint(sae) != manifest["sae"]["fingerprint"]:
-        problems.append(f"another checkpoint (fingerprint {manifest['sae']['fingerprint'][:12]}, given {sae_fingerprint(sae)[:12]})")
+        problems.append(f"another checkpoint (fingerprint {manifest['sae']['fingerprint'][:12]}, given "
+                        f"{sae_fingerprint(sae)[:12]})")
     if lm_ is not None:
         for what, given in (("model", lm_.digest), ("tokenizer", lm_.tokenizer.digest)):
             recorded = manifest["corpus"][f"{what}_digest"]
             if given != recorded:
                 problems.append(f"another {what} (digest {recorded[:12]}, given {given[:12]})")
     if problems:
-        raise FeatureIndexError(f"{path}: was built for {' and '.join(problems)}; build an index for this one into another directory")
+        raise FeatureIndexError(f"{path}: was built for {' and '.join(problems)}; build an index for this one into another "
+                                "directory")

@@ -29,8 +29,8 @@ def residual_columns(sae: SAE) -> slice | None:
 def logit_effects(lm_: LM, sae: SAE, first: int, last: int, n: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(token [f, 2 n], effect [f, 2 n]) of features first .. last - 1: the n largest effects falling, then the n least rising.
 
-    effect = U (g * d), U [V, D] the unembedding, d the decoder row, g the gain of the final norm (of a LayerNorm also d - mean d),
-    less its mean over the vocabulary, which no softmax sees: the first-order change of the logits per unit of activation, times the
+    effect = U (g * d) less its mean over the vocabulary, which no softmax sees; U [V, D] the unembedding, d the decoder row (of a
+    LayerNorm d - mean d), g the gain of the final norm: the first-order change of the logits per unit of activation, but for the
     norm's 1 / sigma, which is the same for all tokens. None where the decoder does not write into the residual stream.
     """
     columns = residual_columns(sae)

@@ -11,7 +11,17 @@ import pyarrow.parquet as pq
 from saejax.features import bits, logits
 from saejax.features.corpus import Tokens
 from saejax.features.examples import Examples, interval_counts, top_tokens
-from saejax.features.index import EXAMPLES, FEATURE_SCHEMA, FEATURES, FILES, GROUP, MANIFEST, example_schema, manifest_digest
+from saejax.features.index import (
+    EXAMPLES,
+    FEATURE_SCHEMA,
+    FEATURES,
+    FILES,
+    GROUP,
+    MANIFEST,
+    VOCABULARY,
+    example_schema,
+    manifest_digest,
+)
 from saejax.features.neighbours import Coactivation, nearest
 from saejax.features.state import LOG_BINS, FeatureState
 from saejax.features.windows import Windows
@@ -39,7 +49,9 @@ def write(path: Path, sae: SAE, lm_: LM, state: FeatureState, examples: Examples
             features_file.write_table(pa.table(columns, schema=FEATURE_SCHEMA), row_group_size=GROUP)
             part = slice(borders[number], borders[number + 1])
             examples_file.write_table(_examples(examples, windows, part), row_group_size=1 << 30)
-    for name in (FEATURES, EXAMPLES):
+        pq.write_table(pa.table({"text": lm_.tokenizer.token_strings(range(lm_.tokenizer.vocab_size))}),
+                       path / f".{VOCABULARY}.tmp", compression="zstd")
+    for name in (FEATURES, EXAMPLES, VOCABULARY):
         (path / f".{name}.tmp").rename(path / name)
     return _totals(state, tokens, rows, len(examples.row))
 

@@ -30,8 +30,9 @@ class Windows:
         self._feature_E = examples.feature
         self._order = np.argsort(self.context_E, kind="stable")
         self._sorted = self.context_E[self._order]
-        self.acts = np.memmap(folder / "windows.bin", np.float32, "r+" if is_writer() else "r",
-                              shape=(len(examples.row), self.window)) if len(examples.row) else np.zeros((0, self.window), np.float32)
+        shape = (len(examples.row), self.window)
+        self.acts = np.memmap(folder / "windows.bin", np.float32, "r+" if is_writer() else "r", shape=shape) if shape[0] else \
+            np.zeros(shape, np.float32)
 
     @classmethod
     def open(cls, folder: Path, examples: Examples, context: int) -> "Windows":
