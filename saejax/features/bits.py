@@ -12,13 +12,13 @@ EMPTY = np.uint32(0xFFFFFFFF)   # key of a free slot; the one (feature, row) who
 _MANTISSA = 23
 
 
-def mix(x: jax.Array) -> jax.Array:
-    """The murmur3 finaliser: a bijection of uint32."""
-    x = x ^ (x >> 16)
-    x = x * jnp.uint32(0x85EBCA6B)
-    x = x ^ (x >> 13)
-    x = x * jnp.uint32(0xC2B2AE35)
-    return x ^ (x >> 16)
+def mix(x):
+    """The murmur3 finaliser: a bijection of uint32. On the host where `x` is a numpy array, as the keys below."""
+    x = x ^ (x >> np.uint32(16))
+    x = x * np.uint32(0x85EBCA6B)
+    x = x ^ (x >> np.uint32(13))
+    x = x * np.uint32(0xC2B2AE35)
+    return x ^ (x >> np.uint32(16))
 
 
 def unmix(x: np.ndarray) -> np.ndarray:
@@ -31,9 +31,9 @@ def unmix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint32(16))
 
 
-def row_key(row: jax.Array) -> jax.Array:
+def row_key(row):
     """The priority of a row, the same for all features: those with the least keys are a uniform sample of any set of rows."""
-    return mix(row ^ jnp.uint32(0x9E3779B9))
+    return mix(row ^ np.uint32(0x9E3779B9))
 
 
 def row_of_key(key: np.ndarray) -> np.ndarray:
@@ -41,14 +41,14 @@ def row_of_key(key: np.ndarray) -> np.ndarray:
     return unmix(key) ^ np.uint32(0x9E3779B9)
 
 
-def pair_key(feature: jax.Array, row: jax.Array) -> jax.Array:
+def pair_key(feature, row):
     """The priority of a row for one feature, unrelated to that for another."""
-    return mix(row ^ mix(feature.astype(jnp.uint32) + jnp.uint32(0x7F4A7C15)))
+    return mix(row ^ mix(feature.astype(np.uint32) + np.uint32(0x7F4A7C15)))
 
 
 def row_of_pair_key(feature: np.ndarray, key: np.ndarray) -> np.ndarray:
     """The row of a `pair_key`."""
-    return unmix(key) ^ np.asarray(mix(jnp.asarray(feature, jnp.uint32) + jnp.uint32(0x7F4A7C15)))
+    return unmix(key) ^ mix(np.asarray(feature).astype(np.uint32) + np.uint32(0x7F4A7C15))
 
 
 def code(value: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """What an index reads: contexts of tokens with random access, and the activations of any of them, from a store or a model."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,11 +88,7 @@ def from_text(options: TextOptions, lm_: LM, hookpoints: tuple[str, ...], *, see
             yield tokens_NT, packed.keep(tokens_NT)
             left -= len(tokens_NT)
 
-    def forward(model, tokens_BT):
-        found = lm.capture(model, tokens_BT, hookpoints)
-        return jnp.concatenate([found[name].astype(jnp.bfloat16) for name in hookpoints], axis=-1)
-
-    forward = jax.jit(forward)
+    forward = forward_of(hookpoints)
 
     def activations(start: int, stop: int, tokens_NT: np.ndarray) -> np.ndarray:
         parts = []
@@ -106,6 +103,16 @@ def from_text(options: TextOptions, lm_: LM, hookpoints: tuple[str, ...], *, see
             "mask_special": mask_special, "model": lm_.digest, "hookpoints": list(hookpoints)}
     digest = text_sha256(repr(sorted(what.items())))
     return Corpus(f"text ({split})", digest, options.context, None, lm_.digest, lm_.tokenizer.digest, make, activations)
+
+
+@functools.cache
+def forward_of(hookpoints: tuple[str, ...]) -> Callable:
+    """forward(model, tokens [B, T]) -> bfloat16 [B, T, W], the hookpoints side by side."""
+    def forward(model, tokens_BT):
+        found = lm.capture(model, tokens_BT, hookpoints)
+        return jnp.concatenate([found[name].astype(jnp.bfloat16) for name in hookpoints], axis=-1)
+
+    return jax.jit(forward)
 
 
 def _check_rows(rows: int, where) -> None:

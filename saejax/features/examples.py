@@ -6,7 +6,7 @@ import numpy as np
 
 from saejax.features import bits
 from saejax.features.bits import EMPTY
-from saejax.features.state import SAMPLE_BINS, SAMPLES, FeatureState
+from saejax.features.state import SAMPLE_BINS, FeatureState
 
 TOP_EXAMPLES, INTERVALS, PER_INTERVAL, TOP_TOKENS = 20, 10, 5, 10
 BEFORE, WINDOW = 23, 32   # tokens shown of a context: up to 23 before the example
@@ -49,32 +49,19 @@ def valid_samples(state: FeatureState) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return keys, values, values > 0
 
 
-def bounds(state: FeatureState) -> tuple[np.ndarray, np.ndarray]:
-    """Least and upper end [F, bins] of the values in every sample bin."""
-    top_F = np.asarray(bits.code(np.asarray(state.max)))[:, None] - np.arange(SAMPLE_BINS)
-    low, high = bits.code_edge(top_F), bits.code_edge(top_F + 1)
-    low[:, -1] = 0
-    return low, high
-
-
 def interval_sample(state: FeatureState, interval: int, n: int = PER_INTERVAL) -> tuple[np.ndarray, np.ndarray]:
     """(feature, flat slot) of at most n activations a with (interval - 1) / 10 < a / max <= interval / 10, uniform.
 
     They come in the order of their keys.
-    A bin that lies in the interval holds the least keys of its part of it. Of a bin across an end, the least keys of both sides
-    are known, hence all of this side up to its last key: keys above the least such bound are not used, so that what is chosen
-    are the least keys of the interval, whatever lies beside it.
+    Of a bin that lies in the interval the least keys are known; of a bin across an end those of both sides together, hence all of
+    this side up to its last key. Up to the least of these bounds what is chosen are the least keys of the interval, a uniform
+    sample; where these are fewer than n the next known keys follow, which favours bins that lie in the interval whole.
     """
     keys, values, there = valid_samples(state)
     low_F, high_F = ((np.asarray(state.max, np.float64) * part / INTERVALS)[:, None, None]
                      for part in (interval - 1, interval))
     inside = there & (values > low_F) & (values <= high_F)
-    low, high = bounds(state)
-    crosses_low = (low <= low_F[..., 0]) & (high > low_F[..., 0]) & (interval > 1)         # no activation is 0 or less
-    crosses_high = (low <= high_F[..., 0]) & (high > high_F[..., 0]) & (interval < INTERVALS)  # none is above the maximum
-    across = (crosses_low | crosses_high) & (bin_counts(state) > SAMPLES)
-    known = np.where(across, keys[..., -1], EMPTY).min(1)
-    order_keys = np.where(inside & (keys <= known[:, None, None]), keys, EMPTY).reshape(len(keys), -1)
+    order_keys = np.where(inside, keys, EMPTY).reshape(len(keys), -1)
     slot = np.argsort(order_keys, axis=1, kind="stable")[:, :n]
     feature, rank = np.nonzero(np.take_along_axis(order_keys, slot, axis=1) != EMPTY)
     return feature, slot[feature, rank]

@@ -2,10 +2,10 @@
 
 from dataclasses import asdict, dataclass
 
-import jax.numpy as jnp
 import numpy as np
 
-from saejax import lm
+from saejax import sharding
+from saejax.features import corpus
 from saejax.features.index import EXAMPLES, FeatureIndex, check_belongs
 from saejax.lm import LM
 from saejax.sae.inference import SAE
@@ -41,20 +41,29 @@ def check(index: FeatureIndex, sae: SAE, lm_: LM, examples: int = 1000, *, batch
     top = index.column("max")
     again = np.zeros(len(feature))
     wanted = np.unique(context)
-    names = list(sae.cfg.hookpoints)
+    forward = corpus.forward_of(sae.cfg.hookpoints)
     for start in range(0, len(wanted), batch):
         part = wanted[start:start + batch]
         tokens_BT = np.zeros((batch, index.tokens_NT.shape[1]), np.int32)
         tokens_BT[:len(part)] = index.tokens_NT[part]
-        found = lm.capture(lm_.model, tokens_BT, names)
-        x_BTD = np.concatenate([np.asarray(found[name].astype(jnp.bfloat16)) for name in names], axis=-1)
+        x_BTD = np.asarray(forward(lm_.model, tokens_BT))
         here = np.flatnonzero(np.isin(context, part))
         rows, which = np.unique(np.stack([np.searchsorted(part, context[here]), position[here]]), axis=1, return_inverse=True)
-        acts_RF = np.asarray(sae.encode(x_BTD[rows[0], rows[1]]))
-        again[here] = acts_RF[which, feature[here]]
+        again[here] = _encoded(sae, x_BTD[rows[0], rows[1]], which, feature[here])
     difference = np.abs(again - value) / top[feature]
     return Fidelity(len(feature), len(wanted), float((difference <= TOLERANCE).mean()), float(difference.mean()),
                     float(difference.max()), int((again == 0).sum()))
+
+
+def _encoded(sae: SAE, x_RD: np.ndarray, row_E: np.ndarray, feature_E: np.ndarray, piece: int = 128) -> np.ndarray:
+    """Activations of these features in these rows; pieces of one shape bound the memory, and compile once."""
+    out_E = np.zeros(len(row_E))
+    for start in range(0, len(x_RD), piece):
+        part = np.pad(x_RD[start:start + piece], ((0, max(0, start + piece - len(x_RD))), (0, 0)))
+        acts_RF = sharding.to_host(sae.encode(part))
+        here = (row_E >= start) & (row_E < start + piece)
+        out_E[here] = acts_RF[row_E[here] - start, feature_E[here]]
+    return out_E
 
 
 def _spread(index: FeatureIndex, n: int) -> tuple[np.ndarray, ...]:

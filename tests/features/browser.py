@@ -1,11 +1,12 @@
 """A headless Chromium, driven over its debugging pipe (Chrome DevTools Protocol): no driver, no further package."""
 
 import base64
+import fcntl
 import json
 import os
 import select
 import shutil
-import subprocess
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -13,22 +14,29 @@ from pathlib import Path
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+def _pipe() -> list[int]:
+    """A pipe whose descriptors are above those that Chromium takes."""
+    low = os.pipe()
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10) for descriptor in low]
+    for descriptor in low:
+        os.close(descriptor)
+    return high
+
+
 class Browser:
     """One page. Commands are answered in order; events are kept in `events`."""
 
     def __init__(self):
         self._profile = tempfile.mkdtemp(prefix="saejax-chromium-")
-        (to_read, self._write), (self._read, to_write) = os.pipe(), os.pipe()
-
-        def place():
-            saved = os.dup(to_read), os.dup(to_write)  # either may be 3 or 4 itself
-            os.dup2(saved[0], 3), os.dup2(saved[1], 4)
-
+        (to_read, self._write), (self._read, to_write) = _pipe(), _pipe()
         arguments = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
                      "--hide-scrollbars", "--remote-debugging-pipe", f"--user-data-dir={self._profile}", "about:blank"]
-        self._process = subprocess.Popen([CHROMIUM, *arguments], preexec_fn=place, pass_fds=(3, 4), stdout=subprocess.DEVNULL,
-                                         stderr=subprocess.DEVNULL)
-        os.close(to_read), os.close(to_write)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        places = [(os.POSIX_SPAWN_DUP2, here, there) for here, there in ((nothing, 1), (nothing, 2), (to_read, 3), (to_write, 4))]
+        # Not subprocess: it would fork, which a process with JAX's threads should not; Chromium wants descriptors 3 and 4.
+        self._process = os.posix_spawn(CHROMIUM, [CHROMIUM, *arguments], os.environ, file_actions=places)
+        for descriptor in (nothing, to_read, to_write):
+            os.close(descriptor)
         self._buffer, self._number, self.events = b"", 0, []
         self._session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
@@ -54,7 +62,7 @@ class Browser:
             ready, _, _ = select.select([self._read], [], [], max(0.0, until - time.monotonic()))
             assert ready, "chromium did not answer"
             data = os.read(self._read, 1 << 20)
-            assert data, f"chromium ended ({self._process.poll()})"
+            assert data, "chromium ended"
             self._buffer += data
         message, self._buffer = self._buffer.split(b"\0", 1)
         return json.loads(message)
@@ -79,8 +87,10 @@ class Browser:
         raise AssertionError(f"never true: {condition}; the page says: {self.js('document.body.innerText')[:500]}")
 
     def place(self, selector: str) -> tuple[float, float]:
-        """Middle of an element, scrolled into view."""
-        return tuple(self.js(f"(() => {{ const e = document.querySelector({selector!r}); e.scrollIntoView({{block: 'center'}}); "
+        """Middle of an element, scrolled into view; when what scrolling sets off has happened."""
+        return tuple(self.js(f"(async () => {{ const e = document.querySelector({selector!r}); "
+                             "e.scrollIntoView({block: 'center'}); "
+                             "for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame); "
                              "const r = e.getClientRects()[0]; return [r.x + r.width / 2, r.y + r.height / 2]; })()"))
 
     def hover(self, selector: str) -> None:
@@ -112,7 +122,7 @@ class Browser:
         return bad + [url for url in asked if not url.startswith(("file:", "about:", "data:"))]
 
     def close(self) -> None:
-        self._process.terminate()
-        self._process.wait(20)
+        os.kill(self._process, signal.SIGTERM)
+        os.waitpid(self._process, 0)
         os.close(self._write), os.close(self._read)
         shutil.rmtree(self._profile, ignore_errors=True)
