@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -165,7 +164,7 @@ def _states(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, options: Build
     total, unsaved = len(tokens.tokens_NT), 0
     with Progress("index, pass 1", total * T, initial=done * T, enabled=options.progress) as bar, jax.set_mesh(mesh):
         for batch in _batches(sae, corpus, tokens, size, done):
-            state = step(state, sae.params, batch.x_BD, batch.keep_B, jnp.uint32(batch.first * T))
+            state = step(state, sae.params, batch.x_BD, batch.keep_B, np.uint32(batch.first * T))
             done, unsaved = batch.first + batch.contexts, unsaved + batch.contexts * T
             if unsaved >= options.save_rows or done == total:
                 _save_state(path, state, done)

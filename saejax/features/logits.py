@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from saejax import sharding
 from saejax.lm import LM
 from saejax.lm.hookpoints import EMBED, FINAL
 from saejax.sae.inference import SAE
@@ -40,18 +41,24 @@ def logit_effects(lm_: LM, sae: SAE, first: int, last: int, n: int) -> tuple[np.
     block = max(1, min(last - first, _BLOCK_BYTES // (4 * lm_.cfg.vocab_size)))
     n = min(n, lm_.cfg.vocab_size)
     found = []
-    W = np.asarray(_rows(sae, first, last))[:, columns]
+    W = rows_of(sae, sae.params.W_dec, first, last)[:, columns]
     for start in range(0, len(W), block):
         part = np.pad(W[start:start + block], ((0, max(0, start + block - len(W))), (0, 0)))
         found.append([np.asarray(x)[:len(W) - start] for x in _effects(lm_.model, part, normed=normed, n=n)])
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
-def _rows(sae: SAE, first: int, last: int) -> np.ndarray:
+def rows_of(sae: SAE, value: jax.Array, first: int, last: int) -> np.ndarray:
+    """Rows first .. last - 1 of an array that is split by feature, on every host; a collective where it spans processes."""
     if sae.mesh is None:
-        return np.asarray(sae.W_dec[first:last])
+        return np.asarray(value[first:last])
     with jax.set_mesh(sae.mesh):
-        return np.asarray(sae.W_dec.at[jnp.arange(first, last)].get(out_sharding=jax.P()))
+        return sharding.to_host(_gathered(value, np.arange(first, last)))
+
+
+@jax.jit
+def _gathered(value, rows):
+    return value.at[rows].get(out_sharding=jax.P())
 
 
 @functools.partial(jax.jit, static_argnames=("normed", "n"))

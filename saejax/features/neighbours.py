@@ -34,7 +34,7 @@ def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh, *
         for start in range(0, len(queries), block):
             part, mine = queries[start:start + block], own[start:start + block]
             room = block - len(part)
-            where = (jnp.asarray(np.pad(part, ((0, room), (0, 0)))), jnp.asarray(np.pad(mine, (0, room)).astype(np.int32)))
+            where = np.pad(part, ((0, room), (0, 0))), np.pad(mine, (0, room)).astype(np.int32)
             found.append([np.asarray(x)[:len(part)] for x in jax.device_get(_nearest(directions_FD, *where, n=n))])
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 

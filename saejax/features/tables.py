@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -90,12 +89,9 @@ def _activity(block: FeatureState, first: int, rows: int) -> dict:
 
 
 def _weights(sae: SAE, first: int, last: int) -> dict:
-    with jax.set_mesh(sae.mesh):
-        at = jnp.arange(first, last)
-        decoder, encoder, bias = (x.at[at].get(out_sharding=jax.P()) for x in
-                                  (sae.params.W_dec, sae.params.W_enc, sae.params.b_enc))
-    return {"decoder_norm": np.linalg.norm(np.asarray(decoder), axis=1).astype(np.float32),
-            "encoder_norm": np.linalg.norm(np.asarray(encoder), axis=1).astype(np.float32), "bias": np.asarray(bias)}
+    decoder, encoder, bias = (logits.rows_of(sae, x, first, last) for x in (sae.params.W_dec, sae.params.W_enc, sae.params.b_enc))
+    return {"decoder_norm": np.linalg.norm(decoder, axis=1).astype(np.float32),
+            "encoder_norm": np.linalg.norm(encoder, axis=1).astype(np.float32), "bias": bias}
 
 
 def _tokens(block: FeatureState, tokens_N: np.ndarray, first: int) -> dict:
@@ -112,8 +108,7 @@ def _logits(lm_: LM, sae: SAE, first: int, last: int) -> dict:
 
 
 def _cosines(sae: SAE, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-    with jax.set_mesh(sae.mesh):
-        queries = np.asarray(sae.params.W_dec.at[jnp.arange(first, last)].get(out_sharding=jax.P()))
+    queries = logits.rows_of(sae, sae.params.W_dec, first, last)
     return nearest(sae.params.W_dec, queries, NEAR, sae.mesh, own=np.arange(first, last))
 
 

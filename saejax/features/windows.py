@@ -66,7 +66,7 @@ class Windows:
         feature_E = np.full(size, -1, np.int32)
         row_E[:len(chosen)] = (self.context_E[chosen] - first) * self.context + self.start_E[chosen]
         feature_E[:len(chosen)] = self._feature_E[chosen]
-        acts_EW = np.asarray(jax.device_get(gather(sae.params, x_BD, keep_B, jnp.asarray(row_E), jnp.asarray(feature_E))))
+        acts_EW = np.asarray(jax.device_get(gather(sae.params, x_BD, keep_B, row_E, feature_E)))
         if is_writer():
             self.acts[chosen] = acts_EW[:len(chosen)]
 
