@@ -64,8 +64,7 @@ def gather_of(sae: SAE, rows: int, folder):
 
 def formula(features: int, rows: int, devices: int) -> float:
     """Bytes on a device while the first pass adds a batch, beyond the SAE's parameters; see docs/features.md."""
-    local = features / devices
-    return local * (3 * BYTES_PER_FEATURE + 8 * rows) + 16 * rows * (WIDTH + 4 * K)
+    return features / devices * (2 * BYTES_PER_FEATURE + 8 * rows)
 
 
 def main(features: int, memory_only: bool) -> None:

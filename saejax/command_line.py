@@ -3,7 +3,7 @@
 import difflib
 import re
 import typing
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 
 from absl import flags
@@ -13,6 +13,8 @@ from saejax import config as config_lib
 from saejax.config import Config
 from saejax.config_values import nearest, rounder
 from saejax.errors import ConfigError
+
+SEARCH = ("prompt", "answer", "against", "positives", "negatives", "find", "like")  # options of `saejax search`
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Arguments:
     tokens: int | None = None
     text: str = ""
     verify: int | None = None
+    search: dict[str, str] = field(default_factory=dict)
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -67,7 +70,8 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
                      tokens=fv["tokens"].value if "tokens" in fv else None,
                      text=(fv["text"].value or "") if "text" in fv else "",
-                     verify=fv["verify"].value if "verify" in fv else None)
+                     verify=fv["verify"].value if "verify" in fv else None,
+                     search={name: fv[name].value for name in SEARCH if name in fv and fv[name].value is not None})
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -92,6 +96,8 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_enum("text", None, ["train", "heldout"], "a split of the text", flag_values=fv)
     if "verify" in options:
         flags.DEFINE_integer("verify", None, "examples to run again", lower_bound=1, flag_values=fv)
+    for name in SEARCH if "search" in options else ():
+        flags.DEFINE_string(name, None, "what to search by", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

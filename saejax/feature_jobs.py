@@ -1,20 +1,26 @@
-"""The jobs about the features of a trained SAE: `saejax features` and `saejax dashboard`."""
+"""The jobs about the features of a trained SAE: `saejax features`, `saejax search` and `saejax dashboard`."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 
 from saejax import jobs, lm, sharding
 from saejax.command_line import Arguments
 from saejax.config import Config
 from saejax.data.store import Store, check_matches
-from saejax.errors import ConfigError
+from saejax.errors import ConfigError, FeatureIndexError
 from saejax.evals.evaluate import cached
 from saejax.features import corpus, fidelity
 from saejax.features.build import BuildOptions, build
 from saejax.features.dashboard import write_dashboard
 from saejax.features.index import MANIFEST, FeatureIndex
+from saejax.features.logits import rows_of
+from saejax.features.neighbours import nearest
+from saejax.features.search import Found, by_attribution, by_prompt, by_sets, by_text
+from saejax.features.visible import visible
 from saejax.formats import load
 from saejax.formats.loading import newest_step
 from saejax.records import RunPaths
@@ -40,6 +46,63 @@ def features(arguments: Arguments) -> int:
         if is_writer():
             _say_index(index, verified, arguments.json)
     return 0
+
+
+def search(arguments: Arguments) -> int:
+    """Prints the features that fit best, with the tokens that they fire on where the run has an index."""
+    given = arguments.search
+    ways = [name for name in ("prompt", "positives", "find", "like") if name in given]
+    if len(ways) != 1 or len(arguments.paths) != 1:
+        raise ConfigError("saejax search: give one run, and one of --prompt, --positives, --find and --like")
+    [(config, path)] = jobs.located(arguments)
+    home = Path(config.run_dir) / INDEX
+    index = FeatureIndex.open(home) if ways == ["find"] or (home / MANIFEST).is_file() else None
+    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, path, given)
+    if not is_writer():
+        return 0
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found]))
+        return 0
+    for one in found:
+        row = index.rows(one.feature, one.feature + 1)[0] if index is not None else {"token_ids": []}
+        tokens = " ".join(visible(index.vocabulary[t]) for t in row["token_ids"][:5])
+        print(f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}")
+    if not found:
+        print("no feature fits")
+    return 0
+
+
+def _searched(config: Config, path: Path, given: dict[str, str]) -> list[Found]:
+    _, sae = _sae(config, path)
+    if "like" in given:
+        return _alike(sae, given["like"])
+    lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+    if "positives" in given:
+        return by_sets(lm_, sae, _lines(given["positives"]), _lines(given["negatives"]) if "negatives" in given else ())
+    if "answer" in given:
+        return by_attribution(lm_, sae, given["prompt"], given["answer"], given.get("against"))
+    return by_prompt(lm_, sae, given["prompt"])
+
+
+def _alike(sae: SAE, number: str) -> list[Found]:
+    if not number.isdecimal() or int(number) >= sae.cfg.d_sae:
+        raise FeatureIndexError(f"--like={number}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
+    feature = int(number)
+    ids, cosines = nearest(sae.params.W_dec, rows_of(sae, sae.params.W_dec, feature, feature + 1), 10, sae.mesh,
+                           own=np.array([feature]))
+    return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
+
+
+def _lines(file: str) -> list[str]:
+    """The prompts of a file, one a line; empty lines do not count."""
+    try:
+        found = [line for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"{file}: no readable text file of prompts, one a line ({reason})") from error
+    if not found:
+        raise ConfigError(f"{file}: holds no prompts; write one a line")
+    return found
 
 
 def dashboard(arguments: Arguments) -> int:

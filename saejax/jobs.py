@@ -41,7 +41,7 @@ def start(job: str, arguments: Arguments) -> int:
         return _eval(arguments)
     if job == "release":
         return _release(arguments)
-    if job in ("features", "dashboard"):
+    if job in ("features", "dashboard", "search"):
         from saejax import feature_jobs
         return getattr(feature_jobs, job)(arguments)
     for config in _configs(arguments):

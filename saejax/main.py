@@ -101,6 +101,20 @@ JOBS = {
         "  --json                   print what was made as JSON\n" + _DISTRIBUTED,
         "saejax features runs/demo --verify=1000", takes_config=False,
         options=("distributed", "out", "tokens", "text", "verify", "json")),
+    "search": Job(
+        "features by prompt, answer, sets of prompts, text of examples, or likeness",
+        "saejax search RUN_OR_STEP --prompt=TEXT | --positives=FILE | --find=TEXT | --like=FEATURE",
+        "Reads a run and its language model (--find: only its index, RUN/features); prints the features that fit\n"
+        "best and writes nothing.\n\n"
+        "options:\n  --prompt=TEXT            the most active features on this text\n"
+        "  --prompt=TEXT --answer=TOKEN [--against=TOKEN]\n"
+        "                           those that speak most for this next token (and against that one)\n"
+        "  --positives=FILE [--negatives=FILE]\n"
+        "                           those active on all of these prompts (one a line) and none of those\n"
+        "  --find=TEXT              those whose top examples hold this text\n"
+        "  --like=FEATURE           the nearest decoder directions\n"
+        "  --json                   print one JSON list\n",
+        "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False, options=("search", "json")),
     "dashboard": Job(
         "a site of an index that opens from disk",
         "saejax dashboard RUN_OR_INDEX [--out=DIR]",

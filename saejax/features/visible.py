@@ -8,7 +8,7 @@ _PICTURES = {"\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\x7f": "\u2421"}
 _HIDDEN = {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"}  # controls, bidi and zero-width, unassigned, surrogates, separators
 
 
-def visible(text: str) -> str:
+def visible(text: str, longest: int = LONGEST) -> str:
     """`text` with every character that is invisible, or moves others, written out; a long one is cut.
 
     Newline and tab become arrows, other C0 controls their Unicode pictures (NUL: U+2400), all else of the categories Cc, Cf, Cn,
@@ -16,7 +16,7 @@ def visible(text: str) -> str:
     brackets; blanks that are not U+0020 too. A combining mark at the beginning gets a dotted circle, and stacks of them are cut.
     """
     shown, marks = [], 0
-    for character in text[:LONGEST]:
+    for character in text[:longest]:
         category = unicodedata.category(character)
         marks = marks + 1 if category in ("Mn", "Me") else 0
         if marks > 3:
@@ -31,7 +31,7 @@ def visible(text: str) -> str:
             shown.append(f"\u2039U+{ord(character):04X}\u203a")
         else:
             shown.append(character)
-    return "".join(shown) + ("\u2026" if len(text) > LONGEST else "")
+    return "".join(shown) + ("\u2026" if len(text) > longest else "")
 
 
 def script_json(value) -> str:
