@@ -122,11 +122,12 @@ def by_sets(lm_: LM, sae: SAE, positives: Sequence[str], negatives: Sequence[str
 
 
 def by_text(index: FeatureIndex, text: str, n: int = 10) -> list[Found]:
-    """The n features most of whose top contexts hold `text` (whatever its case) where they fire: from 8 tokens before the example
-    to 3 behind it. score: the share of the top contexts. Raises `FeatureIndexError` for no text.
+    """The n features most of whose top contexts hold `text` where they fire: from 8 tokens before the example to 3 behind it.
+
+    Upper and lower case are one, blanks count. score: the share of the top contexts. Raises `FeatureIndexError` for no text.
     """
-    wanted = text.strip().lower()
-    if not wanted:
+    wanted = text.lower()
+    if not wanted.strip():
         raise FeatureIndexError("search: no text to look for; give some")
     hits, totals = np.zeros(index.features), np.zeros(index.features)
     for first in range(0, index.features, _BLOCK):

@@ -58,8 +58,8 @@
 
   // ---- charts -------------------------------------------------------------------------------------------------------------
   // bars: [{label, value, kind}], ticks: [[place in bars, text]]; heights are logarithmic, so that one token in a million shows.
-  function chart(bars, ticks, label) {
-    const W = main.clientWidth < 640 ? 340 : 600, H = W < 600 ? 130 : 170, left = 8, bottom = 22, top = 14;
+  function chart(bars, ticks, label, narrow) {
+    const W = narrow || main.clientWidth < 640 ? 340 : 600, H = W < 600 ? 130 : 170, left = 8, bottom = 22, top = 14;
     const most = Math.max(1, ...bars.map((b) => b.value));
     const height = (v) => v <= 0 ? 0 : (H - bottom - top) * (0.06 + 0.94 * Math.log(1 + v) / Math.log(1 + most));
     const step = (W - 2 * left) / bars.length;
@@ -209,7 +209,7 @@
       const low = i * f.linear_width, high = low + f.linear_width, middle = Math.min(f.max, (low + high) / 2);
       bars.push({ value: f.linear[i], kind: `i${Math.min(meta.intervals, Math.max(1, Math.ceil(meta.intervals * middle / f.max)))}`, label: `${number(low)} to ${number(high)}: ${count(f.linear[i])} tokens` });
     }
-    return chart(bars, [[0, "0"], [end / 2, number(end / 2 * f.linear_width)], [end, number(end * f.linear_width)]], "Activations, equal bins");
+    return chart(bars, [[0, "0"], [end / 2, number(end / 2 * f.linear_width)], [end, number(end * f.linear_width)]], "Activations, equal bins", true);
   }
   function logChart(f) {
     const bars = [], ticks = [], n = f.log.length;
@@ -218,7 +218,7 @@
       bars.push({ value: f.log[i], kind: `i${Math.min(meta.intervals, Math.max(1, Math.ceil(meta.intervals * middle / f.max)))}`, label: `${number(low)} to ${number(high)}: ${count(f.log[i])} tokens` });
     }
     for (let i = n - 2; i > 0; i -= 8) ticks.push([n - i, number(f.log_edges[i])]);
-    return chart(bars, ticks, "Activations, logarithmic bins");
+    return chart(bars, ticks, "Activations, logarithmic bins", true);
   }
 
   const pairs = (rows) => el("div", { class: "rows" }, ...rows.flatMap(([left, right]) => [el("div", {}, left), el("div", { class: "v" }, right)]));
