@@ -3,8 +3,10 @@
 import difflib
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections.config_flags import config_flags
@@ -14,6 +16,15 @@ from saejax.config import Config
 from saejax.config_values import nearest, rounder
 from saejax.distributed import announced
 from saejax.errors import ConfigError
+
+# Options of jobs, by what they take.
+SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "compile the step for the topology",
+            "approximate": "topk as one threshold"}
+NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "tokens to index",
+           "verify": "examples to run again"}
+CHOICES = {"text": ["train", "heldout"]}
+TEXTS = {"out": "output directory", "topology": "chips, as v5p:4x8x8", "to": "format to write", "rows": "activations (.npy)",
+         **dict.fromkeys(("prompt", "answer", "against", "positives", "negatives", "find", "like"), "what to search by")}
 
 
 @dataclass(frozen=True)
@@ -34,16 +45,21 @@ class Arguments:
     config: Config | None
     paths: tuple[Path, ...]
     distributed: Distributed | None
-    out: Path | None
-    contexts: int | None
-    json: bool
-    jumprelu: bool
-    topology: str | None = None
-    width: int | None = None
-    compile: bool = False
-    to: str | None = None
-    approximate: bool = False
-    rows: Path | None = None
+    options: Mapping[str, Any]
+
+    def option(self, name: str) -> Any:
+        """The value of an option of this job; None (of a switch False) where it was not given."""
+        return self.options[name]
+
+    @property
+    def out(self) -> Path | None:
+        """Where to write."""
+        return Path(self.options["out"]) if self.options["out"] else None
+
+    @property
+    def json(self) -> bool:
+        """Print JSON."""
+        return self.options["json"]
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -67,16 +83,7 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
     if config is not None and paths:
         raise ConfigError(f"saejax {job}: got both --config={file} and {' '.join(paths)}; give one of them")
     return Arguments(config=config, paths=tuple(Path(p) for p in paths), distributed=_distributed(fv),
-                     out=Path(fv["out"].value) if "out" in fv and fv["out"].value else None,
-                     contexts=fv["contexts"].value if "contexts" in fv else None,
-                     json=bool(fv["json"].value) if "json" in fv else False,
-                     jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
-                     topology=fv["topology"].value if "topology" in fv else None,
-                     width=fv["d_in"].value if "d_in" in fv else None,
-                     compile=bool(fv["compile"].value) if "compile" in fv else False,
-                     to=fv["to"].value if "to" in fv else None,
-                     approximate=bool(fv["approximate"].value) if "approximate" in fv else False,
-                     rows=Path(fv["rows"].value) if "rows" in fv and fv["rows"].value else None)
+                     options={name: fv[name].value for name in options if name != "distributed"})
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -84,30 +91,27 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
     fv.set_gnu_getopt(True)
     if takes_config:
         config_flags.DEFINE_config_file("config", None, "config file", flag_values=fv, lock_config=True)
-    if "distributed" in options:
-        flags.DEFINE_bool("distributed", None, "one of several processes", flag_values=fv)
-        flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=fv)
-        flags.DEFINE_integer("num_processes", None, "processes in all", lower_bound=1, flag_values=fv)
-        flags.DEFINE_integer("process_id", None, "number of this process", lower_bound=0, flag_values=fv)
-        flags.DEFINE_integer("start_timeout", None, "seconds to wait for the others", lower_bound=1, flag_values=fv)
-        flags.DEFINE_integer("heartbeat", None, "seconds until a silent process is dead", lower_bound=1, flag_values=fv)
-    if "out" in options:
-        flags.DEFINE_string("out", None, "output directory", flag_values=fv)
-    if "contexts" in options:
-        flags.DEFINE_integer("contexts", None, "held-out contexts", lower_bound=1, flag_values=fv)
-    if "jumprelu" in options:
-        flags.DEFINE_bool("jumprelu", False, "topk as jumprelu", flag_values=fv)
-    if "topology" in options:
-        flags.DEFINE_string("topology", None, "chips, as v5p:4x8x8", flag_values=fv)
-        flags.DEFINE_integer("d_in", None, "width of the activations", lower_bound=1, flag_values=fv)
-        flags.DEFINE_bool("compile", False, "compile the step for the topology", flag_values=fv)
-    if "to" in options:
-        flags.DEFINE_string("to", None, "format to write", flag_values=fv)
-        flags.DEFINE_bool("approximate", False, "topk as one threshold", flag_values=fv)
-        flags.DEFINE_string("rows", None, "activations (.npy)", flag_values=fv)
-    if "json" in options:
-        flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
+    for name in options:
+        if name == "distributed":
+            _define_distributed(fv)
+        elif name in SWITCHES:
+            flags.DEFINE_bool(name, False, SWITCHES[name], flag_values=fv)
+        elif name in NUMBERS:
+            flags.DEFINE_integer(name, None, NUMBERS[name], lower_bound=1, flag_values=fv)
+        elif name in CHOICES:
+            flags.DEFINE_enum(name, None, CHOICES[name], "one of these", flag_values=fv)
+        else:
+            flags.DEFINE_string(name, None, TEXTS[name], flag_values=fv)
     return fv
+
+
+def _define_distributed(fv: flags.FlagValues) -> None:
+    flags.DEFINE_bool("distributed", None, "one of several processes", flag_values=fv)
+    flags.DEFINE_string("coordinator", None, "host:port of process 0", flag_values=fv)
+    flags.DEFINE_integer("num_processes", None, "processes in all", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("process_id", None, "number of this process", lower_bound=0, flag_values=fv)
+    flags.DEFINE_integer("start_timeout", None, "seconds to wait for the others", lower_bound=1, flag_values=fv)
+    flags.DEFINE_integer("heartbeat", None, "seconds until a silent process is dead", lower_bound=1, flag_values=fv)
 
 
 def _distributed(fv: flags.FlagValues) -> Distributed | None:

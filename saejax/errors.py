@@ -59,3 +59,7 @@ class FormatError(SaejaxError):
 
 class DiskError(SaejaxError):
     """Writing failed (disk full, read-only, permission); names the path, nothing half-written is left."""
+
+
+class FeatureIndexError(SaejaxError):
+    """A feature index is missing, unfinished or altered, belongs to another checkpoint or model, or has no such feature."""

@@ -50,6 +50,9 @@ def start(job: str, arguments: Arguments) -> int:
         return _eval(arguments)
     if job == "release":
         return _release(arguments)
+    if job in ("features", "dashboard", "search"):
+        from saejax import feature_jobs
+        return getattr(feature_jobs, job)(arguments)
     for config in _configs(arguments):
         {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0
@@ -57,7 +60,7 @@ def start(job: str, arguments: Arguments) -> int:
 
 def _check_agreement(job: str, arguments: Arguments) -> None:
     """Raises `ConfigError` when the processes were not started alike; how each of them shows its progress is its own affair."""
-    given = {"job": job, "options": (arguments.paths, arguments.out, arguments.contexts, arguments.jumprelu)}
+    given = {"job": job, "options": (arguments.paths, dict(arguments.options))}
     for config in _configs(arguments):
         given |= {f"config.{key}": value for key, value in config_lib.flat(config).items() if not key.startswith("log.")}
     check_agreement(given)
@@ -82,7 +85,7 @@ def run(config: Config) -> None:
     say("4/4 release")
     results = []
     for o, evaluation in zip(sound, evaluations, strict=True):
-        release(o.paths.checkpoints / str(o.step), metrics=_scalars(evaluation), mesh=_mesh(o.config))
+        release(o.paths.checkpoints / str(o.step), metrics=_scalars(evaluation), mesh=mesh_of(o.config))
         results.append(_result(o.config, o.paths, o.step, evaluation))
     if is_writer():
         pages = [write_report(result.paths, result) for result in results]
@@ -155,13 +158,13 @@ def _rates_file(paths: RunPaths) -> Path:
 
 def _evaluated(config: Config, paths: RunPaths, step_dir: Path) -> dict:
     """The evaluation of a checkpoint step: from `eval.json` when it is there, else measured and kept."""
-    key = _cache_key(config, step_dir)
+    key = evaluation_key(config, step_dir)
     result = cached(paths, key)
     if result is None:
         store = Store.open(config.harvest.store)
         stats = {hookpoint: store.stats(hookpoint) for hookpoint in config.sae.hookpoints}
         lm_ = _language_model(config.lm, lm_mesh(config) if config.lm.mesh.model > 1 else None)
-        result = evaluate(config, load(step_dir, mesh=_mesh(config)), lm_, stats)
+        result = evaluate(config, load(step_dir, mesh=mesh_of(config)), lm_, stats)
         remember(paths, key, result)
     return result
 
@@ -172,12 +175,13 @@ def _language_model(options: LMOptions, mesh: Mesh | None) -> lm.LM:
     return lm.load(options.model, revision=options.revision, dtype=options.dtype, mesh=mesh)
 
 
-def _cache_key(config: Config, step_dir: Path) -> dict:
+def evaluation_key(config: Config, step_dir: Path) -> dict:
+    """Under what the evaluation of a checkpoint step is kept."""
     fingerprints = json.dumps(read_meta(step_dir).fingerprints, sort_keys=True)
     return cache_key(config, int(step_dir.name), text_sha256(fingerprints))
 
 
-def _mesh(config: Config) -> Mesh | None:
+def mesh_of(config: Config) -> Mesh | None:
     """The run's mesh where it fits the devices here, else one that the dictionary fits, or None."""
     n = jax.device_count()
     if n == 1:
@@ -190,11 +194,11 @@ def _mesh(config: Config) -> Mesh | None:
 
 def _eval(arguments: Arguments) -> int:
     results = []
-    for config, path in _located(arguments):
-        if arguments.contexts is not None:
-            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=arguments.contexts))
+    for config, path in located(arguments):
+        if arguments.option("contexts") is not None:
+            config = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=arguments.option("contexts")))
         paths = RunPaths(Path(config.run_dir))
-        step_dir = path if path != paths.root else newest_step(path, _mesh(config))
+        step_dir = path if path != paths.root else newest_step(path, mesh_of(config))
         results.append(_result(config, paths, int(step_dir.name), _evaluated(config, paths, step_dir)))
     _language_model.cache_clear()
     if is_writer():
@@ -207,24 +211,30 @@ def _eval(arguments: Arguments) -> int:
 
 def _plan(arguments: Arguments) -> int:
     from saejax import plan
-    if arguments.compile and arguments.topology is None:
+    if arguments.option("compile") and arguments.option("topology") is None:
         raise ConfigError("saejax plan: --compile needs --topology, for example --topology=v5p:4x4x4")
     for config in _configs(arguments):
-        made = plan.make_plan(config, arguments.topology, width=arguments.width, compiled=arguments.compile)
+        made = plan.make_plan(config, arguments.option("topology"), width=arguments.option("d_in"),
+                              compiled=arguments.option("compile"))
         print(plan.as_json(made) if arguments.json else plan.as_table(made))
     return 0
 
 
+def result_of(config: Config, step_dir: Path, evaluation: dict) -> Result:
+    """A run with what was measured of one of its checkpoint steps."""
+    return _result(config, RunPaths(Path(config.run_dir)), int(step_dir.name), evaluation)
+
+
 def _release(arguments: Arguments) -> int:
-    located = _located(arguments)
-    if len(located) > 1 and arguments.out is not None:
+    found = located(arguments)
+    if len(found) > 1 and arguments.out is not None:
         raise ConfigError(f"saejax release: --out={arguments.out} takes one run; release them one by one")
-    for config, path in located:
+    for config, path in found:
         paths = RunPaths(Path(config.run_dir))
-        step_dir = path if path != paths.root else newest_step(path, _mesh(config))
-        evaluation = cached(paths, _cache_key(config, step_dir))
-        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=_mesh(config),
-                      as_jumprelu=arguments.jumprelu)
+        step_dir = path if path != paths.root else newest_step(path, mesh_of(config))
+        evaluation = cached(paths, evaluation_key(config, step_dir))
+        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=mesh_of(config),
+                      as_jumprelu=arguments.option("jumprelu"))
         if is_writer():
             print(f"release  {out} (step {step_dir.name})")
     return 0
@@ -232,19 +242,20 @@ def _release(arguments: Arguments) -> int:
 
 def _convert(arguments: Arguments) -> int:
     from saejax.formats.convert import convert
-    if len(arguments.paths) != 2 or not arguments.to:
+    if len(arguments.paths) != 2 or not arguments.option("to"):
         raise ConfigError("saejax convert: give SRC, DST and --to=FORMAT, for example: saejax convert runs/demo my_sae "
                           "--to=dictionary_learning")
-    if arguments.approximate != (arguments.rows is not None):
+    if arguments.option("approximate") != (arguments.option("rows") is not None):
         raise ConfigError("saejax convert: --approximate and --rows=FILE.npy go together: the error is measured on those rows")
     source, directory = arguments.paths
-    sae, compared = convert(str(source), directory, arguments.to, _rows(arguments.rows))
+    to = arguments.option("to")
+    sae, compared = convert(str(source), directory, to, _rows(arguments.option("rows")))
     if is_writer():
-        print(f"converted {directory}: {arguments.to}, {sae}\ncompared  {compared}")
+        print(f"converted {directory}: {to}, {sae}\ncompared  {compared}")
     return 0
 
 
-def _rows(path: Path | None) -> np.ndarray | None:
+def _rows(path: str | None) -> np.ndarray | None:
     if path is None:
         return None
     try:
@@ -270,7 +281,7 @@ def _configs(arguments: Arguments) -> list[Config]:
     return [saved_config(path) for path in arguments.paths]
 
 
-def _located(arguments: Arguments) -> list[tuple[Config, Path]]:
+def located(arguments: Arguments) -> list[tuple[Config, Path]]:
     """(config, run directory or checkpoint step) of every path given; a sweep stands for all its SAEs."""
     given = arguments.config
     paths = arguments.paths if given is None else (Path(given.run_dir),)

@@ -100,7 +100,7 @@ JOBS = {
         "  --compile                compile the training step for a TPU topology (pip install 'saejax[tpu-plan]')\n"
         "                           or for cpu:N, and report the compiler's memory and collectives\n"
         "  --json                   print the plan as JSON\n" + _CONFIG,
-        "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", options=("topology", "json")),
+        "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", options=("topology", "d_in", "compile", "json")),
     "convert": Job(
         "an SAE of any library -> the files of another one",
         "saejax convert SRC DST --to=FORMAT [--approximate --rows=FILE.npy]",
@@ -112,6 +112,44 @@ JOBS = {
         "  --approximate            topk for Gemma Scope: one threshold, of the same mean L0 on the rows\n"
         "  --rows=FILE.npy          activations [N, d_in] on which that is fitted and measured\n",
         "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
+    "features": Job(
+        "what the features of a run fire on: the index",
+        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--out=DIR] [--verify=N]",
+        "Reads a run (its newest checkpoint that verifies, or one step), its store and its language model; writes\n"
+        "the index to DIR (default RUN/features): per feature density, histograms, examples of every level of\n"
+        "activation with their context, top tokens, effect on the next token, neighbours. An interrupted index\n"
+        "goes on where it stopped; a finished one is left as it is; one of another checkpoint is refused.\n"
+        "docs/features.md describes it.\n\n"
+        "options:\n  --tokens=N               index the first N tokens (default: all of the store)\n"
+        "  --text=train|heldout     a split of the run's text, through the language model, instead of the store\n"
+        "                           (default 1,000,000 tokens of it)\n"
+        "  --out=DIR                where to write\n"
+        "  --verify=N               run N examples again through language model and SAE, and say how they differ\n"
+        "  --json                   print what was made as JSON\n" + _DISTRIBUTED,
+        "saejax features runs/demo --verify=1000", takes_config=False,
+        options=("distributed", "out", "tokens", "text", "verify", "json")),
+    "search": Job(
+        "features by prompt, answer, sets of prompts, text of examples, or likeness",
+        "saejax search RUN_OR_STEP --prompt=TEXT | --positives=FILE | --find=TEXT | --like=FEATURE",
+        "Reads a run and its language model (--find: only its index, RUN/features); prints the features that fit\n"
+        "best and writes nothing.\n\n"
+        "options:\n  --prompt=TEXT            the most active features on this text\n"
+        "  --prompt=TEXT --answer=TOKEN [--against=TOKEN]\n"
+        "                           those that speak most for this next token (and against that one)\n"
+        "  --positives=FILE [--negatives=FILE]\n"
+        "                           those active on all of these prompts (one a line) and none of those\n"
+        "  --find=TEXT              those whose top examples hold this text\n"
+        "  --like=FEATURE           the nearest decoder directions\n"
+        "  --json                   print one JSON list\n",
+        "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False, 
+        options=("prompt", "answer", "against", "positives", "negatives", "find", "like", "json")),
+    "dashboard": Job(
+        "a site of an index that opens from disk",
+        "saejax dashboard RUN_OR_INDEX [--out=DIR]",
+        "Reads the index of a run (RUN/features) or the index given; writes index.html and its data to DIR (default\n"
+        "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
+        "options:\n  --out=DIR                where to write\n",
+        "saejax dashboard runs/demo", takes_config=False, options=("out",)),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -203,7 +241,7 @@ def _failed(error: SaejaxError) -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:<9}{job.summary}" for name, job in JOBS.items())
+    jobs = "\n".join(f"  {name:<11}{job.summary}" for name, job in JOBS.items())
     return (f"saejax {saejax.__version__}: sparse autoencoders on language-model activations\n\n"
             "usage: saejax JOB --config=FILE [--config.KEY=VALUE ...]\n       saejax JOB PATH ...\n\n"
             f"jobs:\n{jobs}\n\nexample:\n  {JOBS['run'].example}\n\n"

@@ -5,7 +5,7 @@ import socket
 
 # A collective loaded from the compilation cache waits for ever under gloo, and a process that is killed may leave half an entry:
 # every process compiles for itself.
-_DROPPED = ("XLA_FLAGS", "JAX_COMPILATION_CACHE_DIR")
+_DROPPED = ("JAX_COMPILATION_CACHE_DIR",)
 
 
 def environment(devices: int) -> dict[str, str]:

@@ -1,0 +1,166 @@
+"""The jobs about the features of a trained SAE: `saejax features`, `saejax search` and `saejax dashboard`."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from saejax import jobs, lm, sharding
+from saejax.command_line import Arguments
+from saejax.config import Config
+from saejax.data.store import Store, check_matches
+from saejax.errors import ConfigError, FeatureIndexError
+from saejax.evals.evaluate import cached
+from saejax.features import corpus, fidelity
+from saejax.features.build import BuildOptions, build
+from saejax.features.dashboard import write_dashboard
+from saejax.features.index import MANIFEST, FeatureIndex
+from saejax.features.logits import rows_of
+from saejax.features.neighbours import nearest
+from saejax.features.search import Found, by_attribution, by_prompt, by_sets, by_text
+from saejax.features.visible import visible
+from saejax.formats import load
+from saejax.formats.loading import newest_step
+from saejax.records import RunPaths
+from saejax.report.summary import rows
+from saejax.sae.inference import SAE
+from saejax.storage import is_writer
+
+INDEX, DASHBOARD = "features", "dashboard"
+_TEXT_TOKENS = 1_000_000
+
+
+def features(arguments: Arguments) -> int:
+    """Builds the index of every run given; with --verify runs examples again."""
+    located = jobs.located(arguments)
+    if len(located) > 1 and arguments.out is not None:
+        raise ConfigError(f"saejax features: --out={arguments.out} takes one run; index them one by one")
+    for config, path in located:
+        step_dir, sae = _sae(config, path)
+        lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+        index = build(arguments.out or Path(config.run_dir) / INDEX, sae, _corpus(config, sae, lm_, arguments), lm_,
+                      BuildOptions(progress=config.log.progress))
+        examples = arguments.option("verify")
+        verified = fidelity.check(index, sae, lm_, examples).to_json() if examples else None
+        if is_writer():
+            _say_index(index, verified, arguments.json)
+    return 0
+
+
+def search(arguments: Arguments) -> int:
+    """Prints the features that fit best, with the tokens that they fire on where the run has an index."""
+    given = {name: value for name, value in arguments.options.items() if name != "json" and value is not None}
+    ways = [name for name in ("prompt", "positives", "find", "like") if name in given]
+    if len(ways) != 1 or len(arguments.paths) != 1:
+        raise ConfigError("saejax search: give one run, and one of --prompt, --positives, --find and --like")
+    [(config, path)] = jobs.located(arguments)
+    home = Path(config.run_dir) / INDEX
+    index = FeatureIndex.open(home) if ways == ["find"] or (home / MANIFEST).is_file() else None
+    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, path, given)
+    if not is_writer():
+        return 0
+    if arguments.json:
+        print(json.dumps([asdict(one) for one in found]))
+        return 0
+    for one in found:
+        row = index.rows(one.feature, one.feature + 1)[0] if index is not None else {"token_ids": []}
+        tokens = " ".join(visible(index.vocabulary[t]) for t in row["token_ids"][:5])
+        print(f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}")
+    if not found:
+        print("no feature fits")
+    return 0
+
+
+def _searched(config: Config, path: Path, given: dict[str, str]) -> list[Found]:
+    _, sae = _sae(config, path)
+    if "like" in given:
+        return _alike(sae, given["like"])
+    lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+    if "positives" in given:
+        return by_sets(lm_, sae, _lines(given["positives"]), _lines(given["negatives"]) if "negatives" in given else ())
+    if "answer" in given:
+        return by_attribution(lm_, sae, given["prompt"], given["answer"], given.get("against"))
+    return by_prompt(lm_, sae, given["prompt"])
+
+
+def _alike(sae: SAE, number: str) -> list[Found]:
+    if not number.isdecimal() or int(number) >= sae.cfg.d_sae:
+        raise FeatureIndexError(f"--like={number}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
+    feature = int(number)
+    ids, cosines = nearest(sae.params.W_dec, rows_of(sae, sae.params.W_dec, feature, feature + 1), 10, sae.mesh,
+                           own=np.array([feature]))
+    return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
+
+
+def _lines(file: str) -> list[str]:
+    """The prompts of a file, one a line; empty lines do not count."""
+    try:
+        found = [line for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise ConfigError(f"{file}: no readable text file of prompts, one a line ({reason})") from error
+    if not found:
+        raise ConfigError(f"{file}: holds no prompts; write one a line")
+    return found
+
+
+def dashboard(arguments: Arguments) -> int:
+    """Writes the site of an index; of a run also with the run's figures."""
+    if len(arguments.paths) > 1:
+        raise ConfigError("saejax dashboard: give one run or one index")
+    path, = arguments.paths
+    if (path / MANIFEST).is_file() and not RunPaths(path).config.is_file():
+        index, figures, title = FeatureIndex.open(path), [], path.absolute().parent.name
+        home = path.absolute().parent
+    else:
+        [(config, path)] = jobs.located(arguments)
+        step_dir, sae = _sae(config, path)
+        home = Path(config.run_dir)
+        index, figures, title = FeatureIndex.open(home / INDEX, sae=sae), _figures(config, step_dir), config.name
+    out = arguments.out or home / DASHBOARD
+    links = [("Report of the run", "../report.html")] if (out.parent / "report.html").is_file() else []
+    if is_writer():
+        page = write_dashboard(index, out, title=title, figures=figures, links=links)
+        print(f"dashboard {page}")
+    return 0
+
+
+def _sae(config: Config, path: Path) -> tuple[Path, SAE]:
+    mesh: Mesh = jobs.mesh_of(config) or sharding.single_device_mesh()
+    step_dir = path if path != Path(config.run_dir) else newest_step(path, mesh)
+    return step_dir, load(step_dir, mesh=mesh)
+
+
+def _corpus(config: Config, sae: SAE, lm_: lm.LM, arguments: Arguments) -> corpus.Corpus:
+    if not arguments.option("text"):
+        store = Store.open(config.harvest.store)
+        check_matches(store, hookpoints=sae.cfg.hookpoints, model=config.lm.model)
+        return corpus.from_store(store, sae.cfg.hookpoints, arguments.option("tokens"))
+    return corpus.from_text(config.text, lm_, sae.cfg.hookpoints, seed=config.seed_of_data, split=arguments.option("text"),
+                            mask_special=config.harvest.mask_special, tokens=arguments.option("tokens") or _TEXT_TOKENS,
+                            batch=config.harvest.batch_contexts)
+
+
+def _figures(config: Config, step_dir: Path) -> list[tuple[str, str]]:
+    """Those of the evaluation, where there is one of this step."""
+    evaluation = cached(RunPaths(Path(config.run_dir)), jobs.evaluation_key(config, step_dir))
+    if evaluation is None:
+        return []
+    wanted = ("SAE", "hookpoint", "step", "L0", "explained variance", "CE recovered", "silent on held-out text")
+    found = dict(rows(jobs.result_of(config, step_dir, evaluation)))
+    return [(label, found[label]) for label in wanted]
+
+
+def _say_index(index: FeatureIndex, verified: dict | None, as_json: bool) -> None:
+    totals = index.manifest["totals"]
+    if as_json:
+        print(json.dumps({"index": str(index.path), **totals, "verified": verified}))
+        return
+    print(f"features {index.path}: {totals['alive']:,} of {index.features:,} fire on {totals['kept_rows']:,} tokens; "
+          f"{totals['examples']:,} examples")
+    if verified is not None:
+        print(f"verified {verified['examples']:,} examples of {verified['contexts']:,} contexts: "
+              f"{100 * verified['within_tolerance']:.2f} % within 1 % of the feature's maximum, mean difference "
+              f"{100 * verified['mean_difference']:.3f} %, {verified['lost']} do not fire again")

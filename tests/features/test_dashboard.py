@@ -1,0 +1,197 @@
+"""The site: nothing from a corpus can run or hide, files are bounded, and a real browser searches, sorts, opens and goes back."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from saejax.errors import FeatureIndexError
+from saejax.features import dashboard
+from saejax.features.dashboard import write_dashboard
+from saejax.features.index import FeatureIndex
+from saejax.features.visible import LONGEST, script_json, visible
+from tests.features.browser import CHROMIUM, Browser
+from tests.features.conftest import DEAD, FEATURES
+
+HOSTILE = ["<script>window.hacked=1</script>", "</script><img src=x onerror='window.hacked=1'>", "a\u202eb\u2066c", "nul\x00nul",
+           "\u2028\u2029", "x" * 100_000, "'\"`${1}", "javascript:alert(1)", "{{ 7 * 7 }}", "\ud800", "e" + "\u0301" * 500,
+           "\u200b", "]]>--><!--", "\\u003c"]
+
+
+def parsed(file):
+    """What a data file hands to the page."""
+    match = re.fullmatch(r'saejax\("(\w+)",(\d+),(.*)\);\n', file.read_bytes().decode("ascii"), re.DOTALL)
+    return json.loads(match[3])
+
+
+@pytest.fixture(scope="module")
+def site(index, tmp_path_factory):
+    out = tmp_path_factory.mktemp("site") / "dashboard"
+    return write_dashboard(index, out, title="tiny", figures=[("L0", "8")], progress=False)
+
+
+@pytest.fixture(scope="module")
+def hostile_site(index, tmp_path_factory):
+    """The same index over a vocabulary in which every token is an attack."""
+    hostile = FeatureIndex.open(index.path)
+    hostile.__dict__["vocabulary"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(index.vocabulary))]
+    return write_dashboard(hostile, tmp_path_factory.mktemp("hostile") / "dashboard", title=HOSTILE[1],
+                           figures=[(HOSTILE[0], HOSTILE[1])], links=[("x", "javascript:alert(1)"), ("ok", "../report.html")],
+                           progress=False)
+
+
+@given(some.text())
+def test_visible_text_hides_and_moves_nothing(text):
+    import unicodedata
+    shown = visible(text)
+    kinds = {unicodedata.category(c) for c in shown}
+    assert not kinds & {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"} and len(shown) <= 11 * LONGEST + 1
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("a\nb\tc", "a\u21b5b\u21e5c"), ("\x00", "\u2400"), ("\u202eabc", "\u2039U+202E\u203aabc"), ("\u200b", "\u2039U+200B\u203a"),
+    ("\xa0", "\u2039U+00A0\u203a"), (" plain \u65e5\u672c", " plain \u65e5\u672c"), ("\ufffd", "\ufffd"),
+    ("\u0301", "\u25cc\u0301"), ("x" * 1000, "x" * LONGEST + "\u2026"), ("\ud800", "\u2039U+D800\u203a")])
+def test_what_is_seen_of_a_token(text, shown):
+    assert visible(text) == shown
+
+
+@given(some.text())
+def test_json_in_a_script_is_ascii_without_markup(text):
+    data = script_json([text, {text: 1}])
+    assert data.isascii() and not set("<>&\n") & set(data) and json.loads(data) == [text, {text: 1}]
+    assert "\\u2028" in script_json("\u2028")
+
+
+def test_hostile_text_stays_data(hostile_site):
+    for file in hostile_site.parent.rglob("*.js"):
+        data = file.read_bytes()
+        if file.name != "app.js":
+            assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data and len(data) < 2**20
+    page = hostile_site.read_text()
+    assert page.count("<script") == 1 and "<img" not in page and "default-src 'none'" in page
+    assert parsed(hostile_site.parent / "data" / "meta.js")["links"] == [["ok", "../report.html"]]
+
+
+def test_data_are_those_of_the_index(index, site):
+    listed = parsed(site.parent / "data" / "list" / "000.js")
+    np.testing.assert_allclose(listed["density"], index.column("density"), rtol=1e-4)
+    chunk = parsed(site.parent / "data" / "features" / "000" / "000000.js")
+    assert len(chunk["features"]) == FEATURES and chunk["features"][3]["fired"] == index.column("fired")[3]
+    example, stored = chunk["features"][3]["examples"][0], index.examples(3)[0]
+    assert example[1] == pytest.approx(stored["value"], rel=1e-3)
+    assert example[2:5] == [stored[name] for name in ("context", "position", "start")]
+    tokens = index.tokens_NT[stored["context"], stored["start"]:stored["start"] + index.window]
+    assert [chunk["words"][w] for w in example[5]] == [visible(index.vocabulary[t]) for t in tokens]
+    acts = dict(zip(example[6][::2], example[6][1::2], strict=True))
+    np.testing.assert_allclose([acts.get(i, 0) for i in range(index.window)], stored["acts"], rtol=1e-3)
+    assert chunk["features"][DEAD[0]]["examples"] == []
+
+
+def test_files_are_few_and_small(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(dashboard, "FEATURES_PER_FILE", 3)
+    monkeypatch.setattr(dashboard, "FILES_PER_FOLDER", 4)
+    monkeypatch.setattr(dashboard, "LIST", 16)
+    page = write_dashboard(index, tmp_path / "site", title="x", progress=False)
+    folders = sorted((page.parent / "data" / "features").iterdir())
+    assert [len(list(f.iterdir())) for f in folders] == [4, 4, 4, 2] and len(list((page.parent / "data" / "list").iterdir())) == 3
+    assert [parsed(f)["first"] for f in sorted(page.parent.rglob("features/*/*.js"))] == list(range(0, FEATURES, 3))
+
+
+def test_another_directory_is_left_alone(index, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(FeatureIndexError, match="is not empty"):
+        write_dashboard(index, tmp_path, title="x", progress=False)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    if CHROMIUM is None:
+        pytest.skip("no Chromium here (Debian: apt install chromium)")
+    try:
+        page = Browser()
+    except (AssertionError, OSError) as error:
+        pytest.skip(f"Chromium does not start here: {error}")
+    yield page
+    page.close()
+
+
+def rows_of(page) -> list[list[str]]:
+    return page.js("[...document.querySelectorAll('#list tbody tr')].map(r => [...r.children].map(c => c.textContent))")
+
+
+@pytest.mark.browser
+def test_search_sort_open_hover_and_back(browser, site, index):
+    browser.size(1280, 1000)
+    browser.open(site)
+    browser.wait("document.querySelectorAll('#list tbody tr').length > 5")
+    assert len(rows_of(browser)) == FEATURES - len(DEAD) and "of 40 features" in browser.js("document.body.innerText")
+    browser.click("[data-sort=max]")
+    browser.wait("document.querySelector('th[aria-sort=descending] [data-sort=max]') !== null")
+    order = [int(row[0]) for row in rows_of(browser)]
+    assert order == sorted(order, key=lambda f: (-float(f"{index.column('max')[f]:.5g}"), f))
+    browser.type("#search", str(order[2]))
+    browser.wait(f"[...document.querySelectorAll('#list tbody tr td:first-child')].some(c => c.textContent === '{order[2]}')")
+    browser.wait("document.querySelectorAll('#list tbody tr').length < 38")
+    searched = browser.js("location.hash")
+    browser.click(f"a[href='#feature={order[2]}']")
+    browser.wait("!!document.querySelector('.ex')")
+    assert browser.js("document.querySelector('h1').textContent") == f"Feature {order[2]}"
+    stored = index.examples(order[2])
+    peak = browser.js("document.querySelector('.tok.peak').textContent")
+    assert peak == visible(index.vocabulary[index.tokens_NT[stored[0]["context"], stored[0]["position"]]])
+    browser.hover(".tok.peak")
+    browser.wait("!document.getElementById('tip').hidden")
+    assert f"{stored[0]['value']:.4g}".rstrip("0") in browser.js("document.getElementById('tip').textContent")
+    assert browser.js("document.querySelectorAll('.bar.i10').length") > 0
+    browser.js("history.back()")
+    browser.wait("!!document.querySelector('#search')")
+    assert browser.js("location.hash") == searched and len(rows_of(browser)) < 38
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_dead_unknown_and_empty_say_so(browser, site):
+    browser.open(site, f"#feature={DEAD[0]}")
+    assert "Dead" in browser.wait("document.querySelector('#dead-notice')?.textContent")
+    browser.open(site, "#feature=999999")
+    assert "0 to 39" in browser.wait("document.querySelector('#no-such')?.textContent")
+    browser.open(site, "#feature=%3Cimg%20src%3Dx%20onerror%3Dalert(1)%3E")
+    browser.wait("!!document.querySelector('#no-such')")
+    browser.open(site, "#q=zzzzzz")
+    browser.wait("document.querySelector('#status')?.textContent.startsWith('No feature matches')")
+    browser.open(site, "#dead=1&sort=density")
+    browser.wait("document.querySelectorAll('#list tbody tr').length === 40")
+    assert browser.js("document.querySelector('#list tbody tr td:nth-child(2)').textContent") == "dead"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width, dark", [(390, False), (1280, True)])
+def test_nothing_is_wider_than_the_page(browser, site, width, dark):
+    browser.size(width, 844, dark)
+    for fragment, there in (("", "document.querySelectorAll('#list tbody tr').length > 5"),
+                            ("#feature=3", "!!document.querySelector('.ex')")):
+        browser.open(site, fragment)
+        browser.wait(there)
+        assert browser.js("document.documentElement.scrollWidth") <= width
+    background = browser.js("getComputedStyle(document.body).backgroundColor")
+    assert background == ("rgb(13, 17, 23)" if dark else "rgb(255, 255, 255)")
+
+
+@pytest.mark.browser
+def test_hostile_text_cannot_run(browser, hostile_site):
+    browser.size(1280, 900)
+    for fragment, there in (("", "document.querySelectorAll('#list tbody tr').length > 5"),
+                            ("#feature=3", "!!document.querySelector('.ex')")):
+        browser.open(hostile_site, fragment)
+        browser.wait(there)
+        assert browser.js("window.hacked === undefined && document.querySelectorAll('img, iframe, object').length === 0")
+        assert browser.js("document.querySelectorAll('script').length") == 1
+        text = browser.js("document.body.textContent")
+        assert "<script>window.hacked=1</script>" in text and "\u2400" in text and "\u202e" not in text and "\x00" not in text
+    assert browser.js("(() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 2'; "
+                      "document.body.append(s); return window.hacked === undefined; })()"), "the policy forbids inline script"
+    assert all("Content Security Policy" in trouble or "Content-Security-Policy" in trouble for trouble in browser.troubles())
