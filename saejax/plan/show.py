@@ -48,7 +48,8 @@ def _experiment(plan: dict) -> list[tuple[str, str]]:
                      f"{harvest['passes']:.3g} times)")]
     if "lm_flops_per_token" in harvest:
         out.append(("harvest", f"{number(harvest['lm_flops_per_token'], 'FLOP')} per token of {harvest['model']}, "
-                               f"{harvest['share_of_flops']:.0%} of all FLOPs"))
+                               f"{harvest['share_of_flops']:.0%} of all FLOPs"
+                               + (f"; about {_duration(harvest['seconds'])} here" if "seconds" in harvest else "")))
     return out
 
 

@@ -243,7 +243,8 @@ def test_harvest_and_store(model_and_text, tmp_path):
     assert harvest["store_tokens"] == 4096 and harvest["passes"] == 0.5
     lm, train = harvest["lm_flops_per_token"], harvest["train_flops_per_token"]
     assert harvest["share_of_flops"] == pytest.approx(lm * 4096 / (lm * 4096 + train * 2048), rel=1e-6)
-    assert "of all FLOPs" in as_table(plan)
+    assert harvest["seconds"] == pytest.approx(lm * 4096 / (0.4 * hardware.CHIPS["cpu"].flops), rel=1e-6)
+    assert "of all FLOPs; about " in as_table(plan)
 
 
 def test_the_command(model_and_text, tmp_path, capsys):
