@@ -103,3 +103,25 @@ def test_processes_with_different_configs_refuse_to_start(config_file, tmp_path)
         assert code == 2, error
         assert "config.sae.k, config.train.lr: not the same in all 2 processes (process 1 differs from process 0)" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_within_the_heartbeat(model_and_text, tmp_path):
+    run = tmp_path / "run"
+    config = tiny.write_config(tmp_path / "config.py", *model_and_text, run, "c.mesh.data = 2\nc.train.tokens = 64_000_000")
+    command = [sys.executable, "-m", "saejax.main", "run", f"--config={config}", "--distributed",
+               f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--heartbeat=10"]
+    jobs = [subprocess.Popen([*command, f"--process_id={i}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             env=environment(1)) for i in range(2)]
+    try:
+        end = time.monotonic() + 150
+        while not (run / "metrics.jsonl").is_file() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert (run / "metrics.jsonl").is_file()
+        jobs[1].kill()
+        clock = time.monotonic()
+        jobs[0].communicate(timeout=60)
+        assert jobs[0].returncode != 0 and time.monotonic() - clock < 30
+    finally:
+        for job in jobs:
+            job.kill()

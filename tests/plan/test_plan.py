@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import typing
 from pathlib import Path
 
 import jax
@@ -146,6 +147,25 @@ def test_unknown_topologies(text, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+class Device(typing.NamedTuple):
+    device_kind: str
+    platform: str
+    process_index: int = 0
+    coords: tuple | None = None
+
+
+@pytest.mark.parametrize("devices, name", [
+    ([Device("TPU v5 lite", "tpu", 0, (x, y, 0)) for x in range(4) for y in range(2)], "v5e:4x2x1"),
+    ([Device("TPU v5p", "tpu", 0, (x, y, z)) for x in range(2) for y in range(2) for z in range(4)], "v5p:2x2x4"),
+    ([Device("NVIDIA H100 80GB HBM3", "gpu", i // 8) for i in range(16)], "h100:8x2"),
+    ([Device("NVIDIA H200", "gpu", i) for i in range(16)], "h200:8x2"),
+    ([Device("NVIDIA A100-SXM4-80GB", "gpu")], "h100:1x1"),
+    ([Device("cpu", "cpu")] * 8, "cpu:8"),
+])
+def test_devices_that_are_here(devices, name):
+    assert hardware.present(devices).name == name
+
+
 def test_a_group_uses_every_axis_that_it_reaches_over():
     v5p, nodes = parse("v5p:4x8x8"), parse("h100:8x4")
     link = v5p.chip.link
@@ -284,6 +304,25 @@ def test_the_step_compiles_for_a_tpu_slice():
     assert found["memory"]["arguments"] == pytest.approx(state, rel=0.05)
     for axis in ("dict", "data"):
         assert found["collective_bytes"][axis] == pytest.approx(plan["collective_bytes"][axis], rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, features, width, batch, topology", [
+    ("topk", 2**25, 4096, 16_384, "v5p:4x8x8"), ("relu", 2**25, 4096, 16_384, "v5p:4x8x8"),
+    ("topk", 2**22, 4096, 16_384, "v5e:8x8"), ("topk", 2**20, 2304, 4096, "v5e:4x4")])
+def test_wide_dictionaries_compile_for_pods(kind, features, width, batch, topology):
+    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
+    config = make_config(kind, sae__d_in=width, sae__d_sae=features, train__batch=batch, train__compute_dtype="bfloat16")
+    if config.sae.kind == "topk":
+        config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=64))
+    plan = make_plan(config, topology, compiled=True)
+    assert "refused" not in plan["compiled"], plan["compiled"]
+    kept = plan["compiled"]["memory"]
+    assert kept["arguments"] == pytest.approx(12 * plan["sae"]["parameters"] / plan["topology"]["chips"], rel=0.01)
+    assert 0.5 < (kept["arguments"] + kept["temporaries"]) / plan["memory"]["total"] < 2
+    # No gradient and no parameter travels along dict, and nothing as wide as the dictionary.
+    assert set(plan["compiled"]["collective_bytes"]) <= {"dict", "dict in branches"}
+    assert plan["compiled"]["collective_bytes"]["dict"] < 2.1 * plan["collective_bytes"]["dict"]
 
 
 @pytest.mark.slow
