@@ -59,7 +59,7 @@ def _memory(plan: dict) -> list[tuple[str, str]]:
     if "best" in at:
         mesh += (f"; the model would take {at['best']['data']} x {at['best']['dict']} "
                  f"({number(at['best']['tokens_per_second'])} tokens/s)")
-    return [("topology", f"{at['name']}, {at['chips']} chips"), ("mesh", mesh),
+    return [("topology", f"{at['name']}, {at['chips']} chip{'s' if at['chips'] > 1 else ''}"), ("mesh", mesh),
             ("bytes per chip", f"{number(memory['total'], 'B')} of {number(memory['usable'], 'B')}"),
             *((f"  {name}", number(size, "B")) for name, size in memory["by_kind"].items())]
 
