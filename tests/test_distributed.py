@@ -4,10 +4,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from saejax.command_line import parse
-from saejax.distributed import announced
+from saejax.distributed import _raise_unless_equal, announced, check_agreement
 from saejax.errors import ConfigError
 from tests import tiny_experiment as tiny
 from tests.processes import environment, free_port
@@ -94,6 +95,15 @@ def test_processes_that_do_not_come_are_missed(config_file):
     assert any("answers, but the job is not complete" in error or "not all 3 processes" in error for _, error, _ in ends)
 
 
+def test_disagreement_names_keys_and_processes():
+    names = ["config.sae.k", "config.train.lr", "job"]
+    _raise_unless_equal(np.array([[1, 2, 3]] * 4), names)
+    with pytest.raises(ConfigError, match=r"^config.train.lr: not the same in all 4 processes \(process 2, 3 differs"):
+        _raise_unless_equal(np.array([[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 8, 3]]), names)
+    check_agreement({"config.sae.k": 3})  # one process agrees with itself
+
+
+@pytest.mark.slow
 def test_processes_with_different_configs_refuse_to_start(config_file, tmp_path):
     def own(i):
         return f"--config.train.lr={1 + i}", f"--config.sae.k={8 - i}", f"--config.log.every_steps={1 + i}"

@@ -340,3 +340,17 @@ def test_the_example_in_the_docs_is_current(capsys):
     root = Path(__file__).parents[2]
     assert main(["plan", f"--config={root / 'configs/smollm2_pod.py'}", "--topology=v5p:4x4x4"]) == 0
     assert capsys.readouterr().out in (root / "docs/plan.md").read_text(), "put what the command in docs/plan.md prints there"
+
+
+@pytest.mark.slow
+def test_a_run_on_the_chosen_mesh(tmp_path):
+    from saejax.train.loop import train
+    from tests.train import synthetic
+    store = synthetic.make_store(tmp_path / "store")
+    open_, fixed = (synthetic.make_config("topk", tmp_path / name, mesh__data=data, mesh__dict=-1, train__tokens=320)
+                    for name, data in (("open", -1), ("fixed", 1)))
+    trained = train(open_, store)
+    assert trained.mesh.size == 8 and trained.step == 10
+    reference = train(fixed, store)
+    difference = jax.device_get(trained.state.params.W_dec) - jax.device_get(reference.state.params.W_dec)
+    assert abs(difference).max() < 1e-4
