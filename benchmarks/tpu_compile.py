@@ -6,6 +6,7 @@ is printed is the compiler's word and this project's model, not a measurement.
 
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -45,7 +46,8 @@ def row(name: str, plan: dict) -> str:
     head = f"| {sae['kind']} {sae['d_sae']:,} x {sae['d_in']:,} | {sae['batch']:,} | {at['name']} | {at['path']} "
     tail = f"| {found['seconds_to_compile']:.0f} | {plan['peak_rss'] / 1e9:.1f} |"
     if "refused" in found:
-        return f"{head}| {found['refused'].removeprefix('RESOURCE_EXHAUSTED: ')} | {planned:.1f} | | | | {tail[2:]}"
+        sizes = re.findall(r"\(([\d.]+G)\)", found["refused"])
+        return f"{head}| refused: {sizes[0]}, there are {sizes[1]} | {planned:.1f} | | | {tail}"
     memory, estimate = found["memory"], found["step_seconds"]
     moved = sum(size for axis, size in found["collective_bytes"].items() if "branches" not in axis) / 1e9
     return (f"{head}| {memory['arguments'] / 1e9:.1f} + {memory['temporaries'] / 1e9:.1f} | {planned:.1f} "

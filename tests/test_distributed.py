@@ -4,10 +4,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from saejax.command_line import parse
-from saejax.distributed import announced
+from saejax.distributed import _raise_unless_equal, announced, check_agreement
 from saejax.errors import ConfigError
 from tests import tiny_experiment as tiny
 from tests.processes import environment, free_port
@@ -94,6 +95,15 @@ def test_processes_that_do_not_come_are_missed(config_file):
     assert any("answers, but the job is not complete" in error or "not all 3 processes" in error for _, error, _ in ends)
 
 
+def test_disagreement_names_keys_and_processes():
+    names = ["config.sae.k", "config.train.lr", "job"]
+    _raise_unless_equal(np.array([[1, 2, 3]] * 4), names)
+    with pytest.raises(ConfigError, match=r"^config.train.lr: not the same in all 4 processes \(process 2, 3 differs"):
+        _raise_unless_equal(np.array([[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 8, 3]]), names)
+    check_agreement({"config.sae.k": 3})  # one process agrees with itself
+
+
+@pytest.mark.slow
 def test_processes_with_different_configs_refuse_to_start(config_file, tmp_path):
     def own(i):
         return f"--config.train.lr={1 + i}", f"--config.sae.k={8 - i}", f"--config.log.every_steps={1 + i}"
@@ -103,3 +113,25 @@ def test_processes_with_different_configs_refuse_to_start(config_file, tmp_path)
         assert code == 2, error
         assert "config.sae.k, config.train.lr: not the same in all 2 processes (process 1 differs from process 0)" in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_ends_the_others_within_the_heartbeat(model_and_text, tmp_path):
+    run = tmp_path / "run"
+    config = tiny.write_config(tmp_path / "config.py", *model_and_text, run, "c.mesh.data = 2\nc.train.tokens = 64_000_000")
+    command = [sys.executable, "-m", "saejax.main", "run", f"--config={config}", "--distributed",
+               f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--heartbeat=10"]
+    jobs = [subprocess.Popen([*command, f"--process_id={i}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                             env=environment(1)) for i in range(2)]
+    try:
+        end = time.monotonic() + 150
+        while not (run / "metrics.jsonl").is_file() and time.monotonic() < end:
+            time.sleep(0.1)
+        assert (run / "metrics.jsonl").is_file()
+        jobs[1].kill()
+        clock = time.monotonic()
+        jobs[0].communicate(timeout=60)
+        assert jobs[0].returncode != 0 and time.monotonic() - clock < 30
+    finally:
+        for job in jobs:
+            job.kill()

@@ -20,6 +20,7 @@ from saejax.train.state import abstract_state
 from saejax.train.step_cost import Work
 
 SCHEMA_VERSION = 1
+LM_SHARE = 0.4  # of the peak that a language model's forward pass reaches
 _GB = 1e9
 
 
@@ -37,6 +38,9 @@ def make_plan(config: Config, topology: str | None = None, *, width: int | None 
     if chosen is not None:
         mesh = mesh_on(config, spec, chosen)
         plan |= on_topology(config, spec, chosen, *mesh)
+        if source.lm_flops is not None:
+            speed = LM_SHARE * chosen.chip.flops * (1.0 if config.lm.dtype == "bfloat16" else chosen.chip.float32)
+            plan["harvest"]["seconds"] = source.lm_flops * config.harvest.tokens / (speed * chosen.size)
         if compiled:  # whether it fits is then the compiler's word
             plan["compiled"] = compile_step(config, spec, chosen, *mesh)
         else:

@@ -48,7 +48,8 @@ def _experiment(plan: dict) -> list[tuple[str, str]]:
                      f"{harvest['passes']:.3g} times)")]
     if "lm_flops_per_token" in harvest:
         out.append(("harvest", f"{number(harvest['lm_flops_per_token'], 'FLOP')} per token of {harvest['model']}, "
-                               f"{harvest['share_of_flops']:.0%} of all FLOPs"))
+                               f"{harvest['share_of_flops']:.0%} of all FLOPs"
+                               + (f"; about {_duration(harvest['seconds'])} here" if "seconds" in harvest else "")))
     return out
 
 
@@ -58,7 +59,7 @@ def _memory(plan: dict) -> list[tuple[str, str]]:
     if "best" in at:
         mesh += (f"; the model would take {at['best']['data']} x {at['best']['dict']} "
                  f"({number(at['best']['tokens_per_second'])} tokens/s)")
-    return [("topology", f"{at['name']}, {at['chips']} chips"), ("mesh", mesh),
+    return [("topology", f"{at['name']}, {at['chips']} chip{'s' if at['chips'] > 1 else ''}"), ("mesh", mesh),
             ("bytes per chip", f"{number(memory['total'], 'B')} of {number(memory['usable'], 'B')}"),
             *((f"  {name}", number(size, "B")) for name, size in memory["by_kind"].items())]
 
