@@ -14,7 +14,7 @@ from saejax.config import Config
 from saejax.config_values import nearest, rounder
 from saejax.errors import ConfigError
 
-SEARCH = ("prompt", "answer", "against", "positives", "negatives", "find", "like")  # options of `saejax search`
+SEARCH = ("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set")  # options of `saejax search`
 
 
 @dataclass(frozen=True)
