@@ -23,6 +23,7 @@ from saejax.features.search import Found, by_attribution, by_prompt, by_sets, by
 from saejax.features.visible import visible
 from saejax.formats import load
 from saejax.formats.loading import newest_step
+from saejax.logs import say
 from saejax.records import RunPaths
 from saejax.report.summary import rows
 from saejax.sae.inference import SAE
@@ -55,25 +56,40 @@ def search(arguments: Arguments) -> int:
     if len(ways) != 1 or len(arguments.paths) != 1:
         raise ConfigError("saejax search: give one run, and one of --prompt, --set, --positives, --find and --like")
     [(config, path)] = jobs.located(arguments)
-    home = Path(config.run_dir) / INDEX
-    index = FeatureIndex.open(home) if ways == ["find"] or (home / MANIFEST).is_file() else None
-    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, path, given)
+    _, sae = _sae(config, path)
+    index = _index_of(config, sae, needed=ways == ["find"])
+    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, sae, given)
     if not is_writer():
         return 0
     if arguments.json:
         print(json.dumps([asdict(one) for one in found]))
         return 0
-    for one in found:
-        row = index.rows(one.feature, one.feature + 1)[0] if index is not None and "within" not in given else {"token_ids": []}
-        tokens = " ".join(visible(index.vocabulary[t]) for t in row["token_ids"][:5])
-        print(f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}")
-    if not found:
-        print("no feature fits")
+    print("\n".join(_line(one, index if "within" not in given else None) for one in found) or "no feature fits")
     return 0
 
 
-def _searched(config: Config, path: Path, given: dict[str, str]) -> list[Found]:
-    _, sae = _sae(config, path)
+def _line(one: Found, index: FeatureIndex | None) -> str:
+    """A feature as `saejax search` prints it."""
+    tokens = "" if index is None else " ".join(
+        visible(index.vocabulary[t]) for t in index.rows(one.feature, one.feature + 1)[0]["token_ids"][:5])
+    return f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}"
+
+
+def _index_of(config: Config, sae: SAE, *, needed: bool) -> FeatureIndex | None:
+    """The index of a run; where it is not needed None instead of one that is not there or belongs to another checkpoint."""
+    home = Path(config.run_dir) / INDEX
+    if not needed and not (home / MANIFEST).is_file():
+        return None
+    try:
+        return FeatureIndex.open(home, sae=sae)
+    except FeatureIndexError as error:
+        if needed:
+            raise
+        say(f"{error}; its tokens are not shown")
+        return None
+
+
+def _searched(config: Config, sae: SAE, given: dict[str, str]) -> list[Found]:
     if "like" in given:
         return _alike(sae, given["like"], _other(given["within"], sae) if "within" in given else None)
     lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)

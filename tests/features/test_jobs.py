@@ -76,13 +76,23 @@ def test_two_processes_build_the_same_index(run, tmp_path):
 @pytest.mark.slow
 def test_search_by_the_command(run, tmp_path, capsys):
     (tmp_path / "positives.txt").write_text("zz zz\n\nzzz a\n")
-    for way in (["--prompt=the cat"], ["--prompt=the cat", "--answer=a", "--against=b"], ["--find=a"], ["--like=3"],
-                ["--like=3", f"--within={run}"], ["--set=bias"], ["--set=multilingual"], [f"--positives={tmp_path / 'positives.txt'}"]):
+    for way in (["--prompt=the cat"], ["--prompt=the cat", "--answer=a", "--against=b"], ["--find=a"],
+                ["--like=3"], ["--like=3", f"--within={run}"], ["--set=bias"],
+                ["--set=multilingual"], [f"--positives={tmp_path / 'positives.txt'}"]):
         assert main(["search", str(run), *way, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found and all(0 <= one["feature"] < 64 and one["why"] for one in found), way
     assert main(["search", str(run), "--prompt=the cat"]) == 0
     assert "fires on: " in capsys.readouterr().out
+
+
+def test_an_index_of_another_step_names_no_tokens(run, capsys):
+    first = min((step for step in (run / "checkpoints").iterdir() if step.name.isdigit()), key=lambda step: int(step.name))
+    capsys.readouterr()
+    assert main(["search", str(first), "--like=3"]) == 0
+    out, err = capsys.readouterr()
+    assert "another checkpoint" in err and "fires on" not in out
+    assert main(["search", str(first), "--find=a"]) == 2
 
 
 @pytest.mark.parametrize("arguments, message", [
