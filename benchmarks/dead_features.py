@@ -18,6 +18,7 @@ import saejax
 from saejax.data.store import Store
 from saejax.logs import Progress
 from saejax.records import RunPaths, read_config
+from saejax.sae.inference import SAE
 from saejax.train.checkpoint import steps_in
 
 BATCH = 2048
@@ -53,7 +54,7 @@ def part(sae, features: np.ndarray):
     rows = {"W_enc": own.W_enc, "b_enc": own.b_enc, "W_dec": own.W_dec}
     params = own.replace(**{name: value[features] for name, value in rows.items()},
                          per_feature={name: value[features] for name, value in own.per_feature.items()})
-    return saejax.SAE(params, dataclasses.replace(sae.cfg, d_sae=len(features)))
+    return SAE(params, dataclasses.replace(sae.cfg, d_sae=len(features)))
 
 
 def measure(run: Path, store: Store, tokens: int) -> dict:

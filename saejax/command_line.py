@@ -24,7 +24,8 @@ NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", 
            "verify": "examples to run again"}
 CHOICES = {"text": ["train", "heldout"]}
 TEXTS = {"out": "output directory", "topology": "chips, as v5p:4x8x8", "to": "format to write", "rows": "activations (.npy)",
-         **dict.fromkeys(("prompt", "answer", "against", "positives", "negatives", "find", "like"), "what to search by")}
+         **dict.fromkeys(("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set"),
+                         "what to search by")}
 
 
 @dataclass(frozen=True)

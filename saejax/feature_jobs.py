@@ -13,7 +13,7 @@ from saejax.config import Config
 from saejax.data.store import Store, check_matches
 from saejax.errors import ConfigError, FeatureIndexError
 from saejax.evals.evaluate import cached
-from saejax.features import corpus, fidelity
+from saejax.features import corpus, fidelity, prompt_sets
 from saejax.features.build import BuildOptions, build
 from saejax.features.dashboard import write_dashboard
 from saejax.features.index import MANIFEST, FeatureIndex
@@ -23,6 +23,7 @@ from saejax.features.search import Found, by_attribution, by_prompt, by_sets, by
 from saejax.features.visible import visible
 from saejax.formats import load
 from saejax.formats.loading import newest_step
+from saejax.logs import say
 from saejax.records import RunPaths
 from saejax.report.summary import rows
 from saejax.sae.inference import SAE
@@ -52,32 +53,51 @@ def features(arguments: Arguments) -> int:
 def search(arguments: Arguments) -> int:
     """Prints the features that fit best, with the tokens that they fire on where the run has an index."""
     given = {name: value for name, value in arguments.options.items() if name != "json" and value is not None}
-    ways = [name for name in ("prompt", "positives", "find", "like") if name in given]
+    ways = [name for name in ("prompt", "positives", "set", "find", "like") if name in given]
     if len(ways) != 1 or len(arguments.paths) != 1:
-        raise ConfigError("saejax search: give one run, and one of --prompt, --positives, --find and --like")
+        raise ConfigError("saejax search: give one run, and one of --prompt, --set, --positives, --find and --like")
     [(config, path)] = jobs.located(arguments)
-    home = Path(config.run_dir) / INDEX
-    index = FeatureIndex.open(home) if ways == ["find"] or (home / MANIFEST).is_file() else None
-    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, path, given)
+    _, sae = _sae(config, path)
+    index = _index_of(config, sae, needed=ways == ["find"])
+    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, sae, given)
     if not is_writer():
         return 0
     if arguments.json:
         print(json.dumps([asdict(one) for one in found]))
         return 0
-    for one in found:
-        row = index.rows(one.feature, one.feature + 1)[0] if index is not None else {"token_ids": []}
-        tokens = " ".join(visible(index.vocabulary[t]) for t in row["token_ids"][:5])
-        print(f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}")
-    if not found:
-        print("no feature fits")
+    print("\n".join(_line(one, index if "within" not in given else None) for one in found) or "no feature fits")
     return 0
 
 
-def _searched(config: Config, path: Path, given: dict[str, str]) -> list[Found]:
-    _, sae = _sae(config, path)
+def _line(one: Found, index: FeatureIndex | None) -> str:
+    """A feature as `saejax search` prints it."""
+    tokens = "" if index is None else " ".join(
+        visible(index.vocabulary[t]) for t in index.rows(one.feature, one.feature + 1)[0]["token_ids"][:5])
+    return f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}"
+
+
+def _index_of(config: Config, sae: SAE, *, needed: bool) -> FeatureIndex | None:
+    """The index of a run; where it is not needed None instead of one that is not there or belongs to another checkpoint."""
+    home = Path(config.run_dir) / INDEX
+    if not needed and not (home / MANIFEST).is_file():
+        return None
+    try:
+        return FeatureIndex.open(home, sae=sae)
+    except FeatureIndexError as error:
+        if needed:
+            raise
+        say(f"{error}; its tokens are not shown")
+        return None
+
+
+def _searched(config: Config, sae: SAE, given: dict[str, str]) -> list[Found]:
     if "like" in given:
-        return _alike(sae, given["like"])
+        return _alike(sae, given["like"], _other(given["within"], sae) if "within" in given else None)
     lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
+    if given.get("set") == "multilingual":
+        return prompt_sets.by_meaning(lm_, sae)
+    if "set" in given:
+        return by_sets(lm_, sae, *prompt_sets.prompt_set(given["set"]))
     if "positives" in given:
         return by_sets(lm_, sae, _lines(given["positives"]), _lines(given["negatives"]) if "negatives" in given else ())
     if "answer" in given:
@@ -85,12 +105,22 @@ def _searched(config: Config, path: Path, given: dict[str, str]) -> list[Found]:
     return by_prompt(lm_, sae, given["prompt"])
 
 
-def _alike(sae: SAE, number: str) -> list[Found]:
+def _other(run: str, sae: SAE) -> SAE:
+    """The SAE of another run, whose decoder writes to the same place."""
+    [(config, path)] = jobs.located(Arguments(None, (Path(run),), None, None, None, False, False))
+    _, other = _sae(config, path)
+    if (other.cfg.targets, other.params.W_dec.shape[1]) != (sae.cfg.targets, sae.params.W_dec.shape[1]):
+        raise FeatureIndexError(f"--within={run}: its decoder writes to {', '.join(other.cfg.targets)}, this run's to "
+                                f"{', '.join(sae.cfg.targets)}; directions of two places cannot be compared")
+    return other
+
+
+def _alike(sae: SAE, number: str, other: SAE | None) -> list[Found]:
     if not number.isdecimal() or int(number) >= sae.cfg.d_sae:
         raise FeatureIndexError(f"--like={number}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
     feature = int(number)
-    ids, cosines = nearest(sae.params.W_dec, rows_of(sae, sae.params.W_dec, feature, feature + 1), 10, sae.mesh,
-                           own=np.array([feature]))
+    direction, where = rows_of(sae, sae.params.W_dec, feature, feature + 1), other or sae
+    ids, cosines = nearest(where.params.W_dec, direction, 10, where.mesh, own=None if other else np.array([feature]))
     return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
 
 

@@ -130,7 +130,7 @@ JOBS = {
         options=("distributed", "out", "tokens", "text", "verify", "json")),
     "search": Job(
         "features by prompt, answer, sets of prompts, text of examples, or likeness",
-        "saejax search RUN_OR_STEP --prompt=TEXT | --positives=FILE | --find=TEXT | --like=FEATURE",
+        "saejax search RUN_OR_STEP --prompt=TEXT | --set=NAME | --positives=FILE | --find=TEXT | --like=FEATURE",
         "Reads a run and its language model (--find: only its index, RUN/features); prints the features that fit\n"
         "best and writes nothing.\n\n"
         "options:\n  --prompt=TEXT            the most active features on this text\n"
@@ -138,11 +138,15 @@ JOBS = {
         "                           those that speak most for this next token (and against that one)\n"
         "  --positives=FILE [--negatives=FILE]\n"
         "                           those active on all of these prompts (one a line) and none of those\n"
+        "  --set=NAME               the same with prompts that come with saejax: code_vulnerabilities,\n"
+        "                           deception_and_power, sycophancy, bias, dangerous_content; or multilingual:\n"
+        "                           features that follow the meaning of sentences in five languages\n"
         "  --find=TEXT              those whose top examples hold this text\n"
-        "  --like=FEATURE           the nearest decoder directions\n"
+        "  --like=FEATURE [--within=RUN]\n"
+        "                           the nearest decoder directions (of another run's dictionary: feature splitting)\n"
         "  --json                   print one JSON list\n",
         "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False, 
-        options=("prompt", "answer", "against", "positives", "negatives", "find", "like", "json")),
+        options=("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set", "json")),
     "dashboard": Job(
         "a site of an index that opens from disk",
         "saejax dashboard RUN_OR_INDEX [--out=DIR]",

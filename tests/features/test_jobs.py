@@ -73,10 +73,12 @@ def test_two_processes_build_the_same_index(run, tmp_path):
             np.testing.assert_allclose(a["acts"], b["acts"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_search_by_the_command(run, tmp_path, capsys):
     (tmp_path / "positives.txt").write_text("zz zz\n\nzzz a\n")
-    for way in (["--prompt=the cat"], ["--prompt=the cat", "--answer=a", "--against=b"], ["--find=a"], ["--like=3"],
-                [f"--positives={tmp_path / 'positives.txt'}"]):
+    for way in (["--prompt=the cat"], ["--prompt=the cat", "--answer=a", "--against=b"], ["--find=a"],
+                ["--like=3"], ["--like=3", f"--within={run}"], ["--set=bias"],
+                ["--set=multilingual"], [f"--positives={tmp_path / 'positives.txt'}"]):
         assert main(["search", str(run), *way, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found and all(0 <= one["feature"] < 64 and one["why"] for one in found), way
@@ -84,9 +86,19 @@ def test_search_by_the_command(run, tmp_path, capsys):
     assert "fires on: " in capsys.readouterr().out
 
 
+def test_an_index_of_another_step_names_no_tokens(run, capsys):
+    first = min((step for step in (run / "checkpoints").iterdir() if step.name.isdigit()), key=lambda step: int(step.name))
+    capsys.readouterr()
+    assert main(["search", str(first), "--like=3"]) == 0
+    out, err = capsys.readouterr()
+    assert "another checkpoint" in err and "fires on" not in out
+    assert main(["search", str(first), "--find=a"]) == 2
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["RUN"], "one of --prompt"), (["RUN", "--prompt="], "prompt is empty"), (["RUN", "--like=64"], "numbered 0 to 63"),
-    (["RUN", "--like=x"], "no such feature"), (["RUN", "--positives=no.txt"], "no.txt: no readable text file"),
+    (["RUN", "--like=x"], "no such feature"), (["RUN", "--set=x"], "choose one of"),
+    (["RUN", "--positives=no.txt"], "no.txt: no readable text file"),
     (["RUN", "--prompt=a", "--find=b"], "one of --prompt")])
 def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
     capsys.readouterr()

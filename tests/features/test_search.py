@@ -1,11 +1,12 @@
 """Ways to find features, against brute force on the tiny model."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from saejax.errors import FeatureIndexError
-from saejax.features import search
+from saejax.features import prompt_sets, search
 from saejax.lm import capture
 from tests import tiny_experiment as tiny
 from tests.features.conftest import FEATURES, make_sae
@@ -18,7 +19,7 @@ def acts(lm_):
     """[T, F] on the prompt, 0 at BOS."""
     tokens = search.encoded(lm_, PROMPT)
     assert tokens[0] == lm_.tokenizer.bos_id
-    x = capture(lm_.model, tokens[None], [tiny.HOOKPOINT])[tiny.HOOKPOINT][0].astype(jnp.bfloat16)
+    x = jax.jit(lambda model: capture(model, tokens[None], [tiny.HOOKPOINT])[tiny.HOOKPOINT])(lm_.model)[0].astype(jnp.bfloat16)
     return tokens, np.where(np.arange(len(tokens))[:, None] == 0, 0, np.asarray(make_sae().encode(x)))
 
 
@@ -38,10 +39,13 @@ def test_attribution_is_what_a_small_ablation_takes_away(lm_, sae, acts):
     [best, *_] = search.by_attribution(lm_, sae, PROMPT, "a", "b")
     ids, W = [lm_.tokenizer.encode(t)[0] for t in "ab"], np.asarray(sae.W_dec)
 
+    @jax.jit
+    def logits(model, part):
+        return model(tokens[None], taps={tiny.HOOKPOINT: lambda x: x + part})[0, -1]
+
     def difference(share):
-        part = jnp.asarray(share * expected[:, best.feature, None] * W[best.feature])
-        logits = lm_.model(tokens[None], taps={tiny.HOOKPOINT: lambda x: x + part})[0, -1]
-        return float(logits[ids[0]] - logits[ids[1]])
+        found = logits(lm_.model, jnp.asarray(share * expected[:, best.feature, None] * W[best.feature]))
+        return float(found[ids[0]] - found[ids[1]])
 
     slope = (difference(0.05) - difference(-0.05)) / 0.1
     assert best.score == pytest.approx(slope, rel=0.05) and best.score > 0
@@ -78,3 +82,40 @@ def test_text_of_examples(index):
 def test_empty_and_impossible_searches_are_refused(lm_, sae, index, call, message):
     with pytest.raises(FeatureIndexError, match=message):
         call(lm_, sae, index)
+
+
+def test_prompt_sets_are_matched_and_loaded():
+    for name in prompt_sets.names():
+        positives, negatives = prompt_sets.prompt_set(name)
+        assert len(positives) == len(negatives) >= 8 and not set(positives) & set(negatives)
+    with pytest.raises(FeatureIndexError, match="choose one of code_vulnerabilities"):
+        prompt_sets.prompt_set("nothing")
+    languages = prompt_sets.parallel()
+    assert set(languages) == {"en", "fr", "de", "es", "it"} and {len(s) for s in languages.values()} == {12}
+    sentences = [s for part in languages.values() for s in part]
+    assert len(set(sentences)) == 60
+
+
+def test_multilingual_features_score_high():
+    """Against agreement counted pair by pair: a feature of meaning, of a language, always on, of nothing."""
+    rng = np.random.default_rng(0)
+    meaning = rng.random(12) < 0.5
+    language = np.arange(5)[:, None] == 1
+    on = np.stack([np.broadcast_to(meaning, (5, 12)), np.broadcast_to(language, (5, 12)), np.ones((5, 12), bool),
+                   rng.random((5, 12)) < 0.5], axis=-1)
+    score = prompt_sets.multilingual_score(on)
+    for f in range(4):
+        same, different = [], []
+        for a in range(5):
+            for b in range(a):
+                for i in range(12):
+                    for j in range(12):
+                        (same if i == j else different).append(on[a, i, f] == on[b, j, f])
+        assert score[f] == pytest.approx(np.mean(same) - np.mean(different))
+    assert score[0] > 0.45 and abs(score[1]) < 1e-9 and abs(score[2]) < 1e-9 and abs(score[3]) < 0.3
+
+
+@pytest.mark.slow
+def test_meaning_on_the_tiny_model(lm_, sae):
+    found = prompt_sets.by_meaning(lm_, sae, 5)
+    assert all(0 < one.score <= 1 and "of 5 languages" in one.why for one in found)
