@@ -89,7 +89,7 @@ JOBS = {
         "an SAE of any library -> the files of another one",
         "saejax convert SRC DST --to=FORMAT [--approximate --rows=FILE.npy]",
         "Reads SRC: a run, a checkpoint step, a release, files of SAELens, sparsify, dictionary_learning, Gemma\n"
-        "Scope, OpenAI, OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub. Writes the directory DST,\n"
+        "Scope, OpenAI, OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub; writes the directory DST,\n"
         "reads it back and compares. What the format cannot express exactly is refused with the reason\n"
         "(docs/formats.md).\n\n"
         "options:\n  --to=FORMAT              saelens, dictionary_learning, sparsify or gemma_scope\n"

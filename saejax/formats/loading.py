@@ -53,7 +53,7 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
     reader = FORMATS[name].read
     extra = {"origin": source.origin} if source is not None and "origin" in inspect.signature(reader).parameters else {}
     sae = reader(path, mesh, **extra)
-    if name not in OURS:
+    if name not in OURS and "saejax_version" not in sae.cfg.metadata:
         sae.cfg.metadata.setdefault("source", {"format": name})
         say(f"{path}: {name}, {sae}")
     if source is not None:

@@ -95,6 +95,10 @@ def lens(path, tensors=None, **changes):
     return path
 
 
+def scaled():
+    return {"scaling_factor": np.linspace(1, 2, F, dtype=np.float32)}
+
+
 def nan(name):
     bad = GOOD[name].copy()
     bad.flat[3] = np.nan
@@ -105,6 +109,7 @@ def nan(name):
     "tensors, changes, message",
     [
         (nan("W_dec"), {}, "tensor W_dec holds NaN"),
+        (scaled(), {}, "scaling_factor is not 1 for all features"),
         (nan("b_enc"), {}, "tensor b_enc holds NaN"),
         ({"W_enc": GOOD["W_enc"].T}, {}, "W_enc: F32 \\(40, 12\\), expected"),
         ({"../../outside": np.zeros(1, np.float32)}, {}, "../../outside: unexpected"),
