@@ -107,12 +107,12 @@ def preflight(config: Config) -> list[Config]:
 
 def _trained(config: Config, configs: list[Config], store: Store) -> list[Outcome]:
     if not is_sweep(config):
-        step = train(config, store).step
+        step = train(config, store, load).step
         return [Outcome(config, RunPaths(Path(config.run_dir)), step, "")]
     claim_run_dir(config)
     programs = groups(configs, config.sweep.together)
     say(f"{len(configs)} SAEs in {len(programs)} program{'s' if len(programs) > 1 else ''}")
-    found = {outcome.config: outcome for outcome in train_all(programs, store)}
+    found = {outcome.config: outcome for outcome in train_all(programs, store, load)}
     return [found[member] for member in configs]
 
 
