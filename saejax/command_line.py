@@ -38,6 +38,9 @@ class Arguments:
     to: str | None = None
     approximate: bool = False
     rows: Path | None = None
+    repo: str | None = None
+    license: str | None = None
+    yes: bool = False
 
 
 def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[str, ...]) -> Arguments:
@@ -67,7 +70,8 @@ def parse(job: str, arguments: list[str], *, takes_config: bool, options: tuple[
                      jumprelu=bool(fv["jumprelu"].value) if "jumprelu" in fv else False,
                      to=fv["to"].value if "to" in fv else None,
                      approximate=bool(fv["approximate"].value) if "approximate" in fv else False,
-                     rows=Path(fv["rows"].value) if "rows" in fv and fv["rows"].value else None)
+                     rows=Path(fv["rows"].value) if "rows" in fv and fv["rows"].value else None,
+                     **{name: fv[name].value for name in ("repo", "license", "yes") if name in fv})
 
 
 def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
@@ -90,6 +94,10 @@ def _flags(takes_config: bool, options: tuple[str, ...]) -> flags.FlagValues:
         flags.DEFINE_string("to", None, "format to write", flag_values=fv)
         flags.DEFINE_bool("approximate", False, "topk as one threshold", flag_values=fv)
         flags.DEFINE_string("rows", None, "activations (.npy)", flag_values=fv)
+    if "repo" in options:
+        flags.DEFINE_string("repo", None, "repository", flag_values=fv)
+        flags.DEFINE_string("license", None, "licence", flag_values=fv)
+        flags.DEFINE_bool("yes", False, "upload", flag_values=fv)
     if "json" in options:
         flags.DEFINE_bool("json", False, "JSON output", flag_values=fv)
     return fv

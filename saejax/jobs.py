@@ -40,6 +40,8 @@ def start(job: str, arguments: Arguments) -> int:
         return inspect_paths(arguments.paths, as_json=arguments.json)
     if job == "convert":
         return _convert(arguments)
+    if job == "push-to-hub":
+        return _push(arguments)
     if job == "eval":
         return _eval(arguments)
     if job == "release":
@@ -217,6 +219,16 @@ def _convert(arguments: Arguments) -> int:
     sae, compared = convert(str(source), directory, arguments.to, _rows(arguments.rows))
     if is_writer():
         print(f"converted {directory}: {arguments.to}, {sae}\ncompared  {compared}")
+    return 0
+
+
+def _push(arguments: Arguments) -> int:
+    from saejax.formats.publish import publish
+    if len(arguments.paths) != 1 or not arguments.repo:
+        raise ConfigError("saejax push-to-hub: give one release directory and --repo=ORG/NAME")
+    said = publish(arguments.paths[0], arguments.repo, arguments.license, upload=arguments.yes)
+    if is_writer():
+        print(said)
     return 0
 
 

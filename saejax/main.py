@@ -96,6 +96,16 @@ JOBS = {
         "  --approximate            topk for Gemma Scope: one threshold, of the same mean L0 on the rows\n"
         "  --rows=FILE.npy          activations [N, d_in] on which that is fitted and measured\n",
         "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
+    "push-to-hub": Job(
+        "a release -> a Hugging Face repository; says what it would do unless --yes",
+        "saejax push-to-hub RELEASE --repo=ORG/NAME [--license=ID] [--yes]",
+        "Reads and verifies a release directory; without --yes it lists what it would upload and writes nothing.\n"
+        "With --yes it makes the repository where there is none and writes cfg.json, sae_weights.safetensors,\n"
+        "metrics.json and README.md in one commit, with the account that `hf auth login` logged in.\n\n"
+        "options:\n  --repo=ORG/NAME          the repository\n"
+        "  --license=ID             licence of the weights as the hub spells it, e.g. apache-2.0\n"
+        "  --yes                    upload\n",
+        "saejax push-to-hub runs/demo/release --repo=me/my-sae", takes_config=False, options=("repo",)),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -152,7 +162,8 @@ def _start(job: str, rest: list[str]) -> int:
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
     if arguments.config is None and not arguments.paths:
-        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT"}.get(job, "--config=FILE or a run directory")
+        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT",
+                "push-to-hub": "RELEASE --repo=ORG/NAME"}.get(job, "--config=FILE or a run directory")
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
     if arguments.distributed is not None:
         _initialize(arguments.distributed)
@@ -192,7 +203,7 @@ def _failed(error: SaejaxError) -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:<9}{job.summary}" for name, job in JOBS.items())
+    jobs = "\n".join(f"  {name:<12}{job.summary}" for name, job in JOBS.items())
     return (f"saejax {saejax.__version__}: sparse autoencoders on language-model activations\n\n"
             "usage: saejax JOB --config=FILE [--config.KEY=VALUE ...]\n       saejax JOB PATH ...\n\n"
             f"jobs:\n{jobs}\n\nexample:\n  {JOBS['run'].example}\n\n"

@@ -32,7 +32,8 @@ def started_from(state: TrainState, config: Config, spec: SAESpec, mesh: Mesh, l
     sae = load(config.train.init_from, mesh=mesh)
     c = sae.cfg
     pairs = {"kind": (c.kind, spec.kind), "d_in": (c.d_in, spec.d_in), "d_sae": (c.d_sae, spec.d_sae),
-             "d_out": (c.d_out, spec.d_out), "skip": (c.skip, spec.skip), "layers": (c.layers, spec.layers), "input_norm": (c.input_norm, NONE)}
+             "d_out": (c.d_out, spec.d_out), "skip": (c.skip, spec.skip), "layers": (c.layers, spec.layers),
+             "input_norm": (c.input_norm, NONE)}
     wrong = [f"{name} {has!r}, this run has {wants!r}" for name, (has, wants) in pairs.items() if has != wants]
     if wrong:
         raise ConfigError(f"{key}: {'; '.join(wrong)}; set the keys of config.sae to those of the dictionary")
