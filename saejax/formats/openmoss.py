@@ -155,7 +155,7 @@ def _one_threshold(keys: Keys, value: float | None) -> float:
 
 
 def _model(path: Path, keys: Keys) -> str:
-    return "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(path.resolve()) else keys.values.get("model_name") or UNKNOWN
+    return "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(path.resolve()) else keys.get("model_name", str, None) or UNKNOWN
 
 
 def _metadata(norm: str, folds: _Folds) -> dict:

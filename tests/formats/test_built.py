@@ -273,9 +273,13 @@ def test_saelens_norms(tmp_path, norm, centred):
     sae = loaded(tmp_path, "saelens")
     check(sae, X, acts, (acts @ w["W_dec"] + w["b_dec"]) * std + mean)
     assert sae.cfg.metadata["text"] == {"context": 128, "bos": "row"} and sae.cfg.hookpoint == "h"
-    check(
-        saejax.load(tmp_path, mesh=sharding.make_mesh(MeshOptions(2, 4))), X, acts, (acts @ w["W_dec"] + w["b_dec"]) * std + mean
-    )
+    if norm == "layer_norm" and centred:
+        check(
+            saejax.load(tmp_path, mesh=sharding.make_mesh(MeshOptions(2, 4))),
+            X,
+            acts,
+            (acts @ w["W_dec"] + w["b_dec"]) * std + mean,
+        )
 
 
 def test_saelens_layer_norm_in_a_transcoder_is_not_undone(tmp_path):
