@@ -38,6 +38,30 @@ def write(out: Path) -> None:
             except FormatError:
                 continue
             np.savez(target.parent / OUTPUTS, x=x, acts=np.asarray(acts), recon=np.asarray(recon))
+    for name, to, sae in variants():
+        x = np.load(FIXTURES / "sparsify" / "topk" / "io.npz")["x"]
+        recon, acts = sae.reconstruct(x)
+        FORMATS[to].write(out / name / to / name, sae)
+        np.savez(out / name / to / OUTPUTS, x=x, acts=np.asarray(acts), recon=np.asarray(recon))
+
+
+def variants():
+    """(name, format, SAE) of kinds that no fixture has."""
+    from dataclasses import replace
+
+    import jax.numpy as jnp
+
+    import saejax
+    from saejax.sae.inference import SAE
+
+    topk, transcoder = (saejax.load(FIXTURES / "sparsify" / name) for name in ("topk", "transcoder"))
+    yield "groupmax", "sparsify", SAE(topk.params, replace(topk.cfg, kind="groupmax"))
+    skip = jnp.asarray(np.random.default_rng(0).standard_normal((32, 32)), jnp.float32)
+    yield "skip", "sparsify", SAE(transcoder.params.replace(W_skip=skip), replace(transcoder.cfg, skip=True))
+    standard = saejax.load(FIXTURES / "dictionary_learning" / "standard")
+    yield "AutoEncoderNew", "dictionary_learning", SAE(standard.params, replace(standard.cfg, pre_bias=False))
+    gated = saejax.load(FIXTURES / "saelens" / "gated")
+    yield "constant_norm", "saelens", SAE(gated.params, replace(gated.cfg, input_norm="constant_norm_rescale"))
 
 
 def saelens(path: Path, x):

@@ -19,11 +19,12 @@ from saejax.errors import ConfigError
 
 # Options of jobs, by what they take.
 SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "compile the step for the topology",
-            "approximate": "topk as one threshold"}
+            "approximate": "topk as one threshold", "yes": "upload"}
 NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "tokens to index",
            "verify": "examples to run again"}
 CHOICES = {"text": ["train", "heldout"]}
 TEXTS = {"out": "output directory", "topology": "chips, as v5p:4x8x8", "to": "format to write", "rows": "activations (.npy)",
+         "repo": "repository", "license": "licence",
          **dict.fromkeys(("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set"),
                          "what to search by")}
 

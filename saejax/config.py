@@ -202,6 +202,8 @@ class TrainOptions:
     sparse: str = opt("auto", "decode and gradients from the kept features only (topk): where that is faster, always or never; "
                       "the result is the same up to rounding", choices=("auto", "always", "never"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
+    init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
+                             "(docs/formats.md)")
     resample: ResampleOptions = field(default_factory=ResampleOptions)
 
 

@@ -46,6 +46,8 @@ def start(job: str, arguments: Arguments) -> int:
         return _plan(arguments)
     if job == "convert":
         return _convert(arguments)
+    if job == "push-to-hub":
+        return _push(arguments)
     if job == "eval":
         return _eval(arguments)
     if job == "release":
@@ -124,12 +126,12 @@ def preflight(config: Config) -> list[Config]:
 
 def _trained(config: Config, configs: list[Config], store: Store) -> list[Outcome]:
     if not is_sweep(config):
-        step = train(config, store).step
+        step = train(config, store, load).step
         return [Outcome(config, RunPaths(Path(config.run_dir)), step, "")]
     claim_run_dir(config)
     programs = groups(configs, config.sweep.together)
     say(f"{len(configs)} SAEs in {len(programs)} program{'s' if len(programs) > 1 else ''}")
-    found = {outcome.config: outcome for outcome in train_all(programs, store)}
+    found = {outcome.config: outcome for outcome in train_all(programs, store, load)}
     return [found[member] for member in configs]
 
 
@@ -252,6 +254,17 @@ def _convert(arguments: Arguments) -> int:
     sae, compared = convert(str(source), directory, to, _rows(arguments.option("rows")))
     if is_writer():
         print(f"converted {directory}: {to}, {sae}\ncompared  {compared}")
+    return 0
+
+
+def _push(arguments: Arguments) -> int:
+    from saejax.formats.publish import publish
+    if len(arguments.paths) != 1 or not arguments.option("repo"):
+        raise ConfigError("saejax push-to-hub: give one release directory and --repo=ORG/NAME")
+    said = publish(arguments.paths[0], arguments.option("repo"), arguments.option("license"),
+                   upload=arguments.option("yes"))
+    if is_writer():
+        print(said)
     return 0
 
 

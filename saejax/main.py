@@ -145,7 +145,7 @@ JOBS = {
         "  --like=FEATURE [--within=RUN]\n"
         "                           the nearest decoder directions (of another run's dictionary: feature splitting)\n"
         "  --json                   print one JSON list\n",
-        "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False, 
+        "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False,
         options=("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set", "json")),
     "dashboard": Job(
         "a site of an index that opens from disk",
@@ -154,6 +154,17 @@ JOBS = {
         "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
         "options:\n  --out=DIR                where to write\n",
         "saejax dashboard runs/demo", takes_config=False, options=("out",)),
+    "push-to-hub": Job(
+        "a release -> a Hugging Face repository; says what it would do unless --yes",
+        "saejax push-to-hub RELEASE --repo=ORG/NAME [--license=ID] [--yes]",
+        "Reads and verifies a release directory; without --yes it lists what it would upload and writes nothing.\n"
+        "With --yes it makes the repository where there is none and writes cfg.json, sae_weights.safetensors,\n"
+        "metrics.json and README.md in one commit, with the account that `hf auth login` logged in.\n\n"
+        "options:\n  --repo=ORG/NAME          the repository\n"
+        "  --license=ID             licence of the weights as the hub spells it, e.g. apache-2.0\n"
+        "  --yes                    upload\n",
+        "saejax push-to-hub runs/demo/release --repo=me/my-sae", takes_config=False,
+        options=("repo", "license", "yes")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -212,7 +223,8 @@ def _start(job: str, rest: list[str]) -> int:
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
     if arguments.config is None and not arguments.paths:
-        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT"}.get(job, "--config=FILE or a run directory")
+        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT",
+                "push-to-hub": "RELEASE --repo=ORG/NAME"}.get(job, "--config=FILE or a run directory")
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
     if arguments.distributed is not None:
         from saejax import distributed
@@ -245,7 +257,7 @@ def _failed(error: SaejaxError) -> int:
 
 
 def _help() -> str:
-    jobs = "\n".join(f"  {name:<11}{job.summary}" for name, job in JOBS.items())
+    jobs = "\n".join(f"  {name:<12}{job.summary}" for name, job in JOBS.items())
     return (f"saejax {saejax.__version__}: sparse autoencoders on language-model activations\n\n"
             "usage: saejax JOB --config=FILE [--config.KEY=VALUE ...]\n       saejax JOB PATH ...\n\n"
             f"jobs:\n{jobs}\n\nexample:\n  {JOBS['run'].example}\n\n"

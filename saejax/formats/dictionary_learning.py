@@ -125,6 +125,8 @@ def _class_of(file: ArrayFile, trainer: Keys) -> str:
     if file.values:
         raise FormatError(f"{file.path}: unknown key {', '.join(list(file.values)[:8])}: a state dict has tensors only")
     fits = [name for name, layout in LAYOUTS.items() if layout.tensors == set(file.entries)]
+    if LAYOUTS["AutoEncoderTopK"].tensors - {"threshold"} == set(file.entries):  # before it kept one
+        return "AutoEncoderTopK"
     if not fits:
         raise FormatError(f"{file.path}: its tensors ({', '.join(sorted(file.entries)[:12])}) are those of none of "
                           f"{', '.join(LAYOUTS)}")
@@ -146,7 +148,7 @@ def _scalars(file: ArrayFile, name: str, layout: Layout, trainer: Keys, d_sae: i
     written = trainer.get("k", int, None)
     if k != int(k) or not 0 < k <= d_sae or written not in (None, int(k)):
         raise FormatError(f"{file.path}: k={k:g} of {d_sae} features, trainer.k={written}")
-    threshold = file.scalar("threshold")
+    threshold = file.scalar("threshold") if "threshold" in file.entries else None
     if layout.kind == "jumprelu" and threshold < 0:
         raise FormatError(f"{file.path}: threshold={threshold:g}: {name} encodes by a threshold that was never set (-1); train "
                           "it longer, "

@@ -1,5 +1,6 @@
 """The keys of a foreign config file: typed, and none of them overlooked."""
 
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -33,9 +34,9 @@ class Keys:
             raise FormatError(f"{self.path}: missing or malformed key: {self.prefix}{key} is not there")
         if value is None and default is None:
             return None
-        if kind is float and type(value) is int:
+        if kind is float and type(value) is int and abs(value) < 1 << 53:
             value = float(value)
-        if type(value) is not kind:
+        if type(value) is not kind or kind is float and not math.isfinite(value):
             raise FormatError(f"{self.path}: missing or malformed key: {self.prefix}{key} is {value!r:.80}, expected "
                               f"{kind.__name__}")
         return value

@@ -12,7 +12,9 @@ from saejax import sharding
 from saejax.config import Config
 from saejax.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.formats import dictionary_learning, gemma_scope, goodfire, hub, openai, openmoss, saelens, saelens_read, sparsify
+from saejax.formats.archives import open_torch
 from saejax.formats.keys import json_object
+from saejax.formats.torch_files import torch_files
 from saejax.logs import say
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths, read_config
@@ -53,7 +55,7 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
     reader = FORMATS[name].read
     extra = {"origin": source.origin} if source is not None and "origin" in inspect.signature(reader).parameters else {}
     sae = reader(path, mesh, **extra)
-    if name not in OURS:
+    if name not in OURS and "saejax_version" not in sae.cfg.metadata:
         sae.cfg.metadata.setdefault("source", {"format": name})
         say(f"{path}: {name}, {sae}")
     if source is not None:
@@ -71,6 +73,8 @@ def recognise(path: Path) -> str:
         raise FormatError(f"{path}: holds files of {' and of '.join(fits)}; say which with format=, or keep them in folders of "
                           "their own")
     if not fits:
+        for file in torch_files(path)[:1]:
+            open_torch(file)  # one that cannot be read says why itself
         looked = "; ".join(f"{name} ({known.needs})" for name, known in FORMATS.items())
         raise FormatError(f"{path}: neither a release nor anything else that is known; looked for {looked}")
     return fits[0]

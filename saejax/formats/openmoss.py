@@ -44,7 +44,9 @@ _KNOWN = ("use_triton_kernel", "sparsity_threshold_for_triton_spmm_kernel", "spa
           "init_encoder_with_decoder_transpose", "decoder_exactly_fixed_norm", "init_decoder_norm", "init_encoder_norm",
           "l1_coefficient", "lp", "d_sae", "strict_loading", "n_devices", "promote_act_fn_dtype", "force_unit_decoder_norm",
           "decoder_exactly_unit_norm", "use_ghost_grads", "norm_activation_by_token", "init_log_jumprelu_threshold_value",
-          "model_name", "version", "use_auxk", "k_aux", "k_aux_schedule")
+          "model_name", "version", "use_auxk", "k_aux", "k_aux_schedule", "init_search",
+          "init_encoder_with_decoder_transpose_factor", "state", "tp_size", "ddp_size", "l1_coefficient_warmup_steps",
+          "initial_k", "k_warmup_steps", "remove_gradient_parallel_to_decoder_directions", "decoder_bias_init_method")
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def _one_threshold(keys: Keys, value: float | None) -> float:
 
 
 def _model(path: Path, keys: Keys) -> str:
-    return "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(path.resolve()) else keys.values.get("model_name") or UNKNOWN
+    return "meta-llama/Llama-3.1-8B" if "Llama3_1-8B" in str(path.resolve()) else keys.get("model_name", str, None) or UNKNOWN
 
 
 def _metadata(norm: str, folds: _Folds) -> dict:

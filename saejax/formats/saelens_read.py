@@ -142,10 +142,10 @@ def _metadata(written: Mapping, architecture: str, norm: str, reshape: str, k) -
 
 def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: ArrayFile, rescaled: bool) -> tuple[_Folds, dict, tuple[str, ...]]:
     """(what to fold, names of tensors that differ from the parameters', tensors that are read elsewhere)."""
-    names, ignored, threshold, log = {"b_enc": "b_gate"} if cfg.kind == "gated" else {}, (), None, False
+    names, ignored, threshold, log = {"b_enc": "b_gate"} if cfg.kind == "gated" else {}, _ones(file, cfg), None, False
     scale = _scale(directory, keys)
     if keys.values["architecture"] in WITH_TOPK_THRESHOLD:
-        ignored = ("topk_threshold",)
+        ignored = (*ignored, "topk_threshold")
         if "topk_threshold" not in file.entries:
             raise FormatError(f"{file.path}: topk_threshold: missing; without it a {keys.values['architecture']} SAE has no "
                               "threshold")
@@ -155,6 +155,15 @@ def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: ArrayFile, rescale
     if rescaled and cfg.kind not in ("topk", "jumprelu"):
         raise FormatError(f"{keys.path}: rescale_acts_by_decoder_norm=True with architecture {keys.values['architecture']!r}")
     return _Folds(log, scale, rescaled, threshold), names, ignored
+
+
+def _ones(file: ArrayFile, cfg: SAEConfig) -> tuple[str, ...]:
+    """`scaling_factor`, which files from before 6.0 hold: factors on the activations after finetuning; read where all are 1."""
+    if "scaling_factor" not in file.entries:
+        return ()
+    if file.shape("scaling_factor", 1) != (cfg.d_sae,) or not (file.read("scaling_factor") == 1).all():
+        raise FormatError(f"{file.path}: scaling_factor is not 1 for all features; let SAELens fold it and save again")
+    return ("scaling_factor",)
 
 
 def _scale(directory: Path, keys: Keys) -> float:

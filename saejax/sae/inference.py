@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from saejax import sharding
 from saejax.errors import FormatError
 from saejax.sae.activations import thresholds
+from saejax.sae.folding import decoder_norms, scale_features
 from saejax.sae.model import decode, encode, skipped
 from saejax.sae.normalization import Normalization
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
@@ -93,6 +94,28 @@ def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEP
     return SAEParams(W_enc=W_enc * unit_F[:, None], b_enc=b_enc * unit_F, W_dec=W_dec / unit_F[:, None], b_dec=b_dec,
                      W_skip=W_skip,
                      per_feature={name: value if name == "r_mag" else value * unit_F for name, value in own.items()})
+
+
+def unfold(spec: SAESpec, params: SAEParams, normalization: Normalization, *, unit_decoder: bool) -> SAEParams:
+    """The inverse of `fold`: parameters for normalised activations that compute what `params` compute on raw ones.
+
+    unit_decoder: with unit decoder rows, their norms in the encoder; for topk, which compares features, they must be equal for
+    that, and the caller checks it. Thresholds become `log_threshold`.
+    """
+    read, written = normalization.parts(spec)
+    skip, b_dec, b_enc = params.W_skip, params.b_dec, params.b_enc
+    if skip is not None:
+        b_dec = b_dec + read.center @ skip
+        skip = skip / read.scale[:, None] * written.scale
+    if not spec.pre_bias:
+        b_enc = b_enc + params.W_enc @ read.center
+    out = params.replace(W_enc=params.W_enc / read.scale, b_enc=b_enc, W_dec=params.W_dec * written.scale, W_skip=skip,
+                         b_dec=(b_dec - written.center) * written.scale)
+    out = scale_features(out, decoder_norms(out)) if unit_decoder else out
+    own = dict(out.per_feature)
+    if "threshold" in own:
+        own = {"log_threshold": jnp.log(jnp.maximum(own["threshold"], jnp.finfo(jnp.float32).tiny))}
+    return out.replace(per_feature=own)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

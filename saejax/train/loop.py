@@ -28,6 +28,7 @@ from saejax.train.member import Member, Outcome, check_all, checkpoint_steps
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.programs import Program, make_joint_step
 from saejax.train.resample import due, resample
+from saejax.train.start_from import Load, started_from
 from saejax.train.state import TrainState, initial_state, measured
 from saejax.train.step import make_step
 from saejax.train.step_cost import mesh_options
@@ -43,13 +44,15 @@ class Trained:
     step: int
 
 
-def train(config: Config, store: Store) -> Trained:
+def train(config: Config, store: Store, load: Load | None = None) -> Trained:
     """Trains the SAE of a config on a store, resuming the newest checkpoint that verifies.
+
+    load: `saejax.load`, for `train.init_from`.
 
     Raises `ConfigError` / `StoreError` when config, mesh and store do not fit, `NonFiniteError` when the loss or a batch is
     not finite, `Preempted` after SIGTERM or Ctrl-C (state saved).
     """
-    run = _Run([[config]], store)
+    run = _Run([[config]], store, load)
     run.go()
     [program], [member] = run.programs, run.members
     if member.trouble:
@@ -57,14 +60,14 @@ def train(config: Config, store: Store) -> Trained:
     return Trained(state=program.state_of(0), spec=member.spec, mesh=run.mesh, step=member.total)
 
 
-def train_all(groups: Sequence[Sequence[Config]], store: Store) -> list[Outcome]:
+def train_all(groups: Sequence[Sequence[Config]], store: Store, load: Load | None = None) -> list[Outcome]:
     """Trains many SAEs on the same rows, each group in one program, and says how each ended, in the order given.
 
     The configs of a group differ in seed, name, directory and `Hyperparameters` only; all have the same mesh, batch, data seed
     and checkpoint steps. They resume at the newest step that all unfinished ones have. One whose steps are not finite is stopped
     by itself. Raises what `train` raises but for that.
     """
-    run = _Run(groups, store)
+    run = _Run(groups, store, load)
     run.go()
     return [member.outcome for member in run.members]
 
@@ -72,9 +75,9 @@ def train_all(groups: Sequence[Sequence[Config]], store: Store) -> list[Outcome]
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, groups: Sequence[Sequence[Config]], store: Store):
+    def __init__(self, groups: Sequence[Sequence[Config]], store: Store, load: Load | None):
         configs = [config for group in groups for config in group]
-        self.store, self.alone = store, len(configs) == 1
+        self.store, self.load, self.alone = store, load, len(configs) == 1
         self.mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
         check_all(configs, self.mesh, store)
         self.programs = [Program([Member(config, store, self.mesh, alone=self.alone) for config in group],
@@ -161,6 +164,8 @@ class _Run:
                 like = dataclasses.replace(program.members[0].config, seed=config.seed)
                 stats = measured(samples[key], member.stats) if config.stream.mask_outliers else member.stats
                 states[member] = initial_state(like, member.spec, stats, samples[key], self.mesh)
+                if config.train.init_from:
+                    states[member] = started_from(states[member], config, member.spec, self.mesh, self.load)
         return states
 
     def sample(self, hookpoints: tuple[str, ...], rows: int, origin: StreamState) -> np.ndarray:

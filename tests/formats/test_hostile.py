@@ -95,6 +95,10 @@ def lens(path, tensors=None, **changes):
     return path
 
 
+def scaled():
+    return {"scaling_factor": np.linspace(1, 2, F, dtype=np.float32)}
+
+
 def nan(name):
     bad = GOOD[name].copy()
     bad.flat[3] = np.nan
@@ -105,6 +109,7 @@ def nan(name):
     "tensors, changes, message",
     [
         (nan("W_dec"), {}, "tensor W_dec holds NaN"),
+        (scaled(), {}, "scaling_factor is not 1 for all features"),
         (nan("b_enc"), {}, "tensor b_enc holds NaN"),
         ({"W_enc": GOOD["W_enc"].T}, {}, "W_enc: F32 \\(40, 12\\), expected"),
         ({"../../outside": np.zeros(1, np.float32)}, {}, "../../outside: unexpected"),
@@ -420,3 +425,29 @@ def test_gemma_scope_2(tmp_path):
         write_json(tmp_path / "config.json", {"architecture": "jump_relu"} | change)
         with pytest.raises(FormatError, match=message):
             saejax.load(tmp_path)
+
+
+def test_torch_file_that_no_format_takes_says_why(tmp_path):
+    torch_save(tmp_path / "8.pt", OPENAI)
+    whole = (tmp_path / "8.pt").read_bytes()
+    (tmp_path / "8.pt").write_bytes(whole[:-100])
+    with pytest.raises(FormatError, match="8.pt: not a readable zip archive .* half-downloaded"):
+        saejax.load(tmp_path / "8.pt")
+    archive_of(tmp_path / "8.pt", {"data.pkl": pickles(tmp_path)["a call of the os"]})
+    with pytest.raises(FormatError, match="asks for 'posix.system'; only tensors and plain containers are read, no code is run"):
+        saejax.load(tmp_path)
+    assert not (tmp_path / MARK).exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"expansion_factor": float("nan")},
+        {"expansion_factor": float("inf")},
+        {"expansion_factor": 1 << 2000},
+        {"jump_relu_threshold": float("inf"), "act_fn": "jumprelu"},
+        {"model_name": 7},
+    ],
+)
+def test_numbers_that_are_none(tmp_path, change):
+    test_openmoss(tmp_path, change, "missing or malformed key")

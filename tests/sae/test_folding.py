@@ -55,7 +55,7 @@ def test_decoder_norms(kind):
     np.testing.assert_allclose(acts_folded, acts * norms, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pre_bias", [True, False])
+@pytest.mark.parametrize("pre_bias", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_input_scale(kind, pre_bias):
     params, cfg = make(kind, pre_bias)
