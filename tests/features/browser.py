@@ -115,10 +115,11 @@ class Browser:
         Path(file).write_bytes(base64.b64decode(picture["data"]))
 
     def troubles(self) -> list[str]:
-        """Errors that the page wrote to the console, and requests that left the disk."""
-        bad = [json.dumps(e) for e in self.events if e.get("method") == "Runtime.exceptionThrown"
+        """Errors that the pages since the last call wrote to the console, and requests that left the disk."""
+        events, self.events = self.events, []
+        bad = [json.dumps(e) for e in events if e.get("method") == "Runtime.exceptionThrown"
                or (e.get("method") == "Log.entryAdded" and e["params"]["entry"]["level"] == "error")]
-        asked = [e["params"]["request"]["url"] for e in self.events if e.get("method") == "Network.requestWillBeSent"]
+        asked = [e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"]
         return bad + [url for url in asked if not url.startswith(("file:", "about:", "data:"))]
 
     def close(self) -> None:

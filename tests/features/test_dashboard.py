@@ -195,3 +195,27 @@ def test_hostile_text_cannot_run(browser, hostile_site):
     assert browser.js("(() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 2'; "
                       "document.body.append(s); return window.hacked === undefined; })()"), "the policy forbids inline script"
     assert all("Content Security Policy" in trouble or "Content-Security-Policy" in trouble for trouble in browser.troubles())
+
+
+@pytest.mark.browser
+@pytest.mark.slow
+def test_a_hundred_thousand_features_are_listed_and_searched(browser, site, tmp_path):
+    """The lines of the small site, repeated: the first appear before all are read, and a search takes no second."""
+    many, big = 100_000, tmp_path / "dashboard"
+    for name in ("index.html", "app.js", "app.css"):
+        big.mkdir(exist_ok=True)
+        (big / name).write_bytes((site.parent / name).read_bytes())
+    lines = parsed(site.parent / "data" / "list" / "000.js")
+    columns = {name: (values * (many // FEATURES + 1))[:many] for name, values in lines.items() if name != "first"}
+    for number, first in enumerate(range(0, many, dashboard.LIST)):
+        part = {name: values[first:first + dashboard.LIST] for name, values in columns.items()}
+        dashboard._write(big / "data" / "list" / f"{number:03d}.js", "list", number, {"first": first, **part})
+    dashboard._write(big / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | {"features": many})
+    browser.size(1280, 900)
+    browser.open(big / "index.html")
+    browser.wait("document.querySelectorAll('#list tbody tr').length === 50")
+    browser.wait("document.querySelector('#status').textContent.startsWith('95,000 features, page')", 60)
+    milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', '#q=a&sort=max&dir=-1'); "
+                              "dispatchEvent(new PopStateEvent('popstate')); return performance.now() - began; })()")
+    assert milliseconds < 1000 and "page 1 of" in browser.js("document.querySelector('#status').textContent")
+    assert browser.troubles() == []
