@@ -502,3 +502,30 @@ def test_square_matrices_are_not_confused(tmp_path):
     for name, write in files.items():
         write(tmp_path / name)
         check(loaded(tmp_path / name, name), X, acts, acts @ w["W_dec"] + w["b_dec"])
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_saelens_jumprelu_transcoders(tmp_path, skip):
+    w = weights(10)
+    W_skip = np.random.default_rng(5).standard_normal((10, D)).astype(np.float32)
+    architecture = "jumprelu_skip_transcoder" if skip else "jumprelu_transcoder"
+    tensors = common(w, "threshold") | ({"W_skip": W_skip} if skip else {})
+    write_lens(tmp_path, tensors, architecture=architecture, d_out=10, apply_b_dec_to_input=False)
+    acts = jump(pre(w, X, False), w["threshold"])
+    check(loaded(tmp_path, "saelens"), X, acts, acts @ w["W_dec"] + w["b_dec"] + (X @ W_skip.T if skip else 0))
+
+
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
+def test_saelens_before_6_other_kinds(tmp_path, architecture):
+    w = weights()
+    tensors = common(w, *(["threshold"] if architecture == "jumprelu" else []))
+    r_mag, b_mag = np.linspace(-0.5, 0.5, F), np.linspace(-0.2, 0.2, F)
+    if architecture == "gated":
+        tensors = tensors | {"b_gate": tensors.pop("b_enc"), "r_mag": r_mag, "b_mag": b_mag}
+    write_safetensors(tmp_path / "sae_weights.safetensors", f32(tensors))
+    config = {"d_in": D, "d_sae": F, "architecture": architecture, "apply_b_dec_to_input": False, "normalize_activations": False}
+    write_json(tmp_path / "cfg.json", config | {"hook_name": "h", "activation_fn": "relu", "l1_coefficient": 3})
+    z = pre(w, X, False)
+    magnitude = (z - w["b_enc"]) * np.exp(r_mag.astype(np.float32)) + b_mag.astype(np.float32)
+    acts = {"standard": relu(z), "gated": np.where(z > 0, relu(magnitude), 0), "jumprelu": jump(z, w["threshold"])}[architecture]
+    check(loaded(tmp_path, "saelens"), X, acts, acts @ w["W_dec"] + w["b_dec"])
