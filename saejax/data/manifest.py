@@ -141,8 +141,7 @@ def check_version(f: Fields) -> None:
         raise StoreCorruptError(f"{f.where}: kind {f.values['kind']!r:.80} is not {KIND!r}")
     if f.count("schema_version", 1) > SCHEMA_VERSION:
         raise StoreError(f"{f.where}: schema version {f.values['schema_version']} is newer than {SCHEMA_VERSION}, "
-                         "which this "
-                         "saejax reads; update saejax")
+                         "which this saejax reads; update saejax")
 
 
 def self_digest(values: dict) -> str:
@@ -179,8 +178,7 @@ def read_manifest(path: Path) -> tuple[dict, StoreSpec]:
     expected = -(-n_contexts // spec.shard_contexts)
     if set(heads.values) != set(arrays) or len(shards) != expected:
         raise StoreCorruptError(f"{path}: lists {len(shards)} shards, {n_contexts} contexts make {expected}, or "
-                                "other arrays "
-                                f"than {', '.join(arrays)}")
+                                f"other arrays than {', '.join(arrays)}")
     sizes = shard_contexts(spec, n_contexts)
     for name in arrays:
         heads.section(name).hex("zarr_json_sha256")

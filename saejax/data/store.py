@@ -228,5 +228,4 @@ def check_matches(store: Store, *, hookpoints: Sequence[str] = (), d_in: int | N
         problems.append(f"config.text.context is {context}, the store's contexts have {store.context} tokens")
     if problems:
         raise StoreError(f"{store.path / MANIFEST}: does not match the config: {'; '.join(problems)}; change the "
-                         "config or "
-                         "harvest into another directory")
+                         "config or harvest into another directory")

@@ -202,8 +202,7 @@ def check_finite(x_ND: np.ndarray, norms_N: np.ndarray, hookpoint: str, first_co
 def non_finite_message(hookpoint: str, bad: int, of: int, places: list[tuple[int, int]]) -> str:
     where = ", ".join(f"({c}, {t})" for c, t in places)
     return (f"{hookpoint}: {bad} of {of} activation rows hold NaN or Inf, first at (context, token) {where}; check "
-            "the weights, "
-            "or use config.lm.dtype='float32'")
+            "the weights, or use config.lm.dtype='float32'")
 
 
 class Sums:

@@ -116,8 +116,7 @@ class _Archive:
             self.members = {info.filename: info for info in self._zip.infolist()}
         except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeDecodeError) as error:
             raise FormatError(f"{self.path}: not a readable zip archive ({error}); a half-downloaded file, or one written by "
-                              "torch < "
-                              "1.6: save it again with a newer torch") from error
+                              "torch < 1.6: save it again with a newer torch") from error
         if len(self.members) != len(self._zip.infolist()) or len(self.members) > MEMBER_CAP:
             raise FormatError(f"{self.path}: an archive with a name twice, or with more than {MEMBER_CAP:,} members")
         return self
@@ -132,8 +131,7 @@ class _Archive:
             raise FormatError(f"{self.path}: {member} is missing in the archive")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise FormatError(f"{self.path}: {member} is compressed or encrypted; only plain members are read (np.savez and "
-                              "torch.save "
-                              "write those)")
+                              "torch.save write those)")
         header = self.at(info.header_offset, 30)
         if header[:4] != b"PK\x03\x04":
             raise FormatError(f"{self.path}: {member} is not where the archive says")

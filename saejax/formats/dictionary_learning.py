@@ -80,8 +80,9 @@ def weights_file(path: Path) -> Path:
 
 
 def read(path: Path, mesh: Mesh | None = None) -> SAE:
-    """The dictionary of a trainer's directory, or of one of its `.pt` files. Raises `FormatError` naming file and key or "
-      "tensor."""
+    """The dictionary of a trainer's directory, or of one of its `.pt` files. Raises `FormatError` naming file and key or
+    tensor.
+    """
     file = open_torch(weights_file(path))
     norm_factor = 1.0
     if any(name.startswith(_BACKUP) for name in file.entries):
@@ -135,8 +136,7 @@ def _class_of(file: ArrayFile, trainer: Keys) -> str:
     named = trainer.get("dict_class", str, None)
     if named not in fits:
         raise FormatError(f"{trainer.path}: trainer.dict_class={named!r:.60}; these tensors can be {' or '.join(fits)}, which "
-                          "select "
-                          "features differently")
+                          "select features differently")
     return named
 
 
@@ -151,8 +151,7 @@ def _scalars(file: ArrayFile, name: str, layout: Layout, trainer: Keys, d_sae: i
     threshold = file.scalar("threshold") if "threshold" in file.entries else None
     if layout.kind == "jumprelu" and threshold < 0:
         raise FormatError(f"{file.path}: threshold={threshold:g}: {name} encodes by a threshold that was never set (-1); train "
-                          "it longer, "
-                          "or set it with dictionary_learning")
+                          "it longer, or set it with dictionary_learning")
     return int(k), threshold
 
 
@@ -173,8 +172,9 @@ def _metadata(directory: Path, name: str, k: int, threshold: float | None, norm_
 
 
 def write(directory: Path, sae: SAE) -> None:
-    """Writes `ae.pt` and `config.json` of the class that computes this SAE. Raises `FormatError` with the reason where none "
-      "does."""
+    """Writes `ae.pt` and `config.json` of the class that computes this SAE. Raises `FormatError` with the reason where none
+    does.
+    """
     c = sae.cfg
     if c.d_out is not None or c.layers or c.input_norm != "none":
         raise FormatError(f"a {c.spec.shape} with input_norm={c.input_norm!r} cannot be written for dictionary_learning, whose "

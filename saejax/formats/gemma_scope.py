@@ -94,8 +94,7 @@ def _config(file: ArrayFile, origin: str, w_enc: str, w_dec: str, transcoder: bo
     d_out = file.shape(w_dec, 2)[1]
     if d_out != d_in and not transcoder:
         raise FormatError(f"{file.path}: {w_dec} has {d_out} columns and {w_enc} {d_in} rows: a transcoder, but nothing in its "
-                          "place "
-                          f"({origin[-80:]}) says so")
+                          f"place ({origin[-80:]}) says so")
     read, written = _hookpoints(origin, transcoder)
     metadata = {"source": {"format": "gemma_scope"}, "units": "as stored", "normalization": "none",
                 "text": {"context": 1024, "bos": "row"}}
@@ -133,8 +132,7 @@ def write(directory: Path, sae: SAE) -> None:
                           + ("; --approximate writes a topk SAE with a threshold" if c.kind == "topk" else ""))
     if c.input_norm != "none" or c.skip or c.layers:
         raise FormatError(f"a {c.spec.shape} with input_norm={c.input_norm!r} cannot be written for Gemma Scope 1, which has "
-                          "neither row "
-                          "normalisation nor skip connections nor crosscoders")
+                          "neither row normalisation nor skip connections nor crosscoders")
     if c.d_out is not None and "transcoder" not in _place(directory):
         raise FormatError(f"{directory}: a transcoder is told from an SAE only by its place in Gemma Scope 1; write it to a "
                           "directory with "

@@ -66,8 +66,8 @@ class Keys:
         unknown = [key for key in self.values if key not in self._read and key not in set(known)]
         if unknown:
             raise FormatError(f"{self.path}: unknown key {', '.join(f'{self.prefix}{k}'[:60] for k in unknown[:8])}; written "
-                              "by a newer "
-                              "version of its library, or not this format: what it changes is not known, so it is not read")
+                              "by a newer version of its library, or not this format: what it changes is not known, so it is "
+                              "not read")
 
 
 def read_small_json(path: Path):

@@ -170,8 +170,7 @@ class _Machine:
             if all(map(_whole, (start, *shape, *strides))) and len(shape) == len(strides) <= 8:
                 return StoredTensor(storage, start, tuple(shape), tuple(strides))
         raise FormatError(f"{self.path}: its pickle calls {getattr(function, 'text', type(function).__name__)!r} in a way that "
-                          "is "
-                          "not a tensor; nothing is called")
+                          "is not a tensor; nothing is called")
 
 
 def _whole(n) -> bool:

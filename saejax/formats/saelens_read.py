@@ -188,8 +188,7 @@ def _scale(directory: Path, keys: Keys) -> float:
         return 1.0
     if norm != AVERAGE:
         raise FormatError(f"{path}: scaling_factor={factor} beside normalize_activations={norm!r}: folded already or not is "
-                          "not known; "
-                          f"remove {SCALER} if it is folded")
+                          f"not known; remove {SCALER} if it is folded")
     if not (np.isfinite(factor) and factor > 0):
         raise FormatError(f"{path}: scaling_factor={factor}")
     return factor

@@ -41,8 +41,7 @@ def open_safetensors(path: Path) -> ArrayFile:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
         if entry.offset != end:
             raise FormatError(f"{path}: not a readable safetensors file (tensor {name!r} begins at byte {entry.offset:,}, "
-                              "expected "
-                              f"{end:,}: overlap or hole)")
+                              f"expected {end:,}: overlap or hole)")
         end += entry.nbytes
     if end != size:
         raise FormatError(f"{path}: not a readable safetensors file ({size:,} bytes, its header describes {end:,}); download "

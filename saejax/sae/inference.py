@@ -185,8 +185,7 @@ class SAE:
             return recon
         if x is None:
             raise FormatError(f"this SAE normalises every row by itself ({self.cfg.input_norm}): decode(acts, x) needs the "
-                              "rows, or "
-                              "call reconstruct(x)")
+                              "rows, or call reconstruct(x)")
         scale, shift = jnp.split(self._apply(_scale_and_shift, x, self.cfg.d_in, "d_in", None), 2, axis=-1)
         return recon * scale + shift
 
