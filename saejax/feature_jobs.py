@@ -107,7 +107,7 @@ def _searched(config: Config, sae: SAE, given: dict[str, str]) -> list[Found]:
 
 def _other(run: str, sae: SAE) -> SAE:
     """The SAE of another run, whose decoder writes to the same place."""
-    [(config, path)] = jobs.located(Arguments(None, (Path(run),), None, None, None, False, False))
+    [(config, path)] = jobs.located(Arguments(config=None, paths=(Path(run),), distributed=None, options={}))
     _, other = _sae(config, path)
     if (other.cfg.targets, other.params.W_dec.shape[1]) != (sae.cfg.targets, sae.params.W_dec.shape[1]):
         raise FeatureIndexError(f"--within={run}: its decoder writes to {', '.join(other.cfg.targets)}, this run's to "
