@@ -131,8 +131,8 @@ JOBS = {
     "search": Job(
         "features by prompt, answer, sets of prompts, text of examples, or likeness",
         "saejax search RUN_OR_STEP --prompt=TEXT | --set=NAME | --positives=FILE | --find=TEXT | --like=FEATURE",
-        "Reads a run and its language model (--find: only its index, RUN/features); prints the features that fit\n"
-        "best and writes nothing.\n\n"
+        "Reads a run, its language model (not for --find and --like) and its index, RUN/features (needed for --find);\n"
+        "prints the features that fit best and writes nothing.\n\n"
         "options:\n  --prompt=TEXT            the most active features on this text\n"
         "  --prompt=TEXT --answer=TOKEN [--against=TOKEN]\n"
         "                           those that speak most for this next token (and against that one)\n"

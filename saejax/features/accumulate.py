@@ -12,8 +12,7 @@ from saejax import sharding
 from saejax.features import state as st
 from saejax.features.state import FeatureState, Pairs, Peaks
 from saejax.recipes import WITH_K
-from saejax.sae.inference import SAE
-from saejax.sae.model import encode
+from saejax.sae.inference import SAE, encode_raw
 
 PAIRS_PER_ROW = 64  # of kinds without k: pairs of a row that are taken in one round
 
@@ -49,7 +48,7 @@ def make_step(sae: SAE, context: int, contexts: int) -> Callable:
                              out_specs=st.specs(), check_vma=False)
 
     def step(state, params, x_BD, keep_B, first_row):
-        return gathered(state, encode(spec, params, x_BD.astype(jnp.float32)), keep_B, first_row)
+        return gathered(state, encode_raw(spec, sae.cfg.input_norm, params, x_BD), keep_B, first_row)
 
     return jax.jit(step, donate_argnums=0)
 

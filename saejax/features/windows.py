@@ -11,8 +11,7 @@ from jax import lax
 from saejax import sharding
 from saejax.errors import FeatureIndexError
 from saejax.features.examples import BEFORE, WINDOW, Examples
-from saejax.sae.inference import SAE
-from saejax.sae.model import encode
+from saejax.sae.inference import SAE, encode_raw
 from saejax.storage import barrier, is_writer, read_json, write_json
 
 
@@ -75,7 +74,7 @@ class Windows:
 
         Every device looks up what lies on it; one all-reduce of [E, window] puts it together.
         """
-        window, spec = self.window, sae.cfg.spec
+        window, spec, norm = self.window, sae.cfg.spec, sae.cfg.input_norm
 
         def local(acts_BF, keep_B, row_E, feature_E):
             B, F = acts_BF.shape
@@ -90,4 +89,4 @@ class Windows:
                                                                sharding.spec(), sharding.spec()),
                                out_specs=sharding.spec(), check_vma=False)
         return jax.jit(lambda params, x_BD, keep_B, row_E, feature_E:
-                       gather(encode(spec, params, x_BD.astype(jnp.float32)), keep_B, row_E, feature_E))
+                       gather(encode_raw(spec, norm, params, x_BD), keep_B, row_E, feature_E))

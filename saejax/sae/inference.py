@@ -119,7 +119,8 @@ def unfold(spec: SAESpec, params: SAEParams, normalization: Normalization, *, un
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _encode(spec, norm, params, x_BD):
+def encode_raw(spec: SAESpec, norm: str, params: SAEParams, x_BD: jax.Array) -> jax.Array:
+    """Activations [B, F] of raw rows, as `SAE.encode` gives them, inside compiled functions; norm: `SAEConfig.input_norm`."""
     return encode(spec, params, normalise_rows(norm, x_BD)[0])
 
 
@@ -172,7 +173,7 @@ class SAE:
 
     def encode(self, x) -> jax.Array:
         """Feature activations [..., d_sae] of raw activations x [..., d_in]. Raises `FormatError` for another width."""
-        return self._apply(_encode, x, self.cfg.d_in, "d_in", "features")
+        return self._apply(encode_raw, x, self.cfg.d_in, "d_in", "features")
 
     def decode(self, acts, x=None) -> jax.Array:
         """Reconstruction [..., d_out] in raw units from feature activations [..., d_sae]; without what a skip connection adds.

@@ -18,6 +18,7 @@ from saejax.features.index import FILES, MANIFEST, FeatureIndex, manifest_digest
 from saejax.features.neighbours import Coactivation, nearest
 from saejax.features.state import FIELDS, FeatureState
 from saejax.lm import capture
+from saejax.sae.inference import SAE
 from tests import tiny_experiment as tiny
 from tests.features.conftest import DEAD, FEATURES, make_sae, other_lm
 from tests.features.reference import random_acts, state_of
@@ -78,6 +79,19 @@ def test_examples_are_the_rows_they_say(index, acts, store):
             if e["interval"]:
                 share = e["value"] / acts[:, feature].max() * examples.INTERVALS
                 assert e["interval"] - 1 - 1e-4 < share <= e["interval"] + 1e-4
+
+
+def test_rows_are_normalised_as_the_sae_says(words, store, lm_, tmp_path):
+    """The index once passed over `input_norm`, and held activations that the SAE never gives."""
+    sae = make_sae(sharding.single_device_mesh())
+    sae = SAE(sae.params, dataclasses.replace(sae.cfg, input_norm="layer_norm"), sae.mesh)
+    index = build(tmp_path / "features", sae, words, lm_, QUIET)
+    acts = np.asarray(sae.encode(store.read(tiny.HOOKPOINT, 0, store.rows)))
+    kept = store.keep(0, store.rows)
+    np.testing.assert_allclose(index.column("max"), acts[kept].max(0), rtol=1e-5)
+    for e in index.examples(3):
+        around = np.where(kept, acts[:, 3], 0)[e["context"] * store.context + e["start"]:][:index.window]
+        np.testing.assert_allclose(e["acts"], around, rtol=1e-5, atol=1e-6)
 
 
 def test_dead_features_have_no_examples(index):
