@@ -6,6 +6,10 @@ logarithm: a penalty that pulls at once kills features. L0 answers a change of t
 (jumprelu), for long; so e looks a tenth of the run ahead (T), and the integral is slow: it moves by 10 e over a run, at most 0.04
 e per step. The slope is the difference of two running means of log L0, over at most 100 steps and 5 % of the run: one that
 remembers the fall of the first half holds the penalty back when L0 has long stopped to fall.
+
+Thresholds (jumprelu) integrate the penalty at their learning rate, which moves a logarithm by lr per step: some hundred steps are
+over before any penalty has moved them. So the controller also moves all of them together, by REACH / steps of the run at most:
+this brings a short run to its target, and is less than a published learning rate moves them by in a long one.
 """
 
 import jax
@@ -16,6 +20,7 @@ from saejax.recipes import WITH_K
 
 PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.04, 0.1, 0.5
 LONGEST, SHARE = 100, 0.05  # steps and share of a run that the longer mean of log L0 remembers; the shorter one a fifth of them
+REACH, FULL = 4.0, 0.05  # how far log thresholds can be moved over a run; the error from which they move at full speed
 FOLLOW = 0.05  # how fast topk's threshold follows, in the logarithm per step
 
 
@@ -44,14 +49,29 @@ def penalty_factor(config: Config, moving: dict[str, jax.Array], target_l0: jax.
     return jnp.exp(PROPORTIONAL * error + moving["log_penalty"])
 
 
+def steers_thresholds(config: Config) -> bool:
+    """True for jumprelu, but for its objective `tanh`, whose thresholds stay so small that encoder biases decide what fires."""
+    return controlled(config) and config.sae.kind == "jumprelu" and config.sae.objective != "tanh"
+
+
+def threshold_shift(moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
+    """What all log thresholds of jumprelu are raised by after this step: REACH / steps clip(log(L0 / goal) / FULL, -1, 1)."""
+    error = moving["log_l0"] - _log_goal(moving, target_l0, step / total_steps)
+    return jnp.where(step == 0, 0.0, REACH / total_steps * jnp.clip(error / FULL, -1.0, 1.0))
+
+
+def _log_goal(moving: dict[str, jax.Array], target_l0: jax.Array, share: jax.Array) -> jax.Array:
+    """log of the L0 aimed at after a share of the run: from the first L0 to the target over `APPROACH`, evenly."""
+    remaining = jnp.clip(1 - share / APPROACH, 0.0, 1.0)
+    return jnp.log(target_l0) + remaining * (moving["log_l0_first"] - jnp.log(target_l0))
+
+
 def _error(config: Config, moving: dict[str, jax.Array], target_l0: jax.Array, step: jax.Array, total_steps: int) -> jax.Array:
     """e. jumprelu's objective `target_l0` pulls towards the target from both sides: there e is how far off L0 is, beyond 3 %."""
     short, long = _memories(total_steps)
     slope = (moving["log_l0"] - moving["log_l0_long"]) / (long - short)
     ahead = AHEAD * total_steps
-    remaining = jnp.clip(1 - (step + ahead) / (APPROACH * total_steps), 0.0, 1.0)
-    log_goal = jnp.log(target_l0) + remaining * (moving["log_l0_first"] - jnp.log(target_l0))
-    error = moving["log_l0"] + ahead * slope - log_goal
+    error = moving["log_l0"] + ahead * slope - _log_goal(moving, target_l0, (step + ahead) / total_steps)
     if config.sae.kind == "jumprelu" and config.sae.objective == "target_l0":
         error = jnp.abs(error) - 0.03
     return jnp.clip(error, -1.0, 1.0)

@@ -64,6 +64,8 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     grad_norm = optax.tree.norm(gradients)
     updates, opt_state = optim.optimizer(config.train).update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, jax.tree.map(lambda update: -lr * update, updates))
+    if control.steers_thresholds(config):
+        params = _raised(params, control.threshold_shift(state.moving, own.target_l0, state.step, total_steps))
     params = optim.constrained(config.sae, params)
     counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(rows_BW))
     new = state.replace(
@@ -124,6 +126,11 @@ def _merged(a: LossParts, b: LossParts) -> LossParts:
     """Sums; features that fired in either; the smaller least activation."""
     total = jax.tree.map(jnp.add, a.replace(fired_F=jnp.float32(0)), b.replace(fired_F=jnp.float32(0)))
     return total.replace(fired_F=a.fired_F | b.fired_F, least=jnp.minimum(a.least, b.least))
+
+
+def _raised(params: SAEParams, shift: jax.Array) -> SAEParams:
+    """All log thresholds higher by `shift`."""
+    return params.replace(per_feature=params.per_feature | {"log_threshold": params.per_feature["log_threshold"] + shift})
 
 
 def _averaged(beta: float, mean: SAEParams, params: SAEParams, step: jax.Array) -> SAEParams:

@@ -131,6 +131,16 @@ def test_target_l0_is_met(store, tmp_path, kind, changes):
     assert np.mean(last) == pytest.approx(6.0, rel=0.1)
 
 
+@pytest.mark.slow
+def test_target_l0_is_met_by_thresholds_in_a_short_run(store, tmp_path):
+    """At 1e-3 a log threshold moves by 0.3 in 300 steps, whatever the penalty: L0 ended far from its target."""
+    config = make_config("jumprelu", tmp_path, train__target_l0=6.0, train__tokens=32 * 300, checkpoint__every_tokens=32 * 300,
+                         train__lr=1e-3, sae__dead_tokens=5000, log__every_steps=5)
+    loop.train(config, store)
+    last = [line["l0"] for line in read_metrics(tmp_path / "metrics.jsonl") if line["step"] > 240]
+    assert np.mean(last) == pytest.approx(6.0, rel=0.1)
+
+
 def test_schedules():
     options = TrainOptions(lr_warmup=0.1, lr_decay=0.5, lr_shape="cosine", lr_start=0.1, lr_end=0.2)
     share = optim.learning_rate(options, 1000)
