@@ -3,22 +3,35 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from scipy.stats import binom
 
 from saejax import sharding
+
+OVERFLOW = 1e-3  # share of the batches of evenly spread winners in which some row has more of them on a shard than are sent
 
 
 def topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
     """Boolean mask of the k largest pre-activations of each row; exactly k are True, ties go to the lower feature index.
 
     pre_BF: float32 [B, F], rows split over `data`, features over `dict`. Exact for any distribution of the winners over the
-    shards. Communication: one all-gather along `dict` of min(k, F_local) candidate *values* per row and shard; no
-    array of width F moves or is sorted. The gradient is not defined (a mask is piecewise constant): pass stop_gradient.
+    shards. Communication: one all-gather along `dict` of `sent` candidate *values* per row and shard, and one all-reduce of a
+    number; no array of width F moves or is sorted. The gradient is not defined (a mask is piecewise constant): pass
+    stop_gradient.
     """
     if not sharding.mesh_is_set():
         return _mask_local(pre_BF, k, 1)
     rows_features = sharding.spec("rows", "features")
     return jax.shard_map(lambda pre_local: _mask_local(pre_local, k, lax.axis_size("dict")), in_specs=rows_features,
-                         out_specs=rows_features)(pre_BF)
+                         out_specs=rows_features, check_vma=False)(pre_BF)  # it knows mesh axes only, not that of `any_member`
+
+
+def sent(k: int, rows: int, shards: int, features: int) -> int:
+    """How many candidates of a row a shard of so many features sends: at most min(k, features).
+
+    Winners that are spread evenly are Binomial(k, 1 / shards) on each: so many that the `rows` of a batch have no more anywhere,
+    but for one batch in 1 / OVERFLOW.
+    """
+    return min(k, features, max(-(-k // shards), int(binom.isf(OVERFLOW / (rows * shards), k, 1 / shards))))
 
 
 def kept_per_row(values: jax.Array, k: int, shards: int) -> jax.Array:
@@ -27,8 +40,17 @@ def kept_per_row(values: jax.Array, k: int, shards: int) -> jax.Array:
     """
     if shards == 1:
         return jnp.ones_like(values, bool)
-    threshold, chosen_equal = _global_threshold(values, k)
-    return (values > threshold) | chosen_equal
+    values = lax.optimization_barrier(values)  # a slice of what top_k returns makes it slow on CPU
+    rows = len(values) * lax.axis_size("data")
+    n = sent(k, rows, shards, values.shape[1])
+    threshold, kept = _kept(values[:, :n], k)
+    if n == values.shape[1]:
+        return kept
+    # Short: the next one would be among the k, or in place of an equal one of a later shard.
+    short = (values[:, n:n + 1] >= threshold) & (values[:, n:n + 1] > -jnp.inf)
+    short = lax.pmax(short.any().astype(jnp.int32), ("data", "dict")) > 0
+    return lax.cond(sharding.any_member(short), lambda: _kept(values, k)[1],
+                    lambda: jnp.pad(kept, ((0, 0), (0, values.shape[1] - n))))
 
 
 def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
@@ -42,8 +64,8 @@ def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
     return (pre_local > least) | ((pre_local == least) & (feature <= last_equal))
 
 
-def _global_threshold(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The k-th largest value over all shards, and which of this shard's candidates equal to it are among the k.
+def _kept(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The k-th largest value of each row over all shards, and which of this shard's candidates are among the k.
 
     values: this shard's candidates [B, K], sorted downwards, equal ones by feature index.
     """
@@ -54,4 +76,4 @@ def _global_threshold(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     lower_shards = jnp.arange(n_equal.shape[1]) < lax.axis_index("dict")
     allowed = k - n_greater - jnp.where(lower_shards, n_equal, 0).sum(1)
     rank = jnp.arange(values.shape[1]) - (values > threshold).sum(1, keepdims=True)
-    return threshold, (values == threshold) & (rank < allowed[:, None])
+    return threshold, (values > threshold) | ((values == threshold) & (rank < allowed[:, None]))

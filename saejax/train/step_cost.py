@@ -19,6 +19,7 @@ from saejax.errors import ConfigError
 from saejax.hardware import Chip, Topology, present
 from saejax.recipes import WITH_K
 from saejax.sae import SAESpec, sparse
+from saejax.sae.select import sent
 from saejax.train.state import TrainState, abstract_state
 from saejax.train.step import takes_pairs
 
@@ -126,8 +127,9 @@ def collectives(w: Work, platform: str) -> list[Collective]:
         add("rows", "all-gather", "dict", local * w.row_width * _rows_bytes(platform))
         add("reconstruction", "all-reduce", "dict", 4 * w.groups * w.decodes * local * w.d_out)
         if w.kind == "topk":
-            kept = min(w.k, w.features) + (min(4 * w.k, w.features) if w.decodes > 1 else 0)
-            add("candidate values", "all-gather", "dict", 4 * local * w.dict * kept)
+            numbers = (w.k, 4 * w.k) if w.decodes > 1 else (w.k,)
+            add("candidate values", "all-gather", "dict", 4 * local * w.dict * sum(
+                sent(k, w.rows // w.accumulate, w.dict, w.features) for k in numbers))
         if w.pairs:
             add("counts", "all-reduce", "dict", 4 * local)
     if w.data > 1:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from saejax import sharding
 from saejax.config import MeshOptions
 from saejax.sae.activations import batchtopk, topk
-from saejax.sae.select import topk_mask
+from saejax.sae.select import sent, topk_mask
 from saejax.sae.select_batch import batch_topk_mask
 from tests.hlo import moved_shapes
 
@@ -73,6 +73,24 @@ def test_mask_equals_stable_sort(name, mesh_shape, seed, k, levels, shift):
     pre[:, :7] += rng.integers(0, 2) * 3  # winners crowd on few shards
     pre[: rng.integers(0, 5)] += 2        # and in few rows
     np.testing.assert_array_equal(SELECTIONS[name].on(mesh_shape, pre, k), SELECTIONS[name].reference(pre, k))
+
+
+@pytest.mark.parametrize("values", ["spread", "crowded in one row", "tied", "tied at the end", "few above -inf"])
+def test_fewer_candidates_than_k_are_sent_and_no_winner_is_lost(values):
+    """What a shard holds beyond what it sends counts all the same: then all candidates are sent."""
+    k, rows, features = 32, 16, 512
+    assert sent(k, rows, 8, features // 8) < k // 2
+    pre = np.random.default_rng(0).standard_normal((rows, features)).astype(np.float32)
+    if values == "crowded in one row":
+        pre[5, 64:96] += 10
+    elif values == "tied":
+        pre = np.round(pre)
+    elif values == "tied at the end":  # the threshold equals what the second shard does not send
+        pre[3, :] = -1
+        pre[3, :20], pre[3, 64:128], pre[3, 300] = 3, 1, 2
+    elif values == "few above -inf":
+        pre[:, 40:] = -np.inf
+    np.testing.assert_array_equal(SELECTIONS["per row"].on((1, 8), pre, k), first_of_each_row(pre, k))
 
 
 @pytest.mark.parametrize("shape", [(128, 96), (9, 33)])
