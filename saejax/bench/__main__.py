@@ -14,15 +14,19 @@ def main(name: str, options: str, processors: str) -> None:
     import jax
 
     from saejax.bench.options import BenchOptions
+    from saejax.errors import SaejaxError
 
     if name in ("selection", "step", "devices"):
         from saejax.bench import training as room
     else:
         from saejax.bench import pipeline as room
     figures = []
-    for row in getattr(room, name)(BenchOptions(**json.loads(options))):
-        print(f"{name}: {row['what']}: {row['median']:,.0f} {row['unit']}", file=sys.stderr, flush=True)
-        figures.append(row)
+    try:
+        for row in getattr(room, name)(BenchOptions(**json.loads(options))):
+            print(f"{name}: {row['what']}: {row['median']:,.0f} {row['unit']}", file=sys.stderr, flush=True)
+            figures.append(row)
+    except SaejaxError as error:
+        sys.exit(f"{name}: {error}")
     device = jax.devices()[0]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
     print(json.dumps({"figures": figures, "peak_bytes": peak, "backend": device.platform, "device": device.device_kind}))
