@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import saejax
 from saejax.bench.options import BENCHMARKS, BenchOptions
 from saejax.config_values import nearest
 from saejax.errors import ConfigError
@@ -40,8 +41,8 @@ def run(given: dict, threads: int | None, out: Path | None) -> dict:
     processors = _processors(threads)
     results = {name: _measured(name, options, processors) for name in names}
     machine = _machine(len(processors) or os.cpu_count(), next(iter(results.values())))
-    result = {"machine": machine, "command": _command(given, threads, out),
-              "options": options.to_json(), "results": results}
+    result = {"machine": machine, "command": _command(given, threads, out), "options": options.to_json(),
+              "results": results}
     if out is not None:
         before, after = page
         write_bytes(out, f"{before}{BEGIN}\n{markdown(result)}\n{END}{after}".encode())
@@ -58,9 +59,11 @@ def _processors(threads: int | None) -> list[int]:
 
 def _measured(name: str, options: BenchOptions, processors: list[int]) -> dict:
     env = dict(os.environ)
+    # This saejax, whatever lies in the directory from which the command is called.
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(saejax.__file__).parents[1]), env.get("PYTHONPATH", "")])
     if name == "devices" and _DEVICES not in env.get("XLA_FLAGS", ""):  # of no effect where there are real ones
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {_DEVICES}={options.devices}".strip()
-    command = [sys.executable, "-m", "saejax.bench", name, json.dumps(options.to_json()), json.dumps(processors)]
+    command = [sys.executable, "-P", "-m", "saejax.bench", name, json.dumps(options.to_json()), json.dumps(processors)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise ConfigError(f"saejax bench: {name} ended with exit code {done.returncode}; its own messages are above")
@@ -110,6 +113,6 @@ def markdown(result: dict) -> str:
 
 def _table(figures: list[dict]) -> list[str]:
     timed = "ms" in figures[0]
-    return ["| what | median | quartiles |" + " a step | first call |" * timed, "|---|---|---|" + "---|---|" * timed,
+    return ["| what | median | quartiles |" + " each | first call |" * timed, "|---|---|---|" + "---|---|" * timed,
             *(f"| {row['what']} | {row['median']:,.0f} {row['unit']} | {row['low']:,.0f} to {row['high']:,.0f} |"
-              + (f" {row['ms']:,.1f} ms | {row['first_call_s']:.1f} s |" if timed else "") for row in figures)]
+              + (f" {row['ms']:,.2f} ms | {row['first_call_s']:.1f} s |" if timed else "") for row in figures)]

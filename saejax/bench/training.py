@@ -97,9 +97,9 @@ def step(options: BenchOptions) -> Iterator[dict]:
 
 
 def devices(options: BenchOptions) -> Iterator[dict]:
-    """The first kind, on the path that training takes by itself."""
+    """The first kind, on the path that training takes by itself; as long as the devices divide batch and features."""
     n, kind = 1, options.kinds[0]
-    while n <= min(options.devices, len(jax.devices())):
+    while n <= min(options.devices, len(jax.devices())) and options.batch % n == options.d_sae % n == 0:
         training = Training(kind, options, sharding.make_mesh(MeshOptions(1, n), jax.devices()[:n]))
         yield from _figures(training, {f"{kind}, {n} device{'s' if n > 1 else ''}": "auto"}, options)
         del training
