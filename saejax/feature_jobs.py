@@ -13,7 +13,7 @@ from saejax.config import Config
 from saejax.data.store import Store, check_matches
 from saejax.errors import ConfigError, FeatureIndexError
 from saejax.evals.evaluate import cached
-from saejax.features import corpus, fidelity, prompt_sets
+from saejax.features import corpus, fidelity, neuronpedia, prompt_sets
 from saejax.features.build import BuildOptions, build
 from saejax.features.dashboard import write_dashboard
 from saejax.features.index import MANIFEST, FeatureIndex
@@ -29,7 +29,7 @@ from saejax.report.summary import rows
 from saejax.sae.inference import SAE
 from saejax.storage import is_writer
 
-INDEX, DASHBOARD = "features", "dashboard"
+INDEX, DASHBOARD, NEURONPEDIA = "features", "dashboard", "neuronpedia"
 _TEXT_TOKENS = 1_000_000
 
 
@@ -46,8 +46,15 @@ def features(arguments: Arguments) -> int:
         examples = arguments.option("verify")
         verified = fidelity.check(index, sae, lm_, examples).to_json() if examples else None
         if is_writer():
-            _say_index(index, verified, arguments.json)
+            exported = _export(config, index) if arguments.option("export") else None
+            _say_index(index, verified, exported, arguments.json)
     return 0
+
+
+def _export(config: Config, index: FeatureIndex) -> Path:
+    out = index.path.absolute().parent / NEURONPEDIA
+    neuronpedia.write(index, out, name=config.name, dataset=" + ".join(config.text.source))
+    return out
 
 
 def search(arguments: Arguments) -> int:
@@ -183,10 +190,10 @@ def _figures(config: Config, step_dir: Path) -> list[tuple[str, str]]:
     return [(label, found[label]) for label in wanted]
 
 
-def _say_index(index: FeatureIndex, verified: dict | None, as_json: bool) -> None:
+def _say_index(index: FeatureIndex, verified: dict | None, exported: Path | None, as_json: bool) -> None:
     totals = index.manifest["totals"]
     if as_json:
-        print(json.dumps({"index": str(index.path), **totals, "verified": verified}))
+        print(json.dumps({"index": str(index.path), **totals, "verified": verified, "exported": exported and str(exported)}))
         return
     print(f"features {index.path}: {totals['alive']:,} of {index.features:,} fire on {totals['kept_rows']:,} tokens; "
           f"{totals['examples']:,} examples")
@@ -194,3 +201,5 @@ def _say_index(index: FeatureIndex, verified: dict | None, as_json: bool) -> Non
         print(f"verified {verified['examples']:,} examples of {verified['contexts']:,} contexts: "
               f"{100 * verified['within_tolerance']:.2f} % within 1 % of the feature's maximum, mean difference "
               f"{100 * verified['mean_difference']:.3f} %, {verified['lost']} do not fire again")
+    if exported is not None:
+        print(f"exported {exported}: {totals['alive']:,} features for Neuronpedia")

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from saejax import config as config_lib
 from saejax import lm, sharding
+from saejax.bench import run as bench
 from saejax.command_line import Arguments
 from saejax.config import Config, LMOptions, MeshOptions
 from saejax.data.harvest import harvest, lm_mesh
@@ -42,6 +43,8 @@ def start(job: str, arguments: Arguments) -> int:
     if job == "inspect":
         from saejax.inspect import inspect_paths
         return inspect_paths(arguments.paths, as_json=arguments.json)
+    if job == "bench":
+        return _bench(arguments)
     if job == "plan":
         return _plan(arguments)
     if job == "convert":
@@ -208,6 +211,16 @@ def _eval(arguments: Arguments) -> int:
             print(json.dumps([{"run": str(r.paths.root), "step": r.step, **r.evaluation} for r in results], indent=1))
         else:
             print(table(results))
+    return 0
+
+
+def _bench(arguments: Arguments) -> int:
+    if arguments.paths:
+        raise ConfigError(f"saejax bench: takes no path ({arguments.paths[0]})")
+    given = {name: value for name, value in arguments.options.items()
+             if value is not None and name not in ("threads", "out", "json")}
+    result = bench.run(given, arguments.option("threads"), arguments.out)
+    print(json.dumps(result) if arguments.json else bench.markdown(result))
     return 0
 
 

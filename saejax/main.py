@@ -114,7 +114,8 @@ JOBS = {
         "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
     "features": Job(
         "what the features of a run fire on: the index",
-        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--out=DIR] [--verify=N]",
+        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--out=DIR] [--verify=N]\n"
+        "       saejax features RUN_OR_STEP --export=neuronpedia",
         "Reads a run (its newest checkpoint that verifies, or one step), its store and its language model; writes\n"
         "the index to DIR (default RUN/features): per feature density, histograms, examples of every level of\n"
         "activation with their context, top tokens, effect on the next token, neighbours. An interrupted index\n"
@@ -125,9 +126,10 @@ JOBS = {
         "                           (default 1,000,000 tokens of it)\n"
         "  --out=DIR                where to write\n"
         "  --verify=N               run N examples again through language model and SAE, and say how they differ\n"
+        "  --export=neuronpedia     also write the feature JSON that Neuronpedia imports, neuronpedia/ beside the index\n"
         "  --json                   print what was made as JSON\n" + _DISTRIBUTED,
         "saejax features runs/demo --verify=1000", takes_config=False,
-        options=("distributed", "out", "tokens", "text", "verify", "json")),
+        options=("distributed", "out", "tokens", "text", "verify", "export", "json")),
     "search": Job(
         "features by prompt, answer, sets of prompts, text of examples, or likeness",
         "saejax search RUN_OR_STEP --prompt=TEXT | --set=NAME | --positives=FILE | --find=TEXT | --like=FEATURE",
@@ -165,6 +167,27 @@ JOBS = {
         "  --yes                    upload\n",
         "saejax push-to-hub runs/demo/release --repo=me/my-sae", takes_config=False,
         options=("repo", "license", "yes")),
+    "bench": Job(
+        "how fast this machine trains, reads and harvests",
+        "saejax bench [--only=NAMES] [--out=FILE.md] [--json] [--OPTION=VALUE ...]",
+        "Reads the language model where harvest is asked for; writes nothing but, with --out, a page. Runs each\n"
+        "benchmark in a process of its own and prints a table, or JSON: medians and quartiles of the repeats, peak\n"
+        "memory, the machine's class, the command. Nothing else should run meanwhile.\n\n"
+        "options:\n  --only=NAMES             of selection, step (dense against sparse path), devices, reader, harvest\n"
+        "  --kind=RECIPES           of the training steps (topk,batchtopk,relu); devices takes the first\n"
+        "  --d_in=768 --d_sae=16384 --batch=1024 --k=32\n"
+        "                           sizes of the training steps; d_in of the reader, too\n"
+        "  --steps=5 --repeats=5    steps of a repeat, and how many repeats\n"
+        "  --devices=8              at most; on a CPU simulated ones\n"
+        "  --threads=N              processors to use (default: all that this process may use)\n"
+        "  --megabytes=1000         of the store that the reader reads\n"
+        "  --model=M --source=TEXT --hookpoint=NAME --tokens=32768\n"
+        "                           what is harvested (smollm2-135m, shakespeare, blocks.9.hook_resid_post)\n"
+        "  --out=FILE.md            write the tables between the marks of this page, or to a new one\n"
+        "  --json                   print JSON\n",
+        "saejax bench --only=step --d_sae=65536 --batch=512", takes_config=False,
+        options=("only", "kind", "d_in", "d_sae", "batch", "k", "steps", "repeats", "devices", "threads", "megabytes", "tokens",
+                 "model", "source", "hookpoint", "out", "json")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",
@@ -222,7 +245,7 @@ def _start(job: str, rest: list[str]) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from saejax import command_line
     arguments = command_line.parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
-    if arguments.config is None and not arguments.paths:
+    if arguments.config is None and not arguments.paths and job != "bench":
         what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT",
                 "push-to-hub": "RELEASE --repo=ORG/NAME"}.get(job, "--config=FILE or a run directory")
         raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")

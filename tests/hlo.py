@@ -1,12 +1,9 @@
-"""What a compiled program moves between devices, read from its HLO text."""
+"""Everything that the collectives of a compiled program return, whether the program can reach them or not."""
 
-import re
-
-_COLLECTIVE = re.compile(r" = (.*?) (?:all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all)"
-                         r"(?:-start)?\(")
+from saejax.plan.hlo import COLLECTIVE, SHAPE
 
 
 def moved_shapes(hlo: str) -> list[tuple[int, ...]]:
-    """Shapes of everything that a collective of the program returns, tuples taken apart."""
-    return [tuple(int(n) for n in shape.split(",") if n) for line in hlo.splitlines() if (found := _COLLECTIVE.search(line))
-            for shape in re.findall(r"\w\[([\d,]*)\]", found[1])]
+    """Shapes, tuples taken apart; `saejax.plan.hlo.moved` knows axes and bytes of those that run."""
+    return [tuple(int(n) for n in shape.split(",") if n) for line in hlo.splitlines() if (found := COLLECTIVE.search(line))
+            for _, shape in SHAPE.findall(found[1])]

@@ -21,8 +21,9 @@ ALLOWED = {
     "features": {"data", "lm", "sae"},
     "scaling": {"data", "sae", "train"},
     "plan": {"data", "lm", "sae", "train"},
+    "bench": {"data", "lm", "sae", "train"},
     "report": set(),
-    "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "scaling", "plan", "report"},
+    "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "scaling", "plan", "bench", "report"},
 }
 TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "inspect")
 BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs")  # all other modules know at most one of the two

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 _KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute|ragged-all-to-all|collective-broadcast"
-_COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
+COLLECTIVE = re.compile(rf" = (.*?) ({_KINDS})(-start)?\(")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
-_SHAPE = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
+SHAPE = re.compile(r"([a-z]+\d*)\w*\[([\d,]*)\]")
 _BITS = {"pred": 8, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32, "s64": 64,
          "u64": 64, "f64": 64}
 
@@ -38,7 +38,7 @@ def moved(hlo: str, data: int, dict_: int) -> list[Moved]:
 
     def visit(name: str, times: int, branch: bool) -> None:
         for line in bodies.get(name, ()):
-            if found := _COLLECTIVE.search(line):
+            if found := COLLECTIVE.search(line):
                 out.append(_read(line, found, data, dict_, times, branch))
             for called, runs, optional in _called(line):
                 visit(called, times * runs, branch or optional)
@@ -76,7 +76,7 @@ def _called(line: str) -> Iterator[tuple[str, int, bool]]:
 
 def _read(line: str, found: re.Match, data: int, dict_: int, times: int, branch: bool) -> Moved:
     text, kind, start = found[1], found[2], found[3]
-    shapes = [match for match in _SHAPE.finditer(text) if match[1] in _BITS]
+    shapes = [match for match in SHAPE.finditer(text) if match[1] in _BITS]
     if start and kind != "all-reduce" and len(shapes) > 1:  # (what goes in, what comes out)
         shapes = shapes[len(shapes) // 2:]
     group, stride = _group(line, data * dict_)

@@ -17,6 +17,7 @@ from saejax.sae.model import decode, encode, skipped
 from saejax.sae.normalization import Normalization
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
 from saejax.sae.row_norm import NONE, normalise_rows
+from saejax.sae.saebench import config_for
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,20 @@ class SAE:
     def __call__(self, x) -> jax.Array:
         """Reconstruction [..., d_out] (d_in but for a transcoder) from raw activations x [..., d_in]."""
         return self.reconstruct(x)[0]
+
+    def as_saebench(self, *, model_name: str | None = None, dtype: str = "float32", device: str = "cpu"):
+        """A torch module with what SAEBench's evaluations ask of an SAE: `encode`, `decode`, `forward`, `W_enc`, `W_dec`,
+        `b_enc`, `b_dec`, `device`, `dtype` and `cfg`. It holds a copy of the weights; feature values are those of `encode`.
+
+        model_name: the model as TransformerLens names it, where `cfg.model` is something else. Needs the extra `torch`. Raises
+        `FormatError` for an SAE that SAEBench cannot evaluate, and without torch.
+        """
+        cfg = config_for(self.cfg, model_name=model_name, dtype=dtype, device=device)
+        try:
+            from saejax.sae.torch_view import TorchSAE
+        except ModuleNotFoundError as error:
+            raise FormatError(f"as_saebench() needs torch ({error}); pip install 'saejax[torch]'") from error
+        return TorchSAE(self.params, cfg)
 
     def _apply(self, function, value, width: int, axis_in: str, axis_out: str | None) -> jax.Array:
         value = value if isinstance(value, jax.Array) else np.asarray(value)

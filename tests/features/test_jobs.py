@@ -24,10 +24,11 @@ def run(finished, tmp_path_factory):
 
 
 def test_what_a_run_has_afterwards(run, capsys):
-    assert main(["features", str(run), "--verify=200", "--json"]) == 0
+    assert main(["features", str(run), "--verify=200", "--json", "--export=neuronpedia"]) == 0
     said = json.loads(capsys.readouterr().out)
     index = FeatureIndex.open(run / "features", full=True)
     assert said["alive"] == (index.column("fired") > 0).sum() and said["verified"]["within_tolerance"] > 0.98
+    assert said["exported"] == str(run / "neuronpedia") and (run / "neuronpedia" / "batch-0.json").is_file()
     meta = (run / "dashboard" / "data" / "meta.js").read_text()
     assert "CE recovered" in meta and "../report.html" in meta and (run / "dashboard" / "index.html").is_file()
 

@@ -10,6 +10,9 @@ import zipfile
 
 import numpy as np
 
+import saejax
+from saejax.formats.loading import recognise
+
 D, F, ROWS = 12, 40, 24
 _CODES = {np.dtype("f4"): "F32", np.dtype("f2"): "F16", np.dtype("f8"): "F64", np.dtype("i8"): "I64", np.dtype("u2"): "BF16"}
 
@@ -187,3 +190,32 @@ def check(sae, x, acts, recon):
     assert 0 < (acts > 0).mean() < 0.95
     np.testing.assert_allclose(got_acts, acts, atol=1e-4, rtol=0)
     np.testing.assert_allclose(got_recon, recon, atol=1e-4, rtol=0)
+
+
+def lens_config(**changes):
+    """cfg.json of SAELens 6."""
+    return {
+        "d_in": D,
+        "d_sae": F,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "architecture": "standard",
+        "metadata": {"sae_lens_version": "6.54.12", "hook_name": "h", "context_size": 128, "prepend_bos": True},
+    } | changes
+
+
+def write_lens(path, tensors, **changes):
+    write_safetensors(path / "sae_weights.safetensors", f32(tensors))
+    write_json(path / "cfg.json", lens_config(**changes))
+
+
+def common(w, *names):
+    return {name: w[name] for name in ("W_enc", "b_enc", "W_dec", "b_dec", *names)}
+
+
+def loaded(path, name, **options):
+    assert recognise(path) == name
+    return saejax.load(path, **options)

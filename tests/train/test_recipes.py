@@ -18,7 +18,7 @@ from saejax.errors import NonFiniteError
 from saejax.formats.release import release
 from saejax.logs import read_metrics
 from saejax.records import StreamState
-from saejax.sae import SAESpec, encode, reconstruct, tensors
+from saejax.sae import SAESpec, reconstruct, tensors
 from saejax.train import control, loop, optim
 from saejax.train.checkpoint import restore_params, steps_in
 from saejax.train.state import initial_state, normalization_of
@@ -182,18 +182,23 @@ def test_the_encoder_starts_at_its_share_of_the_scale(store, tmp_path, kind):
     np.testing.assert_array_equal(share.W_dec, whole.W_dec)
 
 
-@pytest.mark.parametrize("kind", ["relu", "jumprelu_tanh"])
-@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
-def test_biases_from_data_set_the_first_l0(store, tmp_path, kind, mesh_shape):
-    config = make_config(kind, tmp_path, sae__init_l0=5.0, train__init_rows=400)
+def at_the_start(store, config, mesh_shape):
+    """(b_dec, normalised rows, reconstruction, activations) of 400 rows before the first step."""
     mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: math.prod(mesh_shape)])
     spec = SAESpec.from_options(config.sae, WIDTHS)
     x = store.read(HOOKPOINT, 0, 400).astype(np.float32)
     state = initial_state(config, spec, [store.stats(HOOKPOINT)], x, mesh)
     with jax.set_mesh(mesh):
         rows = jax.device_put(state.normalization.apply(jnp.asarray(x)), sharding.sharding(mesh, "rows", None))
-        fired = np.asarray(encode(spec, state.params, rows)) > 0
-    np.testing.assert_allclose(fired.mean(0), 5 / 64, atol=1.5 / 400)
+        return map(np.asarray, (state.params.b_dec, rows, *reconstruct(spec, state.params, rows)))
+
+
+@pytest.mark.parametrize("kind", ["relu", "jumprelu_tanh"])
+@pytest.mark.parametrize("mesh_shape", [(1, 1), (2, 4)])
+def test_biases_from_data_set_the_first_l0(store, tmp_path, kind, mesh_shape):
+    config = make_config(kind, tmp_path, sae__init_l0=5.0, train__init_rows=400)
+    _, _, _, acts = at_the_start(store, config, mesh_shape)
+    np.testing.assert_allclose((acts > 0).mean(0), 5 / 64, atol=1.5 / 400)
 
 
 @pytest.mark.parametrize("kind", ["relu", "gated", "jumprelu_tanh"])
@@ -201,15 +206,8 @@ def test_biases_from_data_set_the_first_l0(store, tmp_path, kind, mesh_shape):
 def test_few_active_features_start_at_the_scale_of_the_rows(store, tmp_path, kind, mesh_shape):
     config = make_config(kind, tmp_path, sae__init_l0=5.0, sae__encoder_init="input_scale", sae__encoder_init_scale=1.0,
                          sae__decoder_init_norm=1.0, sae__threshold_init=1e-4, train__init_rows=400)
-    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: math.prod(mesh_shape)])
-    spec = SAESpec.from_options(config.sae, WIDTHS)
-    x = store.read(HOOKPOINT, 0, 400).astype(np.float32)
-    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x, mesh)
-    with jax.set_mesh(mesh):
-        rows = jax.device_put(state.normalization.apply(jnp.asarray(x)), sharding.sharding(mesh, "rows", None))
-        recon, acts = map(np.asarray, reconstruct(spec, state.params, rows))
+    b_dec, rows, recon, acts = at_the_start(store, config, mesh_shape)
     np.testing.assert_allclose((acts > 0).mean(0), 5 / 64, atol=1.5 / 400)
-    b_dec = np.asarray(state.params.b_dec)
     assert np.linalg.norm(recon - b_dec, axis=1).mean() == pytest.approx(np.linalg.norm(rows - b_dec, axis=1).mean(), rel=0.02)
 
 

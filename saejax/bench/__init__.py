@@ -1,0 +1,1 @@
+"""`saejax bench`: how fast this machine trains, reads and harvests. Every benchmark runs in a process of its own."""

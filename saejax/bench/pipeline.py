@@ -1,0 +1,119 @@
+"""How fast rows come: out of a store, and out of a language model into one."""
+
+import collections
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from saejax import lm
+from saejax.bench.options import BenchOptions, figure
+from saejax.config import StreamOptions, default_config, resolve
+from saejax.data.harvest import harvest as run_harvest
+from saejax.data.manifest import StoreSpec
+from saejax.data.store import Store
+from saejax.data.stream import Stream
+from saejax.data.writer import StoreWriter
+from saejax.records import StreamState
+
+HOOK, CONTEXT, SHARD_CONTEXTS, PIECE, BATCH = "blocks.0.hook_resid_post", 128, 512, 16_384, 4096
+_SHARD = 16  # contexts of a shard of `harvest`
+
+
+def reader(options: BenchOptions) -> Iterator[dict]:
+    """MB/s of activations. cold: the page cache is asked to forget the store's files before each measurement."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder) / "store", options.d_in, options.megabytes)
+        for cache in ("cold", "warm"):
+            rates = {_sequential: [], _streamed: []}
+            for repeat in range(options.repeats + 1):
+                for measure, values in rates.items():
+                    if cache == "cold":
+                        _drop_cache(store.path)
+                    rate = measure(store) / 1e6
+                    if repeat:  # the first is the warm-up
+                        values.append(rate)
+            yield figure(f"tensorstore, in order, {cache}", "MB/s", rates[_sequential])
+            yield figure(f"Stream, shuffled, {cache}", "MB/s", rates[_streamed])
+
+
+def make_store(path: Path, width: int, megabytes: int) -> Store:
+    """A store of about `megabytes` of random activations, in the default layout (64 Ki rows a shard, 256 rows a chunk)."""
+    shards = max(1, round(megabytes * 1e6 / (SHARD_CONTEXTS * CONTEXT * width * 2)))
+    spec = StoreSpec("random", "0", "float32", "0", {}, ((HOOK, width),), CONTEXT, SHARD_CONTEXTS, 256, True,
+                     shards * SHARD_CONTEXTS)
+    writer, rng = StoreWriter(path, spec), np.random.default_rng(0)
+    for shard in range(shards):
+        x = rng.standard_normal((SHARD_CONTEXTS * CONTEXT, width), np.float32).astype(ml_dtypes.bfloat16)
+        tokens = rng.integers(0, 50_000, (SHARD_CONTEXTS, CONTEXT), np.int32)
+        keep = np.ones_like(tokens, bool)
+        keep[:, 0] = False
+        writer.write_shard(shard, {HOOK: x}, tokens, keep, {})
+    return writer.finalize(shards * SHARD_CONTEXTS)
+
+
+def _drop_cache(root: Path) -> None:
+    for file in root.rglob("*"):
+        if file.is_file():
+            fd = os.open(file, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def _sequential(store: Store) -> float:
+    """Bytes per second of tensorstore reading the activations once, four reads in flight."""
+    context = ts.Context({"cache_pool": {"total_bytes_limit": 64 << 20}})
+    array = store.spec.arrays()[f"acts/{HOOK}"].open(store.path, store.rows, context)
+    began, flying = time.perf_counter(), collections.deque()
+    for a in range(0, store.rows, PIECE):
+        flying.append(array[a:min(a + PIECE, store.rows)].read())
+        if len(flying) == 4:
+            flying.popleft().result()
+    for read in flying:
+        read.result()
+    return store.rows * store.width(HOOK) * 2 / (time.perf_counter() - began)
+
+
+def _streamed(store: Store) -> float:
+    """Bytes per second of the stream over as many rows as the store has, from one batch to another: the first window is not
+    waited for twice, and what is read ahead at the end stands for what was there at the start.
+    """
+    with Stream(store, (HOOK,), BATCH, StreamOptions(), StreamState(time.monotonic_ns(), 0, 0)) as stream:
+        next(stream)
+        began, rows = time.perf_counter(), 0
+        while rows < stream.rows_per_epoch:
+            rows += len(next(stream).x_BW)
+        took = time.perf_counter() - began
+    return rows * store.width(HOOK) * 2 / took
+
+
+def harvest(options: BenchOptions) -> Iterator[dict]:
+    """Tokens per second of the whole job. A repeat is two harvests, of one shard and of more; the difference of their times is
+    that of the shards between, without start and compilation.
+    """
+    lm_ = lm.load(options.model)
+    context = min(CONTEXT, lm_.cfg.max_context)
+
+    def seconds(folder: Path, shards: int) -> tuple[float, int]:
+        c = default_config("topk")
+        c.lm.model, c.text.source, c.sae.d_sae = options.model, (options.source,), 1024
+        c.text.context = context
+        c.harvest.hookpoints, c.sae.hookpoint, c.harvest.store = (options.hookpoint,), options.hookpoint, str(folder)
+        c.harvest.shard_contexts, c.harvest.chunk_rows, c.log.progress = _SHARD, context, False
+        c.harvest.tokens = shards * _SHARD * context
+        start = time.perf_counter()
+        store = run_harvest(resolve(c), lm_)
+        return time.perf_counter() - start, store.rows
+
+    rates, more = [], 1 + max(1, options.tokens // (_SHARD * context))
+    with tempfile.TemporaryDirectory() as folder:
+        for repeat in range(options.repeats):
+            (short, rows), (long, all_rows) = (seconds(Path(folder) / f"{repeat}_{n}", n) for n in (1, more))
+            rates.append((all_rows - rows) / (long - short))
+    yield figure(f"{options.model}, {options.hookpoint}", "tokens/s", rates)
