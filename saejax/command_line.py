@@ -19,12 +19,15 @@ from saejax.errors import ConfigError
 
 # Options of jobs, by what they take.
 SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "compile the step for the topology",
-            "approximate": "topk as one threshold", "yes": "upload"}
-NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "tokens to index",
-           "verify": "examples to run again"}
+            "approximate": "topk as one threshold", "yes": "upload", "ablate": "the feature at 0"}
+NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "how many tokens",
+           "verify": "examples to run again", "pairs": "pairs to ablate", "features": "how many features"}
 CHOICES = {"text": ["train", "heldout"]}
 TEXTS = {"out": "output directory", "topology": "chips, as v5p:4x8x8", "to": "format to write", "rows": "activations (.npy)",
          "repo": "repository", "license": "licence",
+         "model": "language model", "feature": "number of a feature", "scale": "multiples of its maximum",
+         "vector_scale": "multiples of a vector", "max": "its maximum", "positions": "all, last or numbers",
+         "add-direction": "vector (.npy)", "temperature": "of sampling", "token": "next token", "html": "page to write",
          **dict.fromkeys(("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set"),
                          "what to search by")}
 

@@ -100,8 +100,8 @@ def ablate(lm_: LM, sae: SAE, found: Attribution, pairs: np.ndarray | None = Non
 
 def agreement(founds: list[Attribution]) -> dict:
     """Over the pairs of all these prompts that were ablated: Pearson correlations with the ablation, of attribution and of
-    activation (None where one of them does not vary), and how many of each prompt's 10 pairs of the greatest ablation are among the
-    10 of the greatest attribution, and of the highest activation, on average.
+    activation (None where one of them does not vary), and how many of a prompt's 10 pairs of the greatest ablation are among
+    the 10 of the greatest attribution, and of the highest activation, on average.
     """
     parts = [tuple(x_P[np.isfinite(f.ablation_P)] for x_P in (f.activation_P, f.attribution_P, f.ablation_P)) for f in founds]
     activation, attribution, ablation = (np.concatenate(column) for column in zip(*parts, strict=True))
