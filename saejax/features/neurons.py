@@ -64,8 +64,8 @@ def preceding(lm_: LM, sae: SAE) -> tuple[str, ...]:
 def correlate(path: str | Path, sae: SAE, lm_: LM, corpus: Corpus, options: Options = Options()) -> pa.Table:
     """The table `path/neurons.parquet`, a row a feature: made, gone on with, or as it is there.
 
+    `correlation` is the highest r and `layer`, `neuron` where; `absolute` the r of largest size. NaN: the feature never fired.
     Raises `FeatureIndexError` where the directory holds that of something else, `SteeringError` where the SAE does not fit.
-    Raises `FeatureIndexError` where the directory holds that of something else, `SteeringError` for another model.
     """
     check_place(lm_, sae)
     path, names = Path(path), preceding(lm_, sae)
