@@ -156,10 +156,11 @@ JOBS = {
         "saejax dashboard runs/demo", takes_config=False, options=("out",)),
     "steer": Job(
         "how a prompt goes on with a feature set, ablated, or a direction added",
-        "saejax steer RUN_OR_FILES --prompt=TEXT --feature=N [--scale=-5,0,5] [--ablate] [--positions=all|last|3,4]\n"
+        "saejax steer RUN_OR_FILES --prompt=TEXT --feature=N [--scale=-5,0,5] [--ablate] [--positions=WHERE]\n"
         "       saejax steer RUN_OR_FILES --prompt=TEXT --add-direction=FILE.npy | --positives=FILE --negatives=FILE",
         "Reads a run with its index (RUN/features), or any files that saejax.load reads, and the language model; prints\n"
-        "the unsteered continuation and one of each change, all made in one batch. docs/steering.md has the equations.\n\n"
+        "the unsteered continuation and one of each change, all made in one batch; writes nothing but the page of\n"
+        "--html. docs/steering.md has the equations.\n\n"
         "options:\n  --prompt=TEXT            what to go on with\n"
         "  --feature=N              set this feature, the rest of the SAE and its error being kept,\n"
         "  --scale=LIST             to these multiples of its maximum in the index (default -5,5)\n"
@@ -184,7 +185,8 @@ JOBS = {
         "which features of a prompt speak for its next token, by attribution and by ablation",
         "saejax attribute RUN_OR_FILES --prompt=TEXT --token=TOKEN [--against=TOKEN] [--html=FILE]",
         "Reads a run, or any files that saejax.load reads, and the language model; prints attribution and ablation of\n"
-        "features at tokens for logit(token) - logit(against), and how the two correlate.\n\n"
+        "features at tokens for logit(token) - logit(against), and how the two correlate; writes nothing but the page\n"
+        "of --html.\n\n"
         "options:\n  --prompt=TEXT            what the token follows\n"
         "  --token=TOKEN            a next token; a leading blank often matters\n"
         "  --against=TOKEN          another one (default: the mean logit)\n"
@@ -197,8 +199,9 @@ JOBS = {
     "neurons": Job(
         "features against neurons: the highest correlation of each with a neuron before it",
         "saejax neurons RUN_OR_STEP [--tokens=N] [--features=N] [--text=SPLIT] [--out=DIR]",
-        "Reads a run, its text and its language model; writes DIR/neurons.parquet (default RUN/neurons), a row a feature,\n"
-        "and prints the share of features that no neuron follows. Saved every five minutes; an interrupted pass goes on.\n\n"
+        "Reads a run, its text and its language model; writes DIR/neurons.parquet (default RUN/neurons), a row a\n"
+        "feature, and prints the share of features that no neuron follows. Saved every five minutes; an interrupted\n"
+        "pass goes on.\n\n"
         "options:\n  --tokens=N               of the run's text (default 200,000)\n"
         "  --features=N             drawn at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)\n"
         "  --text=train|heldout     split of the text (default train)\n"

@@ -43,12 +43,14 @@ _SCHEMA = pa.schema([("feature", pa.int32()), ("fired", pa.int64()), ("correlati
 @dataclass(frozen=True)
 class Options:
     """features: how many, drawn at random (None: all, or as many as have sums of `MOST_BYTES`). batch: contexts at once; changes
-    nothing but rounding. save_seconds: between two savings of the sums, which take as much room as in memory.
+    nothing but rounding. save_seconds: between two savings of the sums, which take as much room as in memory. about: tokens that
+    are expected, for the progress bar.
     """
 
     features: int | None = None
     batch: int = 8
     save_seconds: float = 300.0
+    about: int | None = None
     progress: bool = True
 
 
@@ -106,7 +108,7 @@ def _sums(path: Path, sae: SAE, lm_: LM, corpus: Corpus, names: tuple[str, ...],
     """The sums of the whole corpus, on the host, and `n`."""
     sums, done, n = _saved(path / PROGRESS)
     saved, T = time.monotonic(), corpus.context
-    with Progress("neurons", (corpus.contexts or 0) * T or None, initial=done * T, enabled=options.progress) as bar:
+    with Progress("neurons", options.about, initial=done * T, enabled=options.progress) as bar:
         for contexts, tokens_BT, keep_BT in _batches(corpus, options.batch, done):
             f_RF, g_RN = _rows(lm_, sae, names, chosen, tokens_BT)
             keep_R = keep_BT.reshape(-1)

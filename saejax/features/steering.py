@@ -108,8 +108,14 @@ def plan(lm_: LM, sae: SAE, changes: Sequence[Change], at_BP: np.ndarray | None 
                  np.array([c.value for c in changes], np.float32),
                  np.stack([found.get(c.feature, nothing) for c in changes]),
                  np.stack([nothing if c.vector is None else np.asarray(c.vector, np.float32) for c in changes]),
-                 np.zeros((len(changes), 0), bool) if at_BP is None else np.asarray(at_BP, bool), np.full(len(changes), after))
+                 np.zeros((len(changes), 0), bool) if at_BP is None else _in_sixteens(np.asarray(at_BP, bool), after),
+                 np.full(len(changes), after))
     return Partial(_maker(part.cfg), part.params if chosen else None, _Rows(*map(jnp.asarray, rows)))
+
+
+def _in_sixteens(at_BP: np.ndarray, after: bool) -> np.ndarray:
+    """A multiple of 16 positions: few shapes, few compilations."""
+    return np.pad(at_BP, ((0, 0), (0, -at_BP.shape[1] % 16)), constant_values=after)
 
 
 @functools.lru_cache(maxsize=64)
