@@ -7,6 +7,7 @@ import pytest
 
 import saejax
 from saejax import sharding
+from saejax.config import MeshOptions
 from saejax.errors import FeatureIndexError, HookpointError, LMError, SaejaxError, SteeringError
 from saejax.features import steering
 from saejax.features.prompting import encoded, padded, values
@@ -171,3 +172,14 @@ def test_a_crosscoder_is_refused(lm_):
     sae = SAE(SAEParams(W_enc=W, b_enc=jnp.zeros(FEATURES), W_dec=W, b_dec=jnp.zeros(2 * tiny.D_IN)), cfg)
     with pytest.raises(SteeringError, match="neither steered nor ablated"):
         steering.plan(lm_, sae, [Change("up", 3, 1.0)])
+
+
+def test_a_dictionary_over_several_devices(lm_, clean):
+    """Features that do not compete are gathered by themselves; those that do need their whole dictionary on one device."""
+    mesh = sharding.make_mesh(MeshOptions(1, 2), jax.devices()[:2])
+    changes, positions = [Change("up", 3, 9.0)], np.arange(len(clean))[None]
+    found = [steering.plan(lm_, random_sae("relu", mesh=where), changes)()[tiny.HOOKPOINT](jnp.asarray(clean[None]), positions)
+             for where in (None, mesh)]
+    np.testing.assert_allclose(*found, atol=1e-5)
+    with pytest.raises(SteeringError, match="load it without a mesh"):
+        steering.plan(lm_, random_sae("topk", mesh=mesh), changes)
