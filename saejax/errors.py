@@ -63,3 +63,7 @@ class DiskError(SaejaxError):
 
 class FeatureIndexError(SaejaxError):
     """A feature index is missing, unfinished or altered, belongs to another checkpoint or model, or has no such feature."""
+
+
+class SteeringError(SaejaxError):
+    """A feature that cannot be set, ablated or attributed: no such feature, never active, an SAE for another model."""

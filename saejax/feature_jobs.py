@@ -106,7 +106,7 @@ def _searched(config: Config, sae: SAE, given: dict[str, str]) -> list[Found]:
     if "set" in given:
         return by_sets(lm_, sae, *prompt_sets.prompt_set(given["set"]))
     if "positives" in given:
-        return by_sets(lm_, sae, _lines(given["positives"]), _lines(given["negatives"]) if "negatives" in given else ())
+        return by_sets(lm_, sae, prompts_of(given["positives"]), prompts_of(given["negatives"]) if "negatives" in given else ())
     if "answer" in given:
         return by_attribution(lm_, sae, given["prompt"], given["answer"], given.get("against"))
     return by_prompt(lm_, sae, given["prompt"])
@@ -131,7 +131,7 @@ def _alike(sae: SAE, number: str, other: SAE | None) -> list[Found]:
     return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
 
 
-def _lines(file: str) -> list[str]:
+def prompts_of(file: str) -> list[str]:
     """The prompts of a file, one a line; empty lines do not count."""
     try:
         found = [line for line in Path(file).read_text("utf-8").splitlines() if line.strip()]

@@ -58,6 +58,9 @@ def start(job: str, arguments: Arguments) -> int:
     if job in ("features", "dashboard", "search"):
         from saejax import feature_jobs
         return getattr(feature_jobs, job)(arguments)
+    if job in ("steer", "attribute", "neurons"):
+        from saejax import effect_jobs
+        return {"steer": effect_jobs.steer, "attribute": effect_jobs.attribute_, "neurons": effect_jobs.neurons}[job](arguments)
     for config in _configs(arguments):
         {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0

@@ -21,7 +21,7 @@ def say(message: str) -> None:
 class Progress:
     """A progress bar counted in tokens (or another unit) with rate and ETA; on a non-terminal a line every 15 seconds."""
 
-    def __init__(self, title: str, total: int, *, initial: int = 0, unit: str = "tok", enabled: bool = True):
+    def __init__(self, title: str, total: int | None, *, initial: int = 0, unit: str = "tok", enabled: bool = True):
         show = enabled and is_writer()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=True, disable=not show,

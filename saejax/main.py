@@ -156,6 +156,61 @@ JOBS = {
         "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
         "options:\n  --out=DIR                where to write\n",
         "saejax dashboard runs/demo", takes_config=False, options=("out",)),
+    "steer": Job(
+        "how a prompt goes on with a feature set, ablated, or a direction added",
+        "saejax steer RUN_OR_FILES --prompt=TEXT --feature=N [--scale=-5,0,5] [--ablate] [--positions=WHERE]\n"
+        "       saejax steer RUN_OR_FILES --prompt=TEXT --add-direction=FILE.npy | --positives=FILE --negatives=FILE",
+        "Reads a run with its index (RUN/features), or any files that saejax.load reads, and the language model; prints\n"
+        "the unsteered continuation and one of each change, all made in one batch; writes nothing but the page of\n"
+        "--html. docs/steering.md has the equations.\n\n"
+        "options:\n  --prompt=TEXT            what to go on with\n"
+        "  --feature=N              set this feature, the rest of the SAE and its error being kept,\n"
+        "  --scale=LIST             to these multiples of its maximum in the index (default -5,5)\n"
+        "  --max=VALUE              the maximum, where there is no index\n"
+        "  --ablate                 set it to 0\n"
+        "  --add-direction=FILE.npy add this vector\n"
+        "  --positives=FILE --negatives=FILE\n"
+        "                           add the few-shot vector: mean at the last token of these prompts (one a line) less\n"
+        "                           mean of those\n"
+        "  --vector_scale=LIST      multiples of the vectors (default 1)\n"
+        "  --positions=WHERE        all: every token but special ones, of prompt and continuation (default); last: the\n"
+        "                           prompt's last; 3,4: these of the prompt, BOS being 0\n"
+        "  --tokens=N               length of the continuation (default 40)\n"
+        "  --temperature=T          of sampling (default 0: the most likely token)\n"
+        "  --model=MODEL            language model, instead of the one that the files name\n"
+        "  --html=FILE              write a page, too\n"
+        "  --json                   print one JSON list\n",
+        "saejax steer runs/demo --prompt='To be, or not' --feature=123 --scale=-5,0,5 --html=steered.html", takes_config=False,
+        options=("prompt", "feature", "scale", "max", "ablate", "add-direction", "positives", "negatives", "vector_scale",
+                 "positions", "tokens", "temperature", "model", "html", "json")),
+    "attribute": Job(
+        "which features of a prompt speak for its next token, by attribution and by ablation",
+        "saejax attribute RUN_OR_FILES --prompt=TEXT --token=TOKEN [--against=TOKEN] [--html=FILE]",
+        "Reads a run, or any files that saejax.load reads, and the language model; prints attribution and ablation of\n"
+        "features at tokens for logit(token) - logit(against), and how the two correlate; writes nothing but the page\n"
+        "of --html.\n\n"
+        "options:\n  --prompt=TEXT            what the token follows\n"
+        "  --token=TOKEN            a next token; a leading blank often matters\n"
+        "  --against=TOKEN          another one (default: the mean logit)\n"
+        "  --pairs=N                ablate N of the active pairs of token and feature, drawn at random (default: all)\n"
+        "  --model=MODEL            language model, instead of the one that the files name\n"
+        "  --html=FILE              write a page, too\n"
+        "  --json                   print one JSON object with all pairs\n",
+        "saejax attribute runs/demo --prompt='The capital of France is' --token=' Paris' --against=' Rome'", takes_config=False,
+        options=("prompt", "token", "against", "pairs", "model", "html", "json")),
+    "neurons": Job(
+        "features against neurons: the highest correlation of each with a neuron before it",
+        "saejax neurons RUN_OR_STEP [--tokens=N] [--features=N] [--text=SPLIT] [--out=DIR]",
+        "Reads a run, its text and its language model; writes DIR/neurons.parquet (default RUN/neurons), a row a\n"
+        "feature, and prints the share of features that no neuron follows. Saved every five minutes; an interrupted\n"
+        "pass goes on.\n\n"
+        "options:\n  --tokens=N               of the run's text (default 200,000)\n"
+        "  --features=N             drawn at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)\n"
+        "  --text=train|heldout     split of the text (default train)\n"
+        "  --model=MODEL            language model, instead of the run's\n"
+        "  --out=DIR                where to write\n"
+        "  --json                   print the shares as JSON\n",
+        "saejax neurons runs/demo", takes_config=False, options=("tokens", "features", "text", "model", "out", "json")),
     "push-to-hub": Job(
         "a release -> a Hugging Face repository; says what it would do unless --yes",
         "saejax push-to-hub RELEASE --repo=ORG/NAME [--license=ID] [--yes]",

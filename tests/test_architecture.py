@@ -25,8 +25,8 @@ ALLOWED = {
     "report": set(),
     "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "scaling", "plan", "bench", "report"},
 }
-TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "inspect")
-BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs")  # all other modules know at most one of the two
+TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "effect_jobs", "inspect")
+BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs", "effect_jobs")  # others know at most one
 FILES = sorted(ROOT.rglob("*.py"))
 
 

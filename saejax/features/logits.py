@@ -50,10 +50,15 @@ def logit_effects(lm_: LM, sae: SAE, first: int, last: int, n: int) -> tuple[np.
 
 def rows_of(sae: SAE, value: jax.Array, first: int, last: int) -> np.ndarray:
     """Rows first .. last - 1 of an array that is split by feature, on every host; a collective where it spans processes."""
+    return rows_at(sae, value, np.arange(first, last))
+
+
+def rows_at(sae: SAE, value: jax.Array, numbers) -> np.ndarray:
+    """`rows_of` these features, in this order."""
     if sae.mesh is None:
-        return np.asarray(value[first:last])
+        return np.asarray(value[np.asarray(numbers)])
     with jax.set_mesh(sae.mesh):
-        return sharding.to_host(_gathered(value, np.arange(first, last)))
+        return sharding.to_host(_gathered(value, np.asarray(numbers)))
 
 
 @jax.jit

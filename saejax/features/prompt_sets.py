@@ -13,7 +13,7 @@ from saejax.sae.inference import SAE
 
 
 @functools.cache
-def _file(name: str) -> dict:
+def _file(name: str):
     return json.loads(resources.files("saejax.features").joinpath("prompts", name).read_text("utf-8"))
 
 
@@ -27,6 +27,11 @@ def prompt_set(name: str) -> tuple[list[str], list[str]]:
     if name not in names():
         raise FeatureIndexError(f"there is no prompt set {name!r}; choose one of {', '.join(names())}")
     return _file("sets.json")[name]["positives"], _file("sets.json")[name]["negatives"]
+
+
+def choices() -> list[dict[str, str]]:
+    """25 prompts, each with the next token of two (`token`, `against`) that is right; each one token for SmolLM2."""
+    return _file("choices.json")
 
 
 def parallel() -> dict[str, list[str]]:

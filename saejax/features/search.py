@@ -6,14 +6,14 @@ Source of the ways: Templeton et al. 2024 (single prompts, prompt sets, attribut
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from saejax import sharding
 from saejax.errors import FeatureIndexError
 from saejax.features import corpus
+from saejax.features.attribution import attribute
 from saejax.features.index import EXAMPLES, FeatureIndex
+from saejax.features.prompting import encoded, padded, special
 from saejax.lm import LM
 from saejax.sae.inference import SAE
 
@@ -29,24 +29,12 @@ class Found:
     why: str
 
 
-def encoded(lm_: LM, prompt: str) -> np.ndarray:
-    """Token ids [T] of a prompt, BOS before it where the model has one. Raises `FeatureIndexError`: empty, or too long."""
-    if not prompt.strip():
-        raise FeatureIndexError("search: the prompt is empty; give some text")
-    tokens = [*([lm_.tokenizer.bos_id] if lm_.tokenizer.bos_id is not None else []), *lm_.tokenizer.encode(prompt)]
-    if len(tokens) > lm_.cfg.max_context:
-        raise FeatureIndexError(f"search: the prompt has {len(tokens)} tokens, the model's context {lm_.cfg.max_context}; "
-                                "shorten it")
-    return np.array(tokens, np.int32)
-
-
 def activations(lm_: LM, sae: SAE, tokens_T: np.ndarray) -> np.ndarray:
     """Feature activations [T, F] on a prompt, 0 at special tokens (which an SAE has not seen)."""
-    room = -len(tokens_T) % 16  # few shapes, few compilations; what follows a token does not change it
     forward = corpus.forward_of(sae.cfg.hookpoints)
-    x_TD = np.asarray(forward(lm_.model, np.pad(tokens_T, (0, min(room, lm_.cfg.max_context - len(tokens_T))))[None]))[0]
+    x_TD = np.asarray(forward(lm_.model, padded(lm_, tokens_T)))[0]
     acts_TF = sharding.to_host(sae.encode(x_TD))[:len(tokens_T)]
-    return np.where(np.isin(tokens_T, sorted(lm_.tokenizer.special_ids))[:, None], 0, acts_TF)
+    return np.where(special(lm_, tokens_T)[:, None], 0, acts_TF)
 
 
 def by_prompt(lm_: LM, sae: SAE, prompt: str, n: int = 10, *, last: int | None = None) -> list[Found]:
@@ -70,37 +58,12 @@ def by_attribution(lm_: LM, sae: SAE, prompt: str, target: str, baseline: str | 
     reconstructs: to first order what the difference loses without the feature. Source: Templeton et al. 2024; Transformer
     Circuits update March 2024. Raises `FeatureIndexError` where target or baseline is not one token.
     """
-    tokens_T = encoded(lm_, prompt)
-    ids = [_single_token(lm_, text) for text in (target, *([baseline] if baseline else []))]
-    acts_TF = activations(lm_, sae, tokens_T)
-    gradient_TD = _gradient(lm_, sae, tokens_T, ids)
-    attribution_TF = acts_TF * (gradient_TD @ sharding.to_host(sae.W_dec).T)
-    total_F, at = attribution_TF.sum(0), np.abs(attribution_TF).argmax(0)
+    found = attribute(lm_, sae, prompt, target, baseline)
+    total_F = np.bincount(found.feature_P, found.attribution_P, minlength=sae.cfg.d_sae)
+    most = {int(found.feature_P[p]): int(found.position_P[p]) for p in found.best(len(found.feature_P))[::-1]}
     best = np.argsort(-total_F, kind="stable")[:n]
-    return [Found(int(f), float(total_F[f]), f"most at token {at[f]} {lm_.tokenizer.decode([tokens_T[at[f]]])!r}")
+    return [Found(int(f), float(total_F[f]), f"most at token {most[f]} {lm_.tokenizer.decode([found.tokens_T[most[f]]])!r}")
             for f in best if total_F[f] > 0]
-
-
-def _single_token(lm_: LM, text: str) -> int:
-    ids = lm_.tokenizer.encode(text)
-    if len(ids) != 1:
-        raise FeatureIndexError(f"search: {text!r} is {len(ids)} tokens of this model; give one (a leading blank often matters)")
-    return ids[0]
-
-
-def _gradient(lm_: LM, sae: SAE, tokens_T: np.ndarray, ids: list[int]) -> np.ndarray:
-    """[T, d_out] of the logit difference at the last token with respect to what the SAE reconstructs."""
-    names = sae.cfg.targets
-
-    def difference(added, model):
-        taps = {name: (lambda x, name=name: x + added[name].astype(x.dtype)) for name in names}
-        logits_V = model(tokens_T[None], taps=taps)[0, -1].astype(jnp.float32)
-        return logits_V[ids[0]] - (logits_V[ids[1]] if len(ids) > 1 else logits_V.mean())
-
-    widths = sae.cfg.layers if sae.cfg.layers and not sae.cfg.target else (sae.cfg.spec.width_out,)
-    zero = {name: jnp.zeros((1, len(tokens_T), width)) for name, width in zip(names, widths, strict=True)}
-    found = jax.jit(jax.grad(difference))(zero, lm_.model)
-    return np.concatenate([np.asarray(found[name])[0] for name in names], axis=-1)
 
 
 def by_sets(lm_: LM, sae: SAE, positives: Sequence[str], negatives: Sequence[str] = (), n: int = 10) -> list[Found]:

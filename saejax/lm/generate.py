@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 
 from saejax.errors import LMError
 from saejax.lm.model import Cache, Decoder, Pass, Tap
@@ -44,7 +45,7 @@ def generate(
     sampling: Sampling | None = None,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
-    taps: Mapping[str, Tap] | None = None,
+    taps: Mapping[str, Tap] | Partial | None = None,
 ) -> list[list[int]]:
     """New token ids of each prompt, up to `max_new_tokens`; a row ends after its first id in `stop_ids`.
 
@@ -54,20 +55,23 @@ def generate(
     changes, it changes at every step, but it cannot keep values. The same call with the same seed gives the same text.
 
     Without taps the program is compiled once for each model shape, number of prompts, T, `max_new_tokens`, `sampling` and
-    `stop_ids`; with taps at every call, so that nothing a tap refers to is kept: give many prompts in one call. Phi-3's
+    `stop_ids`; with taps at every call, so that nothing a tap refers to is kept: give many prompts in one call. A
+    `jax.tree_util.Partial` that makes the mapping is compiled once for each function and shapes, and what it carries is an
+    argument of the program: arrays that a tap merely refers to become constants in it, which large ones must not. Phi-3's
     longrope picks its factors once for the whole batch, by the longest prompt plus `max_new_tokens`.
 
     Raises LMError for empty prompts, ids outside the vocabulary, and prompts too long for the model's context.
     """
     sampling = sampling or Sampling()
-    taps = model.check_taps(taps, None)
+    made_by = (taps,) if isinstance(taps, Partial) else ()
+    taps = model.check_taps(taps() if made_by else taps, None)
     tokens_BT, start_B = _left_padded(model, prompts, max_new_tokens)
     if not max_new_tokens:
         return [[] for _ in prompts]
     how = (max_new_tokens, sampling, tuple(sorted(set(stop_ids))))
-    run = _program(*how, taps) if taps else _untapped(*how)
+    run = _program(*how, taps) if taps and not made_by else _untapped(*how)
     table = tables(model.cfg, tokens_BT.shape[1] + max_new_tokens, max(map(len, prompts)) + max_new_tokens)
-    ids_BN, made = run(model, table, tokens_BT, start_B, jax.random.key(seed))
+    ids_BN, made = run(model, table, tokens_BT, start_B, jax.random.key(seed), *made_by)
     rows = np.asarray(ids_BN)[:, : int(made)].tolist()
     return [_cut(row, set(stop_ids)) for row in rows]
 
@@ -110,6 +114,7 @@ def _generate(
     tokens_BT: Array,
     start_B: Array,
     key: Array,
+    made_by: Partial | None = None,
     *,
     new: int,
     sampling: Sampling,
@@ -125,7 +130,7 @@ def _generate(
         slots_T = first_slot + jnp.arange(tokens_BT.shape[1])
         positions_BT = slots_T - start_B[:, None]
         here = Pass(_at(table, positions_BT), slots_T, positions_BT, start_B)
-        logits_B1V, cache = model.run(tokens_BT, here, taps, cache=cache, last_only=True)
+        logits_B1V, cache = model.run(tokens_BT, here, taps if made_by is None else made_by(), cache=cache, last_only=True)
         return logits_B1V[:, 0].astype(jnp.float32), cache
 
     def step(state):

@@ -1,0 +1,93 @@
+"""Attribution against finite differences and ablation against plain runs of the model, pair by pair."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from saejax.errors import FeatureIndexError, SteeringError
+from saejax.features import attribution
+from saejax.features.attribution import ablate, agreement, attribute
+from tests import tiny_experiment as tiny
+from tests.features.conftest import make_sae
+from tests.features.test_steering import random_sae
+
+PROMPT = "the quick brown"
+
+
+def runner(lm_, tokens, place):
+    """difference(parts [B, T, D] added at a place) -> [B] logit("a") - logit("b") at the last token."""
+    a, b = (lm_.tokenizer.encode(text)[0] for text in "ab")
+
+    @jax.jit
+    def run(model, parts):
+        logits = model(jnp.tile(tokens, (len(parts), 1)), taps={place: lambda x: x + parts})[:, -1]
+        return logits[:, a] - logits[:, b]
+
+    return lambda parts: np.asarray(run(lm_.model, jnp.asarray(parts, jnp.float32)), np.float64)
+
+
+@pytest.mark.parametrize("kind, norm, target", [
+    ("topk", "none", ""), ("relu", "layer_norm", ""),
+    pytest.param("topk", "none", "blocks.1.hook_mlp_out", marks=pytest.mark.slow)])
+def test_attribution_is_the_slope_and_ablation_the_step(lm_, kind, norm, target):
+    """The contribution of each pair, found by decoding with and without it, added in part and taken away whole."""
+    sae = random_sae(kind, norm, hookpoint="blocks.1.hook_mlp_in" if target else tiny.HOOKPOINT, target=target)
+    found = attribute(lm_, sae, PROMPT, "a", "b")
+    assert 0 not in found.position_P and len(found.position_P) > 50, "BOS has no pairs"
+    place = sae.cfg.targets[0]
+    x = np.asarray(attribution.values(lm_.model, found.tokens_T[None], sae.cfg.hookpoints)[sae.cfg.hookpoints[0]][0])
+    acts = np.asarray(sae.encode(x))
+    chosen = np.r_[found.best(12), np.arange(0, len(found.position_P), 37)]
+    parts = np.zeros((len(chosen), *x.shape), np.float32)
+    for part, p in zip(parts, chosen, strict=True):
+        t, f = found.position_P[p], found.feature_P[p]
+        assert found.activation_P[p] == pytest.approx(acts[t, f], rel=1e-4)
+        without = acts[t].copy()
+        without[f] = 0
+        part[t] = np.asarray(sae.decode(acts[t], x[t])) - np.asarray(sae.decode(without, x[t]))
+    run, step = runner(lm_, found.tokens_T, place), 0.02
+    clean = run(np.zeros_like(parts))
+    assert found.difference == pytest.approx(clean[0], abs=1e-5)
+    largest = np.abs(found.attribution_P[chosen]).max()
+    slope = (run(step * parts) - run(-step * parts)) / (2 * step)
+    np.testing.assert_allclose(found.attribution_P[chosen], slope, atol=2e-3 * largest)
+    measured = ablate(lm_, sae, found, chosen, batch=5, progress=False)
+    np.testing.assert_allclose(measured.ablation_P[chosen], clean - run(-parts), atol=2e-5)
+    assert np.isfinite(measured.ablation_P).sum() == len(np.unique(chosen))
+    assert agreement([measured])["attribution"] > 0.5
+
+
+def test_agreement_counts_pairs_of_all_prompts():
+    rng = np.random.default_rng(0)
+
+    def made(n):
+        a, b, c = rng.standard_normal((3, n))
+        return attribution.Attribution(np.zeros(3), 0, None, 0.0, np.zeros(n, int), np.arange(n), a, b,
+                                       np.where(c > -1.5, b + c, np.nan))
+
+    founds = [made(60), made(30)]
+    said = agreement(founds)
+    a, b, c = (np.concatenate([getattr(f, name)[np.isfinite(f.ablation_P)] for f in founds])
+               for name in ("activation_P", "attribution_P", "ablation_P"))
+    assert said["pairs"] == len(c) < 90 and said["attribution"] == pytest.approx(np.corrcoef(b, c)[0, 1])
+    assert said["activation"] == pytest.approx(np.corrcoef(a, c)[0, 1])
+    same = [attribution.Attribution(np.zeros(3), 0, None, 0.0, np.zeros(20, int), np.arange(20), np.ones(20),
+                                    v := rng.random(20), v)]
+    assert agreement(same)["top_by_attribution"] == 10 and agreement(same)["activation"] is None
+
+
+def test_without_a_second_token_the_mean_logit_stands_in(lm_):
+    sae = make_sae()
+    one, many = attribute(lm_, sae, PROMPT, "a"), [attribute(lm_, sae, PROMPT, "a", c) for c in "bc"]
+    assert one.against is None and len({f.difference for f in (one, *many)}) == 3
+    assert (one.feature_P == many[0].feature_P).all()
+
+
+def test_mistakes(lm_):
+    for prompt, target, message in (("", "a", "prompt is empty"), ("a", "", "'' is 0 tokens"), ("a", "ab", "'ab' is 2 tokens"),
+                                    ("a" * 64, "a", "has 65 tokens, the model's context 64")):
+        with pytest.raises(FeatureIndexError, match=message):
+            attribute(lm_, make_sae(), prompt, target)
+    with pytest.raises(SteeringError, match="48 wide at blocks.0.mlp.hook_post"):
+        attribute(lm_, random_sae("relu", hookpoint="blocks.0.mlp.hook_post"), PROMPT, "a")

@@ -1,0 +1,112 @@
+"""`saejax steer`, `saejax attribute` and `saejax neurons` as a user meets them, on a finished run."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+import saejax
+from saejax.features.index import FeatureIndex
+from saejax.main import main
+
+
+@pytest.fixture(scope="module")
+def run(finished, tmp_path_factory):
+    """A copy of the run with its index."""
+    copy = tmp_path_factory.mktemp("effects") / "run"
+    shutil.copytree(finished[1], copy)
+    assert main(["features", str(copy)]) == 0
+    return copy
+
+
+@pytest.fixture(scope="module")
+def alive(run):
+    return int(FeatureIndex.open(run / "features").column("max").argmax())
+
+
+def test_side_by_side(run, alive, tmp_path, capsys):
+    np.save(tmp_path / "direction.npy", np.arange(48.0))
+    (tmp_path / "positives.txt").write_text("zz\nzzz\n")
+    (tmp_path / "negatives.txt").write_text("the cat\n")
+    ways = [f"--feature={alive}", "--scale", "-5,0,50", "--ablate", f"--add-direction={tmp_path / 'direction.npy'}",
+            f"--positives={tmp_path / 'positives.txt'}", f"--negatives={tmp_path / 'negatives.txt'}", "--vector_scale=1,20"]
+    asked = ["steer", str(run), "--prompt=the <script>cat", *ways, "--tokens=16"]
+    assert main([*asked, "--json", f"--html={tmp_path / 'page.html'}"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["change"] for row in rows] == [
+        "unsteered", *(f"feature {alive} x {scale}" for scale in (-5, 0, 50)), f"feature {alive} ablated",
+        "direction direction.npy x 1", "direction direction.npy x 20", "few-shot vector x 1", "few-shot vector x 20"]
+    assert rows[2]["text"] == rows[4]["text"], "0 times the maximum is ablation"
+    assert len({row["text"] for row in rows}) > 3
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page and "&lt;script&gt;cat" in page
+    assert re.search(r'Content-Security-Policy" content="default-src .none.', page) and f"feature {alive} x 50" in page
+    assert main([*asked, "--positions=last"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n") == 9 and out.startswith("unsteered ")
+
+
+def test_attribution_with_its_ablation(run, tmp_path, capsys):
+    asked = ["attribute", str(run), "--prompt=the <b>\u202ecat", "--token=a"]
+    assert main([*asked, "--against=b", "--json", f"--html={tmp_path / 'page.html'}"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["pairs"] == len(said["found"]) > 20 and said["attribution"] > 0.5
+    assert all(one["ablation"] is not None and 0 <= one["feature"] < 64 for one in said["found"])
+    page = (tmp_path / "page.html").read_text()
+    assert "<b>" not in page and "\u202e" not in page and page.count("<circle") == said["pairs"]
+    assert main([*asked, "--pairs=5"]) == 0
+    out = capsys.readouterr().out
+    assert "5 ablated" in out and "Templeton et al. 2024: 0.81" in out and out.count("attribution") >= 15
+
+
+def test_neurons_are_counted(run, capsys):
+    assert main(["neurons", str(run), "--tokens=800", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["features"] + said["left_out"] == 64 and 0 <= said["absolute"] <= said["correlation"] <= 1
+    assert main(["neurons", str(run), "--tokens=800"]) == 0
+    assert "paper" not in (out := capsys.readouterr().out) and "82 %" in out and f"{said['features']} features" in out
+    assert main(["neurons", str(run), "--tokens=1600"]) == 2
+    assert "choose another --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_and_text, tmp_path, capsys):
+    shutil.copytree(run / "release", tmp_path / "foreign")
+    prompt, feature = "--prompt=the cat", f"--feature={alive}"
+    largest = FeatureIndex.open(run / "features").column("max")[alive]
+    assert main(["steer", str(run), prompt, feature, "--tokens=4", "--json"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    assert main(["steer", str(tmp_path / "foreign"), prompt, feature, f"--max={largest}", f"--model={model_and_text[0]}",
+                 "--tokens=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == expected
+    assert main(["steer", str(tmp_path / "foreign"), prompt, feature, f"--model={model_and_text[0]}"]) == 2
+    assert "give --max=VALUE" in capsys.readouterr().err
+    assert saejax.load(tmp_path / "foreign").cfg.d_sae == 64
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["steer", "RUN"], "give --prompt"), (["steer", "RUN", "--prompt=a"], "give --feature=N, --add-direction"),
+    (["steer", "RUN", "--prompt=a", "--feature=64"], "numbered 0 to 63"),
+    (["steer", "RUN", "--prompt=a", "--feature=x"], "expected a number from 0 to 63"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--scale=2,y"], "expected numbers as"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--positions=1,9"], "the prompt has tokens 0 to 1"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--positions=x"], "all, last, or token numbers"),
+    (["steer", "RUN", "--prompt=a", "--scale=3"], "need --feature=N"),
+    (["steer", "RUN", "--prompt=a", "--positives=x"], "go together"),
+    (["steer", "RUN", "--prompt=a", "--add-direction=no.npy"], "not a readable .npy"),
+    (["steer", "RUN", "--prompt=" + "a" * 63, "--feature=1", "--max=1"], "do not fit the context of 64"),
+    (["steer", "STEP", "--prompt=a", "--feature=1"], "another checkpoint"),
+    (["steer", "RUN/store", "--prompt=a", "--feature=1"], "neither a release"),
+    (["attribute", "RUN", "--prompt=a"], "and --token=TOKEN"),
+    (["attribute", "RUN", "--prompt=a", "--token=ab"], "'ab' is 2 tokens"),
+    (["attribute", "RUN", "--prompt= ", "--token=a"], "prompt is empty"),
+    (["neurons", "RUN/release"], "give a run or a checkpoint step")])
+def test_mistakes_end_in_one_line(run, arguments, message, capsys):
+    first = min((step for step in (run / "checkpoints").iterdir() if step.name.isdigit()), key=lambda step: int(step.name))
+    capsys.readouterr()
+    assert main([a.replace("RUN", str(run)).replace("STEP", str(first)) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("saejax: error")]
+    assert out == "" and len(lines) == 1 and message in lines[0], err
