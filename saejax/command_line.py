@@ -21,10 +21,12 @@ from saejax.errors import ConfigError
 SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "compile the step for the topology",
             "approximate": "topk as one threshold", "yes": "upload"}
 NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "tokens to index",
-           "verify": "examples to run again"}
-CHOICES = {"text": ["train", "heldout"]}
+           "verify": "examples to run again", "sample": "features to judge", "draw": "activations of each feature",
+           "concurrency": "requests at a time", "timeout": "seconds of a request"}
+CHOICES = {"text": ["train", "heldout"], "baseline": ["neurons", "directions", "random_sae"]}
 TEXTS = {"out": "output directory", "topology": "chips, as v5p:4x8x8", "to": "format to write", "rows": "activations (.npy)",
-         "repo": "repository", "license": "licence",
+         "repo": "repository", "license": "licence", "do": "what to judge", "judge": "who judges",
+         "judge_model": "its name there", "features": "feature numbers", "explanations": "JSON lines",
          **dict.fromkeys(("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set"),
                          "what to search by")}
 

@@ -63,3 +63,7 @@ class DiskError(SaejaxError):
 
 class FeatureIndexError(SaejaxError):
     """A feature index is missing, unfinished or altered, belongs to another checkpoint or model, or has no such feature."""
+
+
+class JudgeError(SaejaxError):
+    """A judge cannot be asked, its answers cannot be read in, or the answers kept belong to another index or other prompts."""

@@ -55,6 +55,9 @@ def start(job: str, arguments: Arguments) -> int:
     if job in ("features", "dashboard", "search"):
         from saejax import feature_jobs
         return getattr(feature_jobs, job)(arguments)
+    if job == "judge":
+        from saejax.judge_job import judge
+        return judge(arguments)
     for config in _configs(arguments):
         {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0

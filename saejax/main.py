@@ -114,7 +114,7 @@ JOBS = {
         "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
     "features": Job(
         "what the features of a run fire on: the index",
-        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--out=DIR] [--verify=N]",
+        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--baseline=NAME] [--out=DIR] [--verify=N]",
         "Reads a run (its newest checkpoint that verifies, or one step), its store and its language model; writes\n"
         "the index to DIR (default RUN/features): per feature density, histograms, examples of every level of\n"
         "activation with their context, top tokens, effect on the next token, neighbours. An interrupted index\n"
@@ -123,11 +123,13 @@ JOBS = {
         "options:\n  --tokens=N               index the first N tokens (default: all of the store)\n"
         "  --text=train|heldout     a split of the run's text, through the language model, instead of the store\n"
         "                           (default 1,000,000 tokens of it)\n"
+        "  --baseline=NAME          index what features are held against instead, in RUN/features_NAME: neurons (of the\n"
+        "                           MLP below, through the language model), directions (random), random_sae (untrained)\n"
         "  --out=DIR                where to write\n"
         "  --verify=N               run N examples again through language model and SAE, and say how they differ\n"
         "  --json                   print what was made as JSON\n" + _DISTRIBUTED,
         "saejax features runs/demo --verify=1000", takes_config=False,
-        options=("distributed", "out", "tokens", "text", "verify", "json")),
+        options=("distributed", "out", "tokens", "text", "baseline", "verify", "json")),
     "search": Job(
         "features by prompt, answer, sets of prompts, text of examples, or likeness",
         "saejax search RUN_OR_STEP --prompt=TEXT | --set=NAME | --positives=FILE | --find=TEXT | --like=FEATURE",
@@ -154,6 +156,34 @@ JOBS = {
         "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
         "options:\n  --out=DIR                where to write\n",
         "saejax dashboard runs/demo", takes_config=False, options=("out",)),
+    "judge": Job(
+        "how specific features are and how well they can be explained, by a model or by people",
+        "saejax judge RUN_OR_STEP --judge=WHO --features=1,2,3 | --sample=N [--do=explain,rubric,detect,fuzz,simulate]",
+        "Reads a run, its index (`saejax features`) and its store or language model; writes prompts, raw answers and\n"
+        "scores to RUN/judging/features/JUDGE (or DIR): answers.jsonl, results.json, report.html. Says how many\n"
+        "questions there are, then asks those that have no answer yet: the same command again goes on, other features\n"
+        "are added. docs/judging.md describes methods and files.\n\n"
+        "options:\n"
+        "  --judge=http://localhost:8000/v1 --judge_model=NAME\n"
+        "                           an OpenAI-compatible endpoint; its key, if it needs one, is read from the\n"
+        "                           environment variable SAEJAX_JUDGE_KEY and written nowhere\n"
+        "  --judge=local:MODEL      a language model that runs here, named as in config.lm.model\n"
+        "  --judge=csv:FOLDER       people: writes sheets (HTML and CSV) to FOLDER and reads filled ones from it\n"
+        "  --features=1,2,3         features to judge, or\n"
+        "  --sample=N               so many, drawn at random from those that fire\n"
+        "  --do=TASKS               of explain, rubric, detect, fuzz, simulate (default explain,rubric,detect)\n"
+        "  --draw=N                 rubric: N activations of each feature drawn from the whole corpus (the paper: 1000)\n"
+        "                           instead of the index' examples\n"
+        "  --explanations=FILE      JSON lines {\"feature\": 12, \"explanation\": \"...\"} or another judge's answers.jsonl,\n"
+        "                           instead of asking for explanations\n"
+        "  --baseline=NAME          judge neurons, directions or random_sae (index them first)\n"
+        "  --concurrency=N          requests at a time (4)\n"
+        "  --timeout=SECONDS        of one request (120); each question is tried up to 5 times\n"
+        "  --out=DIR                where to write\n"
+        "  --json                   print the results as JSON\n",
+        "saejax judge runs/demo --judge=http://localhost:11434/v1 --judge_model=qwen3:8b --sample=50", takes_config=False,
+        options=("judge", "judge_model", "features", "sample", "do", "draw", "explanations", "baseline", "concurrency",
+                 "timeout", "out", "json")),
     "push-to-hub": Job(
         "a release -> a Hugging Face repository; says what it would do unless --yes",
         "saejax push-to-hub RELEASE --repo=ORG/NAME [--license=ID] [--yes]",

@@ -19,13 +19,15 @@ ALLOWED = {
     "formats": {"train", "sae"},
     "evals": {"data", "lm", "sae"},
     "features": {"data", "lm", "sae"},
+    "judging": {"features", "lm", "sae", "report"},
     "scaling": {"data", "sae", "train"},
     "plan": {"data", "lm", "sae", "train"},
     "report": set(),
-    "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "scaling", "plan", "report"},
+    "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "judging", "scaling", "plan", "report"},
 }
-TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "inspect")
-BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs")  # all other modules know at most one of the two
+TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "judge_job", "inspect")
+# All other modules know at most one of the two.
+BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs", "judge_job")
 FILES = sorted(ROOT.rglob("*.py"))
 
 
