@@ -14,6 +14,7 @@ from saejax.lm import LM
 
 NEW_TOKENS = {"explain": 80}
 _NEW, _BATCH, _ROUND = 16, 8, 128
+_TOKENS = 4096  # of a batch: bounds the KV cache
 
 
 class LocalJudge:
@@ -32,7 +33,7 @@ class LocalJudge:
         return {"kind": "local", "model": self._lm.name, "digest": self._lm.digest}
 
     def ask(self, questions: Iterable[Question]) -> Iterator[tuple[Question, Reply]]:
-        prompts = sorted(((self._ids(question), question) for question in questions), key=lambda pair: len(pair[0]))
+        prompts = sorted(((self._ids(question), question) for question in questions), key=lambda p: (p[1].task, len(p[0])))
         batch = []
         for ids, question in prompts:
             new = 0 if question.task == "simulate" else NEW_TOKENS.get(question.task, _NEW)
@@ -44,7 +45,8 @@ class LocalJudge:
             elif question.task == "simulate":
                 yield question, Reply(json.dumps(self._simulated(ids, lines)))
             else:
-                if batch and (len(batch) == _BATCH or batch[0][1].task != question.task):
+                full = len(batch) == _BATCH or (len(batch) + 1) * (length + new) > _TOKENS
+                if batch and (full or batch[0][1].task != question.task):
                     yield from self._generated(batch)
                     batch = []
                 batch.append((ids, question))
@@ -64,7 +66,7 @@ class LocalJudge:
     def _generated(self, batch: list[tuple[list[int], Question]]) -> Iterator[tuple[Question, Reply]]:
         new = NEW_TOKENS.get(batch[0][1].task, _NEW)
         prompts = [ids for ids, _ in batch]
-        prompts += prompts[-1:] * (_BATCH - len(prompts))  # few shapes, few compilations
+        prompts += prompts[-1:] * ((1 << (len(prompts) - 1).bit_length()) - len(prompts))  # few shapes, few compilations
         eos = self._lm.tokenizer.eos_id
         stop = () if eos is None else (eos,)
         try:

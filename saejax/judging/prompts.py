@@ -3,6 +3,7 @@
 Text of the corpus stands between two lines of dashes. It has gone through `visible`: it cannot end the line it stands on.
 """
 
+import re
 from collections.abc import Sequence
 
 from saejax.features.visible import visible
@@ -43,9 +44,18 @@ _SIMULATE = (
 DIGEST = text_sha256(_EXPLAIN, _RUBRIC, _DETECT, _FUZZ, _SIMULATE, *RULES.values())
 
 
+# What chat templates mark turns with: in a prompt it must stay text.
+_TURNS = re.compile(r"<(/?(?:\|[^<>|]{0,40}\|?|s|unk|pad|bos|eos|mask|(?:start|end)_of_turn|think|im_\w+))>|\[(/?INST)\]")
+
+
+def tamed(text: str) -> str:
+    """`text` with the brackets of a chat template's control tokens replaced by others."""
+    return _TURNS.sub(lambda found: f"\u2039{found[1] or found[2]}\u203a", text)
+
+
 def safe(token: str) -> str:
     """A token of the corpus as a judge sees it: control and bidirectional characters written out, cut, without our marks."""
-    return visible(token).replace(OPEN, "[").replace(CLOSE, "]")
+    return tamed(visible(token).replace(OPEN, "[").replace(CLOSE, "]"))
 
 
 def marked(tokens: Sequence[str], chosen: Sequence[bool]) -> str:
@@ -60,7 +70,7 @@ def marked(tokens: Sequence[str], chosen: Sequence[bool]) -> str:
 
 
 def _framed(text: str) -> str:
-    return f"-----\n{text}\n-----\n"
+    return f"-----\n{tamed(text)}\n-----\n"
 
 
 def _question(task: str, feature: int, body: str, window: Window | None = None, **more) -> Question:
@@ -72,7 +82,7 @@ def _question(task: str, feature: int, body: str, window: Window | None = None, 
 
 
 def _with(instruction: str, explanation: str, text: str) -> str:
-    return f"{instruction}\nThe explanation: {visible(explanation, 1000)}\n\n{_framed(text)}"
+    return f"{instruction}\nThe explanation: {tamed(visible(explanation, 1000))}\n\n{_framed(text)}"
 
 
 def explain(feature: int, active: Sequence[Window], silent: Sequence[Window]) -> Question:
