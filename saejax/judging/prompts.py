@@ -77,7 +77,8 @@ def _question(task: str, feature: int, body: str, window: Window | None = None, 
     prompt = f"{body}\n{RULES[task]}"
     where = (window.context, window.position) if window else (-1, -1)
     level = dict(interval=window.interval, level=window.level) if window else {}
-    return Question(text_sha256(task, str(feature), str(where), prompt)[:20], task, feature, prompt, **level,
+    drawn = "drawn" if more.get("drawn") else ""  # the same activation in two samplings is two questions
+    return Question(text_sha256(task, drawn, str(feature), str(where), prompt)[:20], task, feature, prompt, **level,
                     context=where[0], position=where[1], **more)
 
 
@@ -96,10 +97,10 @@ def explain(feature: int, active: Sequence[Window], silent: Sequence[Window]) ->
     return _question("explain", feature, _EXPLAIN + "\n" + "\n".join(parts))
 
 
-def rubric(window: Window, explanation: str) -> Question:
+def rubric(window: Window, explanation: str, *, drawn: bool = False) -> Question:
     """One activation: the token highlighted in its context."""
     here = [window.start + i == window.position for i in range(len(window.tokens))]
-    return _question("rubric", window.feature, _with(_RUBRIC, explanation, marked(window.tokens, here)), window)
+    return _question("rubric", window.feature, _with(_RUBRIC, explanation, marked(window.tokens, here)), window, drawn=drawn)
 
 
 def detect(window: Window, explanation: str) -> Question:

@@ -26,7 +26,8 @@ class Question:
 
     interval: of the activation in question, 1 .. 10; 0 where there is none. level: activation / maximum of the feature. truth:
     what is right where that is known: 1 or 0 (detect, fuzz), activations / maximum of every token (simulate). tokens: what the
-    lines of a simulation show. context, position: which token of the corpus it is about.
+    lines of a simulation show. context, position: which token of the corpus it is about. drawn: it is one of the activations
+    drawn from the whole corpus.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Question:
     tokens: tuple[str, ...] = ()
     context: int = -1
     position: int = -1
+    drawn: bool = False
 
 
 @dataclass(frozen=True)

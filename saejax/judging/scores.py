@@ -16,15 +16,21 @@ def results(lines: Iterable[dict]) -> dict:
     rubric: answers with each score, their mean, and over all features the counts [10 intervals][4 scores]. detect and fuzz:
     balanced accuracy, the mean of the shares of active and of inactive samples told rightly. simulate: Pearson and Spearman
     correlation of predicted and true activation over all tokens of a feature's samples. Over features: mean and its standard
-    error. unscored: questions whose answer never came or could not be read.
+    error. unscored: questions whose answer never came or could not be read. Where a feature has drawn activations, the rubric's
+    other answers about it are left out: they are sampled otherwise.
     """
-    lines = list(lines)
+    lines = _of_one_sampling(list(lines))
     by_feature: dict[int, dict[str, list[dict]]] = {}
     for line in lines:
         by_feature.setdefault(line["feature"], {}).setdefault(line["task"], []).append(line)
     features = {feature: _of_feature(tasks) for feature, tasks in sorted(by_feature.items())}
     return {"features": {str(feature): values for feature, values in features.items()},
             "overall": _overall(features, lines)}
+
+
+def _of_one_sampling(lines: list[dict]) -> list[dict]:
+    drawn = {line["feature"] for line in lines if line.get("drawn")}
+    return [line for line in lines if line["task"] != "rubric" or line["feature"] not in drawn or line.get("drawn")]
 
 
 def _of_feature(tasks: dict[str, list[dict]]) -> dict:

@@ -26,7 +26,7 @@ def scored(task: str, material: Material, explanation: str) -> list[Question]:
     held, silent = material.held, material.silent[SILENT_SHOWN:]
     if task == "rubric":
         windows = material.drawn or [w for windows in held.values() for w in windows]
-        found = [prompts.rubric(w, explanation) for w in windows]
+        found = [prompts.rubric(w, explanation, drawn=bool(material.drawn)) for w in windows]
     elif task == "detect":
         windows = [w for windows in held.values() for w in windows[:2]] + silent[:SILENT_DETECTED]
         found = [prompts.detect(w, explanation) for w in windows]

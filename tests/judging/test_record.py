@@ -191,6 +191,14 @@ def test_results_are_plain_means():
     json.dumps(found, allow_nan=False)
 
 
+def test_drawn_activations_stand_for_themselves():
+    """A feature's answers from two samplings are not mixed; those of another feature stay."""
+    lines = lines_of("rubric", [(0, 9, None, 3), (0, 1, None, 0), (1, 1, None, 2)])
+    found = results([lines[0], lines[1] | {"drawn": True}, lines[2]])
+    assert found["features"]["0"]["rubric"]["mean"] == 0 and found["features"]["1"]["rubric"]["mean"] == 2
+    assert sum(map(sum, found["overall"]["rubric_counts"])) == found["overall"]["answers"] == 2
+
+
 def test_reports_are_text_and_pictures(tmp_path):
     found = results([*lines_of("explain", [(0, 0, None, HOSTILE)]),
                      *lines_of("rubric", [(0, i, None, i % 4) for i in range(1, 11)]),
