@@ -17,6 +17,7 @@ RULES = {
     "simulate": "Answer with the JSON list alone: whole numbers from 0 to 9, one for each line, in their order.",
 }
 _CHOICES = {"rubric": {str(i): i for i in range(4)}}
+_NUMBER = r"[-+]?\d+(?:[.,]\d+)*"
 _YES_NO = {"yes": 1, "no": 0, "1": 1, "0": 0}
 
 
@@ -72,7 +73,7 @@ def understood(question: Question, text: str):
     """The score that an answer states (int, list of levels, or sentence); None where it states none, or more than one.
 
     What a reasoning model thinks aloud (up to the last `</think>`) does not count. Choices are looked for in the last line:
-    exactly one of them must stand there, and no other number.
+    exactly one of them must stand there, at its end (yes and no also as its beginning), and no other number.
     """
     text = text.rpartition("</think>")[2].strip()
     if question.task == "explain":
@@ -81,10 +82,18 @@ def understood(question: Question, text: str):
         return _levels(text, len(question.tokens))
     line = text.splitlines()[-1].lower() if text else ""
     if question.task == "rubric":
-        found = re.findall(r"[-+]?\d+(?:[.,]\d+)*", line)
-        return _CHOICES["rubric"].get(found[0]) if len(found) == 1 else None
-    found = re.findall(r"\byes\b|\bno\b|[-+]?\d+(?:[.,]\d+)*", line)
-    return _YES_NO.get(found[0]) if len(found) == 1 else None
+        return _CHOICES["rubric"].get(_single(line, _NUMBER))
+    return _YES_NO.get(_single(line, rf"\byes\b|\bno\b|{_NUMBER}", first=True))
+
+
+def _single(line: str, pattern: str, *, first: bool = False) -> str | None:
+    """The only match in a line, if no word follows it; or, with `first`, if it opens the line as a clause ("No, ...")."""
+    found = list(re.finditer(pattern, line))
+    if len(found) != 1:
+        return None
+    before, after = line[:found[0].start()], line[found[0].end():]
+    opens = first and not re.search(r"\w", before) and re.match(r"\W*[.,;:!]", after)
+    return found[0][0] if opens or not re.search(r"\w", after) else None
 
 
 def _sentence(text: str) -> str | None:

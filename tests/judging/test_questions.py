@@ -21,13 +21,15 @@ def question(task: str, n: int = 0) -> Question:
 @pytest.mark.parametrize("text, score", [
     ("2", 2), (" 3.\n", 3), ("Score: 1", 1), ("It fits.\n\n0", 0), ("<think>3? or 1</think>\n2", 2), ("**3**", 3),
     ("", None), ("4", None), ("-1", None), ("2.5", None), ("2/3", None), ("2 or 3", None), ("two", None), ("3 out of 3", None),
-    ("10", None), ("I cannot answer this", None), ("1\u0000", 1), ("\u0663", None)])
+    ("10", None), ("I give it a 3.", 3), ("1) The explanation is wrong", None), ("3 because it fits", None),
+    ("I cannot answer this", None), ("1\u0000", 1), ("\u0663", None)])
 def test_rubric_answers(text, score):
     assert understood(question("rubric"), text) == score
 
 
 @pytest.mark.parametrize("text, score", [
     ("yes", 1), ("No.", 0), ("Answer: YES", 1), ("1", 1), ("0", 0), ("yes or no", None), ("yes, no", None), ("maybe", None),
+    ("No, it does not.", 0), ("I would say yes", 1), ("There is no evidence", None), ("No evidence", None),
     ("2", None), ("nothing", None), ("yesterday", None), ("not sure", None), ("", None)])
 def test_yes_or_no(text, score):
     assert understood(question("detect"), text) == understood(question("fuzz"), text) == score
