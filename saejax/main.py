@@ -158,7 +158,7 @@ JOBS = {
         "saejax dashboard runs/demo", takes_config=False, options=("out",)),
     "judge": Job(
         "how specific features are and how well they can be explained, by a model or by people",
-        "saejax judge RUN_OR_STEP --judge=WHO --features=1,2,3 | --sample=N [--do=explain,rubric,detect,fuzz,simulate]",
+        "saejax judge RUN_OR_STEP --judge=WHO --features=1,2,3 | --sample=N [--do=TASKS] [--draw=N]",
         "Reads a run, its index (`saejax features`) and its store or language model; writes prompts, raw answers and\n"
         "scores to RUN/judging/features/JUDGE (or DIR): answers.jsonl, results.json, report.html. Says how many\n"
         "questions there are, then asks those that have no answer yet: the same command again goes on, other features\n"
@@ -172,10 +172,10 @@ JOBS = {
         "  --features=1,2,3         features to judge, or\n"
         "  --sample=N               so many, drawn at random from those that fire\n"
         "  --do=TASKS               of explain, rubric, detect, fuzz, simulate (default explain,rubric,detect)\n"
-        "  --draw=N                 rubric: N activations of each feature drawn from the whole corpus (the paper: 1000)\n"
-        "                           instead of the index' examples\n"
-        "  --explanations=FILE      JSON lines {\"feature\": 12, \"explanation\": \"...\"} or another judge's answers.jsonl,\n"
-        "                           instead of asking for explanations\n"
+        "  --draw=N                 rubric: N activations of each feature drawn from the whole corpus (the paper:\n"
+        "                           1000) instead of the index' examples\n"
+        "  --explanations=FILE      JSON lines {\"feature\": 12, \"explanation\": \"...\"}, or the answers.jsonl of\n"
+        "                           another judge, instead of asking for explanations\n"
         "  --baseline=NAME          judge neurons, directions or random_sae (index them first)\n"
         "  --concurrency=N          requests at a time (4)\n"
         "  --timeout=SECONDS        of one request (120); each question is tried up to 5 times\n"
