@@ -206,7 +206,7 @@ def neurons(arguments: Arguments) -> int:
     text = corpus.from_text(config.text, lm_, sae.cfg.hookpoints, seed=config.seed_of_data, split=split,
                             mask_special=config.harvest.mask_special, tokens=tokens)
     path = arguments.out or Path(config.run_dir) / "neurons"
-    options = correlation.Options(features=arguments.option("features"), progress=config.log.progress, about=tokens)
+    options = correlation.Options(features=arguments.option("sample"), progress=config.log.progress, about=tokens)
     said = correlation.shares(correlation.correlate(path, sae, lm_, text, options))
     if not is_writer():
         return 0

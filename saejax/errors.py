@@ -67,3 +67,5 @@ class FeatureIndexError(SaejaxError):
 
 class SteeringError(SaejaxError):
     """A feature that cannot be set, ablated or attributed: no such feature, never active, an SAE for another model."""
+class JudgeError(SaejaxError):
+    """A judge cannot be asked, its answers cannot be read in, or the answers kept belong to another index or other prompts."""

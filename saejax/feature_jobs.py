@@ -13,7 +13,7 @@ from saejax.config import Config
 from saejax.data.store import Store, check_matches
 from saejax.errors import ConfigError, FeatureIndexError
 from saejax.evals.evaluate import cached
-from saejax.features import corpus, fidelity, neuronpedia, prompt_sets
+from saejax.features import baselines, corpus, fidelity, neuronpedia, prompt_sets
 from saejax.features.build import BuildOptions, build
 from saejax.features.dashboard import write_dashboard
 from saejax.features.index import MANIFEST, FeatureIndex
@@ -39,12 +39,16 @@ def features(arguments: Arguments) -> int:
     if len(located) > 1 and arguments.out is not None:
         raise ConfigError(f"saejax features: --out={arguments.out} takes one run; index them one by one")
     for config, path in located:
-        step_dir, sae = _sae(config, path)
+        _, sae = sae_of(config, path)
         lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
-        index = build(arguments.out or Path(config.run_dir) / INDEX, sae, _corpus(config, sae, lm_, arguments), lm_,
+        baseline = arguments.option("baseline")
+        subject = sae if baseline is None else baseline_of(baseline, config, sae, lm_)
+        text = arguments.option("text") or ("train" if baseline == "neurons" else None)
+        found = corpus_of(config, subject, lm_, text, arguments.option("tokens"))
+        index = build(arguments.out or index_home(config, baseline), subject, found, lm_,
                       BuildOptions(progress=config.log.progress))
         examples = arguments.option("verify")
-        verified = fidelity.check(index, sae, lm_, examples).to_json() if examples else None
+        verified = fidelity.check(index, subject, lm_, examples).to_json() if examples else None
         if is_writer():
             exported = _export(config, index) if arguments.option("export") else None
             _say_index(index, verified, exported, arguments.json)
@@ -64,7 +68,7 @@ def search(arguments: Arguments) -> int:
     if len(ways) != 1 or len(arguments.paths) != 1:
         raise ConfigError("saejax search: give one run, and one of --prompt, --set, --positives, --find and --like")
     [(config, path)] = jobs.located(arguments)
-    _, sae = _sae(config, path)
+    _, sae = sae_of(config, path)
     index = _index_of(config, sae, needed=ways == ["find"])
     found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, sae, given)
     if not is_writer():
@@ -115,7 +119,7 @@ def _searched(config: Config, sae: SAE, given: dict[str, str]) -> list[Found]:
 def _other(run: str, sae: SAE) -> SAE:
     """The SAE of another run, whose decoder writes to the same place."""
     [(config, path)] = jobs.located(Arguments(config=None, paths=(Path(run),), distributed=None, options={}))
-    _, other = _sae(config, path)
+    _, other = sae_of(config, path)
     if (other.cfg.targets, other.params.W_dec.shape[1]) != (sae.cfg.targets, sae.params.W_dec.shape[1]):
         raise FeatureIndexError(f"--within={run}: its decoder writes to {', '.join(other.cfg.targets)}, this run's to "
                                 f"{', '.join(sae.cfg.targets)}; directions of two places cannot be compared")
@@ -153,7 +157,7 @@ def dashboard(arguments: Arguments) -> int:
         home = path.absolute().parent
     else:
         [(config, path)] = jobs.located(arguments)
-        step_dir, sae = _sae(config, path)
+        step_dir, sae = sae_of(config, path)
         home = Path(config.run_dir)
         index, figures, title = FeatureIndex.open(home / INDEX, sae=sae), _figures(config, step_dir), config.name
     out = arguments.out or home / DASHBOARD
@@ -164,20 +168,39 @@ def dashboard(arguments: Arguments) -> int:
     return 0
 
 
-def _sae(config: Config, path: Path) -> tuple[Path, SAE]:
+def sae_of(config: Config, path: Path) -> tuple[Path, SAE]:
     mesh: Mesh = jobs.mesh_of(config) or sharding.single_device_mesh()
     step_dir = path if path != Path(config.run_dir) else newest_step(path, mesh)
     return step_dir, load(step_dir, mesh=mesh)
 
 
-def _corpus(config: Config, sae: SAE, lm_: lm.LM, arguments: Arguments) -> corpus.Corpus:
-    if not arguments.option("text"):
+def corpus_of(config: Config, sae: SAE, lm_: lm.LM, text: str | None, tokens: int | None) -> corpus.Corpus:
+    """The run's store, or a split of its text (by default a million tokens)."""
+    if not text:
         store = Store.open(config.harvest.store)
         check_matches(store, hookpoints=sae.cfg.hookpoints, model=config.lm.model)
-        return corpus.from_store(store, sae.cfg.hookpoints, arguments.option("tokens"))
-    return corpus.from_text(config.text, lm_, sae.cfg.hookpoints, seed=config.seed_of_data, split=arguments.option("text"),
-                            mask_special=config.harvest.mask_special, tokens=arguments.option("tokens") or _TEXT_TOKENS,
+        return corpus.from_store(store, sae.cfg.hookpoints, tokens)
+    return corpus.from_text(config.text, lm_, sae.cfg.hookpoints, seed=config.seed_of_data, split=text,
+                            mask_special=config.harvest.mask_special, tokens=tokens or _TEXT_TOKENS,
                             batch=config.harvest.batch_contexts)
+
+
+def index_home(config: Config, baseline: str | None) -> Path:
+    """Where the index of a run's features, or of a baseline of them, lies."""
+    return Path(config.run_dir) / (INDEX if baseline is None else f"{INDEX}_{baseline}")
+
+
+def baseline_of(name: str, config: Config, sae: SAE, lm_: lm.LM) -> SAE:
+    """A baseline of a run's SAE (`features.baselines`), the same at every call. Raises `FeatureIndexError` and `StoreError`."""
+    mean_D = None
+    if name != "neurons":
+        store = Store.open(config.harvest.store)
+        check_matches(store, hookpoints=sae.cfg.hookpoints, model=config.lm.model)
+        mean_D = np.concatenate([store.stats(hookpoint).mean_D for hookpoint in sae.cfg.hookpoints])
+    k = sae.cfg.k
+    if name == "random_sae" and not k:  # as sparse as the features are
+        k = round(FeatureIndex.open(index_home(config, None), sae=sae).manifest["totals"]["l0"])
+    return baselines.make(name, sae, lm_, mean_D=mean_D, k=k, seed=config.seed, mesh=sae.mesh)
 
 
 def _figures(config: Config, step_dir: Path) -> list[tuple[str, str]]:

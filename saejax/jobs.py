@@ -61,6 +61,9 @@ def start(job: str, arguments: Arguments) -> int:
     if job in ("steer", "attribute", "neurons"):
         from saejax import effect_jobs
         return {"steer": effect_jobs.steer, "attribute": effect_jobs.attribute_, "neurons": effect_jobs.neurons}[job](arguments)
+    if job == "judge":
+        from saejax.judge_job import judge
+        return judge(arguments)
     for config in _configs(arguments):
         {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0

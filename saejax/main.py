@@ -114,7 +114,7 @@ JOBS = {
         "saejax convert runs/demo my_sae --to=dictionary_learning", takes_config=False, options=("to", "approximate", "rows")),
     "features": Job(
         "what the features of a run fire on: the index",
-        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--out=DIR] [--verify=N]\n"
+        "saejax features RUN_OR_STEP [--tokens=N] [--text=SPLIT] [--baseline=NAME] [--out=DIR] [--verify=N]\n"
         "       saejax features RUN_OR_STEP --export=neuronpedia",
         "Reads a run (its newest checkpoint that verifies, or one step), its store and its language model; writes\n"
         "the index to DIR (default RUN/features): per feature density, histograms, examples of every level of\n"
@@ -124,12 +124,14 @@ JOBS = {
         "options:\n  --tokens=N               index the first N tokens (default: all of the store)\n"
         "  --text=train|heldout     a split of the run's text, through the language model, instead of the store\n"
         "                           (default 1,000,000 tokens of it)\n"
+        "  --baseline=NAME          index what features are held against instead, in RUN/features_NAME: neurons (of the\n"
+        "                           MLP below, through the language model), directions (random), random_sae (untrained)\n"
         "  --out=DIR                where to write\n"
         "  --verify=N               run N examples again through language model and SAE, and say how they differ\n"
         "  --export=neuronpedia     also write the feature JSON that Neuronpedia imports, neuronpedia/ beside the index\n"
         "  --json                   print what was made as JSON\n" + _DISTRIBUTED,
         "saejax features runs/demo --verify=1000", takes_config=False,
-        options=("distributed", "out", "tokens", "text", "verify", "export", "json")),
+        options=("distributed", "out", "tokens", "text", "baseline", "verify", "export", "json")),
     "search": Job(
         "features by prompt, answer, sets of prompts, text of examples, or likeness",
         "saejax search RUN_OR_STEP --prompt=TEXT | --set=NAME | --positives=FILE | --find=TEXT | --like=FEATURE",
@@ -200,17 +202,45 @@ JOBS = {
         options=("prompt", "token", "against", "pairs", "model", "html", "json")),
     "neurons": Job(
         "features against neurons: the highest correlation of each with a neuron before it",
-        "saejax neurons RUN_OR_STEP [--tokens=N] [--features=N] [--text=SPLIT] [--out=DIR]",
+        "saejax neurons RUN_OR_STEP [--tokens=N] [--sample=N] [--text=SPLIT] [--out=DIR]",
         "Reads a run, its text and its language model; writes DIR/neurons.parquet (default RUN/neurons), a row a\n"
         "feature, and prints the share of features that no neuron follows. Saved every five minutes; an interrupted\n"
         "pass goes on.\n\n"
         "options:\n  --tokens=N               of the run's text (default 200,000)\n"
-        "  --features=N             drawn at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)\n"
+        "  --sample=N               features, drawn at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)\n"
         "  --text=train|heldout     split of the text (default train)\n"
         "  --model=MODEL            language model, instead of the run's\n"
         "  --out=DIR                where to write\n"
         "  --json                   print the shares as JSON\n",
-        "saejax neurons runs/demo", takes_config=False, options=("tokens", "features", "text", "model", "out", "json")),
+        "saejax neurons runs/demo", takes_config=False, options=("tokens", "sample", "text", "model", "out", "json")),
+    "judge": Job(
+        "how specific features are and how well they can be explained, by a model or by people",
+        "saejax judge RUN_OR_STEP --judge=WHO --features=1,2,3 | --sample=N [--do=TASKS] [--draw=N]",
+        "Reads a run, its index (`saejax features`) and its store or language model; writes prompts, raw answers and\n"
+        "scores to RUN/judging/features/JUDGE (or DIR): answers.jsonl, results.json, report.html. Says how many\n"
+        "questions there are, then asks those that have no answer yet: the same command again goes on, other features\n"
+        "are added. docs/judging.md describes methods and files.\n\n"
+        "options:\n"
+        "  --judge=http://localhost:8000/v1 --judge_model=NAME\n"
+        "                           an OpenAI-compatible endpoint; its key, if it needs one, is read from the\n"
+        "                           environment variable SAEJAX_JUDGE_KEY and written nowhere\n"
+        "  --judge=local:MODEL      a language model that runs here, named as in config.lm.model\n"
+        "  --judge=csv:FOLDER       people: writes sheets (HTML and CSV) to FOLDER and reads filled ones from it\n"
+        "  --features=1,2,3         features to judge, or\n"
+        "  --sample=N               so many, drawn at random from those that fire\n"
+        "  --do=TASKS               of explain, rubric, detect, fuzz, simulate (default explain,rubric,detect)\n"
+        "  --draw=N                 rubric: N activations of each feature drawn from the whole corpus (the paper:\n"
+        "                           1000) instead of the index' examples\n"
+        "  --explanations=FILE      JSON lines {\"feature\": 12, \"explanation\": \"...\"}, or the answers.jsonl of\n"
+        "                           another judge, instead of asking for explanations\n"
+        "  --baseline=NAME          judge neurons, directions or random_sae (index them first)\n"
+        "  --concurrency=N          requests at a time (4)\n"
+        "  --timeout=SECONDS        of one request (120); each question is tried up to 5 times\n"
+        "  --out=DIR                where to write\n"
+        "  --json                   print the results as JSON\n",
+        "saejax judge runs/demo --judge=http://localhost:11434/v1 --judge_model=qwen3:8b --sample=50", takes_config=False,
+        options=("judge", "judge_model", "features", "sample", "do", "draw", "explanations", "baseline", "concurrency",
+                 "timeout", "out", "json")),
     "push-to-hub": Job(
         "a release -> a Hugging Face repository; says what it would do unless --yes",
         "saejax push-to-hub RELEASE --repo=ORG/NAME [--license=ID] [--yes]",

@@ -19,14 +19,16 @@ ALLOWED = {
     "formats": {"train", "sae"},
     "evals": {"data", "lm", "sae"},
     "features": {"data", "lm", "sae"},
+    "judging": {"features", "lm", "sae", "report"},
     "scaling": {"data", "sae", "train"},
     "plan": {"data", "lm", "sae", "train"},
     "bench": {"data", "lm", "sae", "train"},
     "report": set(),
-    "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "scaling", "plan", "bench", "report"},
+    "top": {"lm", "sae", "data", "train", "formats", "evals", "features", "judging", "scaling", "plan", "bench", "report"},
 }
-TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "effect_jobs", "inspect")
-BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs", "effect_jobs")  # others know at most one
+TOP = ("__init__", "main", "command_line", "jobs", "feature_jobs", "effect_jobs", "judge_job", "inspect")
+# All other modules know at most one of the two.
+BOTH_LM_AND_SAE = ("evals/", "features/", "plan", "jobs", "feature_jobs", "effect_jobs", "judge_job")
 FILES = sorted(ROOT.rglob("*.py"))
 
 

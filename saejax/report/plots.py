@@ -90,6 +90,26 @@ def histogram_plot(title: str, histogram: dict) -> Plot:
     return _plot(title, draw)
 
 
+def bar_plot(title: str, places: Sequence[str], shares: dict[str, list[float]], xlabel: str, ylabel: str, *,
+             totals: Sequence[int]) -> Plot:
+    """Shares at every place, stacked; above each bar how many it is a share of. A place without any is left empty."""
+    def draw(axes, theme):
+        base = [0.0] * len(places)
+        for (label, values), colour in zip(shares.items(), theme["lines"], strict=False):
+            axes.bar(range(len(places)), values, bottom=base, width=0.85, color=colour, label=label)
+            base = [a + b for a, b in zip(base, values, strict=True)]
+        for place, total in enumerate(totals):
+            axes.text(place, 1.02, short(total), ha="center", fontsize=7, color=theme["ink"])
+        axes.set_ylim(0, 1.12)
+        axes.set_xticks(range(len(places)), places, rotation=40, ha="right")
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        if len(shares) > 1:
+            axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return _plot(title, draw)
+
+
 def _plot(title: str, draw) -> Plot:
     return Plot(title, *(_svg(draw, theme) for theme in _THEMES.values()))
 

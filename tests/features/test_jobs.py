@@ -10,6 +10,7 @@ import pytest
 
 from saejax.features.index import FeatureIndex
 from saejax.main import main
+from tests.judging.server import serving
 from tests.processes import environment, free_port
 
 
@@ -106,3 +107,86 @@ def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
     assert main(["search", *(a.replace("RUN", str(run)) for a in arguments)]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1 and message in err, err
+
+
+def judged(run, server, *more: str) -> int:
+    return main(["judge", str(run), f"--judge={server.url}", "--judge_model=m", "--features=1,3", *more])
+
+
+def test_judging_goes_on_where_it_stopped(run, capsys):
+    with serving() as server:
+        assert judged(run, server, "--do=explain,rubric,detect,fuzz,simulate", "--json") == 0
+        out, err = capsys.readouterr()
+        found, asked = json.loads(out), len(server.requests)
+        [folder] = (run / "judging" / "features").iterdir()
+        assert asked == found["overall"]["answers"] == len((folder / "answers.jsonl").read_text().splitlines())
+        assert "rubric: " in err and "questions to ask, about " in err
+        assert set(found["features"]) == {"1", "3"} and found["overall"]["rubric"]["mean"] == 3, "as the server says always"
+        assert found["overall"]["fuzz"]["mean"] == found["overall"]["detect"]["mean"] == 0.5, "it says yes to everything"
+        assert (folder / "report.html").is_file()
+        assert json.loads((folder / "results.json").read_text())["overall"] == found["overall"]
+        assert judged(run, server) == 0 and len(server.requests) == asked, "all is answered"
+        assert "rubric, 0 to 3" in capsys.readouterr().out
+        assert judged(run, server, "--draw=40") == 0 and len(server.requests) > asked, "activations drawn are others"
+        assert main(["judge", str(run), f"--judge={server.url}", "--judge_model=m", "--sample=3", "--do=explain"]) == 0
+    assert "SAEJAX_JUDGE_KEY" not in (folder / "judge.json").read_text()
+
+
+def test_a_judge_that_is_down(run, capsys):
+    with serving(lambda prompt, n: "Vowels." if n <= 2 else (503, {"Retry-After": "0"}, b"")) as server:
+        assert judged(run, server, f"--out={run / 'down'}") == 2
+        err = capsys.readouterr().err
+        assert "5 questions in a row got no answer (HTTP 503" in err and "the same command goes on" in err
+        lines = [json.loads(line) for line in (run / "down" / "answers.jsonl").read_text().splitlines()]
+        assert sum(line["score"] is None for line in lines) >= 5 and {line["score"] for line in lines} == {None, "Vowels."}
+        server._script = lambda prompt, n: "2"
+        assert judged(run, server, f"--out={run / 'down'}", "--do=rubric") == 0
+    assert json.loads((run / "down" / "results.json").read_text())["overall"]["unscored"]["rubric"] == 0
+
+
+@pytest.mark.parametrize("baseline", ["random_sae", pytest.param("directions", marks=pytest.mark.slow),
+                                      pytest.param("neurons", marks=pytest.mark.slow)])
+def test_baselines_go_the_same_way(run, baseline, capsys):
+    assert main(["features", str(run), f"--baseline={baseline}", "--verify=100"]) == 0
+    index = FeatureIndex.open(run / f"features_{baseline}", full=True)
+    assert index.features == {"random_sae": 64, "directions": 256, "neurons": 80}[baseline]
+    assert (index.column("fired") > 0).mean() > 0.9
+    alive = np.flatnonzero(index.column("fired") > 0)[:2]
+    with serving() as server:
+        assert main(["judge", str(run), f"--baseline={baseline}", f"--judge={server.url}", "--judge_model=m",
+                     f"--features={alive[0]},{alive[1]}"]) == 0
+    assert list((run / "judging" / f"features_{baseline}").glob("*/report.html"))
+
+
+def test_people_judge(run, tmp_path, capsys):
+    ask = ["judge", str(run), f"--judge=csv:{tmp_path / 'sheets'}", "--features=3", "--do=detect",
+           f"--explanations={tmp_path / 'said.jsonl'}"]
+    (tmp_path / "said.jsonl").write_text('{"feature": 3, "explanation": "vowels"}\n')
+    assert main(ask) == 0
+    err = capsys.readouterr().err
+    assert "questions wait for an answer" in err
+    rows = (tmp_path / "sheets" / "round_1.csv").read_text("utf-8-sig").splitlines()
+    first = rows[1].split(",")[0]
+    (tmp_path / "sheets" / "filled.csv").write_text(f"id,answer\n{first},yes\n")
+    assert main([*ask, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["overall"]["answers"] == 1
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--sample=3"], "--judge=: give an endpoint"), (["--judge=http://x/v1", "--sample=3"], "--judge_model"),
+    (["--judge=csv:SHEETS"], "--features=1,2,3, or how many"),
+    (["--judge=csv:SHEETS", "--features=1", "--sample=3"], "--sample=50"),
+    (["--judge=csv:SHEETS", "--features=1,x"], "not a list of feature numbers"),
+    (["--judge=csv:SHEETS", "--features=64"], "features 0 to 63"),
+    (["--judge=csv:SHEETS", "--sample=3", "--do=rubrik"], "'rubrik' is none of explain, rubric"),
+    (["--judge=csv:SHEETS", "--sample=3", "--explanations=no.jsonl"], "no.jsonl: not readable"),
+    (["--judge=csv:SHEETS", "--sample=3", "--baseline=neurons", "--out=SHEETS"], "features_neurons"),
+    (["--judge=local:no_such_model", "--sample=3"], "no_such_model")])
+def test_mistaken_judging_ends_in_one_line(run, tmp_path, arguments, message, capsys):
+    capsys.readouterr()
+    if (run / "features_neurons").exists():
+        shutil.rmtree(run / "features_neurons")
+    assert main(["judge", str(run), *(a.replace("SHEETS", str(tmp_path / "s")) for a in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message in err, err
+    assert not (tmp_path / "s").exists()
