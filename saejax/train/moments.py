@@ -47,8 +47,8 @@ def adam(options: TrainOptions) -> optax.GradientTransformation:
         first = jax.tree.map(lambda g, m: b1 * m.astype(g.dtype) + (1 - b1) * g, gradients, state.first) if b1 else gradients
         unbiased = optax.tree.bias_correction(first, b1, count) if b1 else first
         updates = jax.tree.map(lambda m, v: direction(options, m, v, count), unbiased, grown)
-        return updates, state.replace(count=count, second=_kept(grown, state.second, count, 0),
-                                      first=_kept(first, state.first, count, 1) if b1 else None)
+        return updates, state.replace(count=count, second=kept(grown, state.second, count, 0),
+                                      first=kept(first, state.first, count, 1) if b1 else None)
 
     return optax.GradientTransformation(init, update)
 
@@ -64,9 +64,10 @@ def direction(options: TrainOptions, first: jax.Array, second: jax.Array, count:
     return first / (jnp.sqrt(optax.tree.bias_correction(second, options.beta2, count)) + options.eps)
 
 
-def _kept(new: SAEParams, like: SAEParams, count: jax.Array, which: int) -> SAEParams:
+def kept(new: SAEParams, like: SAEParams, count: jax.Array, which: int, rows: jax.Array | None = None) -> SAEParams:
+    """Moments in the dtypes of `like`; which: 0 for second moments, 1 for first ones; rows: see `rounded`."""
     leaves, tree = jax.tree.flatten(new)
-    return jax.tree.unflatten(tree, [rounded(value, old.dtype, count, 2 * i + which)
+    return jax.tree.unflatten(tree, [rounded(value, old.dtype, count, 2 * i + which, rows)
                                      for i, (value, old) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))])
 
 
@@ -78,7 +79,7 @@ def rounded(value: jax.Array, dtype, count: jax.Array, which: int, rows: jax.Arr
     """
     if dtype != jnp.bfloat16:
         return value.astype(dtype)
-    where = jax.typeof(value).sharding if sharding.mesh_is_set() else None
+    where = jax.typeof(value).sharding if sharding.mesh_is_set() and rows is None else None
     row, column = (lax.broadcasted_iota(jnp.uint32, value.shape, d, out_sharding=where) for d in (0, 1))
     row = row if rows is None else rows.astype(jnp.uint32)[:, None]
     seed = mixed(count.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(which))
