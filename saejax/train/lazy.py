@@ -5,7 +5,7 @@ updates, which is made up for when the row has a gradient again: `Moments.seen_F
 row keeps its norm. What is not stored by feature (b_dec, W_skip) is updated as ever.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,28 +33,41 @@ def updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, 
     dead_F = losses.dead_features(inputs, parts.fired_F)
 
     def fired_only(params: SAEParams, opt_state: tuple):
-        own = {"aux": jnp.float32(0)} if options.aux_k else {}
-        return _applied(config, spec, params, opt_state, [piece], parts.replace(own=own), lr, allowed)
+        return _applied(config, spec, params, opt_state, [piece], parts, lr, allowed)
 
     def with_dead(of):
-        def branch(params: SAEParams, opt_state: tuple):
+        def case(params: SAEParams, opt_state: tuple):
             aux, second = of(spec, options, params, x_BD, error_BD, dead_F)
             seen = parts.replace(own={"aux": aux}, loss=parts.loss + options.aux_coef * aux)
             return _applied(config, spec, params, opt_state, [piece, second], seen, lr, allowed)
-        return branch
+        return case
 
     def every(params: SAEParams, opt_state: tuple):
         whole, seen = row_gradients.of_all(spec, options, params, rows_BW, inputs)
         return _applied(config, spec, params, opt_state, [whole], seen, lr, allowed)
 
-    branches, which = [fired_only], jnp.int32(0)
+    cases, which = [fired_only], jnp.int32(0)
     if options.aux_k:
-        branches += [with_dead(row_gradients.of_few_dead), with_dead(row_gradients.of_many_dead)]
+        parts = parts.replace(own={"aux": jnp.float32(0)})
+        cases += [with_dead(row_gradients.of_few_dead), with_dead(row_gradients.of_many_dead)]
         which = losses.level(dead_F)
     if spec.kind == "batchtopk":
-        which = jnp.where(sharding.any_member(missing), len(branches), which)
-        branches.append(every)
-    return branches[0](params, opt_state) if len(branches) == 1 else lax.switch(which, branches, params, opt_state)
+        which = jnp.where(sharding.any_member(missing), len(cases), which)
+        cases.append(every)
+    return _one_of(cases, which, params, opt_state, parts)
+
+
+def _one_of(cases: Sequence[Callable], which: jax.Array, params: SAEParams, opt_state: tuple, parts: LossParts):
+    """`lax.switch`, each case a loop of one round or none: what a loop changes, XLA changes in place, and what a branch changes
+    it copies first.
+    """
+    if len(cases) == 1:
+        return cases[0](params, opt_state)
+    kept = which, (params, opt_state, parts, jnp.float32(0), jnp.bool_(False))
+    for number, case in enumerate(cases):
+        kept = lax.while_loop(lambda kept, number=number: kept[0] == number,
+                              lambda kept, case=case: (jnp.int32(-1), case(*kept[1][:2])), kept)
+    return kept[1]
 
 
 def _applied(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, pieces: Sequence[Piece], parts: LossParts,
