@@ -151,7 +151,7 @@ def test_a_run_is_that_of_the_dense_step(store, eager, monkeypatch, tmp_path, na
         assert mine.keys() == theirs.keys()
         assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)
     seen = got.opt_state[-1].seen_F
-    assert seen.max() == 30 and (seen < 30).any()
+    assert seen.max() == 30 and ((seen < 30).any() or name in ("batchtopk", "matryoshka"))
 
 
 def compiled_step(store, config, mesh_shape) -> str:
@@ -196,7 +196,8 @@ def test_gradients_move_along_data_only_and_only_those_of_touched_rows(store, tm
 def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
     options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
     both = [loop.train(config_of("few dead", tmp_path / str(on), train__lazy=on, **options), store) for on in (False, True)]
-    assert all(sum(line.get("resampled", 0) for line in read_metrics(tmp_path / str(on) / "metrics.jsonl")) for on in (False, True))
+    for on in (False, True):
+        assert sum(line.get("resampled", 0) for line in read_metrics(tmp_path / str(on) / "metrics.jsonl")) > 0
     for a, b in zip(*(jax.tree.leaves(trained.state.params) for trained in both), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
