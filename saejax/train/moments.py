@@ -1,7 +1,7 @@
 """Adam's moments in fewer bytes: without the first one where beta1 = 0, and matrices in bfloat16 with stochastic rounding.
 
-One step changes a second moment by about a thousandth, less than half of bfloat16's distance between values (1/256): rounded to
-the nearest value it would stand still. Rounded up or down with the probability that makes the mean right, it moves as it should.
+One step changes a second moment by about a thousandth, and bfloat16's values lie 1/256 to 1/128 apart: rounded to the nearest it
+would stand still. Rounded up or down with the probability that makes the mean right, it moves as it should.
 """
 
 import jax

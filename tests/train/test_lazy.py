@@ -24,7 +24,7 @@ from saejax.train.programs import make_joint_step, stacked
 from saejax.train.state import abstract_state, initial_state
 from saejax.train.step import make_step
 
-from .synthetic import HOOKPOINT, WIDTHS, OnDemand, make_config, make_store
+from .synthetic import HOOKPOINT, TARGET, WIDTHS, OnDemand, make_config, make_store
 from .test_step import train
 
 F, D, ROOM = 24, 3, 12
@@ -111,6 +111,7 @@ VARIANTS = {
     "few dead": ("topk", {}),
     "many dead": ("topk", {"sae__dead_tokens": 32}),
     "transcoder": ("transcoder", {"sae__skip": True}),
+    "crosscoder": ("topk", {"sae__crosscoder": (HOOKPOINT, TARGET)}),
     "batchtopk": ("batchtopk", {}),
     "matryoshka": ("matryoshka", {}),
 }
