@@ -29,8 +29,8 @@ USABLE = 0.92      # share of the memory that arrays can have: the rest is the p
 DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7},
          "else": {"relu": 1.3, "jumprelu": 1.8, "gated": 1.8, "topk": 1.3, "batchtopk": 1.3}}
 TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's objective tanh
-# What casts, clipping and the update hold beside the gradients, in multiples of these: dense and sparse path
-UPDATE = {"cpu": (3.0, 3.5), "else": (0.3, 0.8)}
+# What casts, clipping and the update hold beside the gradients, in multiples of these: dense path, sparse path, lazy rows
+UPDATE = {"cpu": (3.0, 3.5, 0.0), "else": (0.3, 0.8, 0.4)}
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,9 @@ def working(w: Work, platform: str) -> dict[str, float]:
     # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
     of_dead = 4.0 * w.matrices if w.lazy else 2 * gradients
     aux = of_dead + 8.0 * w.part * w.d_out if w.aux else 0.0
-    update = 32.0 * min(row_gradients.CHUNK, w.gradients / 2) if w.lazy else gradients * UPDATE[sort][w.pairs]
+    update = gradients * UPDATE[sort][2 if w.lazy else w.pairs]
+    if w.lazy:
+        update += 32.0 * min(row_gradients.CHUNK, w.gradients / 2)
     return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": update, "AuxK": aux,
             "rows and reconstructions": 4.0 * local * w.row_width + 4.0 * w.part * w.d_out * (3 + w.groups), "pairs": pairs,
             "pre-activations": tile}
