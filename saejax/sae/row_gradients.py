@@ -5,6 +5,7 @@ them: a batch's gradient is one piece, or two without a common row.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
@@ -79,7 +80,7 @@ def of_many_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: ja
                  dead_F: jax.Array) -> tuple[jax.Array, Piece]:
     """(AuxK, its piece) by one more product of the encoder."""
     k = min(options.aux_k, spec.d_sae)
-    pairs, _, _ = sparse.selected(spec, params, x_BD, k, jax.numpy.float32(0), allowed_F=dead_F)
+    pairs, _, _ = sparse.selected(spec, params, x_BD, k, jnp.float32(0), allowed_F=dead_F)
     rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(x_BD) * k))
 
     def of(learned: SAEParams):
@@ -102,5 +103,5 @@ def of_all(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.A
         return objective(spec, options, params, rows_BW, inputs)
 
     (_, parts), gradient = jax.value_and_grad(of, has_aux=True)(params)
-    rows = sparse.rows_of(jax.numpy.ones_like(parts.fired_F), spec.d_sae // sharding.shards())
+    rows = sparse.rows_of(jnp.ones_like(parts.fired_F), spec.d_sae // sharding.shards())
     return Piece(rows, gradient, through_encoder=True), parts

@@ -75,7 +75,7 @@ def _applied(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple,
     """See `updated`: clipping by the norm of all pieces, then Adam and the constraints row by row."""
     *rest, state = opt_state
     shared = pieces[0].gradient.replace(W_enc=None, b_enc=None, W_dec=None)
-    squares = sum(jnp.square(g).sum() for g in jax.tree.leaves(shared)) * 0
+    squares = 0.0
     for piece in pieces:
         of_rows, through_D = _measured(config, spec, params, piece)
         squares = squares + of_rows
@@ -98,8 +98,8 @@ def _measured(config: Config, spec: SAESpec, params: SAEParams, piece: Piece) ->
         turns, of = _turns(spec, rows)
 
         def add(i, total):
-            index, g = of(rows.index_C, i), _at(gradient, lambda value: of(value, i))
-            p = _at(params, lambda value: value.at[index].get(mode="clip"))
+            index, g = of(rows.index_C, i), jax.tree.map(lambda value: of(value, i), gradient)
+            p = jax.tree.map(lambda value: value.at[index].get(mode="clip"), params)
             squares = sum(jnp.square(value).sum() for value in jax.tree.leaves(optim.projected(config.sae, g, p)))
             return total[0] + squares, total[1] + g.b_enc @ p.W_enc
 
@@ -122,8 +122,8 @@ def _rows_moved(config: Config, spec: SAESpec, params: SAEParams, state: Moments
         def move(i, kept):
             params, second, seen_F = kept
             index = jnp.where(good, of(rows.index_C, i), len(seen_F))  # beyond the last row nothing is written
-            p = _at(params, lambda value: value.at[index].get(mode="clip"))
-            g = optim.projected(config.sae, _at(gradient, lambda value: of(value, i)), p)
+            p = jax.tree.map(lambda value: value.at[index].get(mode="clip"), params)
+            g = optim.projected(config.sae, jax.tree.map(lambda value: of(value, i), gradient), p)
             faded = options.beta2 ** (count - seen_F.at[index].get(mode="clip"))
             v = jax.tree.map(lambda v, g: _down(faded, g) * v.at[index].get(mode="clip").astype(g.dtype)
                              + (1 - options.beta2) * jnp.square(scale * g), second, g)
@@ -157,10 +157,6 @@ def _shared_moved(config: Config, params: SAEParams, state: Moments, gradient: S
 
 def _by_feature(tree: SAEParams) -> SAEParams:
     return tree.replace(b_dec=None, W_skip=None)
-
-
-def _at(tree: SAEParams, of) -> SAEParams:
-    return jax.tree.map(of, tree)
 
 
 def _down(faded: jax.Array, like: jax.Array) -> jax.Array:
