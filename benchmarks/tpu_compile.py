@@ -15,7 +15,9 @@ from saejax.config import default_config, resolve
 from saejax.plan import make_plan
 from saejax.recipes import WITH_K
 
-CASES = {  # name: recipe, features, width, batch, topology
+SIX = {"beta1": 0.0, "state_bytes": 6}
+LAZY = SIX | {"lazy": True}
+CASES = {  # name: recipe, features, width, batch, topology, keys of config.train
     "topk-34M-v5p": ("topk", 2**25, 4096, 16_384, "v5p:4x8x8"),
     "relu-34M-v5p": ("relu", 2**25, 4096, 16_384, "v5p:4x8x8"),
     "topk-34M-v5e": ("topk", 2**25, 4096, 16_384, "v5e:16x16"),
@@ -24,13 +26,18 @@ CASES = {  # name: recipe, features, width, batch, topology
     "relu-4M-v5e": ("relu", 2**22, 4096, 4096, "v5e:8x8"),
     "topk-1M-v5e": ("topk", 2**20, 2304, 4096, "v5e:4x4"),
     "relu-1M-v5e": ("relu", 2**20, 2304, 4096, "v5e:4x4"),
+    "topk-34M-v5e-6-bytes": ("topk", 2**25, 4096, 4096, "v5e:16x16", SIX),
+    "topk-34M-v5e-lazy": ("topk", 2**25, 4096, 4096, "v5e:16x16", LAZY),
+    "topk-1M-v5e-6-bytes": ("topk", 2**20, 2304, 4096, "v5e:4x4", SIX),
+    "topk-1M-v5e-lazy": ("topk", 2**20, 2304, 4096, "v5e:4x4", LAZY),
 }
 
 
 def one(name: str) -> None:
     """Prints the plan of a case with what the compiler says, as one line of JSON."""
-    recipe, features, width, batch, topology = CASES[name]
+    recipe, features, width, batch, topology, *changes = CASES[name]
     c = default_config(recipe)
+    c.train.update(*changes)
     c.name, c.sae.d_in, c.sae.d_sae, c.train.batch, c.train.compute_dtype = name, width, features, batch, "bfloat16"
     c.mesh.data, c.mesh.dict = 1, -1
     if c.sae.kind in WITH_K:
@@ -43,7 +50,8 @@ def row(name: str, plan: dict) -> str:
     """A line of the table."""
     found, at = plan["compiled"], plan["topology"]
     sae, planned = plan["sae"], plan["memory"]["total"] / 1e9
-    head = f"| {sae['kind']} {sae['d_sae']:,} x {sae['d_in']:,} | {sae['batch']:,} | {at['name']} | {at['path']} "
+    how = f"{at['path']}, {sae['state_bytes_per_parameter']:.2g} B{', lazy' if name.endswith('lazy') else ''}"
+    head = f"| {sae['kind']} {sae['d_sae']:,} x {sae['d_in']:,} | {sae['batch']:,} | {at['name']} | {how} "
     tail = f"| {found['seconds_to_compile']:.0f} | {plan['peak_rss'] / 1e9:.1f} |"
     if "refused" in found:
         sizes = re.findall(r"\(([\d.]+G)\)", found["refused"])

@@ -59,7 +59,7 @@ def _checked(value, hint, rules, path: str, problems: list[str]):
         problems.append(f"config.{path}: expected {base.__name__}, got {type(value).__name__} {value!r}")
         return value
     if "choices" in rules and value not in rules["choices"]:
-        problems.append(f"config.{path}: {value!r} is not one of {', '.join(rules['choices'])}")
+        problems.append(f"config.{path}: {value!r} is not one of {', '.join(map(str, rules['choices']))}")
     for rule, ok, words in (("ge", lambda a, b: a >= b, "at least"), ("gt", lambda a, b: a > b, "greater than"),
                             ("le", lambda a, b: a <= b, "at most"), ("lt", lambda a, b: a < b, "less than")):
         if rule in rules and not ok(value, rules[rule]):

@@ -5,7 +5,7 @@ from saejax.recipes import WITH_AUX, WITH_K
 
 def contradictions(c) -> list[str]:
     """One line per contradiction of a `Config`, naming keys and fixes."""
-    return _of_sae(c.sae, c) + _of_data(c) + _of_run(c)
+    return _of_sae(c.sae, c) + _of_data(c) + _of_run(c) + _of_optimizer(c.sae, c.train)
 
 
 def _of_sae(sae, c) -> list[str]:
@@ -96,4 +96,38 @@ def _of_run(c) -> list[str]:
         out.append("config.mesh: data and dict are device counts or -1, not 0")
     if c.lm.mesh.data == 0:
         out.append("config.lm.mesh.data: a device count or -1, not 0")
+    return out
+
+
+def _of_optimizer(sae, train) -> list[str]:
+    out = []
+    if train.state_bytes == 6 and train.beta1:
+        out.append(f"config.train.state_bytes: 6 keeps no first moment, but config.train.beta1 = {train.beta1:g}; set it to 0, "
+                   "or state_bytes to 8")
+    if train.lazy:
+        out += [f"config.train.lazy: {problem}; or turn it off" for problem in _against_lazy(sae, train)]
+    return out
+
+
+def _against_lazy(sae, train) -> list[str]:
+    """What would move, or read, the rows of features that did not fire."""
+    term = "the pre-activation loss (config.sae.pre_act_coef)" if sae.objective == "tanh" else (
+        f"the sparsity term (config.sae.objective = {sae.objective!r})")
+    reasons = {"jumprelu": f"{term} moves features that do not fire"} | dict.fromkeys(
+        ("relu", "gated"), f"kind {sae.kind!r} has no sparse path, gradients of every row are computed anyway")
+    out = [f"{reasons[sae.kind]}; take kind {' or '.join(WITH_K)}"] if sae.kind in reasons else []
+    if train.beta1:
+        out.append(f"config.train.beta1 = {train.beta1:g} goes on moving features after they have fired; set it to 0")
+    elif train.state_bytes == 12:
+        out.append("config.train.state_bytes = 12 keeps a first moment; set it to 8 or 6")
+    if train.ema:
+        out.append(f"config.train.ema = {train.ema:g} moves the mean of every row; set it to 0")
+    if train.accumulate > 1:
+        out.append(f"config.train.accumulate = {train.accumulate} parts touch rows of their own; set it to 1")
+    if train.sparse == "never":
+        out.append("config.train.sparse = 'never' computes gradients of every row; set it to 'auto'")
+    if sae.multi_topk:
+        out.append("config.sae.multi_topk selects again on the dense path; set it to False")
+    if sae.align:
+        out.append("config.sae.align moves the encoder row of every feature; set it to False")
     return out

@@ -29,6 +29,11 @@ def mesh_is_set() -> bool:
     return not jax.sharding.get_abstract_mesh().empty
 
 
+def shards() -> int:
+    """Into how many parts the features are split, by the mesh that is set."""
+    return jax.sharding.get_abstract_mesh().shape.get("dict", 1)
+
+
 def out(*logical: str | None) -> PartitionSpec | None:
     """`spec(...)` for an `out_sharding=` argument where a mesh is set, None where there is none."""
     return spec(*logical) if mesh_is_set() else None

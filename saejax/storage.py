@@ -114,7 +114,8 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def _mix(x):
+def mixed(x):
+    """The murmur3 finaliser: uint32 whose bits all depend on all bits of x."""
     x ^= x >> 16
     x *= jnp.uint32(0x85EBCA6B)
     x ^= x >> 13
@@ -132,8 +133,8 @@ def _leaf_fingerprint(x):
     sharding = jax.typeof(u).sharding
     for d in range(x.ndim):
         i = jax.lax.broadcasted_iota(jnp.uint32, u.shape, d, out_sharding=sharding)
-        u = _mix(u ^ (i * jnp.uint32(0x9E3779B1) + jnp.uint32(d + 1)))
-    return jnp.stack([jnp.sum(u, dtype=jnp.uint32), jnp.sum(_mix(u ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32)])
+        u = mixed(u ^ (i * jnp.uint32(0x9E3779B1) + jnp.uint32(d + 1)))
+    return jnp.stack([jnp.sum(u, dtype=jnp.uint32), jnp.sum(mixed(u ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32)])
 
 
 @jax.jit

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "saejax"
-GROUND = ("config", "config_values", "recipes", "contradictions", "records", "sharding", "storage", "logs", "errors", "assets",
-          "hardware", "distributed")
+GROUND = ("config", "config_reference", "config_values", "recipes", "contradictions", "records", "sharding", "storage", "logs",
+          "errors", "assets", "hardware", "distributed")
 
 # Room -> rooms it may import besides itself. Ground modules are importable from everywhere.
 ALLOWED = {

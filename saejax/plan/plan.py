@@ -159,8 +159,9 @@ def _largest(config: Config, spec: SAESpec, topology: Topology, mesh: dict) -> i
 
 
 def _advice(config: Config) -> str:
-    own = "config.train.accumulate" if config.train.accumulate == 1 else "a smaller config.train.batch"
-    return f"or take more chips, fewer features, or {own} for less working memory"
+    own = "config.train.accumulate" if config.train.accumulate == 1 and not config.train.lazy else "a smaller config.train.batch"
+    state = " config.train.state_bytes = 6 with config.train.beta1 = 0," if config.train.state_bytes > 6 else ""
+    return f"or take more chips, fewer features,{state} or {own} for less working memory"
 
 
 def _sae(config: Config, spec: SAESpec) -> dict:

@@ -71,13 +71,12 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
     finite. Cost: O(`FEW`) per row as long as no shard has more dead features, else one product of the encoder more. Source: Gao
     et al. 2024, A.2.
     """
-    dead_F = (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
+    dead_F = dead_features(inputs, fired_F)
     k = min(aux_k, spec.d_sae)
 
     def of_few(params: SAEParams, x_BD: jax.Array) -> jax.Array:
-        some, valid_M = _some_of(params, dead_F)
-        pre_BM = jnp.where(valid_M, pre_activations(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
-        return ratio(decode(spec, some, topk(pre_BM, min(k, len(valid_M)))) - params.b_dec)
+        rows = sparse.rows_of(dead_F, few(spec))
+        return ratio(estimate_of_few(spec, some_of(params, rows), rows, x_BD, k))
 
     def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
         if as_pairs:
@@ -87,29 +86,55 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
         return ratio(decode(spec, params, topk(pre_BF, k)) - params.b_dec)
 
     def ratio(estimate_BD: jax.Array) -> jax.Array:
-        ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
-        # Under `vmap` the branch is also taken where only another SAE has dead features.
-        return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
+        return unexplained(error_BD, estimate_BD, dead_F)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
     recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(sparse.SAVED))
+    return lax.switch(level(dead_F), [lambda params, x_BD: jnp.zeros((), jnp.float32), recomputed(of_few), recomputed(of_many)],
+                      params, x_BD)
+
+
+def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:
+    """Those that AuxK may use in this batch, bool [F]."""
+    return (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
+
+
+def unexplained(error_BD: jax.Array, estimate_BD: jax.Array, dead_F: jax.Array) -> jax.Array:
+    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite or nothing is dead (under `vmap` the branch is also
+    taken where only another SAE has dead features).
+    """
+    ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
+    return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
+
+
+def level(dead_F: jax.Array) -> jax.Array:
+    """0: no feature is dead in any SAE of the program, 1: at most `FEW` on every shard, 2: more."""
     most = sharding.most_of_members(_most_on_a_shard(dead_F))
-    return lax.switch((most > 0).astype(jnp.int32) + (most > FEW),
-                      [lambda params, x_BD: jnp.zeros((), jnp.float32), recomputed(of_few), recomputed(of_many)], params, x_BD)
+    return (most > 0).astype(jnp.int32) + (most > FEW)
 
 
-def _some_of(params: SAEParams, chosen_F: jax.Array) -> tuple[SAEParams, jax.Array]:
-    """An SAE of up to `FEW` of the chosen features of each shard, and which of its features are some. No communication."""
-    def local(chosen_F, *values):
-        size = min(FEW, len(chosen_F))
-        index = jnp.nonzero(chosen_F, size=size, fill_value=0)[0]
-        return tuple(value[index] for value in values), jnp.arange(size) < chosen_F.sum()
+def few(spec: SAESpec) -> int:
+    """Dead features of a shard that make an SAE of their own."""
+    return min(FEW, spec.d_sae // sharding.shards())
+
+
+def estimate_of_few(spec: SAESpec, some: SAEParams, rows: sparse.Rows, x_BD: jax.Array, k: int) -> jax.Array:
+    """What the k largest activations of `some_of` the features add up to, [B, d_out]."""
+    valid_M = rows.index_C < spec.d_sae // sharding.shards()
+    pre_BM = jnp.where(valid_M, pre_activations(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
+    return decode(spec, some, topk(pre_BM, min(k, len(valid_M)))) - some.b_dec
+
+
+def some_of(params: SAEParams, rows: sparse.Rows) -> SAEParams:
+    """An SAE of some features of each shard. No communication."""
+    def local(index_C, *values):
+        return tuple(value.at[index_C].get(mode="clip") for value in values)
 
     if sharding.mesh_is_set():
         row, matrix = sharding.spec("features"), sharding.spec("features", None)
-        local = jax.shard_map(local, in_specs=(row, matrix, row, matrix), out_specs=((matrix, row, matrix), row))
-    (W_enc, b_enc, W_dec), valid_M = local(chosen_F, params.W_enc, params.b_enc, params.W_dec)
-    return SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=params.b_dec), valid_M
+        local = jax.shard_map(local, in_specs=(row, matrix, row, matrix), out_specs=(matrix, row, matrix))
+    W_enc, b_enc, W_dec = local(rows.index_C, params.W_enc, params.b_enc, params.W_dec)
+    return SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=params.b_dec)
 
 
 def _most_on_a_shard(chosen_F: jax.Array) -> jax.Array:

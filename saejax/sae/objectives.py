@@ -69,14 +69,7 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arr
     pairs, above_B, missing = sparse.encode(spec, params, x_BD, spec.k, inputs.threshold, over_batch=over_batch)
 
     def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        prefixes_GBD = None
-        if options.groups:
-            prefixes_GBD = sparse.decode_groups(spec, params, pairs, len(y_BD), borders(options.groups, spec.d_sae))
-        recon_BD = sparse.decode(spec, params, pairs, len(y_BD)) if prefixes_GBD is None else prefixes_GBD[-1]
-        positive_P = pairs.values_P > 0
-        return _seen(spec, params, x_BD, y_BD, recon_BD, prefixes_GBD, fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
-                     least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(),
-                     l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
+        return _of_pairs(spec, options, params, x_BD, y_BD, pairs, above_B)
 
     if not over_batch:
         return of_pairs(params, pairs)
@@ -85,6 +78,31 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arr
         return _dense(spec, options, params, x_BD, y_BD, inputs).replace(pre_BF=None, acts_BF=None)
 
     return lax.cond(sharding.any_member(missing), jax.checkpoint(whole), of_pairs, params, pairs)
+
+
+def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array, pairs: sparse.Pairs,
+              above_B: jax.Array, learned: tuple[jax.Array, jax.Array] | None = None) -> Forward:
+    ends = borders(options.groups, spec.d_sae) if options.groups else (spec.d_sae,)
+    prefixes_GBD = sparse.decode_groups(spec, params, pairs, len(y_BD), ends, learned)
+    positive_P = pairs.values_P > 0
+    return _seen(spec, params, x_BD, y_BD, prefixes_GBD[-1], prefixes_GBD if options.groups else None,
+                 fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
+                 least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(), l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
+
+
+def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, above_B: jax.Array,
+                      learned: SAEParams, rows: sparse.Rows, rows_BW: jax.Array,
+                      inputs: LossInputs) -> tuple[jax.Array, tuple[LossParts, jax.Array]]:
+    """`objective` without AuxK of pairs that are selected already, as a function of `learned` (`sparse.attached`), and the error
+    that is left, [B, d_out].
+    """
+    x_BD, y_BD = columns(spec, rows_BW)
+    params = jax.tree.map(lax.stop_gradient, params)
+    pairs, place_P = sparse.attached(spec, params, pairs, x_BD, learned, rows)
+    params = params.replace(b_dec=learned.b_dec, W_skip=learned.W_skip)
+    seen = _of_pairs(spec, options, params, x_BD, y_BD, pairs, above_B, (learned.W_dec, place_P))
+    loss, own = _topk(spec, options, params, seen, inputs)
+    return loss, (_parts(loss, own, seen), y_BD - seen.recon_BD)
 
 
 def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array, inputs: LossInputs, *,
@@ -105,9 +123,13 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
         own |= {"aux": aux_loss(spec, params, x_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
-    errors_B = squared_error(y_BD, seen.recon_BD)
-    return loss, LossParts(loss=loss, mse=errors_B.mean(), l0=seen.l0, fvu=errors_B.sum() / variance_total(y_BD),
-                           fired_F=seen.fired_F, own=own, least=seen.least, above=seen.above)
+    return loss, _parts(loss, own, seen)
+
+
+def _parts(loss: jax.Array, own: dict[str, jax.Array], seen: Forward) -> LossParts:
+    errors_B = squared_error(seen.y_BD, seen.recon_BD)
+    return LossParts(loss=loss, mse=errors_B.mean(), l0=seen.l0, fvu=errors_B.sum() / variance_total(seen.y_BD),
+                     fired_F=seen.fired_F, own=own, least=seen.least, above=seen.above)
 
 
 def _decoder_norms(spec: SAESpec, options: SAEOptions, params: SAEParams) -> jax.Array:

@@ -60,13 +60,70 @@ def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold:
     shard, or one more than `WIDE` x k, or one device's rows many more than others'. allowed_F: the features that may be kept.
     Gradients flow from the values to the parameters, none to x.
     """
-    bias_F = params.b_enc - params.W_enc @ params.b_dec if spec.pre_bias else params.b_enc
+    pairs, above_B, missing = selected(spec, params, x_BD, k, threshold, over_batch=over_batch, allowed_F=allowed_F)
+    return pairs.replace(values_P=_attached(params.W_enc, _bias(spec, params), x_BD, pairs)), above_B, missing
+
+
+def selected(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
+             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
+    """What `encode` returns, with values through which no gradient flows."""
+    bias_F = _bias(spec, params)
     allowed_F = jnp.ones_like(bias_F, bool) if allowed_F is None else allowed_F
     select = functools.partial(_select, k=k, over_batch=over_batch, dtype=jnp.dtype(spec.compute_dtype))
-    *found, above_B, missing = _on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
+    *found, above_B, missing = on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
         *map(lax.stop_gradient, (params.W_enc, bias_F, allowed_F, x_BD, threshold)))
-    pairs = Pairs(*(checkpoint_name(value, SAVED) for value in found))
-    return pairs.replace(values_P=_attached(params.W_enc, bias_F, x_BD, pairs)), above_B, missing
+    return Pairs(*(checkpoint_name(value, SAVED) for value in found)), above_B, missing
+
+
+def _bias(spec: SAESpec, params: SAEParams) -> jax.Array:
+    return params.b_enc - params.W_enc @ params.b_dec if spec.pre_bias else params.b_enc
+
+
+@struct.dataclass
+class Rows:
+    """Up to C chosen features of every shard. index_C: counted within the shard, in rising order; where there are fewer, its
+    number of features. place_F: where in index_C a feature is; C where it is not. count: how many there are, [shards].
+    """
+
+    index_C: jax.Array
+    place_F: jax.Array
+    count: jax.Array
+
+
+ROWS = Rows(_F, _F, _F)  # where they lie on a mesh
+
+
+def rows_of(chosen_F: jax.Array, capacity: int) -> Rows:
+    """The first `capacity` of the chosen features of each shard. No communication."""
+    def local(chosen_F, shards):
+        place_F = jnp.cumsum(chosen_F, dtype=jnp.int32) - 1
+        index_C = jnp.nonzero(chosen_F, size=capacity, fill_value=len(chosen_F))[0].astype(jnp.int32)
+        return index_C, jnp.where(chosen_F, jnp.minimum(place_F, capacity), capacity), jnp.minimum(place_F[-1:] + 1, capacity)
+
+    return Rows(*on_shards(local, _F, (_F, _F, _F))(chosen_F))
+
+
+def zeros_for(params: SAEParams, rows: Rows) -> SAEParams:
+    """What stands for the parameters of some rows where gradients are taken (see `attached`); the shared parameters are there."""
+    def zeros(like: jax.Array) -> jax.Array:
+        where = jax.typeof(like).sharding.spec if sharding.mesh_is_set() else None
+        return jnp.zeros((len(rows.index_C), *like.shape[1:]), like.dtype, out_sharding=where)
+
+    return params.replace(W_enc=zeros(params.W_enc), b_enc=zeros(params.b_enc), W_dec=zeros(params.W_dec))
+
+
+def attached(spec: SAESpec, params: SAEParams, pairs: Pairs, x_BD: jax.Array, learned: SAEParams,
+             rows: Rows) -> tuple[Pairs, jax.Array]:
+    """`selected` pairs whose values have gradients with respect to `learned`, the parameters of `rows`: these are as many as
+    there are rows, however large the dictionary is. And each pair's place among the rows, for `decode`.
+
+    The values of `learned` are not read, those of `params` are. No gradient flows to b_dec: it is -(gradient of b_enc) W_enc.
+    """
+    place_P = on_shards(lambda index_P, place_F, shards: place_F[index_P], (_P, _F), _P)(pairs.index_P, rows.place_F)
+    if spec.pre_bias:
+        x_BD = x_BD - lax.stop_gradient(params.b_dec)
+    values_P = _attached(learned.W_enc, learned.b_enc, x_BD, pairs.replace(index_P=place_P))
+    return pairs.replace(values_P=values_P), place_P
 
 
 def decode(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int) -> jax.Array:
@@ -76,21 +133,27 @@ def decode(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int) -> jax.Arr
     return decode_groups(spec, params, pairs, rows, (spec.d_sae,))[0]
 
 
-def decode_groups(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int, ends: tuple[int, ...]) -> jax.Array:
-    """recon[g] = that of the pairs of features below ends[g], float32 [G, rows, d_out]. One all-reduce of it along `dict`."""
-    return jnp.cumsum(_decoded(jnp.dtype(spec.compute_dtype), rows, ends, params.W_dec, pairs), axis=0) + params.b_dec
+def decode_groups(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int, ends: tuple[int, ...],
+                  learned: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
+    """recon[g] = that of the pairs of features below ends[g], float32 [G, rows, d_out]. One all-reduce of it along `dict`.
+
+    learned: what the gradient of W_dec goes to, and each pair's place in it (`attached`); none: W_dec itself.
+    """
+    learned = learned or (params.W_dec, pairs.index_P)
+    decoded = _decoded(jnp.dtype(spec.compute_dtype), rows, ends, *learned, lax.stop_gradient(params.W_dec), pairs)
+    return jnp.cumsum(decoded, axis=0) + params.b_dec
 
 
 def fired(spec: SAESpec, pairs: Pairs) -> jax.Array:
     """Which features have a positive activation in the batch, bool [F]."""
     def local(values_P, index_P, shards):
         found_F = jnp.zeros(spec.d_sae // shards, jnp.int32).at[index_P].max((values_P > 0).astype(jnp.int32))
-        return _over(lax.pmax, found_F, "data") > 0
+        return over(lax.pmax, found_F, "data") > 0
 
-    return _on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
+    return on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
 
 
-def _on_shards(local: Callable, given, returned) -> Callable:
+def on_shards(local: Callable, given, returned) -> Callable:
     """`local` on every device of the mesh, placed as said; it is told the number of shards of the dictionary.
     Where no mesh is set it is called as it is.
     """
@@ -101,7 +164,7 @@ def _on_shards(local: Callable, given, returned) -> Callable:
                          check_vma=False)
 
 
-def _over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
+def over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
     """A reduction over axes of the mesh, where one is set."""
     return reduce(value, axes) if sharding.mesh_is_set() else value
 
@@ -129,8 +192,8 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
         kept = (kept_per_row(values_BC, k, shards),)
     *pairs, lost = _listed(tables, kept, wide_rows, capacity)
     missing = lost | functools.reduce(jnp.logical_or, [table[:, -1].any() & (table.shape[1] < F) for table in kept])
-    return (*pairs, _over(lax.psum, above_B, "dict"),
-            _over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
+    return (*pairs, over(lax.psum, above_B, "dict"),
+            over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
 
 
 def _listed(tables, kept, wide_rows: jax.Array, capacity: int):
@@ -168,9 +231,9 @@ def _attached_backward(saved, gradient_P):
         gradient_P = jnp.where(pairs.values_P > 0, gradient_P, 0.0)
         to_W = _added(len(bias_F), pairs.index_P, gradient_P, x_BD, pairs.row_P, pairs, len(x_BD))
         to_bias = jnp.zeros_like(bias_F).at[pairs.index_P].add(gradient_P)
-        return tuple(_over(lax.psum, value, "data") for value in (to_W, to_bias))
+        return tuple(over(lax.psum, value, "data") for value in (to_W, to_bias))
 
-    to_W, to_bias = _on_shards(local, (_P, _PAIRS, _BD, _F), (_FD, _F))(gradient_P, pairs, x_BD, bias_F)
+    to_W, to_bias = on_shards(local, (_P, _PAIRS, _BD, _F), (_FD, _F))(gradient_P, pairs, x_BD, bias_F)
     return to_W, to_bias, jnp.zeros_like(x_BD), None
 
 
@@ -178,22 +241,24 @@ _attached.defvjp(lambda W_enc, bias_F, x_BD, pairs: (pairs.values_P, (x_BD, bias
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _decoded(dtype, rows, ends, W_dec, pairs: Pairs):
-    """What the pairs of each group's features add up to, [G, rows, d_out]."""
+def _decoded(dtype, rows, ends, learned, place_P, W_dec, pairs: Pairs):
+    """What the pairs of each group's features add up to, [G, rows, d_out]; a function of `learned`, whose row place_P[p] is
+    W_dec[index_P[p]].
+    """
     def local(W_dec, pairs, shards):
         B = rows // (lax.axis_size("data") if sharding.mesh_is_set() else 1)
         recon_RD = _added(len(ends) * B, _group_rows(ends, pairs, B, len(W_dec)), _rounded(pairs.values_P, dtype), W_dec,
                           pairs.index_P, pairs, B, dtype)
-        return _over(lax.psum, recon_RD.reshape(len(ends), B, -1), "dict")
+        return over(lax.psum, recon_RD.reshape(len(ends), B, -1), "dict")
 
-    return _on_shards(local, (_FD, _PAIRS), _GBD)(W_dec, pairs)
+    return on_shards(local, (_FD, _PAIRS), _GBD)(W_dec, pairs)
 
 
 def _decoded_backward(dtype, rows, ends, saved, gradient_GBD):
-    def local(W_dec, pairs, gradient_GBD, shards):
+    def local(learned, place_P, W_dec, pairs, gradient_GBD, shards):
         G, B, D = gradient_GBD.shape
         gradient_RD, row_P = _rounded(gradient_GBD.reshape(G * B, D), dtype), _group_rows(ends, pairs, B, len(W_dec))
-        to_W = _added(len(W_dec), pairs.index_P, _rounded(pairs.values_P, dtype), gradient_RD, row_P, pairs, B)
+        to_W = _added(len(learned), place_P, _rounded(pairs.values_P, dtype), gradient_RD, row_P, pairs, B)
 
         turns, of = _turns(pairs, B)
 
@@ -201,10 +266,10 @@ def _decoded_backward(dtype, rows, ends, saved, gradient_GBD):
             return to_TB.at[i].set((gradient_RD[of(row_P, i)] * _rounded(W_dec[of(pairs.index_P, i)], dtype)).sum(1))
 
         to_TB = lax.fori_loop(0, turns, multiply, jnp.zeros_like(pairs.values_P).reshape(-1, B))
-        return _over(lax.psum, to_W, "data"), to_TB.reshape(-1)
+        return over(lax.psum, to_W, "data"), to_TB.reshape(-1)
 
-    to_W, to_values = _on_shards(local, (_FD, _PAIRS, _GBD), (_FD, _P))(*saved, gradient_GBD)
-    return to_W, Pairs(to_values, None, None, None)
+    to_W, to_values = on_shards(local, (_FD, _P, _FD, _PAIRS, _GBD), (_FD, _P))(*saved, gradient_GBD)
+    return to_W, None, None, Pairs(to_values, None, None, None)
 
 
 _decoded.defvjp(lambda dtype, rows, ends, *values: (_decoded(dtype, rows, ends, *values), values), _decoded_backward)

@@ -8,6 +8,7 @@ import optax
 
 from saejax.config import SAEOptions, TrainOptions
 from saejax.sae.params import SAEParams
+from saejax.train import moments
 from saejax.train.control import APPROACH
 
 
@@ -51,7 +52,8 @@ def annealed_k(k: int, k_start: int, share: float, total_steps: int, stages: int
 def optimizer(options: TrainOptions) -> optax.GradientTransformation:
     """Clip by the global gradient norm, then Adam without weight decay; the update still lacks the learning rate."""
     chain = [optax.clip_by_global_norm(options.clip)] if options.clip else []
-    return optax.chain(*chain, optax.scale_by_adam(options.beta1, options.beta2, options.eps))
+    adam = optax.scale_by_adam(options.beta1, options.beta2, options.eps) if options.state_bytes == 12 else moments.adam(options)
+    return optax.chain(*chain, adam)
 
 
 def _without(W: jax.Array, direction: jax.Array) -> jax.Array:
@@ -84,11 +86,11 @@ def constrained(options: SAEOptions, params: SAEParams) -> SAEParams:
 def reset_rows(opt_state, rows_F: jax.Array):
     """Zeroes Adam's moments of the marked features in every parameter that has a row per feature; the others' stay."""
 
-    def reset(moments: SAEParams) -> SAEParams:
-        return moments.replace(
-            W_enc=jnp.where(rows_F[:, None], 0.0, moments.W_enc), b_enc=jnp.where(rows_F, 0.0, moments.b_enc),
-            W_dec=jnp.where(rows_F[:, None], 0.0, moments.W_dec),
-            per_feature={name: jnp.where(rows_F, 0.0, value) for name, value in moments.per_feature.items()})
+    def reset(kept: SAEParams) -> SAEParams:
+        return kept.replace(
+            W_enc=jnp.where(rows_F[:, None], 0.0, kept.W_enc), b_enc=jnp.where(rows_F, 0.0, kept.b_enc),
+            W_dec=jnp.where(rows_F[:, None], 0.0, kept.W_dec),
+            per_feature={name: jnp.where(rows_F, 0.0, value) for name, value in kept.per_feature.items()})
 
     return jax.tree.map(lambda node: reset(node) if isinstance(node, SAEParams) else node, opt_state,
                         is_leaf=lambda node: isinstance(node, SAEParams))

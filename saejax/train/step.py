@@ -12,7 +12,7 @@ from saejax.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.objectives import objective
-from saejax.train import control, optim
+from saejax.train import control, lazy, optim
 from saejax.train.state import TrainState
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
@@ -59,23 +59,21 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
                         target_l0=own.target_l0, threshold=state.moving.get("threshold", jnp.float32(0)),
                         inverse_variance=state.inverse_variance, tokens_since_fired_F=state.tokens_since_fired_F,
                         dead_after=jnp.uint32(dead_bound(config)))
-    gradients, parts = _gradients(config, spec, state.params, rows_BW, inputs)
-    gradients = optim.projected(config.sae, gradients, state.params)
-    grad_norm = optax.tree.norm(gradients)
-    updates, opt_state = optim.optimizer(config.train).update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, jax.tree.map(lambda update: -lr * update, updates))
+    allowed = state.skipped_in_row < config.train.max_skipped
+    update = lazy.updated if config.train.lazy else _updated
+    params, opt_state, parts, grad_norm, good = update(config, spec, state.params, state.opt_state, rows_BW, inputs, lr, allowed)
     if control.steers_thresholds(config):
-        params = _raised(params, control.threshold_shift(state.moving, own.target_l0, state.step, total_steps))
-    params = optim.constrained(config.sae, params)
+        shift = control.threshold_shift(state.moving, own.target_l0, state.step, total_steps)
+        params = _raised(params, jnp.where(good, shift, 0.0))
     counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(rows_BW))
-    new = state.replace(
-        params=params, opt_state=opt_state, tokens_since_fired_F=jnp.where(parts.fired_F, 0, counted_F),
+    rest = state.replace(params=None, opt_state=None)
+    new = rest.replace(
+        tokens_since_fired_F=jnp.where(parts.fired_F, 0, counted_F),
         moving=control.moved(config, state.moving, parts, state.step, own.target_l0, total_steps),
         ema=None if state.ema is None else _averaged(config.train.ema, state.ema, params, state.step))
-    good = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm) & (state.skipped_in_row < config.train.max_skipped)
-    new = jax.tree.map(lambda after, before: jnp.where(good, after, before), new, state)
-    new = new.replace(step=state.step + 1, skipped=state.skipped + ~good,
-                      skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1))
+    new = _where(good, new, rest).replace(
+        params=params, opt_state=opt_state, step=state.step + 1, skipped=state.skipped + ~good,
+        skipped_in_row=jnp.where(good, 0, state.skipped_in_row + 1))
     metrics = {
         "loss": parts.loss, "mse": parts.mse, "l0": parts.l0, "fvu": parts.fvu, "explained_variance": 1 - parts.fvu,
         "dead_fraction": (new.tokens_since_fired_F > jnp.uint32(dead_bound(config))).mean(dtype=jnp.float32),
@@ -84,6 +82,23 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
         **{name: value for name, value in new.moving.items() if name == "threshold"},
     }
     return new, metrics
+
+
+def _updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, rows_BW: jax.Array, inputs: LossInputs,
+             lr: jax.Array, allowed: jax.Array):
+    """(params, opt_state, LossParts, norm of the gradient, whether the step counts: `allowed`, loss and gradient finite)."""
+    gradients, parts = _gradients(config, spec, params, rows_BW, inputs)
+    gradients = optim.projected(config.sae, gradients, params)
+    grad_norm = optax.tree.norm(gradients)
+    updates, new_state = optim.optimizer(config.train).update(gradients, opt_state, params)
+    new = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
+    new = optim.constrained(config.sae, new)
+    good = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm) & allowed
+    return *_where(good, (new, new_state), (params, opt_state)), parts, grad_norm, good
+
+
+def _where(condition: jax.Array, after, before):
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), after, before)
 
 
 def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Array,
@@ -118,8 +133,8 @@ def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None =
     """Whether the step takes the sparse path (`train.sparse`): on the mesh and the hardware that are set, or on those named."""
     if config.train.sparse == "never" or spec.kind not in WITH_K or config.sae.multi_topk:
         return False
-    shards = shards or jax.sharding.get_abstract_mesh().shape.get("dict", 1)
-    return config.train.sparse == "always" or sparse.pays(spec, shards, platform)
+    shards = shards or sharding.shards()
+    return config.train.sparse == "always" or config.train.lazy or sparse.pays(spec, shards, platform)
 
 
 def _merged(a: LossParts, b: LossParts) -> LossParts:

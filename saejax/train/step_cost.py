@@ -18,7 +18,7 @@ from saejax.config import Config, MeshOptions
 from saejax.errors import ConfigError
 from saejax.hardware import Chip, Topology, present
 from saejax.recipes import WITH_K
-from saejax.sae import SAESpec, sparse
+from saejax.sae import SAESpec, row_gradients, sparse
 from saejax.sae.select import sent
 from saejax.train.state import TrainState, abstract_state
 from saejax.train.step import takes_pairs
@@ -30,8 +30,8 @@ USABLE = 0.92      # share of the memory that arrays can have: the rest is the p
 DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7},
          "else": {"relu": 1.3, "jumprelu": 1.8, "gated": 1.8, "topk": 1.3, "batchtopk": 1.3}}
 TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's objective tanh
-# What casts, clipping and the update hold beside the gradients, in multiples of these: dense and sparse path
-UPDATE = {"cpu": (3.0, 3.5), "else": (0.3, 0.8)}
+# What casts, clipping and the update hold beside the gradients, in multiples of these: dense path, sparse path, lazy rows
+UPDATE = {"cpu": (3.0, 3.5, 0.0), "else": (0.3, 0.8, 0.4)}
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Work:
     decodes: int        # reconstructions whose products are done: gated and multi_topk have two
     compute_bytes: int
     state_bytes: float  # parameters and optimiser state, per parameter
+    lazy: bool
     clip: bool
     unit_decoder: bool
     tanh: bool
@@ -68,7 +69,7 @@ class Work:
             row_width=spec.d_in + (spec.d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
             compute_bytes=2 if train.compute_dtype == "bfloat16" else 4,
-            state_bytes=bytes_per_parameter(config, spec), clip=bool(train.clip),
+            state_bytes=bytes_per_parameter(config, spec), lazy=train.lazy, clip=bool(train.clip),
             unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k))
 
     @property
@@ -89,6 +90,16 @@ class Work:
     def matrices(self) -> int:
         """Entries of a chip's two matrices."""
         return self.features * (self.d_in + self.d_out)
+
+    @property
+    def room(self) -> int:
+        """Rows of a shard that gradients have room for; with lazy rows as many as can fire."""
+        return min(self.rows * self.k, self.features) if self.lazy else self.features
+
+    @property
+    def gradients(self) -> int:
+        """Entries of the gradients of a chip's two matrices."""
+        return self.room * (self.d_in + self.d_out)
 
 
 @dataclass(frozen=True)
@@ -134,7 +145,7 @@ def collectives(w: Work, platform: str) -> list[Collective]:
             add("counts", "all-reduce", "dict", 4 * local)
     if w.data > 1:
         bytes_ = w.compute_bytes if platform != "cpu" and not w.pairs else 4
-        add("gradients", "all-reduce", "data", w.accumulate * (bytes_ * w.matrices + 4 * w.features))
+        add("gradients", "all-reduce", "data", w.accumulate * (bytes_ * w.gradients + 4 * w.room))
         if w.pairs:
             add("which fired", "all-reduce", "data", 4 * w.accumulate * w.features)
     return out
@@ -150,7 +161,7 @@ def working(w: Work, platform: str) -> dict[str, float]:
     pre-activations (one tile on the sparse path). An estimate: compilers decide what lives at the same time.
     """
     sort = platform if platform == "cpu" else "else"
-    gradients = 4.0 * w.matrices
+    gradients = 4.0 * w.gradients
     local = w.rows / w.data
     tile = 4.0 * w.part * w.features
     if w.pairs:
@@ -162,8 +173,12 @@ def working(w: Work, platform: str) -> dict[str, float]:
     else:
         pairs, tile = 0.0, _dense_arrays(w, sort) * tile
     # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
-    aux = 2 * gradients + 8.0 * w.part * w.d_out if w.aux else 0.0
-    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": gradients * UPDATE[sort][w.pairs], "AuxK": aux,
+    of_dead = 4.0 * w.matrices if w.lazy else 2 * gradients
+    aux = of_dead + 8.0 * w.part * w.d_out if w.aux else 0.0
+    update = gradients * UPDATE[sort][2 if w.lazy else w.pairs]
+    if w.lazy:
+        update += 32.0 * min(row_gradients.CHUNK, w.gradients / 2)
+    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": update, "AuxK": aux,
             "rows and reconstructions": 4.0 * local * w.row_width + 4.0 * w.part * w.d_out * (3 + w.groups), "pairs": pairs,
             "pre-activations": tile}
 
@@ -186,11 +201,14 @@ def seconds(w: Work, topology: Topology, *, at_peak: bool = False) -> dict[str, 
     # Sparse, for each pair: four rows gathered, three added to what is there (read and written), all float32.
     touched = local * w.k / w.dict * (4 * 4 + 3 * 8) * (w.d_in + w.d_out) / 2 if w.pairs else 0.0
     # State read and written, gradient written and read; once more read for the norm, and decoder rows for theirs.
-    moved = 2 * w.state_bytes + 8 + 4 * w.clip + 10 * w.unit_decoder
+    moved = (2 * w.state_bytes + 8 + 4 * w.clip + 10 * w.unit_decoder) * w.matrices
+    if w.lazy:  # of the rows that fire, were all equally likely to: more than do; besides the gradients' first zeros
+        fired = -math.expm1(-w.rows * w.k / w.d_sae)
+        moved = (2 * w.state_bytes + 12) * fired * w.matrices + 4 * w.gradients
     groups = {"dict": (w.dict, 1), "data": (w.data, w.dict)}
     out = {"products": flops(w) / (matmul * peak), "selection": passes * local * w.features / chip.bandwidth,
            "gathers": touched / (gather * chip.bandwidth),
-           "optimizer": moved * w.matrices / (streamed * chip.bandwidth)}
+           "optimizer": moved / (streamed * chip.bandwidth)}
     return out | {"collectives": sum(c.bytes / topology.ring(*groups[c.axis]) for c in collectives(w, topology.chip.platform))}
 
 

@@ -63,6 +63,37 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
     assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
 
 
+@pytest.mark.parametrize("data", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
+    """The gradients that move along `data` are those of the rows that can fire, fewer than a shard has."""
+    options = {"train__beta1": 0.0, "train__state_bytes": 6, "train__sparse": "always"}
+    config = make_config(sae__d_sae=65_536, sae__k=4, train__lazy=True, **options)
+    program, spec = compiled(config, data)
+    expected = make_plan(dataclasses.replace(config, mesh=MeshOptions(data, 8 // data)), "cpu:8")
+    found = moved(program.as_text(), data, 8 // data)
+    for axis in ("dict", "data"):
+        got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
+        assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), axis
+    work = Work.of(config, spec, data, 8 // data, "cpu")
+    state = sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu"))
+    assert program.memory_analysis().argument_size_in_bytes == pytest.approx(state, rel=0.02)
+    assert state == pytest.approx(6 * work.matrices, rel=0.02)
+    assert 0.4 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2.5
+    eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, "cpu")
+    assert work.gradients < eager.gradients
+    assert step_cost.seconds(work, parse("cpu:8"))["optimizer"] < 0.3 * step_cost.seconds(eager, parse("cpu:8"))["optimizer"]
+
+
+def test_thirty_four_million_features_are_refused_with_twelve_bytes_and_planned_with_six():
+    options = {"sae__d_in": 4096, "sae__d_sae": 2**25, "sae__k": 64, "train__batch": 4096, "train__compute_dtype": "bfloat16"}
+    with pytest.raises(ConfigError, match=r"each chip of v5e:16x16 .*config.train.state_bytes = 6 with config.train.beta1 = 0,"):
+        make_plan(make_config(**options), "v5e:16x16")
+    plan = make_plan(make_config(**options, train__beta1=0.0, train__state_bytes=6, train__lazy=True), "v5e:16x16")
+    memory = plan["memory"]["by_kind"]
+    assert plan["memory"]["fits"] and memory["optimizer bfloat16"] == 2 * 2 * 4096 * 2**25 // 256
+    assert plan["sae"]["state_bytes_per_parameter"] == pytest.approx(6, rel=1e-3)
+
+
 def test_collectives_of_topk_are_three_arrays_of_rows_and_the_candidates():
     config = make_config(sae__d_in=1024, train__batch=512, train__sparse="always", sae__d_sae=4096)
     found = [m for m in moved(compiled(config, 1)[0].as_text(), 1, 8) if not m.branch]

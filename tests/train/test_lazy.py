@@ -1,0 +1,256 @@
+"""Row-lazy Adam is Adam: row by row in float64, over whole runs, on every mesh; and it costs what the touched rows cost."""
+
+import functools
+import math
+import re
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import strategies as st
+
+from saejax import sharding
+from saejax.config import MeshOptions
+from saejax.errors import ConfigError
+from saejax.logs import read_metrics
+from saejax.plan.hlo import moved
+from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse, tensors
+from saejax.sae.row_gradients import Piece
+from saejax.train import lazy, loop, optim
+from saejax.train.programs import make_joint_step, stacked
+from saejax.train.state import abstract_state, initial_state
+from saejax.train.step import make_step
+
+from .synthetic import HOOKPOINT, TARGET, WIDTHS, OnDemand, make_config, make_store
+from .test_step import train
+
+F, D, ROOM = 24, 3, 12
+LAZY = {"train__beta1": 0.0, "train__state_bytes": 8, "train__sparse": "always", "sae__d_sae": 512}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("lazy") / "store", contexts=64)
+
+
+def gradient_of(rng, chosen, good: bool) -> SAEParams:
+    """Zero but in the chosen rows."""
+    mask = np.isin(np.arange(F), chosen)
+    scale = 10.0 ** rng.uniform(-3, 3)
+    g = SAEParams(W_enc=mask[:, None] * rng.standard_normal((F, D)), b_enc=mask * rng.standard_normal(F),
+                  W_dec=mask[:, None] * rng.standard_normal((F, D)), b_dec=rng.standard_normal(D) if good else np.full(D, np.nan))
+    return jax.tree.map(lambda value: jnp.asarray(scale * value), g)
+
+
+def dense_step(config, params, state, g, lr):
+    """The step as it is without lazy rows, over all rows."""
+    g = optim.projected(config.sae, g, params)
+    norm = optax.tree.norm(g)
+    scale = jnp.minimum(1.0, config.train.clip / norm) if config.train.clip else 1.0
+    updates, new = optax.scale_by_adam(0.0, config.train.beta2, config.train.eps).update(
+        jax.tree.map(lambda value: scale * value, g), state)
+    moved = optim.constrained(config.sae, jax.tree.map(lambda p, u: p - lr * u, params, updates))
+    return jax.tree.map(lambda a, b: jnp.where(jnp.isfinite(norm), a, b), (moved, new), (params, state))
+
+
+def lazy_step(config, params, opt_state, g, masks, lr):
+    """The same with the gradient in compact form, in two pieces."""
+    pieces = []
+    for mask_F in masks:
+        rows = sparse.rows_of(mask_F, ROOM)
+        at = {name: tensors(g)[name].at[rows.index_C].get(mode="fill", fill_value=0) for name in ("W_enc", "b_enc", "W_dec")}
+        pieces.append(Piece(rows, g.replace(**at), through_encoder=True))
+    spec = SAESpec("topk", D, F, k=2, pre_bias=True)
+    parts = losses.LossParts(*[jnp.float64(0)] * 5, {}, *[jnp.float64(0)] * 2)
+    params, opt_state, _, _, good = lazy._applied(config, spec, params, opt_state, pieces, parts, lr, True)
+    return params, opt_state, good
+
+
+@pytest.mark.parametrize("unit, clip, at_once", [(True, 0.5, 4), (False, 0.0, ROOM)])
+def test_lazy_rows_are_dense_adam_in_float64(tmp_path, monkeypatch, unit, clip, at_once):
+    """Any rows at any step, in one or several turns, some steps left out for a gradient that is not finite: parameters equal
+    those of optax, and so do second moments once they are brought up to date.
+    """
+    monkeypatch.setattr(row_gradients, "CHUNK", at_once * D)
+    config = make_config("topk", tmp_path, **LAZY | {"train__lazy": True, "train__clip": clip, "sae__unit_decoder": unit})
+    both = [jax.jit(functools.partial(step, config)) for step in (dense_step, lazy_step)]
+    rows_of_a_step = st.lists(st.integers(0, F - 1), max_size=ROOM, unique=True)
+    steps = st.lists(st.tuples(rows_of_a_step, st.sampled_from([True, True, True, False])), min_size=1, max_size=12)
+
+    @hypothesis.settings(max_examples=30, deadline=None)
+    @hypothesis.given(steps=steps, seed=st.integers(0, 99))
+    def check(steps, seed):
+        rng, lr = np.random.default_rng(seed), jnp.float64(0.03)
+        dense = lazy_ = optim.constrained(config.sae, SAEParams(*(jnp.asarray(rng.standard_normal(shape))
+                                                                  for shape in ((F, D), F, (F, D), D))))
+        state, opt_state = optax.scale_by_adam(0.0).init(dense), optim.optimizer(config.train).init(dense)
+        for chosen, good in steps:
+            g = gradient_of(rng, chosen, good)
+            dense, state = both[0](dense, state, g, lr)
+            masks = [jnp.asarray(np.isin(np.arange(F), part)) for part in (chosen[::2], chosen[1::2])]
+            lazy_, opt_state, counted = both[1](lazy_, opt_state, g, masks, lr)
+            assert bool(counted) == good
+        moments = opt_state[-1]
+        assert int(moments.count) == int(state.count) == sum(good for _, good in steps)
+        faded = config.train.beta2 ** np.asarray(moments.count - moments.seen_F)
+        for name, expected in tensors(dense).items():
+            np.testing.assert_allclose(tensors(lazy_)[name], expected, rtol=1e-10, atol=1e-10, err_msg=name)
+            v = np.asarray(tensors(moments.second)[name])
+            v = v if name == "b_dec" else v * (faded[:, None] if v.ndim == 2 else faded)
+            np.testing.assert_allclose(v, tensors(state.nu)[name], rtol=1e-8, err_msg=name)
+
+    with jax.enable_x64(True):
+        check()
+
+
+VARIANTS = {
+    "topk": ("topk", {"sae__aux_k": 0}),
+    "few dead": ("topk", {}),
+    "many dead": ("topk", {"sae__dead_tokens": 32}),
+    "transcoder": ("transcoder", {"sae__skip": True}),
+    "crosscoder": ("topk", {"sae__crosscoder": (HOOKPOINT, TARGET)}),
+    "batchtopk": ("batchtopk", {}),
+    "matryoshka": ("matryoshka", {}),
+}
+
+
+def config_of(name, path, **overrides):
+    kind, extra = VARIANTS[name]
+    return make_config(kind, path, **LAZY | extra | overrides)
+
+
+@pytest.fixture(scope="module")
+def eager(store, tmp_path_factory):
+    path = tmp_path_factory.mktemp("eager")
+    return OnDemand(lambda name: train(store, config_of(name, path), (1, 1), 30))
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name, mesh_shape", [
+    ("topk", (2, 4)), *(pytest.param(name, shape, marks=SLOW) for name in VARIANTS for shape in ((1, 1), (2, 4), (1, 8), (8, 1))
+                        if (name, shape) != ("topk", (2, 4)))])
+def test_a_run_is_that_of_the_dense_step(store, eager, monkeypatch, tmp_path, name, mesh_shape):
+    """Loss, norms, counters and parameters over 30 steps, AuxK among them, on the sharded mesh as on one device."""
+    if name == "many dead":
+        monkeypatch.setattr(losses, "FEW", 2)
+    if name == "matryoshka":  # some batches then have more pairs than there is room for
+        monkeypatch.setattr(sparse, "ROOM", 1)
+    monkeypatch.setattr(row_gradients, "CHUNK", 16 * 48)  # some turns
+    expected, expected_history = eager[name]
+    got, history = train(store, config_of(name, tmp_path, train__lazy=True), mesh_shape, 30)
+    for key, a in tensors(got.params).items():
+        b = tensors(expected.params)[key]
+        assert np.linalg.norm(a - b) <= 1e-5 * np.linalg.norm(b), key
+    np.testing.assert_array_equal(got.tokens_since_fired_F, expected.tokens_since_fired_F)
+    assert name == "topk" or any(line["aux"] > 0 for line in history)
+    for mine, theirs in zip(history, expected_history, strict=True):
+        assert mine.keys() == theirs.keys()
+        assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)
+    seen = got.opt_state[-1].seen_F
+    assert seen.max() == 30 and ((seen < 30).any() or name in ("batchtopk", "matryoshka"))
+
+
+def compiled_step(store, config, mesh_shape) -> str:
+    spec = SAESpec.from_options(config.sae, WIDTHS)
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+    rows = jax.ShapeDtypeStruct((32, 16), jnp.float32, sharding=sharding.sharding(mesh, "rows_at_rest", None))
+    step = make_step(config, spec, 10)
+    with jax.set_mesh(mesh):
+        return step.lower(abstract_state(config, spec, mesh), rows).compile()
+
+
+def made(hlo: str, shape: str) -> set[str]:
+    """The instructions that make an array of this shape; a fusion is what it is made of."""
+    found = re.findall(rf" = \w+\[{shape}\]\S* ([\w\-]+)\(", hlo)
+    return set(found) - {"parameter", "get-tuple-element", "bitcast", "fusion"}
+
+
+@pytest.mark.parametrize("aux_k", [0, pytest.param(16, marks=SLOW)])
+def test_a_step_touches_rows_only(store, tmp_path, aux_k):
+    """Of every array as large as the dictionary some rows are written, in place; the dense step makes new ones."""
+    options = {"sae__d_sae": 4096, "sae__aux_k": aux_k}
+    program = compiled_step(store, config_of("topk", tmp_path, train__lazy=True, **options), (1, 1))
+    assert made(program.as_text(), "4096,16") == {"scatter"}
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 4096
+    if not aux_k:
+        eager = compiled_step(store, config_of("topk", tmp_path, **options), (1, 1))
+        assert {"multiply", "add"} < made(eager.as_text(), "4096,16")
+
+
+def test_gradients_move_along_data_only_and_only_those_of_touched_rows(store, tmp_path):
+    config = config_of("topk", tmp_path, train__lazy=True, sae__d_sae=4096)
+    found = moved(compiled_step(store, config, (2, 4)).as_text(), 2, 4)
+    along = {axis: max(math.prod(map(int, re.findall(r"\d+", shape.split("[")[1]))) for m in found if m.axis == axis
+                       for shape in m.shapes) for axis in ("dict", "data")}
+    rows, features = 32 * 4, 4096 // 4
+    assert along["dict"] <= 16 * 16  # of half a batch, as without lazy rows
+    assert along["data"] == rows * 16 < features * 16
+
+
+@SLOW
+def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
+    options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
+    both = [loop.train(config_of("few dead", tmp_path / str(on), train__lazy=on, **options), store) for on in (False, True)]
+    for on in (False, True):
+        assert sum(line.get("resampled", 0) for line in read_metrics(tmp_path / str(on) / "metrics.jsonl")) > 0
+    for a, b in zip(*(jax.tree.leaves(trained.state.params) for trained in both), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["topk", "few dead"])
+def test_several_saes_in_one_program_are_each_by_itself(store, tmp_path, name):
+    configs = [config_of(name, tmp_path, train__lazy=True, train__lr=lr, seed=seed) for seed, lr in enumerate((1e-3, 3e-3))]
+    spec, mesh = SAESpec.from_options(configs[0].sae, WIDTHS), sharding.single_device_mesh()
+    batches = [store.read(HOOKPOINT, 32 * i, 32 * i + 32) for i in range(12)]
+    sample = np.concatenate(batches).astype(np.float32)
+    states = [[initial_state(c, spec, [store.stats(HOOKPOINT)], sample, mesh) for c in configs] for _ in range(2)]
+    with jax.set_mesh(mesh):
+        joint, step, steps = stacked(states[0]), make_joint_step(configs, spec, 12), [make_step(c, spec, 12) for c in configs]
+        alone = states[1]
+        for x in batches:
+            rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))
+            joint, _ = step(joint, rows)
+            alone = [one(state, rows)[0] for one, state in zip(steps, alone, strict=True)]
+    for lane, state in enumerate(alone):
+        for a, b in zip(jax.tree.leaves(joint.params), jax.tree.leaves(state.params), strict=True):
+            np.testing.assert_allclose(np.asarray(a)[lane], np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):
+    config = config_of("topk", tmp_path, train__lazy=True)
+    spec, mesh = SAESpec.from_options(config.sae, WIDTHS), sharding.single_device_mesh()
+    state = initial_state(config, spec, [store.stats(HOOKPOINT)], store.read(HOOKPOINT, 0, 32).astype(np.float32), mesh)
+    before = jax.device_get(state)
+    with jax.set_mesh(mesh):
+        rows = sharding.place(np.full((32, 16), np.nan, np.float32), sharding.sharding(mesh, "rows_at_rest", None))
+        after, _ = make_step(config, spec, 10)(state, rows)
+    assert (int(after.step), int(after.skipped), int(after.skipped_in_row)) == (1, 1, 1)
+    changed = after.replace(step=before.step, skipped=before.skipped, skipped_in_row=before.skipped_in_row)
+    for a, b in zip(jax.tree.leaves(changed), jax.tree.leaves(before), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
+
+
+@pytest.mark.parametrize("kind, overrides, message", [
+    ("relu", {}, "kind 'relu' has no sparse path, gradients of every row are computed anyway; take kind topk or batchtopk"),
+    ("gated", {}, "kind 'gated' has no sparse path"),
+    ("jumprelu", {}, "the sparsity term (config.sae.objective = 'target_l0') moves features that do not fire; take kind topk"),
+    ("jumprelu_tanh", {}, "the pre-activation loss (config.sae.pre_act_coef) moves features that do not fire"),
+    ("topk", {"train__beta1": 0.9}, "config.train.beta1 = 0.9 goes on moving features after they have fired; set it to 0"),
+    ("topk", {"train__state_bytes": 12}, "config.train.state_bytes = 12 keeps a first moment; set it to 8 or 6"),
+    ("topk", {"train__ema": 0.9}, "config.train.ema = 0.9 moves the mean of every row; set it to 0"),
+    ("topk", {"train__accumulate": 2}, "config.train.accumulate = 2 parts touch rows of their own; set it to 1"),
+    ("topk", {"train__sparse": "never"}, "config.train.sparse = 'never' computes gradients of every row; set it to 'auto'"),
+    ("topk", {"sae__multi_topk": True}, "config.sae.multi_topk selects again on the dense path; set it to False"),
+    ("topk", {"sae__align": True}, "config.sae.align moves the encoder row of every feature; set it to False"),
+])
+def test_what_would_move_idle_rows_is_refused(tmp_path, kind, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        make_config(kind, tmp_path, **LAZY | {"train__lazy": True} | overrides)
+    assert f"config.train.lazy: {message}" in str(error.value) and "\n" not in str(error.value)

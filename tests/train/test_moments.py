@@ -1,0 +1,110 @@
+"""Adam's moments in fewer bytes: what is kept, equal to optax's Adam or unbiased around it, and back from a checkpoint."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from saejax import sharding
+from saejax.config import MeshOptions, TrainOptions
+from saejax.errors import CheckpointError, ConfigError
+from saejax.sae import SAEParams, SAESpec
+from saejax.sae.params import param_shardings
+from saejax.storage import fingerprints
+from saejax.train import loop, moments, optim
+from saejax.train.step_cost import bytes_per_parameter
+
+from .synthetic import WIDTHS, make_config, make_store
+
+F, D = 32, 6
+
+
+def params_of(rng, n: int = F) -> SAEParams:
+    return SAEParams(*(rng.standard_normal(shape).astype(np.float32) for shape in ((n, D), n, (n, D), D)))
+
+
+def dtypes(tree) -> set[str]:
+    return {str(leaf.dtype) for leaf in jax.tree.leaves(tree) if leaf.ndim == 2}
+
+
+@pytest.mark.parametrize("state_bytes, beta1, kept", [
+    (12, 0.9, {"float32"}), (8, 0.0, {"float32"}), (8, 0.9, {"bfloat16"}), (6, 0.0, {"bfloat16"})])
+def test_the_state_has_the_bytes_that_were_asked_for(tmp_path, state_bytes, beta1, kept):
+    config = make_config("topk", tmp_path, train__state_bytes=state_bytes, train__beta1=beta1, sae__d_sae=1024)
+    assert dtypes(optim.optimizer(config.train).init(params_of(np.random.default_rng(0)))) == kept
+    spec = dataclasses.replace(SAESpec.from_options(config.sae, WIDTHS), d_in=512)
+    assert bytes_per_parameter(config, spec) == pytest.approx(state_bytes, rel=0.02)  # vectors and counters are not halved
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_eight_bytes_are_optax_adam(beta1):
+    """Equal without a first moment; with two moments in bfloat16 the updates lie within its rounding."""
+    rng = np.random.default_rng(0)
+    params, tolerance = params_of(rng), 1e-6 if not beta1 else 2e-2
+    options = TrainOptions(beta1=beta1, clip=0.0, state_bytes=8, eps=1e-8)
+    mine, theirs = optim.optimizer(options), optax.scale_by_adam(beta1, options.beta2, options.eps)
+    states = mine.init(params), theirs.init(params)
+    for _ in range(20):
+        gradients = params_of(rng)
+        a, first = mine.update(gradients, states[0])
+        b, second = theirs.update(gradients, states[1])
+        states = first, second
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+
+
+def test_stochastic_rounding_is_unbiased_and_a_moment_does_not_stand_still():
+    value = jnp.full((64, 64), 1.0 + 1 / 512, jnp.float32)  # a quarter of the way from 1 to the next bfloat16
+    draws = np.stack([np.asarray(moments.rounded(value, jnp.bfloat16, jnp.int32(t), 0), np.float32) for t in range(64)])
+    assert set(np.unique(draws)) == {1.0, 1.0 + 1 / 128}
+    up = draws > 1
+    deviation = (0.25 * 0.75) ** 0.5
+    assert abs(up.mean() - 0.25) < 5 * deviation / up.size**0.5
+    for axis in (0, (1, 2), (0, 1), (0, 2)):  # no step, row, column or element that always goes one way
+        means = up.mean(axis)
+        assert np.abs(means - 0.25).max() < 6 * deviation / (up.size / means.size) ** 0.5
+    assert np.array_equal(moments.rounded(jnp.full((2, 3), -1.5), jnp.bfloat16, jnp.int32(3), 1), np.full((2, 3), -1.5))
+
+    v = jnp.ones((64, 64), jnp.bfloat16)  # with gradients of 0 it should fall by 0.999 a step: no step by itself is representable
+    for t in range(200):
+        v = moments.rounded(0.999 * v.astype(jnp.float32), jnp.bfloat16, jnp.int32(t), 0)
+    assert float(v.astype(jnp.float32).mean()) == pytest.approx(0.999**200, rel=2e-3)
+
+
+def test_rounding_is_the_same_on_every_mesh():
+    value = np.random.default_rng(0).standard_normal((F, D)).astype(np.float32)
+    expected = moments.rounded(jnp.asarray(value), jnp.bfloat16, jnp.int32(7), 2)
+    mesh = sharding.make_mesh(MeshOptions(2, 4))
+    with jax.set_mesh(mesh):
+        placed = sharding.place(value, param_shardings(mesh, ["W_enc", "b_enc", "W_dec", "b_dec"]).W_enc)
+        got = jax.jit(lambda v: moments.rounded(v, jnp.bfloat16, jnp.int32(7), 2))(placed)
+    np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(expected, np.float32))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    return make_store(tmp_path_factory.mktemp("moments") / "store")
+
+
+@pytest.mark.parametrize("extra", [{"train__lazy": True}, *(
+    pytest.param(extra, marks=pytest.mark.slow) for extra in ({}, {"train__state_bytes": 8, "train__beta1": 0.9}))])
+def test_resumed_from_a_checkpoint_it_ends_in_the_same_bits(store, tmp_path, monkeypatch, extra):
+    options = {"train__beta1": 0.0, "train__state_bytes": 6, "sae__aux_k": 0} | extra
+    straight = loop.train(make_config("topk", tmp_path / "straight", **options), store)
+    assert dtypes(straight.state.opt_state) == {"bfloat16"}
+    config = make_config("topk", tmp_path / "run", **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Preemption, "requested", lambda self, step: step == 23)
+        with pytest.raises(loop.Preempted):
+            loop.train(config, store)
+    assert fingerprints(loop.train(config, store).state) == fingerprints(straight.state)
+    with pytest.raises(CheckpointError, match=r"train.state_bytes: \d -> 12"):
+        loop.train(make_config("topk", tmp_path / "run", **options | {"train__state_bytes": 12, "train__lazy": False}), store)
+
+
+def test_without_a_first_moment_beta1_must_be_zero(tmp_path):
+    with pytest.raises(ConfigError, match=r"config.train.state_bytes: 6 keeps no first moment, but config.train.beta1 = 0.9"):
+        make_config("topk", tmp_path, train__state_bytes=6)
