@@ -207,7 +207,7 @@ JOBS = {
         "feature, and prints the share of features that no neuron follows. Saved every five minutes; an interrupted\n"
         "pass goes on.\n\n"
         "options:\n  --tokens=N               of the run's text (default 200,000)\n"
-        "  --sample=N               features, drawn at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)\n"
+        "  --sample=N               features, at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)\n"
         "  --text=train|heldout     split of the text (default train)\n"
         "  --model=MODEL            language model, instead of the run's\n"
         "  --out=DIR                where to write\n"

@@ -35,7 +35,7 @@ class SAEBenchConfig:
     normalize_activations: str = "none"
     model_from_pretrained_kwargs: dict = field(default_factory=dict)
     dataset_path: str = ""
-    dataset_trust_remote_code: bool = False
+    dataset_trust_remote_code: bool = False  # theirs is True
     seqpos_slice: tuple = (None,)
     sae_lens_training_version: str | None = None
     neuronpedia_id: str | None = None

@@ -20,12 +20,12 @@ def test_the_config_has_what_its_own_has():
     cfg.metadata = cfg.exclude_special_tokens = None  # set by its evaluations, and not written by its to_dict
     written = cfg.to_dict()
     assert written.pop("architecture_str") == "topk"
-    assert written == {  # CustomSAEConfig of SAEBench 0.6.0
+    assert written == {  # CustomSAEConfig of SAEBench 0.6.0, which trusts remote code of a data set; we name none, and do not
         "model_name": "some/model", "d_in": 4, "d_sae": 6, "hook_layer": 9, "hook_name": "blocks.9.hook_resid_post",
         "context_size": 128, "hook_head_index": None, "architecture": "topk", "apply_b_dec_to_input": True,
         "finetuning_scaling_factor": None, "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 2}, "prepend_bos": False,
         "normalize_activations": "none", "dtype": "bfloat16", "device": "cpu", "model_from_pretrained_kwargs": {},
-        "dataset_path": "", "dataset_trust_remote_code": True, "seqpos_slice": (None,), "training_tokens": 1_000,
+        "dataset_path": "", "dataset_trust_remote_code": False, "seqpos_slice": (None,), "training_tokens": 1_000,
         "sae_lens_training_version": None, "neuronpedia_id": None}
 
 
