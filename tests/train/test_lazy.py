@@ -30,6 +30,9 @@ from .test_step import train
 F, D, ROOM = 24, 3, 12
 LAZY = {"train__beta1": 0.0, "train__state_bytes": 8, "train__sparse": "always", "sae__d_sae": 512}
 
+# Two programs round differently, and Adam with beta1 = 0 divides a small gradient by a small mean of its square.
+CLOSE = {"rtol": 5e-4, "atol": 5e-5}
+
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -200,7 +203,7 @@ def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
     for on in (False, True):
         assert sum(line.get("resampled", 0) for line in read_metrics(tmp_path / str(on) / "metrics.jsonl")) > 0
     for a, b in zip(*(jax.tree.leaves(trained.state.params) for trained in both), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **CLOSE)
 
 
 @SLOW
@@ -220,7 +223,7 @@ def test_several_saes_in_one_program_are_each_by_itself(store, tmp_path, name):
             alone = [one(state, rows)[0] for one, state in zip(steps, alone, strict=True)]
     for lane, state in enumerate(alone):
         for a, b in zip(jax.tree.leaves(joint.params), jax.tree.leaves(state.params), strict=True):
-            np.testing.assert_allclose(np.asarray(a)[lane], np.asarray(b), rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(np.asarray(a)[lane], np.asarray(b), **CLOSE)
 
 
 def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):
