@@ -28,10 +28,9 @@ def _of_sae(sae, c) -> list[str]:
         out.append("config.sae.align: encoder and decoder rows of a transcoder live in different spaces; set it to False")
     if c.train.target_l0 > sae.d_sae:
         out.append(f"config.train.target_l0: {c.train.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
-    if sae.kind == "jumprelu" and (sae.objective == "target_l0" and not c.train.target_l0
-                                   or sae.objective == "l0" and c.train.target_l0):
-        out.append(f"config.train.target_l0: {c.train.target_l0:g}, but of jumprelu's objectives 'target_l0' needs an L0 to aim "
-                   "at and 'l0' cannot have one; set config.sae.objective to the other, or to 'tanh'")
+    if sae.kind == "jumprelu" and sae.objective == "target_l0" and not c.train.target_l0:
+        out.append("config.train.target_l0: 0, but jumprelu's objective 'target_l0' needs an L0 to aim at; give one, or set "
+                   "config.sae.objective to 'l0' or 'tanh'")
     if sae.penalty != "l1" and sae.kind != "relu":
         out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
     if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):

@@ -34,7 +34,7 @@ def test_recipes_resolve_and_round_trip(name):
     ("sae.groups", (0.5, 0.5), "config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'"),
     ("sae.groups", "half", "config.sae.groups: expected a tuple of numbers, got 'half'"),
     ("sae.frequency_coef", 0.1, "config.sae.frequency_coef: belongs to kind 'jumprelu'"),
-    ("sae.kind", "jumprelu", "config.train.target_l0: 0, but of jumprelu's objectives 'target_l0' needs an L0 to aim at"),
+    ("sae.kind", "jumprelu", "config.train.target_l0: 0, but jumprelu's objective 'target_l0' needs an L0 to aim at"),
     ("sae.kind", "gated", "config.sae.aux_k: 256, but AuxK belongs to kinds topk, batchtopk, jumprelu (dead features of 'gated'"),
     ("sae.k_start", 16, "config.sae.k_start: 16 belongs to kinds with k (topk, batchtopk), above config.sae.k = 32"),
     ("train.accumulate", 3, "config.train.accumulate: 3 parts do not divide config.train.batch = 4096"),

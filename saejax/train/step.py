@@ -12,6 +12,7 @@ from saejax.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.objectives import objective
+from saejax.sae.params import from_tensors, tensors
 from saejax.train import control, lazy, optim
 from saejax.train.state import TrainState
 
@@ -62,9 +63,9 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     allowed = state.skipped_in_row < config.train.max_skipped
     update = lazy.updated if config.train.lazy else _updated
     params, opt_state, parts, grad_norm, good = update(config, spec, state.params, state.opt_state, rows_BW, inputs, lr, allowed)
-    if control.steers_thresholds(config):
-        shift = control.threshold_shift(state.moving, own.target_l0, state.step, total_steps)
-        params = _raised(params, jnp.where(good, shift, 0.0))
+    shifts = control.shifts(config, spec, state.moving, own.target_l0, state.step, total_steps)
+    params = from_tensors({name: value + jnp.where(good, shifts[name], 0.0) if name in shifts else value
+                           for name, value in tensors(params).items()})
     counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(rows_BW))
     rest = state.replace(params=None, opt_state=None)
     new = rest.replace(
@@ -141,11 +142,6 @@ def _merged(a: LossParts, b: LossParts) -> LossParts:
     """Sums; features that fired in either; the smaller least activation."""
     total = jax.tree.map(jnp.add, a.replace(fired_F=jnp.float32(0)), b.replace(fired_F=jnp.float32(0)))
     return total.replace(fired_F=a.fired_F | b.fired_F, least=jnp.minimum(a.least, b.least))
-
-
-def _raised(params: SAEParams, shift: jax.Array) -> SAEParams:
-    """All log thresholds higher by `shift`."""
-    return params.replace(per_feature=params.per_feature | {"log_threshold": params.per_feature["log_threshold"] + shift})
 
 
 def _averaged(beta: float, mean: SAEParams, params: SAEParams, step: jax.Array) -> SAEParams:
