@@ -16,6 +16,7 @@ from saejax.data.shards import check_layout
 from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_record, read_spec, record_file
 from saejax.errors import FormatError, SaejaxError
 from saejax.evals import evaluate as evals
+from saejax.features import index
 from saejax.formats import saelens, saelens_read
 from saejax.recipes import WITH_K
 from saejax.records import RunPaths, read_config
@@ -62,8 +63,10 @@ def inspect_paths(paths: tuple[Path, ...], *, as_json: bool) -> int:
 
 
 def inspect_path(path: Path) -> Finding:
-    """Recognises and verifies a store (finished or not), run, step or release; `FormatError` for other paths."""
+    """Recognises and verifies a store (finished or not), run, step, release or feature index; `FormatError` for other paths."""
     path = Path(path)
+    if (path / index.FEATURES).is_file() and (path / index.MANIFEST).is_file():
+        return _index(path)
     if (path / MANIFEST).is_file() or (path / SPEC).is_file():
         return _store(path)
     if is_step(path):
@@ -72,8 +75,8 @@ def inspect_path(path: Path) -> Finding:
         return _release(path)
     if RunPaths(path).config.is_file():
         return _run(path)
-    raise FormatError(f"{path}: neither an activation store, nor a run, a checkpoint step or a release" if path.exists()
-                      else f"{path}: does not exist")
+    raise FormatError(f"{path}: neither an activation store, nor a run, a checkpoint step, a release or a feature index"
+                      if path.exists() else f"{path}: does not exist")
 
 
 def size_on_disk(path: Path) -> int:
@@ -184,6 +187,18 @@ def _release(path: Path) -> Finding:
                        "schema_version": c.metadata.get("schema_version"),
                        "tokens_seen": c.metadata.get("training", {}).get("tokens"),
                        "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
+    return found
+
+
+def _index(path: Path) -> Finding:
+    found = Finding(path, "feature index")
+    opened = found.attempt(lambda: index.FeatureIndex.open(path, full=True))
+    if opened is not None:
+        sae = opened.manifest["sae"]
+        found.facts = {"sae": sae["kind"], "d_in": sae["d_in"], "d_sae": opened.features, "model": sae["model"],
+                       "hookpoints": sae["hookpoints"], "sae_fingerprint": sae["fingerprint"][:16],
+                       "contexts": len(opened.tokens_NT), "unmasked_tokens": int(opened.keep_NT.sum()),
+                       "never_fired": int((opened.column("fired") == 0).sum())}
     return found
 
 

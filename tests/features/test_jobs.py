@@ -40,6 +40,14 @@ def test_an_index_by_itself(run, tmp_path, capsys):
     assert (tmp_path / "site" / "index.html").is_file() and str(tmp_path / "site") in capsys.readouterr().out
 
 
+def test_an_index_is_inspected(run, tmp_path, capsys):
+    copy = shutil.copytree(run / "features", tmp_path / "mine")
+    assert main(["inspect", str(copy)]) == 0 and "feature index" in capsys.readouterr().out
+    file = copy / "features.parquet"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert main(["inspect", str(copy)]) == 2 and f"BAD  {file}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["features"], "saejax features: give"), (["features", "RUN", "--tokens=0"], "tokens"),
     (["features", "RUN", "--text=x"], "train|heldout"),
