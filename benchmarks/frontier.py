@@ -1,9 +1,10 @@
 """L0 against FVU of every SAE of a finished sweep: a CSV and a plot.
 
-    python benchmarks/frontier.py runs/frontier [--out docs/frontier]
+    python benchmarks/frontier.py runs/frontier... [--out docs/frontier]
     python benchmarks/frontier.py runs/frontier_1 --beside runs/frontier_8
 
-Held-out figures of each SAE's newest evaluation; writes OUT.csv and OUT.png and prints a Markdown table. With --beside, how far
+Held-out figures of each SAE's newest evaluation, of SAEs in several sweeps those of the last; writes OUT.csv and OUT.png and
+prints a Markdown table. With --beside, how far
 the training metrics of two sweeps of the same SAEs are apart (another mesh, say), and nothing is written.
 """
 
@@ -18,10 +19,10 @@ from saejax.records import RunPaths, read_config
 FIGURES = ("l0_mean", "fvu", "fvu_no_outliers", "ce_recovered", "dead_fraction")
 
 
-def rows_of(sweep: Path) -> list[dict]:
-    """One row per evaluated SAE below a sweep's directory."""
+def rows_of(sweeps: list[Path]) -> list[dict]:
+    """One row per evaluated SAE below the sweeps' directories, by kind and L0."""
     out = []
-    for evaluation in sorted(sweep.glob("*/eval.json")):
+    for evaluation in {file.parent.name: file for sweep in sweeps for file in sweep.glob("*/eval.json")}.values():
         sae = read_config(RunPaths(evaluation.parent).config).sae
         kind = "matryoshka" if sae.groups else f"jumprelu, {sae.objective}" if sae.kind == "jumprelu" else sae.kind
         result = json.loads(evaluation.read_text())["entries"][-1]["result"]
@@ -65,16 +66,16 @@ def compare(a: Path, b: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sweep", type=Path)
+    parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
     parser.add_argument("--out", type=Path, default=Path("docs/frontier"))
     parser.add_argument("--beside", type=Path, help="another sweep of the same SAEs, to compare with")
     args = parser.parse_args()
     if args.beside:
-        compare(args.sweep, args.beside)
+        compare(args.sweeps[0], args.beside)
         return
-    rows = rows_of(args.sweep)
+    rows = rows_of(args.sweeps)
     if not rows:
-        parser.error(f"{args.sweep}: no evaluated SAE below; run `saejax eval {args.sweep}` first")
+        parser.error(f"{args.sweeps[0]}: no evaluated SAE below; run `saejax eval {args.sweeps[0]}` first")
     with open(args.out.with_suffix(".csv"), "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()

@@ -103,7 +103,7 @@ def drop(handler):
 def test_hanging_and_broken_connections(behaviour):
     began = time.monotonic()
     replies, requests = asked(lambda prompt, n: behaviour if n < 3 else "0")
-    assert replies["id0"].text == "0" and len(requests) == 3 and time.monotonic() - began < 5
+    assert replies["id0"].text == "0" and len(requests) == 3 and time.monotonic() - began < 20
 
 
 def test_a_flood_is_not_read():
