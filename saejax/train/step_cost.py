@@ -135,8 +135,10 @@ def collectives(w: Work, platform: str) -> list[Collective]:
 
     local = w.rows // w.data
     if w.dict > 1:
-        add("rows", "all-gather", "dict", local * w.row_width * _rows_bytes(platform))
-        add("reconstruction", "all-reduce", "dict", 4 * w.groups * w.decodes * local * w.d_out)
+        bytes_ = 4 if platform == "cpu" else w.compute_bytes  # CPU collectives promote bfloat16
+        add("rows", "all-gather", "dict", bytes_ * local * w.d_in)
+        for what, kind in (("reconstruction", "reduce-scatter"), ("error", "all-gather")):
+            add(what, kind, "dict", bytes_ * w.groups * w.decodes * local * w.d_out)
         if w.kind == "topk":
             numbers = (w.k, 4 * w.k) if w.decodes > 1 else (w.k,)
             add("candidate values", "all-gather", "dict", 4 * local * w.dict * sum(
@@ -149,11 +151,6 @@ def collectives(w: Work, platform: str) -> list[Collective]:
         if w.pairs:
             add("which fired", "all-reduce", "data", 4 * w.accumulate * w.features)
     return out
-
-
-def _rows_bytes(platform: str) -> int:
-    """Bytes of an entry of a row on its way: stored as bfloat16, which CPU collectives promote."""
-    return 4 if platform == "cpu" else 2
 
 
 def working(w: Work, platform: str) -> dict[str, float]:
