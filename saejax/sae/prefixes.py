@@ -19,8 +19,8 @@ def prefix_reconstructions(spec: SAESpec, params: SAEParams, acts_BF: jax.Array,
     """recon[g] = sum over features below p_g of acts_i W_dec,i + b_dec; float32 [G, B, D].
 
     Each feature is multiplied once: a shard cuts its features wherever a border falls, on any shard, and adds each piece to the
-    group that it belongs to, so borders need not align with shards. Rows are at
-    rest. Communication along `dict`: one reduce-scatter of [G, B, D], for the gradient one all-gather.
+    group that it belongs to, so borders need not align with shards. Rows are at rest.
+    Communication along `dict`: one reduce-scatter of [G, B, D], for the gradient one all-gather.
     """
     ends = borders(shares, spec.d_sae)
     if not sharding.mesh_is_set():
