@@ -39,6 +39,18 @@ def out(*logical: str | None) -> PartitionSpec | None:
     return spec(*logical) if mesh_is_set() else None
 
 
+def gathered(x_BD: jax.Array) -> jax.Array:
+    """Rows that rest over all devices -> rows split over `data`: one all-gather along `dict`, in the array's dtype."""
+    return jax.sharding.reshard(x_BD, spec("rows", None)) if mesh_is_set() else x_BD
+
+
+def scattered(part_BD: jax.Array, dtype, axis: int = 0) -> jax.Array:
+    """Inside `shard_map`, where a mesh is set: the sum over `dict` of what each shard adds, float32, rows (dimension `axis`) at
+    rest. One reduce-scatter in `dtype`; its gradient is one all-gather.
+    """
+    return jax.lax.psum_scatter(part_BD.astype(dtype), "dict", scatter_dimension=axis, tiled=True).astype(np.float32)
+
+
 MEMBERS = "members"  # the vmapped axis of SAEs that train as one program
 
 
@@ -85,17 +97,20 @@ def single_device_mesh(device=None) -> Mesh:
     return make_mesh(MeshOptions(1, 1), [device or jax.local_devices()[0]])
 
 
-def check_batch(batch: int, mesh: Mesh, key: str = "config.train.batch") -> None:
-    """Raises `ConfigError` unless `batch` rows can rest over all devices of the mesh; names the nearest valid sizes."""
-    _check_batch(batch, mesh.shape["data"], mesh.shape["dict"], key)
+def check_batch(batch: int, mesh: Mesh, key: str = "config.train.batch", parts: int = 1) -> None:
+    """Raises `ConfigError` unless each of the parts of `batch` rows can rest over all devices of the mesh; names the nearest
+    valid sizes.
+    """
+    _check_batch(batch, mesh.shape["data"], mesh.shape["dict"], key, parts)
 
 
-def _check_batch(batch: int, data: int, dict_: int, key: str = "config.train.batch") -> None:
-    n = data * dict_
+def _check_batch(batch: int, data: int, dict_: int, key: str = "config.train.batch", parts: int = 1) -> None:
+    n = data * dict_ * parts
     if batch % n:
         below, above = batch // n * n, math.ceil(batch / n) * n
         near = f"{above}" if below == 0 else f"{below} or {above}"
-        raise ConfigError(f"{key}: {batch} rows cannot be split over the {data} x {dict_} mesh; "
+        of_parts = f" in {parts} parts (config.train.accumulate)" if parts > 1 else ""
+        raise ConfigError(f"{key}: {batch} rows cannot be split over the {data} x {dict_} mesh{of_parts}; "
                           f"the nearest valid value is {near}")
 
 
@@ -110,9 +125,9 @@ def _check_features(d_sae: int, n: int) -> None:
                           f"value is {math.ceil(d_sae / n) * n}")
 
 
-def check_divides(batch: int, d_sae: int, data: int, dict_: int) -> None:
+def check_divides(batch: int, d_sae: int, data: int, dict_: int, parts: int = 1) -> None:
     """`check_batch` and `check_features` for a mesh whose devices are not here."""
-    _check_batch(batch, data, dict_)
+    _check_batch(batch, data, dict_, parts=parts)
     _check_features(d_sae, dict_)
 
 

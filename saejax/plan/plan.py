@@ -61,7 +61,7 @@ def mesh_on(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, int
     best = possible and "{}x{}".format(*step_cost.best_mesh(config, spec, topology))
     try:
         data, dict_ = sharding.mesh_sizes(mesh, n)
-        sharding.check_divides(config.train.batch, config.sae.d_sae, data, dict_)
+        sharding.check_divides(config.train.batch, config.sae.d_sae, data, dict_, config.train.accumulate)
     except ConfigError as error:
         raise ConfigError(f"{error}; of the {n} chips of {topology.name} the shapes data x dict that divide all are "
                           f"{_nearest(possible, mesh)}" + (f", the best by the model {best}" if best else "")) from None

@@ -10,7 +10,7 @@ from jax import lax
 from saejax import sharding
 from saejax.sae import sparse
 from saejax.sae.activations import topk
-from saejax.sae.model import decode, pre_activations
+from saejax.sae.model import decode_at_rest, pre_activations
 from saejax.sae.params import SAEParams, SAESpec
 
 
@@ -83,7 +83,7 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
             pairs, _, _ = sparse.encode(spec, params, x_BD, k, inputs.threshold, allowed_F=dead_F)
             return ratio(sparse.decode(spec, params, pairs, len(x_BD)) - params.b_dec)
         pre_BF = jnp.where(dead_F, pre_activations(spec, params, x_BD), -jnp.inf)
-        return ratio(decode(spec, params, topk(pre_BF, k)) - params.b_dec)
+        return ratio(decode_at_rest(spec, params, topk(pre_BF, k)) - params.b_dec)
 
     def ratio(estimate_BD: jax.Array) -> jax.Array:
         return unexplained(error_BD, estimate_BD, dead_F)
@@ -122,7 +122,7 @@ def estimate_of_few(spec: SAESpec, some: SAEParams, rows: sparse.Rows, x_BD: jax
     """What the k largest activations of `some_of` the features add up to, [B, d_out]."""
     valid_M = rows.index_C < spec.d_sae // sharding.shards()
     pre_BM = jnp.where(valid_M, pre_activations(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
-    return decode(spec, some, topk(pre_BM, min(k, len(valid_M)))) - some.b_dec
+    return decode_at_rest(spec, some, topk(pre_BM, min(k, len(valid_M)))) - some.b_dec
 
 
 def some_of(params: SAEParams, rows: sparse.Rows) -> SAEParams:

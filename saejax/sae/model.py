@@ -28,6 +28,25 @@ def decode(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
     return product + params.b_dec
 
 
+def decode_at_rest(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
+    """`decode` for training: rows rest over all devices. Communication along `dict`: one reduce-scatter of [B, d_out] in the
+    dtype of computation, for the gradient one all-gather.
+    """
+    dtype = jnp.dtype(spec.compute_dtype)
+
+    def local(acts_BF: jax.Array, W_dec: jax.Array) -> jax.Array:
+        return sharding.scattered(jnp.einsum("bf,fd->bd", acts_BF.astype(dtype), W_dec.astype(dtype),
+                                             preferred_element_type=jnp.float32), dtype)
+
+    if not sharding.mesh_is_set():
+        return decode(spec, params, acts_BF)
+    if sharding.shards() == 1:
+        return jax.sharding.reshard(decode(spec, params, acts_BF), sharding.spec("rows_at_rest", "d_out"))
+    specs = sharding.spec("rows", "features"), sharding.spec("features", "d_out")
+    product = jax.shard_map(local, in_specs=specs, out_specs=sharding.spec("rows_at_rest", "d_out"))(acts_BF, params.W_dec)
+    return product + params.b_dec
+
+
 def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array) -> jax.Array:
     """Feature activations, float32 [B, F]."""
     return activate(spec, params, pre_activations(spec, params, x_BD))

@@ -13,7 +13,7 @@ from saejax.recipes import WITH_K
 from saejax.sae import sparse
 from saejax.sae.activations import activate, fires, thresholds, topk
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
-from saejax.sae.model import decode, pre_activations, skipped
+from saejax.sae.model import decode_at_rest, pre_activations, skipped
 from saejax.sae.normalization import columns
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.prefixes import borders, prefix_reconstructions
@@ -32,10 +32,15 @@ class Forward:
     least: jax.Array
     l0: jax.Array
     above: jax.Array
-    through_BD: jax.Array | float
+    through_BD: jax.Array | float = 0.0
     prefixes_GBD: jax.Array | None = None
     pre_BF: jax.Array | None = None
     acts_BF: jax.Array | None = None
+
+    def plus(self, through_BD: jax.Array | float) -> "Forward":
+        """With what a skip connection adds."""
+        prefixes_GBD = None if self.prefixes_GBD is None else self.prefixes_GBD + through_BD
+        return self.replace(recon_BD=self.recon_BD + through_BD, prefixes_GBD=prefixes_GBD, through_BD=through_BD)
 
     @property
     def mse(self) -> jax.Array:
@@ -50,17 +55,10 @@ def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arra
     pre_BF = pre_activations(spec, params, x_BD)
     acts_BF = activate(spec, params, pre_BF)
     prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
-    recon_BD = decode(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
-    return _seen(spec, params, x_BD, y_BD, recon_BD, prefixes_GBD, fired_F=(acts_BF > 0).any(0),
-                 least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(), l0=(acts_BF > 0).sum(dtype=jnp.float32) / len(y_BD),
-                 above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / len(y_BD), pre_BF=pre_BF, acts_BF=acts_BF)
-
-
-def _seen(spec: SAESpec, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array, recon_BD: jax.Array,
-          prefixes_GBD: jax.Array | None, **measured) -> Forward:
-    through_BD = skipped(spec, params, x_BD)
-    return Forward(y_BD=y_BD, recon_BD=recon_BD + through_BD, through_BD=through_BD,
-                   prefixes_GBD=None if prefixes_GBD is None else prefixes_GBD + through_BD, **measured)
+    recon_BD = decode_at_rest(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
+    return Forward(y_BD=y_BD, recon_BD=recon_BD, prefixes_GBD=prefixes_GBD, fired_F=(acts_BF > 0).any(0),
+                   least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(), l0=(acts_BF > 0).sum(dtype=jnp.float32) / len(y_BD),
+                   above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / len(y_BD), pre_BF=pre_BF, acts_BF=acts_BF)
 
 
 def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array,
@@ -69,7 +67,7 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arr
     pairs, above_B, missing = sparse.encode(spec, params, x_BD, spec.k, inputs.threshold, over_batch=over_batch)
 
     def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return _of_pairs(spec, options, params, x_BD, y_BD, pairs, above_B)
+        return _of_pairs(spec, options, params, y_BD, pairs, above_B)
 
     if not over_batch:
         return of_pairs(params, pairs)
@@ -80,14 +78,19 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arr
     return lax.cond(sharding.any_member(missing), jax.checkpoint(whole), of_pairs, params, pairs)
 
 
-def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array, pairs: sparse.Pairs,
-              above_B: jax.Array, learned: tuple[jax.Array, jax.Array] | None = None) -> Forward:
+def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs, above_B: jax.Array,
+              learned: tuple[jax.Array, jax.Array] | None = None) -> Forward:
     ends = borders(options.groups, spec.d_sae) if options.groups else (spec.d_sae,)
     prefixes_GBD = sparse.decode_groups(spec, params, pairs, len(y_BD), ends, learned)
     positive_P = pairs.values_P > 0
-    return _seen(spec, params, x_BD, y_BD, prefixes_GBD[-1], prefixes_GBD if options.groups else None,
-                 fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
-                 least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(), l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
+    return Forward(y_BD=y_BD, recon_BD=prefixes_GBD[-1], prefixes_GBD=prefixes_GBD if options.groups else None,
+                   fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
+                   least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(), l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
+
+
+def read(spec: SAESpec, rows_BW: jax.Array) -> jax.Array:
+    """What encoders read of rows at rest, in the dtype of computation: one all-gather of [B, d_in] along `dict`."""
+    return sharding.gathered(columns(spec, rows_BW)[0].astype(spec.compute_dtype))
 
 
 def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, above_B: jax.Array,
@@ -96,11 +99,11 @@ def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pai
     """`objective` without AuxK of pairs that are selected already, as a function of `learned` (`sparse.attached`), and the error
     that is left, [B, d_out].
     """
-    x_BD, y_BD = columns(spec, rows_BW)
+    read_BD, y_BD = columns(spec, rows_BW)
     params = jax.tree.map(lax.stop_gradient, params)
-    pairs, place_P = sparse.attached(spec, params, pairs, x_BD, learned, rows)
+    pairs, place_P = sparse.attached(spec, params, pairs, read(spec, rows_BW), learned, rows)
     params = params.replace(b_dec=learned.b_dec, W_skip=learned.W_skip)
-    seen = _of_pairs(spec, options, params, x_BD, y_BD, pairs, above_B, (learned.W_dec, place_P))
+    seen = _of_pairs(spec, options, params, y_BD, pairs, above_B, (learned.W_dec, place_P)).plus(skipped(spec, params, read_BD))
     loss, own = _topk(spec, options, params, seen, inputs)
     return loss, (_parts(loss, own, seen), y_BD - seen.recon_BD)
 
@@ -111,11 +114,13 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
 
     With `sae.aux_k`, aux_coef * aux is added to the loss of any kind, times Var(x) where the kind's loss is not divided by it.
 
-    rows_BW: input columns, then those of a transcoder's target. In the formulas x is what is reconstructed. as_pairs: take the
-    sparse path (`saejax.sae.sparse`; topk), which gives the same up to rounding.
+    rows_BW: input columns, then those of a transcoder's target; at rest over all devices, as reconstruction and error are: only
+    the input is gathered. In the formulas x is what is reconstructed. as_pairs: take the sparse path (`saejax.sae.sparse`; kinds
+    with k), which gives the same up to rounding.
     """
-    x_BD, y_BD = columns(spec, rows_BW)
-    seen = (_sparse if as_pairs else _dense)(spec, options, params, x_BD, y_BD, inputs)
+    read_BD, y_BD = columns(spec, rows_BW)
+    x_BD = read(spec, rows_BW)
+    seen = (_sparse if as_pairs else _dense)(spec, options, params, x_BD, y_BD, inputs).plus(skipped(spec, params, read_BD))
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
@@ -167,11 +172,11 @@ def _topk(spec, options, params, seen, inputs):
     """mean_b ||x - x^||^2 / Var(x). Source: Gao et al. 2024, section 2.3.
 
     With `sae.multi_topk` the error with 4 k features is added at 1/8: L(k) + L(4k) / 8, so that the SAE can be used with another
-    k than it was trained with (one more selection and all-reduce of [B, D]). Source: Gao et al. 2024, multi-TopK.
+    k than it was trained with (one more selection and reconstruction). Source: Gao et al. 2024, multi-TopK.
     """
     loss = seen.mse * inputs.inverse_variance
     if options.multi_topk:
-        wider_BD = decode(spec, params, topk(seen.pre_BF, 4 * spec.k)) + seen.through_BD
+        wider_BD = decode_at_rest(spec, params, topk(seen.pre_BF, 4 * spec.k)) + seen.through_BD
         loss = loss + squared_error(seen.y_BD, wider_BD).mean() * inputs.inverse_variance / 8
     return loss, {}
 
@@ -180,12 +185,12 @@ def _gated(spec, options, params, seen, inputs):
     """mean_b [ ||x - x^||^2 + lambda sum_i g_i ||W_dec,i|| + ||x - x^_frozen(g)||^2 ],  g = max(pre-activation of the gate, 0).
 
     x^_frozen decodes with stop_gradient(W_dec, b_dec): it trains the gate, which passes no gradient in x^. The decoder norm is
-    1 in the recipe. Communication beyond relu: one more all-reduce of [B, D]. Source: Rajamanoharan et al. 2024 (Gated SAEs),
+    1 in the recipe. Communication beyond relu: one more reconstruction. Source: Rajamanoharan et al. 2024 (Gated SAEs),
     section 3.2.
     """
     gate_BF = jax.nn.relu(seen.pre_BF)
     l1 = _weighted_l1(_decoder_norms(spec, options, params), gate_BF)
-    frozen_BD = decode(spec, lax.stop_gradient(params), gate_BF) + lax.stop_gradient(seen.through_BD)
+    frozen_BD = decode_at_rest(spec, lax.stop_gradient(params), gate_BF) + lax.stop_gradient(seen.through_BD)
     gate_error = squared_error(seen.y_BD, frozen_BD).mean()
     return seen.mse + inputs.sparsity * l1 + gate_error, {"l1": l1, "gate_error": gate_error}
 

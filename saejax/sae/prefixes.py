@@ -19,7 +19,8 @@ def prefix_reconstructions(spec: SAESpec, params: SAEParams, acts_BF: jax.Array,
     """recon[g] = sum over features below p_g of acts_i W_dec,i + b_dec; float32 [G, B, D].
 
     Each feature is multiplied once: a shard cuts its features wherever a border falls, on any shard, and adds each piece to the
-    group that it belongs to, so borders need not align with shards. Communication: one all-reduce of [G, B, D] along `dict`.
+    group that it belongs to, so borders need not align with shards. Rows are at rest.
+    Communication along `dict`: one reduce-scatter of [G, B, D], for the gradient one all-gather.
     """
     ends = borders(shares, spec.d_sae)
     if not sharding.mesh_is_set():
@@ -27,8 +28,8 @@ def prefix_reconstructions(spec: SAESpec, params: SAEParams, acts_BF: jax.Array,
     else:
         rows_features, features = sharding.spec("rows", "features"), sharding.spec("features", "d_in")
         parts_GBD = jax.shard_map(
-            lambda acts, W: lax.psum(_parts(spec, ends, acts, W, lax.axis_index("dict")), "dict"),
-            in_specs=(rows_features, features), out_specs=sharding.spec(None, "rows", "d_in"))(acts_BF, params.W_dec)
+            lambda acts, W: sharding.scattered(_parts(spec, ends, acts, W, lax.axis_index("dict")), spec.compute_dtype, 1),
+            in_specs=(rows_features, features), out_specs=sharding.spec(None, "rows_at_rest", "d_in"))(acts_BF, params.W_dec)
     return jnp.cumsum(parts_GBD, axis=0) + params.b_dec
 
 

@@ -13,8 +13,7 @@ from saejax import sharding
 from saejax.config import SAEOptions
 from saejax.sae import losses, sparse
 from saejax.sae.losses import LossInputs, LossParts
-from saejax.sae.normalization import columns
-from saejax.sae.objectives import objective, objective_of_rows
+from saejax.sae.objectives import objective, objective_of_rows, read
 from saejax.sae.params import SAEParams, SAESpec
 
 CHUNK = 2**20  # entries of a matrix's rows that are worked on at once
@@ -52,7 +51,7 @@ def of_batch(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax
     """The piece of the features that fire, what was seen, the error that is left, and whether pairs are missing: then none of
     them is right (batchtopk).
     """
-    x_BD, _ = columns(spec, rows_BW)
+    x_BD = read(spec, rows_BW)
     pairs, above_B, missing = sparse.selected(spec, params, x_BD, spec.k, inputs.threshold, over_batch=spec.kind == "batchtopk")
     rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(rows_BW) * spec.k))
 

@@ -3,7 +3,7 @@ O(k) per row.
 
 What stays dense is the encoder's product, O(F) per row, computed tile by tile: no array of B x F is in memory. Each device lists
 the pairs of its rows with features of its shard, one row after the other, and works on B of them at a time until none is left.
-Communication: that of the dense path (candidate values or counts, one all-reduce of [B, D]).
+Communication: that of the dense path (candidate values or counts; reconstructions are scattered, their gradients gathered).
 """
 
 import functools
@@ -49,7 +49,7 @@ def pays(spec: SAESpec | SAEOptions, shards: int, platform: str | None = None) -
 
 
 _P, _FD, _F = sharding.spec("rows_at_rest"), sharding.spec("features", None), sharding.spec("features")
-_B, _BD, _GBD = sharding.spec("rows"), sharding.spec("rows", None), sharding.spec(None, "rows", None)
+_B, _BD, _GBD = sharding.spec("rows"), sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", None)
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
@@ -127,15 +127,16 @@ def attached(spec: SAESpec, params: SAEParams, pairs: Pairs, x_BD: jax.Array, le
 
 
 def decode(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int) -> jax.Array:
-    """recon[b] = sum of values[p] W_dec[index[p]] over the pairs of row b, + b_dec, float32 [rows, d_out]. One all-reduce of it
-    along `dict`.
+    """recon[b] = sum of values[p] W_dec[index[p]] over the pairs of row b, + b_dec, float32 [rows, d_out], rows at rest.
+
+    Communication along `dict`: one reduce-scatter of it in the dtype of computation, for the gradient one all-gather.
     """
     return decode_groups(spec, params, pairs, rows, (spec.d_sae,))[0]
 
 
 def decode_groups(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int, ends: tuple[int, ...],
                   learned: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """recon[g] = that of the pairs of features below ends[g], float32 [G, rows, d_out]. One all-reduce of it along `dict`.
+    """recon[g] = that of the pairs of features below ends[g], float32 [G, rows, d_out]; see `decode`.
 
     learned: what the gradient of W_dec goes to, and each pair's place in it (`attached`); none: W_dec itself.
     """
@@ -249,13 +250,16 @@ def _decoded(dtype, rows, ends, learned, place_P, W_dec, pairs: Pairs):
         B = rows // (lax.axis_size("data") if sharding.mesh_is_set() else 1)
         recon_RD = _added(len(ends) * B, _group_rows(ends, pairs, B, len(W_dec)), _rounded(pairs.values_P, dtype), W_dec,
                           pairs.index_P, pairs, B, dtype)
-        return over(lax.psum, recon_RD.reshape(len(ends), B, -1), "dict")
+        recon_GBD = recon_RD.reshape(len(ends), B, -1)
+        return sharding.scattered(recon_GBD, dtype, 1) if shards > 1 else recon_GBD
 
     return on_shards(local, (_FD, _PAIRS), _GBD)(W_dec, pairs)
 
 
 def _decoded_backward(dtype, rows, ends, saved, gradient_GBD):
     def local(learned, place_P, W_dec, pairs, gradient_GBD, shards):
+        if shards > 1:
+            gradient_GBD = lax.all_gather(gradient_GBD.astype(dtype), "dict", axis=1, tiled=True)
         G, B, D = gradient_GBD.shape
         gradient_RD, row_P = _rounded(gradient_GBD.reshape(G * B, D), dtype), _group_rows(ends, pairs, B, len(W_dec))
         to_W = _added(len(learned), place_P, _rounded(pairs.values_P, dtype), gradient_RD, row_P, pairs, B)

@@ -15,7 +15,7 @@ from saejax import sharding
 from saejax.config import Config
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse
 from saejax.sae.losses import LossInputs, LossParts
-from saejax.sae.normalization import columns
+from saejax.sae.objectives import read
 from saejax.sae.row_gradients import Piece
 from saejax.train import moments, optim
 from saejax.train.moments import Moments
@@ -29,7 +29,7 @@ def updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, 
     """(params, opt_state, LossParts, norm of the gradient, whether the step counts: `allowed`, loss and gradient finite)."""
     options = config.sae
     piece, parts, error_BD, missing = row_gradients.of_batch(spec, options, params, rows_BW, inputs)
-    x_BD, _ = columns(spec, rows_BW)
+    x_BD = read(spec, rows_BW)
     dead_F = losses.dead_features(inputs, parts.fired_F)
 
     def fired_only(params: SAEParams, opt_state: tuple):

@@ -70,7 +70,7 @@ def check_all(configs: Sequence[Config], mesh: Mesh, store: Store | None = None)
     errors: list[SaejaxError] = []
     for config in configs:
         try:
-            sharding.check_batch(config.train.batch, mesh)
+            sharding.check_batch(config.train.batch, mesh, parts=config.train.accumulate)
             sharding.check_features(config.sae.d_sae, mesh)
             if store is not None:
                 check_matches(store, hookpoints=config.sae.hookpoints, d_in=config.sae.d_in, model=config.lm.model,

@@ -24,7 +24,7 @@ from saejax.sae.normalization import columns
 from saejax.sae.params import initial_per_feature
 from saejax.train import optim
 from saejax.train.state import TrainState
-from saejax.train.step import dead_bound, normalized
+from saejax.train.step import dead_bound
 
 
 def due(options: ResampleOptions, tokens_before: int, tokens_after: int) -> bool:
@@ -44,7 +44,7 @@ def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _row_losses(spec: SAESpec, state: TrainState, rows_BW: jax.Array) -> jax.Array:
-    x_BD, y_BD = columns(spec, normalized(state, rows_BW))
+    x_BD, y_BD = columns(spec, state.normalization.apply(sharding.gathered(rows_BW)))
     recon_BD, _ = reconstruct(spec, state.params, x_BD)
     return jax.sharding.reshard(squared_error(y_BD, recon_BD), jax.P())
 
@@ -53,7 +53,7 @@ def _row_losses(spec: SAESpec, state: TrainState, rows_BW: jax.Array) -> jax.Arr
 def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: jax.Array, source_F: jax.Array, first: jax.Array,
                 encoder_norm: jax.Array, decoder_norm: jax.Array) -> TrainState:
     """Features whose source row lies in this batch get that row's direction; all others stay as they are."""
-    rows_BW = jax.sharding.reshard(normalized(state, rows_BW), jax.P())
+    rows_BW = jax.sharding.reshard(state.normalization.apply(rows_BW), jax.P())
     row_F = source_F - first
     here_F = (source_F >= 0) & (row_F >= 0) & (row_F < len(rows_BW))
 

@@ -33,11 +33,6 @@ class Hyperparameters:
         return cls(*(jnp.float32(value) for value in (config.train.lr, penalty, config.train.target_l0)))
 
 
-def normalized(state: TrainState, rows_BW: jax.Array) -> jax.Array:
-    """Raw rows resting over all devices -> float32 normalised rows split over `data` (one all-gather of [B, W] along `dict`)."""
-    return state.normalization.apply(jax.sharding.reshard(rows_BW, sharding.spec("rows", None)))
-
-
 def make_step(config: Config, spec: SAESpec, total_steps: int):
     """`step(state, rows_BW) -> (state, metrics)`; rows_BW: raw rows of `config.sae.hookpoints` side by side (any float dtype),
     sharded as `rows_at_rest`.
@@ -53,7 +48,7 @@ def make_step(config: Config, spec: SAESpec, total_steps: int):
 def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparameters, state: TrainState,
              rows_BW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
     """See `make_step`; `own` are values of the program, so that it can be mapped over them and over states."""
-    rows_BW = normalized(state, rows_BW)
+    rows_BW = state.normalization.apply(rows_BW)
     lr = own.lr * optim.learning_rate(config.train, total_steps)(state.step)
     penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
     inputs = LossInputs(sparsity=penalty * control.penalty_factor(config, state.moving, own.target_l0, state.step, total_steps),

@@ -135,8 +135,10 @@ def collectives(w: Work, platform: str) -> list[Collective]:
 
     local = w.rows // w.data
     if w.dict > 1:
-        add("rows", "all-gather", "dict", local * w.row_width * _rows_bytes(platform))
-        add("reconstruction", "all-reduce", "dict", 4 * w.groups * w.decodes * local * w.d_out)
+        bytes_ = 4 if platform == "cpu" else w.compute_bytes  # CPU collectives promote bfloat16
+        add("rows", "all-gather", "dict", bytes_ * local * w.d_in)
+        for what, kind in (("reconstruction", "reduce-scatter"), ("error", "all-gather")):
+            add(what, kind, "dict", bytes_ * w.groups * w.decodes * local * w.d_out)
         if w.kind == "topk":
             numbers = (w.k, 4 * w.k) if w.decodes > 1 else (w.k,)
             add("candidate values", "all-gather", "dict", 4 * local * w.dict * sum(
@@ -151,18 +153,12 @@ def collectives(w: Work, platform: str) -> list[Collective]:
     return out
 
 
-def _rows_bytes(platform: str) -> int:
-    """Bytes of an entry of a row on its way: stored as bfloat16, which CPU collectives promote."""
-    return 4 if platform == "cpu" else 2
-
-
 def working(w: Work, platform: str) -> dict[str, float]:
     """Bytes on one chip besides the state: gradients, copies while updating, rows and reconstructions, pairs, and the
     pre-activations (one tile on the sparse path). An estimate: compilers decide what lives at the same time.
     """
     sort = platform if platform == "cpu" else "else"
     gradients = 4.0 * w.gradients
-    local = w.rows / w.data
     tile = 4.0 * w.part * w.features
     if w.pairs:
         width = (sparse.ROOM if w.kind == "batchtopk" else 1) * w.k
@@ -172,6 +168,8 @@ def working(w: Work, platform: str) -> dict[str, float]:
         tile = max(3.0 * min(4.0 * max(sparse.TILE, w.features), tile), whole)
     else:
         pairs, tile = 0.0, _dense_arrays(w, sort) * tile
+    # Rows, and of reconstructions what a shard adds (float32, then rounded) and the error that comes back.
+    gathered = w.part * (w.compute_bytes * w.d_in + (4.0 + 2 * w.compute_bytes) * w.d_out * w.groups)
     # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
     of_dead = 4.0 * w.matrices if w.lazy else 2 * gradients
     aux = of_dead + 8.0 * w.part * w.d_out if w.aux else 0.0
@@ -179,8 +177,8 @@ def working(w: Work, platform: str) -> dict[str, float]:
     if w.lazy:
         update += 32.0 * min(row_gradients.CHUNK, w.gradients / 2)
     return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": update, "AuxK": aux,
-            "rows and reconstructions": 4.0 * local * w.row_width + 4.0 * w.part * w.d_out * (3 + w.groups), "pairs": pairs,
-            "pre-activations": tile}
+            "rows and reconstructions": gathered + 4.0 * w.rows / w.chips * (w.row_width + w.d_out * (2 + w.groups)),
+            "pairs": pairs, "pre-activations": tile}
 
 
 def _dense_arrays(w: Work, sort: str) -> float:

@@ -51,7 +51,7 @@ def loss_and_gradients(options, spec, mesh_shape, as_pairs, params, x, *long_sil
 
     with jax.set_mesh(mesh):
         given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
-                 sharding.place(x, sharding.sharding(mesh, "rows", None)))
+                 sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
         program = jax.jit(of).lower(*given, jnp.uint32(0)).compile()
         return program, [jax.device_get(program(*given, jnp.uint32(tokens))) for tokens in long_silent]
 
