@@ -1,9 +1,9 @@
 """L0 against FVU of every SAE of a finished sweep: a CSV and a plot.
 
-    python benchmarks/frontier.py runs/frontier... [--out docs/frontier]
+    python benchmarks/frontier.py runs/frontier... [--out docs/frontier.csv]
     python benchmarks/frontier.py runs/frontier_1 --beside runs/frontier_8
 
-Held-out figures of each SAE's newest evaluation, of SAEs in several sweeps those of the last; writes OUT.csv and OUT.png and
+Held-out figures of each SAE's newest evaluation, of SAEs in several sweeps those of the last; writes the CSV and a plot and
 prints a Markdown table. With --beside, how far
 the training metrics of two sweeps of the same SAEs are apart (another mesh, say), and nothing is written.
 """
@@ -67,7 +67,8 @@ def compare(a: Path, b: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
-    parser.add_argument("--out", type=Path, default=Path("docs/frontier"))
+    parser.add_argument("--out", type=Path, default=Path("docs/frontier.csv"))
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/frontier.png"))
     parser.add_argument("--beside", type=Path, help="another sweep of the same SAEs, to compare with")
     args = parser.parse_args()
     if args.beside:
@@ -76,11 +77,11 @@ def main() -> None:
     rows = rows_of(args.sweeps)
     if not rows:
         parser.error(f"{args.sweeps[0]}: no evaluated SAE below; run `saejax eval {args.sweeps[0]}` first")
-    with open(args.out.with_suffix(".csv"), "w", newline="") as file:
+    with open(args.out, "w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    plot(rows, args.out.with_suffix(".png"))
+    plot(rows, args.plot)
     print("| kind | L0 | FVU | without outliers | CE recovered | silent on held-out text |\n|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['kind']} | {row['l0_mean']:.1f} | {row['fvu']:.4f} | {row['fvu_no_outliers']:.4f} | "
