@@ -19,10 +19,11 @@ from saejax.features.dashboard import write_dashboard
 from saejax.features.index import MANIFEST, FeatureIndex
 from saejax.features.logits import rows_of
 from saejax.features.neighbours import nearest
-from saejax.features.search import Found, by_attribution, by_prompt, by_sets, by_text
+from saejax.features.search import Found, by_attribution, by_explanation, by_prompt, by_sets, by_text
 from saejax.features.visible import visible
 from saejax.formats import load
 from saejax.formats.loading import newest_step
+from saejax.judging.sheets import load_explanations
 from saejax.logs import say
 from saejax.records import RunPaths
 from saejax.report.summary import rows
@@ -69,8 +70,14 @@ def search(arguments: Arguments) -> int:
         raise ConfigError("saejax search: give one run, and one of --prompt, --set, --positives, --find and --like")
     [(config, path)] = jobs.located(arguments)
     _, sae = sae_of(config, path)
-    index = _index_of(config, sae, needed=ways == ["find"])
-    found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, sae, given)
+    explained = _explanations(arguments)
+    if explained and ways != ["find"]:
+        raise ConfigError("saejax search: --explanations belongs to --find")
+    index = _index_of(config, sae, needed=ways == ["find"] and not explained)
+    if explained:
+        found = by_explanation(explained, given["find"])
+    else:
+        found = by_text(index, given["find"]) if ways == ["find"] else _searched(config, sae, given)
     if not is_writer():
         return 0
     if arguments.json:
@@ -78,6 +85,11 @@ def search(arguments: Arguments) -> int:
         return 0
     print("\n".join(_line(one, index if "within" not in given else None) for one in found) or "no feature fits")
     return 0
+
+
+def _explanations(arguments: Arguments) -> dict[int, str]:
+    file = arguments.option("explanations")
+    return load_explanations(Path(file)) if file else {}
 
 
 def _line(one: Found, index: FeatureIndex | None) -> str:
@@ -163,7 +175,7 @@ def dashboard(arguments: Arguments) -> int:
     out = arguments.out or home / DASHBOARD
     links = [("Report of the run", "../report.html")] if (out.parent / "report.html").is_file() else []
     if is_writer():
-        page = write_dashboard(index, out, title=title, figures=figures, links=links)
+        page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=_explanations(arguments))
         print(f"dashboard {page}")
     return 0
 

@@ -145,19 +145,24 @@ JOBS = {
         "  --set=NAME               the same with prompts that come with saejax: code_vulnerabilities,\n"
         "                           deception_and_power, sycophancy, bias, dangerous_content; or multilingual:\n"
         "                           features that follow the meaning of sentences in five languages\n"
-        "  --find=TEXT              those whose top examples hold this text\n"
+        "  --find=TEXT [--explanations=FILE]\n"
+        "                           those whose top examples (or explanations in this file) hold this text\n"
         "  --like=FEATURE [--within=RUN]\n"
         "                           the nearest decoder directions (of another run's dictionary: feature splitting)\n"
         "  --json                   print one JSON list\n",
         "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False,
-        options=("prompt", "answer", "against", "positives", "negatives", "find", "like", "within", "set", "json")),
+        options=("prompt", "answer", "against", "positives", "negatives", "find", "explanations", "like", "within", "set",
+                 "json")),
     "dashboard": Job(
         "a site of an index that opens from disk",
-        "saejax dashboard RUN_OR_INDEX [--out=DIR]",
+        "saejax dashboard RUN_OR_INDEX [--explanations=FILE] [--out=DIR]",
         "Reads the index of a run (RUN/features) or the index given; writes index.html and its data to DIR (default\n"
         "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
-        "options:\n  --out=DIR                where to write\n",
-        "saejax dashboard runs/demo", takes_config=False, options=("out",)),
+        "options:\n"
+        "  --explanations=FILE      what somebody says of features, to show and to search: JSON lines\n"
+        "                           {\"feature\": 12, \"explanation\": \"...\"}, or the answers.jsonl of saejax judge\n"
+        "  --out=DIR                where to write\n",
+        "saejax dashboard runs/demo", takes_config=False, options=("explanations", "out")),
     "steer": Job(
         "how a prompt goes on with a feature set, ablated, or a direction added",
         "saejax steer RUN_OR_FILES --prompt=TEXT --feature=N [--scale=-5,0,5] [--ablate] [--positions=WHERE]\n"

@@ -10,8 +10,10 @@ number is F / 64 and the page loads what it shows. Every text from the corpus ha
 put on the page as text, never as HTML; the page's policy allows no script but its own files.
 """
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 
 import jinja2
 import numpy as np
@@ -27,21 +29,25 @@ from saejax.storage import write_bytes, write_json
 LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
 _SHOWN_TOKENS = 4        # in a line of the list
+_LONGEST = 400           # characters of an explanation
 
 
 def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures: list[tuple[str, str]] = (),
-                    links: list[tuple[str, str]] = (), progress: bool = True) -> Path:
+                    links: list[tuple[str, str]] = (), explanations: Mapping[int, str] = MappingProxyType({}),
+                    progress: bool = True) -> Path:
     """Writes the site and returns the path of its `index.html`, which is written last.
 
-    figures: (label, value) of the run for the front page. links: (label, relative address). Raises `FeatureIndexError` when `out`
-    is another directory's place, `DiskError`.
+    figures: (label, value) of the run for the front page. links: (label, relative address). explanations: {feature: what somebody
+    says of it}. Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
     """
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
         raise FeatureIndexError(f"{out}: is not empty and no dashboard; choose another --out")
+    for feature in explanations:
+        index.check_feature(feature)
     (out / "index.html").unlink(missing_ok=True)
     write_json(out / MARK, {"kind": "saejax-dashboard", "schema_version": 1, "index": index.manifest["sha256"]})
-    labels = _Labels(index)
+    labels = _Labels(index, explanations)
     with Progress("dashboard", index.features, unit="feature", enabled=progress) as bar:
         for number, first in enumerate(range(0, index.features, LIST)):
             last = min(first + LIST, index.features)
@@ -51,7 +57,7 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
             folder = out / "data" / "features" / f"{number // FILES_PER_FOLDER:03d}"
             _write(folder / f"{number:06d}.js", "features", number, _features(index, labels, first, last))
             bar.advance(last - first)
-    _write(out / "data" / "meta.js", "meta", 0, _meta(index, title, figures, links))
+    _write(out / "data" / "meta.js", "meta", 0, _meta(index, title, figures, links) | {"explained": len(explanations)})
     return _write_page(out, title)
 
 
@@ -94,10 +100,11 @@ def _is_local(address: str) -> bool:
 
 
 class _Labels:
-    """The short line of every feature, read once: numbers, and the tokens that it fires on most."""
+    """The short line of every feature, read once: numbers, the tokens that it fires on most, and its explanation."""
 
-    def __init__(self, index: FeatureIndex):
+    def __init__(self, index: FeatureIndex, explanations: Mapping[int, str]):
         self._index = index
+        self._said = {feature: visible(text, _LONGEST) for feature, text in explanations.items()}
         self._columns = {name: index.column(name) for name in ("density", "max", "mean", "fired")}
         self._tokens = [ids[:_SHOWN_TOKENS] for ids in index.lists("token_ids")]
         self._logits = [ids[:_SHOWN_TOKENS] for ids in index.lists("logit_ids")]
@@ -113,12 +120,17 @@ class _Labels:
     def of(self, feature: int) -> str:
         return self.token(self._tokens[feature][0]) if len(self._tokens[feature]) else ""
 
+    def said(self, feature: int) -> str:
+        """The explanation of a feature, safe to look at; empty without one."""
+        return self._said.get(feature, "")
+
     def lines(self, first: int, last: int) -> dict:
         """Columns of features first .. last - 1."""
         part = slice(first, last)
         return {"first": first, **{name: _short(values[part]) for name, values in self._columns.items()},
                 "tokens": [[self.token(i) for i in ids] for ids in self._tokens[part]],
-                "logits": [[self.token(i) for i in ids] for ids in self._logits[part]]}
+                "logits": [[self.token(i) for i in ids] for ids in self._logits[part]],
+                "said": [[feature, self.said(feature)] for feature in range(first, last) if self.said(feature)]}
 
 
 def _short(values, digits: int = 5) -> list:
@@ -144,7 +156,7 @@ def _feature(row: dict, labels: _Labels, word) -> dict:
 
     half = len(row["logit_ids"]) // 2
     logits = [[word(i), _short([v], 3)[0]] for i, v in zip(row["logit_ids"], row["logit_effects"], strict=True)]
-    return {"id": row["feature"], **{name: _short([row[name]])[0] for name in (
+    return {"id": row["feature"], "said": labels.said(row["feature"]), **{name: _short([row[name]])[0] for name in (
         "fired", "density", "mean", "max", "decoder_norm", "encoder_norm", "bias", "linear_width")},
         "linear": row["linear_counts"], "log": row["log_counts"], "log_edges": _short(row["log_edges"]),
         "interval_counts": _short(row["interval_counts"], 3),

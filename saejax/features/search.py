@@ -1,9 +1,10 @@
-"""Features found by what they do: on a prompt, for an answer, on one set of prompts and not on another, by their examples' text.
+"""Features found by what they do: on a prompt, for an answer, on one set of prompts and not on another, by their examples' text
+or by what is said of them.
 
 Source of the ways: Templeton et al. 2024 (single prompts, prompt sets, attribution); by direction: `neighbours.nearest`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,3 +105,11 @@ def by_text(index: FeatureIndex, text: str, n: int = 10) -> list[Found]:
     share = hits / np.maximum(totals, 1)
     best = np.lexsort((-hits, -share))[:n]
     return [Found(int(f), float(share[f]), f"{int(hits[f])} of {int(totals[f])} top contexts") for f in best if hits[f]]
+
+
+def by_explanation(explanations: Mapping[int, str], text: str, n: int = 10) -> list[Found]:
+    """The first n features whose explanation holds `text`, in upper or lower case. Raises `FeatureIndexError` for no text."""
+    if not text.strip():
+        raise FeatureIndexError("search: no text to look for; give some")
+    return [Found(feature, 1.0, f"explained as {said!r}") for feature, said in sorted(explanations.items())
+            if text.lower() in said.lower()][:n]

@@ -40,7 +40,7 @@ def hostile_site(index, tmp_path_factory):
     hostile.__dict__["vocabulary"] = [HOSTILE[i % len(HOSTILE)] for i in range(len(index.vocabulary))]
     return write_dashboard(hostile, tmp_path_factory.mktemp("hostile") / "dashboard", title=HOSTILE[1],
                            figures=[(HOSTILE[0], HOSTILE[1])], links=[("x", "javascript:alert(1)"), ("ok", "../report.html")],
-                           progress=False)
+                           explanations={i: text for i, text in enumerate(HOSTILE)}, progress=False)
 
 
 @given(some.text())
@@ -101,6 +101,11 @@ def test_files_are_few_and_small(index, tmp_path, monkeypatch):
     assert [parsed(f)["first"] for f in sorted(page.parent.rglob("features/*/*.js"))] == list(range(0, FEATURES, 3))
 
 
+def test_an_explanation_of_no_feature_is_refused(index, tmp_path):
+    with pytest.raises(FeatureIndexError, match=f"feature {FEATURES}"):
+        write_dashboard(index, tmp_path / "site", title="x", explanations={FEATURES: "?"}, progress=False)
+
+
 def test_another_directory_is_left_alone(index, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(FeatureIndexError, match="is not empty"):
@@ -121,6 +126,21 @@ def browser():
 
 def rows_of(page) -> list[list[str]]:
     return page.js("[...document.querySelectorAll('#list tbody tr')].map(r => [...r.children].map(c => c.textContent))")
+
+
+@pytest.mark.browser
+def test_explanations_are_listed_searched_and_shown(browser, index, tmp_path):
+    page = write_dashboard(index, tmp_path / "site", title="x", explanations={3: "Capital <b>cities</b>", 5: HOSTILE[1]},
+                           progress=False)
+    browser.size(1280, 1000)
+    browser.open(page)
+    browser.wait("document.querySelectorAll('#list tbody tr').length > 5")
+    browser.type("#search", "cities")
+    browser.wait("document.querySelectorAll('#list tbody tr').length === 1")
+    assert rows_of(browser)[0][:2] == ["3", "Capital <b>cities</b>"]
+    browser.click("a[href='#feature=3']")
+    browser.wait("!!document.querySelector('#said')")
+    assert browser.js("document.querySelector('#said').textContent") == "Capital <b>cities</b>"
 
 
 @pytest.mark.browser

@@ -98,13 +98,14 @@
   async function loadList() {
     if (list) return;
     const n = meta.features;
-    list = { ready: 0, density: new Float64Array(n), max: new Float64Array(n), mean: new Float64Array(n), fired: new Float64Array(n), tokens: new Array(n), logits: new Array(n) };
+    list = { ready: 0, density: new Float64Array(n), max: new Float64Array(n), mean: new Float64Array(n), fired: new Float64Array(n), tokens: new Array(n), logits: new Array(n), said: new Map() };
     for (let i = 0; i * meta.list < n; i++) {
       const part = await load("list", i, `data/list/${pad(i, 3)}.js`);
       chunks.delete(`list/${i}`);
       for (const name of ["density", "max", "mean", "fired"]) list[name].set(part[name], part.first);
       part.tokens.forEach((t, j) => { list.tokens[part.first + j] = t; });
       part.logits.forEach((t, j) => { list.logits[part.first + j] = t; });
+      part.said.forEach(([feature, text]) => list.said.set(feature, text));
       list.ready = part.first + part.tokens.length;
       document.dispatchEvent(new Event("list-grew"));
     }
@@ -114,7 +115,7 @@
     const found = [], query = state.q.trim().toLowerCase();
     for (let i = 0; i < list.ready; i++) {
       if (!state.dead && list.fired[i] === 0) continue;
-      if (query && String(i) !== query && !list.tokens[i].some((t) => t.toLowerCase().includes(query)) && !list.logits[i].some((t) => t.toLowerCase().includes(query))) continue;
+      if (query && String(i) !== query && ![...list.tokens[i], ...list.logits[i], list.said.get(i) || ""].some((t) => t.toLowerCase().includes(query))) continue;
       found.push(i);
     }
     if (state.sort !== "number") { const key = list[state.sort]; found.sort((a, b) => state.dir * (key[a] - key[b]) || a - b); }
@@ -137,7 +138,7 @@
   function front(state) {
     const figures = el("div", { class: "figures" }, ...meta.figures.map(([label, value]) => el("div", {}, el("span", {}, label), el("b", {}, value))));
     const rows = el("tbody"), status = el("p", { class: "soft", id: "status", role: "status" });
-    const search = el("input", { type: "search", id: "search", placeholder: "Search tokens, promoted tokens or a number", "aria-label": "Search", value: state.q });
+    const search = el("input", { type: "search", id: "search", placeholder: meta.explained ? "Search explanations, tokens, promoted tokens or a number" : "Search tokens, promoted tokens or a number", "aria-label": "Search", value: state.q });
     const dead = el("input", { type: "checkbox", id: "dead" });
     dead.checked = state.dead;
     const before = el("button", { id: "before", type: "button" }, "Back"), after = el("button", { id: "after", type: "button" }, "Next");
@@ -153,10 +154,10 @@
       const found = chosen(state), pages = Math.max(1, Math.ceil(found.length / PAGE));
       state.page = Math.min(state.page, pages - 1);
       rows.replaceChildren(...found.slice(state.page * PAGE, (state.page + 1) * PAGE).map((i) => el("tr", {},
-        el("td", {}, el("a", { href: link(i) }, String(i))), el("td", { class: "n" }, list.fired[i] ? percent(list.density[i]) : "dead"), el("td", { class: "n" }, number(list.max[i])),
+        el("td", {}, el("a", { href: link(i) }, String(i))), meta.explained ? el("td", { class: "said" }, list.said.get(i) || "") : null, el("td", { class: "n" }, list.fired[i] ? percent(list.density[i]) : "dead"), el("td", { class: "n" }, number(list.max[i])),
         el("td", { class: "n wide" }, number(list.mean[i])), el("td", { class: "words" }, ...list.tokens[i].map(word)), el("td", { class: "words wide" }, ...list.logits[i].map(word)))));
       const part = list.ready < meta.features ? ` (${count(list.ready)} of ${count(meta.features)} read so far)` : "";
-      status.textContent = found.length ? `${count(found.length)} features${part}, page ${state.page + 1} of ${count(pages)}` : `No feature matches${part}. Search looks at numbers, top tokens and promoted tokens.`;
+      status.textContent = found.length ? `${count(found.length)} features${part}, page ${state.page + 1} of ${count(pages)}` : `No feature matches${part}. Search looks at numbers, top tokens, promoted tokens and explanations.`;
       before.disabled = state.page === 0; after.disabled = state.page >= pages - 1;
     }
     let timer = 0;
@@ -167,7 +168,7 @@
     main.replaceChildren(el("h1", {}, meta.title), figures, meta.links.length ? el("p", {}, ...meta.links.map(([label, address]) => el("a", { href: address }, label))) : "",
       el("div", { class: "card" }, el("h2", {}, "Firing density of the features"), densityChart(), el("p", { class: "soft" }, "Share of tokens on which a feature is active.")),
       el("h2", {}, "Features"), el("div", { class: "tools" }, search, el("label", {}, dead, "show dead")), status,
-      el("table", { id: "list" }, el("thead", {}, el("tr", {}, ...heads, el("th", { scope: "col" }, "Fires on"), el("th", { class: "wide", scope: "col" }, "Promotes"))), rows),
+      el("table", { id: "list" }, el("thead", {}, el("tr", {}, heads[0], meta.explained ? el("th", { scope: "col" }, "Explanation") : null, ...heads.slice(1), el("th", { scope: "col" }, "Fires on"), el("th", { class: "wide", scope: "col" }, "Promotes"))), rows),
       el("div", { class: "tools" }, before, after));
     main.grew = draw;
     draw();
@@ -236,7 +237,7 @@
     const logits = f.up.length ? el("div", { class: "card", id: "logits" }, el("h3", {}, "Effect on the next token"), el("div", { class: "two" }, pairs(f.up.map(([w, v]) => [word(words[w]), `+${number(v)}`])), pairs(f.down.map(([w, v]) => [word(words[w]), number(v)]))),
       el("p", { class: "soft" }, "Direction through final norm and unembedding, per unit of activation.")) : null;
     const others = [near("Nearest by decoder", "cosine of the decoder directions", f.cosine, (r) => number(r[2]))];
-    const title = el("h1", {}, `Feature ${id}`);
+    const title = el("h1", {}, `Feature ${id}`, f.said ? el("small", { id: "said" }, f.said) : null);
     if (f.fired === 0) {
       main.replaceChildren(nav, title, el("p", { class: "notice", id: "dead-notice" }, `Dead: this feature fired on none of the ${count(meta.rows)} tokens that were indexed. There are no examples.`), figures,
         el("div", { class: "grid" }, logits || "", ...others));
