@@ -176,7 +176,9 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
     def candidates(x_TD: jax.Array, n: int):
         pre_TF = jnp.einsum("td,fd->tf", x_TD.astype(dtype), W_enc, preferred_element_type=jnp.float32) + bias_F
         pre_TF = jnp.where(allowed_F, pre_TF, -jnp.inf)
-        return *lax.top_k(pre_TF, min(F, n)), (pre_TF > threshold).sum(1, dtype=jnp.int32)
+        values_TN, index_TN = lax.top_k(pre_TF, min(F, n))
+        # CPUs sort whole rows where a slice of the values is read. A barrier for both together XLA does not compile.
+        return lax.optimization_barrier(values_TN), index_TN, (pre_TF > threshold).sum(1, dtype=jnp.int32)
 
     tiles = next(n for n in range(1, B + 1) if B % n == 0 and B // n * F <= max(TILE, F))
     of_tile = functools.partial(candidates, n=ROOM * k if over_batch else k)
