@@ -37,7 +37,7 @@ from sae_lens.training.sae_trainer import SAETrainer
 from synthetic_quality import PIECE, SIZES, Size, held_out, pieces, size_of
 from tqdm import tqdm
 
-BATCH = 4096
+BATCH = 512  # rows drawn at a time: temporary arrays of 34 MB, which malloc can reuse
 SEARCHED = ("relu", "gated")  # kinds whose L0 follows from a coefficient
 TOLERANCE = 0.03              # of L0, where the search stops
 ORTHOGONAL_STEPS, ORTHOGONAL_LR = 100, 3e-4  # of the published world

@@ -19,6 +19,7 @@ from saejax.features.dashboard import write_dashboard
 from saejax.features.index import MANIFEST, FeatureIndex
 from saejax.features.logits import rows_of
 from saejax.features.neighbours import nearest
+from saejax.features.picture import plane
 from saejax.features.search import Found, by_attribution, by_explanation, by_prompt, by_sets, by_text
 from saejax.features.visible import visible
 from saejax.formats import load
@@ -175,7 +176,9 @@ def dashboard(arguments: Arguments) -> int:
     out = arguments.out or home / DASHBOARD
     links = [("Report of the run", "../report.html")] if (out.parent / "report.html").is_file() else []
     if is_writer():
-        page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=_explanations(arguments))
+        explained = _explanations(arguments)
+        places_F2 = plane(index) if arguments.option("map") else None
+        page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=explained, places_F2=places_F2)
         print(f"dashboard {page}")
     return 0
 

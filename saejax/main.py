@@ -155,14 +155,16 @@ JOBS = {
                  "json")),
     "dashboard": Job(
         "a site of an index that opens from disk",
-        "saejax dashboard RUN_OR_INDEX [--explanations=FILE] [--out=DIR]",
+        "saejax dashboard RUN_OR_INDEX [--explanations=FILE] [--map] [--out=DIR]",
         "Reads the index of a run (RUN/features) or the index given; writes index.html and its data to DIR (default\n"
         "dashboard/ beside the index). Nothing is loaded from elsewhere and no server is needed.\n\n"
         "options:\n"
         "  --explanations=FILE      what somebody says of features, to show and to search: JSON lines\n"
         "                           {\"feature\": 12, \"explanation\": \"...\"}, or the answers.jsonl of saejax judge\n"
+        "  --map                    a picture of all features by UMAP: near are those of like decoder directions\n"
+        "                           (needs pip install 'saejax[umap]')\n"
         "  --out=DIR                where to write\n",
-        "saejax dashboard runs/demo", takes_config=False, options=("explanations", "out")),
+        "saejax dashboard runs/demo", takes_config=False, options=("explanations", "map", "out")),
     "steer": Job(
         "how a prompt goes on with a feature set, ablated, or a direction added",
         "saejax steer RUN_OR_FILES --prompt=TEXT --feature=N [--scale=-5,0,5] [--ablate] [--positions=WHERE]\n"

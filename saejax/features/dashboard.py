@@ -2,6 +2,7 @@
 
     index.html app.css app.js         the page; it draws what the data files hold
     data/meta.js                      figures of the run, density histogram, how the data are divided
+    data/map.js                       places of the features, if a picture was asked for
     data/list/000.js                  one line of each of 8,192 features: what the list sorts and searches
     data/features/000/000000.js       everything about 64 features; 256 files a folder
 
@@ -34,11 +35,12 @@ _LONGEST = 400           # characters of an explanation
 
 def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures: list[tuple[str, str]] = (),
                     links: list[tuple[str, str]] = (), explanations: Mapping[int, str] = MappingProxyType({}),
-                    progress: bool = True) -> Path:
+                    places_F2: np.ndarray | None = None, progress: bool = True) -> Path:
     """Writes the site and returns the path of its `index.html`, which is written last.
 
     figures: (label, value) of the run for the front page. links: (label, relative address). explanations: {feature: what somebody
-    says of it}. Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
+    says of it}. places_F2: a picture of the features (`picture.plane`), in [0, 1].
+    Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
     """
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
@@ -57,7 +59,10 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
             folder = out / "data" / "features" / f"{number // FILES_PER_FOLDER:03d}"
             _write(folder / f"{number:06d}.js", "features", number, _features(index, labels, first, last))
             bar.advance(last - first)
-    _write(out / "data" / "meta.js", "meta", 0, _meta(index, title, figures, links) | {"explained": len(explanations)})
+    if places_F2 is not None:
+        _write(out / "data" / "map.js", "map", 0, np.round(np.asarray(places_F2) * 9999).astype(int).T.tolist())
+    _write(out / "data" / "meta.js", "meta", 0,
+           _meta(index, title, figures, links) | {"explained": len(explanations), "map": places_F2 is not None})
     return _write_page(out, title)
 
 

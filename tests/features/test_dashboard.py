@@ -174,6 +174,21 @@ def test_search_sort_open_hover_and_back(browser, site, index):
 
 
 @pytest.mark.browser
+def test_the_map_names_and_opens_the_feature_under_the_pointer(browser, index, tmp_path):
+    places_F2 = np.stack([np.arange(FEATURES) / FEATURES, np.full(FEATURES, 0.5)], axis=1)
+    browser.size(1280, 1000)
+    browser.open(write_dashboard(index, tmp_path / "site", title="x", places_F2=places_F2, progress=False))
+    browser.wait("document.querySelector('#map')?.dataset.ready && document.querySelectorAll('#list tbody tr').length > 5")
+    browser.js("document.querySelector('#map').scrollIntoView({ block: 'center' })")
+    browser.hover("#map")  # its middle
+    browser.wait("!document.getElementById('tip').hidden")
+    assert browser.js("document.getElementById('tip').textContent").split()[0] == str(FEATURES // 2)
+    browser.click("#map")
+    browser.wait(f"document.querySelector('h1').textContent === 'Feature {FEATURES // 2}'")
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
 def test_dead_unknown_and_empty_say_so(browser, site):
     browser.open(site, f"#feature={DEAD[0]}")
     assert "Dead" in browser.wait("document.querySelector('#dead-notice')?.textContent")

@@ -94,6 +94,43 @@
     return chart(bars, ticks, "Histogram of firing densities");
   }
 
+  // ---- map ----------------------------------------------------------------------------------------------------------------
+  // All features as points; those that the search finds stand out. Hover names the nearest point, a click opens it.
+  function mapCard(state) {
+    const canvas = el("canvas", { id: "map", role: "img", "aria-label": "Features by likeness of their decoder directions" });
+    let places = null, found = [];
+    const style = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
+    const at = (i) => [6 + places[0][i] / 9999 * (canvas.clientWidth - 12), 6 + places[1][i] / 9999 * (canvas.clientHeight - 12)];
+    function paint() {
+      if (!places || !canvas.isConnected) return;
+      const scale = devicePixelRatio || 1, g = canvas.getContext("2d"), all = found.length === list.ready || !state.q.trim();
+      canvas.width = canvas.clientWidth * scale; canvas.height = canvas.clientHeight * scale;
+      g.scale(scale, scale);
+      const dot = (i, size) => { const [x, y] = at(i); g.fillRect(x - size / 2, y - size / 2, size, size); };
+      g.fillStyle = style("--bar"); g.globalAlpha = all ? 0.7 : 0.25;
+      for (let i = 0; i < places[0].length; i++) if (!list.fired[i] || !all || i >= list.ready) dot(i, 2);
+      g.fillStyle = style(all ? "--i5" : "--i9"); g.globalAlpha = 0.8;
+      for (const i of found) if (list.fired[i]) dot(i, all ? 2.5 : 4);
+    }
+    function under(event) {
+      const box = canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
+      let best = -1, least = 144;
+      if (places) for (let i = 0; i < list.ready; i++) { const [a, b] = at(i), d = (a - x) ** 2 + (b - y) ** 2; if (d < least) { least = d; best = i; } }
+      return best;
+    }
+    canvas.addEventListener("pointermove", (event) => {
+      const i = under(event);
+      canvas.dataset.tip = i < 0 ? "" : `${i}  ${list.said.get(i) || list.tokens[i].join(" ")}`;
+      canvas.style.cursor = i < 0 ? "default" : "pointer";
+      showTip(event);
+    });
+    canvas.addEventListener("click", (event) => { const i = under(event); if (i >= 0) location.hash = link(i); });
+    new ResizeObserver(paint).observe(canvas);
+    load("map", 0, "data/map.js").then((p) => { places = p; canvas.dataset.ready = "yes"; paint(); }).catch(failed);
+    canvas.show = (features) => { found = features; paint(); };
+    return canvas;
+  }
+
   // ---- list ---------------------------------------------------------------------------------------------------------------
   async function loadList() {
     if (list) return;
@@ -139,7 +176,7 @@
     const figures = el("div", { class: "figures" }, ...meta.figures.map(([label, value]) => el("div", {}, el("span", {}, label), el("b", {}, value))));
     const rows = el("tbody"), status = el("p", { class: "soft", id: "status", role: "status" });
     const search = el("input", { type: "search", id: "search", placeholder: meta.explained ? "Search explanations, tokens, promoted tokens or a number" : "Search tokens, promoted tokens or a number", "aria-label": "Search", value: state.q });
-    const dead = el("input", { type: "checkbox", id: "dead" });
+    const dead = el("input", { type: "checkbox", id: "dead" }), map = meta.map ? mapCard(state) : null;
     dead.checked = state.dead;
     const before = el("button", { id: "before", type: "button" }, "Back"), after = el("button", { id: "after", type: "button" }, "Next");
     const change = (more, push) => { Object.assign(state, { page: 0 }, more); history[push ? "pushState" : "replaceState"](null, "", addressOf(state)); draw(); };
@@ -158,6 +195,7 @@
         el("td", { class: "n wide" }, number(list.mean[i])), el("td", { class: "words" }, ...list.tokens[i].map(word)), el("td", { class: "words wide" }, ...list.logits[i].map(word)))));
       const part = list.ready < meta.features ? ` (${count(list.ready)} of ${count(meta.features)} read so far)` : "";
       status.textContent = found.length ? `${count(found.length)} features${part}, page ${state.page + 1} of ${count(pages)}` : `No feature matches${part}. Search looks at numbers, top tokens, promoted tokens and explanations.`;
+      if (map) map.show(found);
       before.disabled = state.page === 0; after.disabled = state.page >= pages - 1;
     }
     let timer = 0;
@@ -167,6 +205,7 @@
     after.addEventListener("click", () => change({ page: state.page + 1 }, true));
     main.replaceChildren(el("h1", {}, meta.title), figures, meta.links.length ? el("p", {}, ...meta.links.map(([label, address]) => el("a", { href: address }, label))) : "",
       el("div", { class: "card" }, el("h2", {}, "Firing density of the features"), densityChart(), el("p", { class: "soft" }, "Share of tokens on which a feature is active.")),
+      map ? el("div", { class: "card" }, el("h2", {}, "Map of the features"), map, el("p", { class: "soft" }, "UMAP of the decoder directions: near points are like directions, far distances say little. What the search finds stands out.")) : "",
       el("h2", {}, "Features"), el("div", { class: "tools" }, search, el("label", {}, dead, "show dead")), status,
       el("table", { id: "list" }, el("thead", {}, el("tr", {}, heads[0], meta.explained ? el("th", { scope: "col" }, "Explanation") : null, ...heads.slice(1), el("th", { scope: "col" }, "Fires on"), el("th", { class: "wide", scope: "col" }, "Promotes"))), rows),
       el("div", { class: "tools" }, before, after));
@@ -278,7 +317,8 @@
     tip.hidden = false;
     const box = target.getBoundingClientRect(), own = tip.getBoundingClientRect();
     tip.style.left = `${Math.max(4, Math.min(innerWidth - own.width - 4, (event.clientX || box.left) - own.width / 2))}px`;
-    tip.style.top = `${box.top > own.height + 60 ? box.top - own.height - 6 : box.bottom + 6}px`;
+    const top = target.id === "map" ? event.clientY - 6 : box.top, bottom = target.id === "map" ? event.clientY + 12 : box.bottom;
+    tip.style.top = `${top > own.height + 60 ? top - own.height - 6 : bottom + 6}px`;
   }
   for (const name of ["pointerover", "click"]) document.addEventListener(name, showTip);
   addEventListener("scroll", () => { tip.hidden = true; }, { passive: true });
