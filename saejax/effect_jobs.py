@@ -10,7 +10,7 @@ from saejax import jobs, lm
 from saejax.command_line import Arguments
 from saejax.config import Config
 from saejax.errors import ConfigError, FeatureIndexError
-from saejax.feature_jobs import INDEX, prompts_of
+from saejax.feature_jobs import INDEX, prompts_of, vector_of
 from saejax.features import corpus, pages, steering
 from saejax.features import neurons as correlation
 from saejax.features.attribution import ablate, agreement, attribute
@@ -146,24 +146,13 @@ def _of_feature(arguments: Arguments, config: Config | None, sae: SAE, lm_: lm.L
 def _of_vectors(arguments: Arguments, sae: SAE, lm_: lm.LM, factors: list[float]) -> list[Change]:
     found, file = {}, arguments.option("add-direction")
     if file:
-        found[f"direction {Path(file).name}"] = _vector(file)
+        found[f"direction {Path(file).name}"] = vector_of("add-direction", file)
     sets = [arguments.option(name) for name in ("positives", "negatives")]
     if any(sets):
         if not all(sets):
             raise ConfigError("saejax steer: --positives=FILE and --negatives=FILE go together")
         found["few-shot vector"] = steering.few_shot_vector(lm_, sae.cfg.targets[0], *map(prompts_of, sets))
     return [Change(f"{label} x {factor:g}", vector=factor * vector) for label, vector in found.items() for factor in factors]
-
-
-def _vector(file: str) -> np.ndarray:
-    try:
-        found = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"--add-direction={file}: not a readable .npy file of numbers "
-                          f"({' '.join(str(error).split())[:150]})") from error
-    if found.ndim != 1 or not np.issubdtype(found.dtype, np.number) or not np.isfinite(found).all():
-        raise ConfigError(f"--add-direction={file}: shape {found.shape}, {found.dtype}; give one vector of finite numbers")
-    return found.astype(np.float32)
 
 
 def _positions(arguments: Arguments) -> str | list[int]:

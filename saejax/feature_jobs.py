@@ -139,13 +139,24 @@ def _other(run: str, sae: SAE) -> SAE:
     return other
 
 
-def _alike(sae: SAE, number: str, other: SAE | None) -> list[Found]:
+def _alike(sae: SAE, given: str, other: SAE | None) -> list[Found]:
+    """Nearest to a feature, by number, or to a vector, in an .npy file."""
+    where, width = other or sae, sae.params.W_dec.shape[1]
+    if given.endswith(".npy"):
+        direction, own = vector_of("like", given)[None], None
+        if direction.shape[1] != width:
+            raise FeatureIndexError(f"--like={given}: {direction.shape[1]} numbers; the decoder's directions have {width}")
+    else:
+        feature = _numbered(sae, given)
+        direction, own = rows_of(sae, sae.params.W_dec, feature, feature + 1), None if other else np.array([feature])
+    ids, cosines = nearest(where.params.W_dec, direction, 10, where.mesh, own=own)
+    return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
+
+
+def _numbered(sae: SAE, number: str) -> int:
     if not number.isdecimal() or int(number) >= sae.cfg.d_sae:
         raise FeatureIndexError(f"--like={number}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
-    feature = int(number)
-    direction, where = rows_of(sae, sae.params.W_dec, feature, feature + 1), other or sae
-    ids, cosines = nearest(where.params.W_dec, direction, 10, where.mesh, own=None if other else np.array([feature]))
-    return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
+    return int(number)
 
 
 def prompts_of(file: str) -> list[str]:
@@ -158,6 +169,18 @@ def prompts_of(file: str) -> list[str]:
     if not found:
         raise ConfigError(f"{file}: holds no prompts; write one a line")
     return found
+
+
+def vector_of(option: str, file: str) -> np.ndarray:
+    """The vector [D] float32 in an .npy file that an option names."""
+    try:
+        found = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--{option}={file}: not a readable .npy file of numbers "
+                          f"({' '.join(str(error).split())[:150]})") from error
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.number) or not np.isfinite(found).all():
+        raise ConfigError(f"--{option}={file}: shape {found.shape}, {found.dtype}; give one vector of finite numbers")
+    return found.astype(np.float32)
 
 
 def dashboard(arguments: Arguments) -> int:

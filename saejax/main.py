@@ -147,8 +147,9 @@ JOBS = {
         "                           features that follow the meaning of sentences in five languages\n"
         "  --find=TEXT [--explanations=FILE]\n"
         "                           those whose top examples (or explanations in this file) hold this text\n"
-        "  --like=FEATURE [--within=RUN]\n"
-        "                           the nearest decoder directions (of another run's dictionary: feature splitting)\n"
+        "  --like=FEATURE|FILE.npy [--within=RUN]\n"
+        "                           decoder directions nearest to a feature's or to a vector (of another run's\n"
+        "                           dictionary: feature splitting)\n"
         "  --json                   print one JSON list\n",
         "saejax search runs/demo --prompt='To be, or not to be'", takes_config=False,
         options=("prompt", "answer", "against", "positives", "negatives", "find", "explanations", "like", "within", "set",

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+import saejax
 from saejax.features.index import FeatureIndex
 from saejax.main import main
 from tests.judging.server import serving
@@ -81,6 +82,20 @@ def test_two_processes_build_the_same_index(run, tmp_path):
         for a, b in zip(one.examples(feature), two.examples(feature), strict=True):
             assert (a["interval"], a["context"], a["position"]) == (b["interval"], b["context"], b["position"])
             np.testing.assert_allclose(a["acts"], b["acts"], rtol=1e-4, atol=1e-5)
+
+
+def test_search_by_a_direction(run, tmp_path, capsys):
+    direction = np.asarray(saejax.load(run).params.W_dec[5])
+    np.save(tmp_path / "d.npy", -3 * direction), np.save(tmp_path / "short.npy", direction[1:])
+    assert main(["search", str(run), f"--like={tmp_path / 'd.npy'}", "--json"]) == 0
+    opposite = json.loads(capsys.readouterr().out)
+    np.save(tmp_path / "d.npy", 3 * direction)
+    assert main(["search", str(run), f"--like={tmp_path / 'd.npy'}", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found[0]["feature"] == 5 and found[0]["score"] == pytest.approx(1, abs=1e-5)
+    assert 5 not in [one["feature"] for one in opposite]
+    assert main(["search", str(run), f"--like={tmp_path / 'short.npy'}"]) == 2
+    assert "the decoder's directions have" in capsys.readouterr().err
 
 
 @pytest.mark.slow
