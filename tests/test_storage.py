@@ -65,8 +65,10 @@ def test_disk_full_is_one_line_and_leaves_nothing(tmp_path):
 
 def test_unwritable_directory(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(DiskError, match="file"):
-        storage.write_bytes(tmp_path / "file" / "x", b"")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(DiskError, match=f"{name}: a file or a dangling link"):
+            storage.write_bytes(tmp_path / name / "x", b"")
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/etc/passwd", "a/../../b", "-rf", ".hidden", "a\x00b", "a b", ""])
