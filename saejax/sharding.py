@@ -1,6 +1,8 @@
 """The device mesh ("data", "dict"), the one table of logical axes, and placement without a host ever holding the whole."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -49,6 +51,22 @@ def scattered(part_BD: jax.Array, dtype, axis: int = 0) -> jax.Array:
     rest. One reduce-scatter in `dtype`; its gradient is one all-gather.
     """
     return jax.lax.psum_scatter(part_BD.astype(dtype), "dict", scatter_dimension=axis, tiled=True).astype(np.float32)
+
+
+def on_shards(local: Callable, given, returned) -> Callable:
+    """`local` on every device of the mesh, placed as said; it is told the number of shards of the dictionary.
+    Where no mesh is set it is called as it is.
+    """
+    if not mesh_is_set():
+        return functools.partial(local, shards=1)
+    # No gradient passes through a shard_map here, so nothing is lost without check_vma, which loops would need help with.
+    return jax.shard_map(lambda *values: local(*values, shards=jax.lax.axis_size("dict")), in_specs=given, out_specs=returned,
+                         check_vma=False)
+
+
+def over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
+    """A reduction over axes of the mesh, where one is set."""
+    return reduce(value, axes) if mesh_is_set() else value
 
 
 MEMBERS = "members"  # the vmapped axis of SAEs that train as one program

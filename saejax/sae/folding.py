@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from saejax.errors import FormatError
 from saejax.sae.params import SAEParams
+from saejax.sae.products import product
 
 _RATIOS = ("r_mag",)
 
@@ -76,7 +77,7 @@ def with_pre_bias(params: SAEParams, has: bool, wants: bool) -> SAEParams:
     """
     if has == wants:
         return params
-    shift_F = params.W_enc @ params.b_dec * (1.0 if wants else -1.0)
+    shift_F = product("fd,d->f", params.W_enc, params.b_dec, jnp.float32) * (1.0 if wants else -1.0)
     own = dict(params.per_feature)
     if "b_mag" in own:
         own["b_mag"] = own["b_mag"] + jnp.exp(own["r_mag"]) * shift_F

@@ -16,6 +16,7 @@ from saejax.sae.folding import decoder_norms, scale_features
 from saejax.sae.model import decode, encode, skipped
 from saejax.sae.normalization import Normalization
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
+from saejax.sae.products import product
 from saejax.sae.row_norm import NONE, normalise_rows
 from saejax.sae.saebench import config_for
 
@@ -80,10 +81,10 @@ def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEP
     W_dec, b_dec = params.W_dec / written.scale, params.b_dec / written.scale + written.center
     W_enc, b_enc, W_skip = params.W_enc * read.scale, params.b_enc, params.W_skip
     if not spec.pre_bias:  # otherwise b_dec, which holds the centre, is subtracted before the encoder
-        b_enc = b_enc - W_enc @ read.center
+        b_enc = b_enc - product("fd,d->f", W_enc, read.center, jnp.float32)
     if W_skip is not None:
         W_skip = W_skip * read.scale[:, None] / written.scale
-        b_dec = b_dec - read.center @ W_skip
+        b_dec = b_dec - product("d,de->e", read.center, W_skip, jnp.float32)
     kind = folded_kind(spec.kind, params)
     if kind != "topk":
         unit_F = jnp.maximum(jnp.linalg.norm(W_dec, axis=1), jnp.finfo(jnp.float32).tiny)
@@ -106,10 +107,10 @@ def unfold(spec: SAESpec, params: SAEParams, normalization: Normalization, *, un
     read, written = normalization.parts(spec)
     skip, b_dec, b_enc = params.W_skip, params.b_dec, params.b_enc
     if skip is not None:
-        b_dec = b_dec + read.center @ skip
+        b_dec = b_dec + product("d,de->e", read.center, skip, jnp.float32)
         skip = skip / read.scale[:, None] * written.scale
     if not spec.pre_bias:
-        b_enc = b_enc + params.W_enc @ read.center
+        b_enc = b_enc + product("fd,d->f", params.W_enc, read.center, jnp.float32)
     out = params.replace(W_enc=params.W_enc / read.scale, b_enc=b_enc, W_dec=params.W_dec * written.scale, W_skip=skip,
                          b_dec=(b_dec - written.center) * written.scale)
     out = scale_features(out, decoder_norms(out)) if unit_decoder else out

@@ -10,8 +10,9 @@ from jax import lax
 from saejax import sharding
 from saejax.sae import sparse
 from saejax.sae.activations import topk
-from saejax.sae.model import decode_at_rest, pre_activations
+from saejax.sae.model import pre_activations_of
 from saejax.sae.params import SAEParams, SAESpec
+from saejax.sae.prefixes import decode_at_rest
 
 
 @struct.dataclass
@@ -68,8 +69,8 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
     nothing is dead (nothing is then computed; of SAEs that train as one program, for none of them) or when the ratio is not
-    finite. Cost: O(`FEW`) per row as long as no shard has more dead features, else one product of the encoder more. Source: Gao
-    et al. 2024, A.2.
+    finite. x_BD: rows as `model.read` gives them. Cost: O(`FEW`) per row as long as no shard has more dead features, else one
+    product of the encoder more. Source: Gao et al. 2024, A.2.
     """
     dead_F = dead_features(inputs, fired_F)
     k = min(aux_k, spec.d_sae)
@@ -82,7 +83,7 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
         if as_pairs:
             pairs, _, _ = sparse.encode(spec, params, x_BD, k, inputs.threshold, allowed_F=dead_F)
             return ratio(sparse.decode(spec, params, pairs, len(x_BD)) - params.b_dec)
-        pre_BF = jnp.where(dead_F, pre_activations(spec, params, x_BD), -jnp.inf)
+        pre_BF = jnp.where(dead_F, pre_activations_of(spec, params, x_BD), -jnp.inf)
         return ratio(decode_at_rest(spec, params, topk(pre_BF, k)) - params.b_dec)
 
     def ratio(estimate_BD: jax.Array) -> jax.Array:
@@ -121,7 +122,7 @@ def few(spec: SAESpec) -> int:
 def estimate_of_few(spec: SAESpec, some: SAEParams, rows: sparse.Rows, x_BD: jax.Array, k: int) -> jax.Array:
     """What the k largest activations of `some_of` the features add up to, [B, d_out]."""
     valid_M = rows.index_C < spec.d_sae // sharding.shards()
-    pre_BM = jnp.where(valid_M, pre_activations(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
+    pre_BM = jnp.where(valid_M, pre_activations_of(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
     return decode_at_rest(spec, some, topk(pre_BM, min(k, len(valid_M)))) - some.b_dec
 
 

@@ -13,10 +13,10 @@ from saejax.recipes import WITH_K
 from saejax.sae import sparse
 from saejax.sae.activations import activate, fires, thresholds, topk
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
-from saejax.sae.model import decode_at_rest, pre_activations, skipped
+from saejax.sae.model import pre_activations_of, read, skipped
 from saejax.sae.normalization import columns
 from saejax.sae.params import SAEParams, SAESpec
-from saejax.sae.prefixes import borders, prefix_reconstructions
+from saejax.sae.prefixes import borders, decode_at_rest, prefix_reconstructions
 
 
 @struct.dataclass
@@ -50,9 +50,9 @@ class Forward:
         return squared_error(self.y_BD, self.prefixes_GBD).mean(1).sum()
 
 
-def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array,
+def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
            inputs: LossInputs) -> Forward:
-    pre_BF = pre_activations(spec, params, x_BD)
+    pre_BF = pre_activations_of(spec, params, read_BD)
     acts_BF = activate(spec, params, pre_BF)
     prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
     recon_BD = decode_at_rest(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
@@ -61,10 +61,10 @@ def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arra
                    above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / len(y_BD), pre_BF=pre_BF, acts_BF=acts_BF)
 
 
-def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, y_BD: jax.Array,
+def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
             inputs: LossInputs) -> Forward:
     over_batch = spec.kind == "batchtopk"
-    pairs, above_B, missing = sparse.encode(spec, params, x_BD, spec.k, inputs.threshold, over_batch=over_batch)
+    pairs, above_B, missing = sparse.encode(spec, params, read_BD, spec.k, inputs.threshold, over_batch=over_batch)
 
     def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
         return _of_pairs(spec, options, params, y_BD, pairs, above_B)
@@ -73,7 +73,7 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Arr
         return of_pairs(params, pairs)
 
     def whole(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return _dense(spec, options, params, x_BD, y_BD, inputs).replace(pre_BF=None, acts_BF=None)
+        return _dense(spec, options, params, read_BD, y_BD, inputs).replace(pre_BF=None, acts_BF=None)
 
     return lax.cond(sharding.any_member(missing), jax.checkpoint(whole), of_pairs, params, pairs)
 
@@ -88,9 +88,9 @@ def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.A
                    least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(), l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
 
 
-def read(spec: SAESpec, rows_BW: jax.Array) -> jax.Array:
-    """What encoders read of rows at rest, in the dtype of computation: one all-gather of [B, d_in] along `dict`."""
-    return sharding.gathered(columns(spec, rows_BW)[0].astype(spec.compute_dtype))
+def read_rows(spec: SAESpec, params: SAEParams, rows_BW: jax.Array) -> jax.Array:
+    """What the encoder reads of rows at rest (`model.read`): one all-gather of [B, d_in] along `dict`."""
+    return sharding.gathered(read(spec, params, columns(spec, rows_BW)[0]))
 
 
 def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, above_B: jax.Array,
@@ -99,11 +99,11 @@ def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pai
     """`objective` without AuxK of pairs that are selected already, as a function of `learned` (`sparse.attached`), and the error
     that is left, [B, d_out].
     """
-    read_BD, y_BD = columns(spec, rows_BW)
+    x_BD, y_BD = columns(spec, rows_BW)
     params = jax.tree.map(lax.stop_gradient, params)
-    pairs, place_P = sparse.attached(spec, params, pairs, read(spec, rows_BW), learned, rows)
+    pairs, place_P = sparse.attached(spec, pairs, read_rows(spec, params, rows_BW), learned, rows)
     params = params.replace(b_dec=learned.b_dec, W_skip=learned.W_skip)
-    seen = _of_pairs(spec, options, params, y_BD, pairs, above_B, (learned.W_dec, place_P)).plus(skipped(spec, params, read_BD))
+    seen = _of_pairs(spec, options, params, y_BD, pairs, above_B, (learned.W_dec, place_P)).plus(skipped(spec, params, x_BD))
     loss, own = _topk(spec, options, params, seen, inputs)
     return loss, (_parts(loss, own, seen), y_BD - seen.recon_BD)
 
@@ -118,14 +118,14 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
     the input is gathered. In the formulas x is what is reconstructed. as_pairs: take the sparse path (`saejax.sae.sparse`; kinds
     with k), which gives the same up to rounding.
     """
-    read_BD, y_BD = columns(spec, rows_BW)
-    x_BD = read(spec, rows_BW)
-    seen = (_sparse if as_pairs else _dense)(spec, options, params, x_BD, y_BD, inputs).plus(skipped(spec, params, read_BD))
+    x_BD, y_BD = columns(spec, rows_BW)
+    read_BD = read_rows(spec, params, rows_BW)
+    seen = (_sparse if as_pairs else _dense)(spec, options, params, read_BD, y_BD, inputs).plus(skipped(spec, params, x_BD))
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
         error_BD = lax.stop_gradient(y_BD - seen.recon_BD)
-        own |= {"aux": aux_loss(spec, params, x_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
+        own |= {"aux": aux_loss(spec, params, read_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     return loss, _parts(loss, own, seen)

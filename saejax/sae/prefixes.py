@@ -1,5 +1,6 @@
-"""Nested dictionaries: the reconstructions that the first p_1 < p_2 < ... < p_G = F features give."""
+"""Reconstructions of training, whose rows rest over all devices: of the whole dictionary, and of nested prefixes of it."""
 
+import functools
 import itertools
 
 import jax
@@ -8,11 +9,22 @@ from jax import lax
 
 from saejax import sharding
 from saejax.sae.params import SAEParams, SAESpec
+from saejax.sae.products import product
+
+_BF, _FD = sharding.spec("rows", "features"), sharding.spec("features", None)
+_GBD = sharding.spec(None, "rows_at_rest", None)
 
 
 def borders(shares: tuple[float, ...], d_sae: int) -> tuple[int, ...]:
     """Prefix lengths from the groups' shares of the dictionary; the last is d_sae."""
     return tuple(round(total * d_sae) for total in itertools.accumulate(shares))[:-1] + (d_sae,)
+
+
+def decode_at_rest(spec: SAESpec, params: SAEParams, acts_BF: jax.Array) -> jax.Array:
+    """`model.decode` for training: rows rest over all devices. Communication along `dict`: one reduce-scatter of [B, d_out] in
+    the dtype of computation, for the gradient one all-gather.
+    """
+    return prefix_reconstructions(spec, params, acts_BF, (1.0,))[0]
 
 
 def prefix_reconstructions(spec: SAESpec, params: SAEParams, acts_BF: jax.Array, shares: tuple[float, ...]) -> jax.Array:
@@ -23,26 +35,42 @@ def prefix_reconstructions(spec: SAESpec, params: SAEParams, acts_BF: jax.Array,
     Communication along `dict`: one reduce-scatter of [G, B, D], for the gradient one all-gather.
     """
     ends = borders(shares, spec.d_sae)
-    if not sharding.mesh_is_set():
-        parts_GBD = _parts(spec, ends, acts_BF, params.W_dec, 0)
-    else:
-        rows_features, features = sharding.spec("rows", "features"), sharding.spec("features", "d_in")
-        parts_GBD = jax.shard_map(
-            lambda acts, W: sharding.scattered(_parts(spec, ends, acts, W, lax.axis_index("dict")), spec.compute_dtype, 1),
-            in_specs=(rows_features, features), out_specs=sharding.spec(None, "rows_at_rest", "d_in"))(acts_BF, params.W_dec)
-    return jnp.cumsum(parts_GBD, axis=0) + params.b_dec
+    return jnp.cumsum(_parts(jnp.dtype(spec.compute_dtype), ends, acts_BF, params.W_dec), axis=0) + params.b_dec
 
 
-def _parts(spec: SAESpec, ends: tuple[int, ...], acts_local: jax.Array, W_local: jax.Array, shard) -> jax.Array:
-    """What this shard's features add to each group's own part [G, B_local, D]."""
-    dtype, width = jnp.dtype(spec.compute_dtype), acts_local.shape[1]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _parts(dtype, ends: tuple[int, ...], acts_BF: jax.Array, W_dec: jax.Array) -> jax.Array:
+    """What each group's own features add, [G, B, D]."""
+    def local(acts_BF, W_dec, shards):
+        parts_GBD = jnp.zeros((len(ends), len(acts_BF), W_dec.shape[1]), jnp.float32)
+        for piece, group in _pieces(ends, len(W_dec)):
+            parts_GBD = parts_GBD.at[group].add(product("bf,fd->bd", acts_BF[:, piece], W_dec[piece], dtype))
+        return sharding.scattered(parts_GBD, dtype, 1) if shards > 1 else parts_GBD
+
+    return sharding.on_shards(local, (_BF, _FD), _GBD)(acts_BF, W_dec)
+
+
+def _parts_backward(dtype, ends: tuple[int, ...], saved, gradient_GBD: jax.Array):
+    def local(acts_BF, W_dec, gradient_GBD, shards):
+        gradient_GBD = gradient_GBD.astype(dtype)
+        if shards > 1:
+            gradient_GBD = lax.all_gather(gradient_GBD, "dict", axis=1, tiled=True)
+        to_acts, to_W = [], []
+        for piece, group in _pieces(ends, len(W_dec)):
+            to_acts.append(product("bd,fd->bf", gradient_GBD[group], W_dec[piece], dtype))
+            to_W.append(product("bf,bd->fd", acts_BF[:, piece], gradient_GBD[group], dtype))
+        return jnp.concatenate(to_acts, axis=1), sharding.over(lax.psum, jnp.concatenate(to_W), "data")
+
+    return sharding.on_shards(local, (_BF, _FD, _GBD), (_BF, _FD))(*saved, gradient_GBD)
+
+
+_parts.defvjp(lambda dtype, ends, *values: (_parts(dtype, ends, *values), values), _parts_backward)
+
+
+def _pieces(ends: tuple[int, ...], width: int) -> list:
+    """(slice of a shard's features, number of the group that it belongs to) between all borders, counted from any shard's start.
+    """
     cuts = sorted({0, width} | {end % width for end in ends})
-    first_G, last_G = jnp.asarray((0, *ends[:-1])), jnp.asarray(ends)
-    out = 0.0
-    for a, b in itertools.pairwise(cuts):
-        product = jnp.einsum("bf,fd->bd", acts_local[:, a:b].astype(dtype), W_local[a:b].astype(dtype),
-                             preferred_element_type=jnp.float32)
-        start = shard * width + a
-        mine_G = (first_G <= start) & (start < last_G)
-        out = out + jnp.where(mine_G[:, None, None], product, 0.0)
-    return out
+    shard = lax.axis_index("dict") if len(ends) > 1 and sharding.mesh_is_set() else 0
+    return [(slice(a, b), (shard * width + a >= jnp.asarray(ends[:-1])).sum() if len(ends) > 1 else 0)
+            for a, b in itertools.pairwise(cuts)]

@@ -13,7 +13,7 @@ from saejax import sharding
 from saejax.config import SAEOptions
 from saejax.sae import losses, sparse
 from saejax.sae.losses import LossInputs, LossParts
-from saejax.sae.objectives import objective, objective_of_rows, read
+from saejax.sae.objectives import objective, objective_of_rows, read_rows
 from saejax.sae.params import SAEParams, SAESpec
 
 CHUNK = 2**20  # entries of a matrix's rows that are worked on at once
@@ -51,7 +51,7 @@ def of_batch(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax
     """The piece of the features that fire, what was seen, the error that is left, and whether pairs are missing: then none of
     them is right (batchtopk).
     """
-    x_BD = read(spec, rows_BW)
+    x_BD = read_rows(spec, params, rows_BW)
     pairs, above_B, missing = sparse.selected(spec, params, x_BD, spec.k, inputs.threshold, over_batch=spec.kind == "batchtopk")
     rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(rows_BW) * spec.k))
 
@@ -83,7 +83,7 @@ def of_many_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: ja
     rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(x_BD) * k))
 
     def of(learned: SAEParams):
-        own, place_P = sparse.attached(spec, params, pairs, x_BD, learned, rows)
+        own, place_P = sparse.attached(spec, pairs, x_BD, learned, rows)
         estimate_BD = sparse.decode_groups(spec, params, own, len(x_BD), (spec.d_sae,), (learned.W_dec, place_P))[0]
         return losses.unexplained(error_BD, estimate_BD - params.b_dec, dead_F)
 

@@ -17,7 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from saejax import sharding
 from saejax.config import SAEOptions
+from saejax.sae.model import bias
 from saejax.sae.params import SAEParams, SAESpec
+from saejax.sae.products import product
 from saejax.sae.select import kept_per_row
 from saejax.sae.select_batch import kept_over_batch
 
@@ -53,30 +55,26 @@ _B, _BD, _GBD = sharding.spec("rows"), sharding.spec("rows", None), sharding.spe
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
-def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
+def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
            allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
     """(`activations.topk` of the pre-activations as pairs, how many pre-activations of each row exceed `threshold` [B], whether
     pairs are missing). over_batch: `activations.batchtopk`; pairs are missing where too many rows keep more than `ROOM` x k on a
     shard, or one more than `WIDE` x k, or one device's rows many more than others'. allowed_F: the features that may be kept.
-    Gradients flow from the values to the parameters, none to x.
+    read_BD: rows as `model.read` gives them. Gradients flow from the values to the parameters, none to the rows.
     """
-    pairs, above_B, missing = selected(spec, params, x_BD, k, threshold, over_batch=over_batch, allowed_F=allowed_F)
-    return pairs.replace(values_P=_attached(params.W_enc, _bias(spec, params), x_BD, pairs)), above_B, missing
+    pairs, above_B, missing = selected(spec, params, read_BD, k, threshold, over_batch=over_batch, allowed_F=allowed_F)
+    values_P = _attached(jnp.dtype(spec.compute_dtype), params.W_enc, bias(spec, params), read_BD, pairs)
+    return pairs.replace(values_P=values_P), above_B, missing
 
 
-def selected(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
+def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
              allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
     """What `encode` returns, with values through which no gradient flows."""
-    bias_F = _bias(spec, params)
-    allowed_F = jnp.ones_like(bias_F, bool) if allowed_F is None else allowed_F
+    allowed_F = jnp.ones_like(params.b_enc, bool) if allowed_F is None else allowed_F
     select = functools.partial(_select, k=k, over_batch=over_batch, dtype=jnp.dtype(spec.compute_dtype))
-    *found, above_B, missing = on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
-        *map(lax.stop_gradient, (params.W_enc, bias_F, allowed_F, x_BD, threshold)))
+    *found, above_B, missing = sharding.on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
+        *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD, threshold)))
     return Pairs(*(checkpoint_name(value, SAVED) for value in found)), above_B, missing
-
-
-def _bias(spec: SAESpec, params: SAEParams) -> jax.Array:
-    return params.b_enc - params.W_enc @ params.b_dec if spec.pre_bias else params.b_enc
 
 
 @struct.dataclass
@@ -100,7 +98,7 @@ def rows_of(chosen_F: jax.Array, capacity: int) -> Rows:
         index_C = jnp.nonzero(chosen_F, size=capacity, fill_value=len(chosen_F))[0].astype(jnp.int32)
         return index_C, jnp.where(chosen_F, jnp.minimum(place_F, capacity), capacity), jnp.minimum(place_F[-1:] + 1, capacity)
 
-    return Rows(*on_shards(local, _F, (_F, _F, _F))(chosen_F))
+    return Rows(*sharding.on_shards(local, _F, (_F, _F, _F))(chosen_F))
 
 
 def zeros_for(params: SAEParams, rows: Rows) -> SAEParams:
@@ -112,17 +110,15 @@ def zeros_for(params: SAEParams, rows: Rows) -> SAEParams:
     return params.replace(W_enc=zeros(params.W_enc), b_enc=zeros(params.b_enc), W_dec=zeros(params.W_dec))
 
 
-def attached(spec: SAESpec, params: SAEParams, pairs: Pairs, x_BD: jax.Array, learned: SAEParams,
+def attached(spec: SAESpec, pairs: Pairs, read_BD: jax.Array, learned: SAEParams,
              rows: Rows) -> tuple[Pairs, jax.Array]:
     """`selected` pairs whose values have gradients with respect to `learned`, the parameters of `rows`: these are as many as
     there are rows, however large the dictionary is. And each pair's place among the rows, for `decode`.
 
-    The values of `learned` are not read, those of `params` are. No gradient flows to b_dec: it is -(gradient of b_enc) W_enc.
+    The values of `learned` are not read. No gradient flows to b_dec: it is -(gradient of b_enc) W_enc.
     """
-    place_P = on_shards(lambda index_P, place_F, shards: place_F[index_P], (_P, _F), _P)(pairs.index_P, rows.place_F)
-    if spec.pre_bias:
-        x_BD = x_BD - lax.stop_gradient(params.b_dec)
-    values_P = _attached(learned.W_enc, learned.b_enc, x_BD, pairs.replace(index_P=place_P))
+    place_P = sharding.on_shards(lambda index_P, place_F, shards: place_F[index_P], (_P, _F), _P)(pairs.index_P, rows.place_F)
+    values_P = _attached(jnp.dtype(spec.compute_dtype), learned.W_enc, learned.b_enc, read_BD, pairs.replace(index_P=place_P))
     return pairs.replace(values_P=values_P), place_P
 
 
@@ -149,32 +145,16 @@ def fired(spec: SAESpec, pairs: Pairs) -> jax.Array:
     """Which features have a positive activation in the batch, bool [F]."""
     def local(values_P, index_P, shards):
         found_F = jnp.zeros(spec.d_sae // shards, jnp.int32).at[index_P].max((values_P > 0).astype(jnp.int32))
-        return over(lax.pmax, found_F, "data") > 0
+        return sharding.over(lax.pmax, found_F, "data") > 0
 
-    return on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
-
-
-def on_shards(local: Callable, given, returned) -> Callable:
-    """`local` on every device of the mesh, placed as said; it is told the number of shards of the dictionary.
-    Where no mesh is set it is called as it is.
-    """
-    if not sharding.mesh_is_set():
-        return functools.partial(local, shards=1)
-    # No gradient passes through a shard_map here, so nothing is lost without check_vma, which loops would need help with.
-    return jax.shard_map(lambda *values: local(*values, shards=lax.axis_size("dict")), in_specs=given, out_specs=returned,
-                         check_vma=False)
-
-
-def over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
-    """A reduction over axes of the mesh, where one is set."""
-    return reduce(value, axes) if sharding.mesh_is_set() else value
+    return sharding.on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
 
 
 def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bool, dtype, shards: int):
     W_enc, (B, F) = W_enc.astype(dtype), (len(x_BD), len(bias_F))
 
     def candidates(x_TD: jax.Array, n: int):
-        pre_TF = jnp.einsum("td,fd->tf", x_TD.astype(dtype), W_enc, preferred_element_type=jnp.float32) + bias_F
+        pre_TF = product("td,fd->tf", x_TD, W_enc, dtype) + bias_F
         pre_TF = jnp.where(allowed_F, pre_TF, -jnp.inf)
         values_TN, index_TN = lax.top_k(pre_TF, min(F, n))
         # CPUs sort whole rows where a slice of the values is read. A barrier for both together XLA does not compile.
@@ -195,8 +175,8 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
         kept = (kept_per_row(values_BC, k, shards),)
     *pairs, lost = _listed(tables, kept, wide_rows, capacity)
     missing = lost | functools.reduce(jnp.logical_or, [table[:, -1].any() & (table.shape[1] < F) for table in kept])
-    return (*pairs, over(lax.psum, above_B, "dict"),
-            over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
+    return (*pairs, sharding.over(lax.psum, above_B, "dict"),
+            sharding.over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
 
 
 def _listed(tables, kept, wide_rows: jax.Array, capacity: int):
@@ -221,26 +201,26 @@ def _listed(tables, kept, wide_rows: jax.Array, capacity: int):
     return values_P, index_P, row_P, jnp.minimum(ends_B[-1:], capacity), ends_B[-1] > capacity
 
 
-@jax.custom_vjp
-def _attached(W_enc, bias_F, x_BD, pairs: Pairs):
-    """The values, as functions of W_enc and bias: values[p] = W_enc[index[p]] . x[row[p]] + bias[index[p]]."""
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attached(dtype, W_enc, bias_F, read_BD, pairs: Pairs):
+    """The values, as functions of W_enc and bias: values[p] = W_enc[index[p]] . read[row[p]] + bias[index[p]]."""
     return pairs.values_P
 
 
-def _attached_backward(saved, gradient_P):
-    x_BD, bias_F, pairs = saved
+def _attached_backward(dtype, saved, gradient_P):
+    read_BD, bias_F, pairs = saved
 
-    def local(gradient_P, pairs, x_BD, bias_F, shards):
+    def local(gradient_P, pairs, read_BD, bias_F, shards):
         gradient_P = jnp.where(pairs.values_P > 0, gradient_P, 0.0)
-        to_W = _added(len(bias_F), pairs.index_P, gradient_P, x_BD, pairs.row_P, pairs, len(x_BD))
+        to_W = _added(len(bias_F), pairs.index_P, _rounded(gradient_P, dtype), read_BD, pairs.row_P, pairs, len(read_BD))
         to_bias = jnp.zeros_like(bias_F).at[pairs.index_P].add(gradient_P)
-        return tuple(over(lax.psum, value, "data") for value in (to_W, to_bias))
+        return tuple(sharding.over(lax.psum, value, "data") for value in (to_W, to_bias))
 
-    to_W, to_bias = on_shards(local, (_P, _PAIRS, _BD, _F), (_FD, _F))(gradient_P, pairs, x_BD, bias_F)
-    return to_W, to_bias, jnp.zeros_like(x_BD), None
+    to_W, to_bias = sharding.on_shards(local, (_P, _PAIRS, _BD, _F), (_FD, _F))(gradient_P, pairs, read_BD, bias_F)
+    return to_W, to_bias, jnp.zeros_like(read_BD), None
 
 
-_attached.defvjp(lambda W_enc, bias_F, x_BD, pairs: (pairs.values_P, (x_BD, bias_F, pairs)), _attached_backward)
+_attached.defvjp(lambda dtype, W_enc, bias_F, read_BD, pairs: (pairs.values_P, (read_BD, bias_F, pairs)), _attached_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -255,7 +235,7 @@ def _decoded(dtype, rows, ends, learned, place_P, W_dec, pairs: Pairs):
         recon_GBD = recon_RD.reshape(len(ends), B, -1)
         return sharding.scattered(recon_GBD, dtype, 1) if shards > 1 else recon_GBD
 
-    return on_shards(local, (_FD, _PAIRS), _GBD)(W_dec, pairs)
+    return sharding.on_shards(local, (_FD, _PAIRS), _GBD)(W_dec, pairs)
 
 
 def _decoded_backward(dtype, rows, ends, saved, gradient_GBD):
@@ -272,9 +252,9 @@ def _decoded_backward(dtype, rows, ends, saved, gradient_GBD):
             return to_TB.at[i].set((gradient_RD[of(row_P, i)] * _rounded(W_dec[of(pairs.index_P, i)], dtype)).sum(1))
 
         to_TB = lax.fori_loop(0, turns, multiply, jnp.zeros_like(pairs.values_P).reshape(-1, B))
-        return over(lax.psum, to_W, "data"), to_TB.reshape(-1)
+        return sharding.over(lax.psum, to_W, "data"), to_TB.reshape(-1)
 
-    to_W, to_values = on_shards(local, (_FD, _P, _FD, _PAIRS, _GBD), (_FD, _P))(*saved, gradient_GBD)
+    to_W, to_values = sharding.on_shards(local, (_FD, _P, _FD, _PAIRS, _GBD), (_FD, _P))(*saved, gradient_GBD)
     return to_W, None, None, Pairs(to_values, None, None, None)
 
 

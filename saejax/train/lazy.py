@@ -15,7 +15,8 @@ from saejax import sharding
 from saejax.config import Config
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse
 from saejax.sae.losses import LossInputs, LossParts
-from saejax.sae.objectives import read
+from saejax.sae.objectives import read_rows
+from saejax.sae.products import product
 from saejax.sae.row_gradients import Piece
 from saejax.train import moments, optim
 from saejax.train.moments import Moments
@@ -29,7 +30,7 @@ def updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, 
     """(params, opt_state, LossParts, norm of the gradient, whether the step counts: `allowed`, loss and gradient finite)."""
     options = config.sae
     piece, parts, error_BD, missing = row_gradients.of_batch(spec, options, params, rows_BW, inputs)
-    x_BD = read(spec, rows_BW)
+    x_BD = read_rows(spec, params, rows_BW)
     dead_F = losses.dead_features(inputs, parts.fired_F)
 
     def fired_only(params: SAEParams, opt_state: tuple):
@@ -101,12 +102,12 @@ def _measured(config: Config, spec: SAESpec, params: SAEParams, piece: Piece) ->
             index, g = of(rows.index_C, i), jax.tree.map(lambda value: of(value, i), gradient)
             p = jax.tree.map(lambda value: value.at[index].get(mode="clip"), params)
             squares = sum(jnp.square(value).sum() for value in jax.tree.leaves(optim.projected(config.sae, g, p)))
-            return total[0] + squares, total[1] + g.b_enc @ p.W_enc
+            return total[0] + squares, total[1] + product("f,fd->d", g.b_enc, p.W_enc, spec.compute_dtype)
 
         zero = jnp.zeros((), gradient.W_enc.dtype), jnp.zeros(params.W_enc.shape[1], gradient.W_enc.dtype)
-        return sparse.over(lax.psum, lax.fori_loop(0, turns, add, zero), "dict")
+        return sharding.over(lax.psum, lax.fori_loop(0, turns, add, zero), "dict")
 
-    return sparse.on_shards(local, (sparse.ROWS, _BY_FEATURE, _BY_FEATURE), (_ONE, _ONE))(
+    return sharding.on_shards(local, (sparse.ROWS, _BY_FEATURE, _BY_FEATURE), (_ONE, _ONE))(
         piece.rows, _by_feature(piece.gradient), _by_feature(params))
 
 
@@ -134,7 +135,7 @@ def _rows_moved(config: Config, spec: SAESpec, params: SAEParams, state: Moments
 
         return lax.fori_loop(0, turns, move, (params, second, seen_F))
 
-    run = sparse.on_shards(local, (sparse.ROWS, *[_BY_FEATURE] * 3, _F, *[_ONE] * 4), (_BY_FEATURE, _BY_FEATURE, _F))
+    run = sharding.on_shards(local, (sparse.ROWS, *[_BY_FEATURE] * 3, _F, *[_ONE] * 4), (_BY_FEATURE, _BY_FEATURE, _F))
     p, v, seen_F = run(piece.rows, _by_feature(piece.gradient), _by_feature(params), _by_feature(state.second), state.seen_F,
                        count, lr, scale, good)
     return (params.replace(W_enc=p.W_enc, b_enc=p.b_enc, W_dec=p.W_dec),
