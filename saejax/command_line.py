@@ -27,7 +27,8 @@ NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", 
            "devices": "most devices", "threads": "processors", "megabytes": "size of the store",
            "draw": "activations of each feature", "concurrency": "requests at a time", "timeout": "seconds of a request"}
 CHOICES = {"text": ["train", "heldout"], "export": ["neuronpedia"], "baseline": ["neurons", "directions", "random_sae"]}
-TEXTS = {"out": "output directory", "topology": "chips, as v5p:4x8x8", "to": "format to write", "rows": "activations (.npy)",
+TEXTS = {"compute_dtype": "dtype of the products", "out": "output directory", "topology": "chips, as v5p:4x8x8",
+         "to": "format to write", "rows": "activations (.npy)",
          "repo": "repository", "license": "licence", "only": "benchmarks", "kind": "recipes", "model": "language model",
          "source": "text", "hookpoint": "hookpoint", "feature": "number of a feature", "scale": "multiples of its maximum",
          "vector_scale": "multiples of a vector", "max": "its maximum", "positions": "all, last or numbers",

@@ -202,8 +202,9 @@ class TrainOptions:
     ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: off",
                      ge=0.0, lt=1.0)
     max_skipped: int = opt(10, "steps in a row with a non-finite loss or gradient, each left out, that stop the run", gt=0)
-    compute_dtype: str = opt("float32", "dtype of the matrix products; parameters stay float32",
-                             choices=("float32", "bfloat16"))
+    compute_dtype: str = opt("auto", "dtype of both operands of every matrix product, backward ones too; parameters and sums "
+                             "are float32. auto: bfloat16 on GPUs and TPUs, else float32",
+                             choices=("auto", "float32", "bfloat16"))
     sparse: str = opt("auto", "decode and gradients from the kept features only (topk): where that is faster, always or never; "
                       "the result is the same up to rounding", choices=("auto", "always", "never"))
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)

@@ -13,7 +13,8 @@ from saejax.errors import ConfigError
 class Chip:
     """What one chip can do, as its vendor states it.
 
-    flops: dense bfloat16 FLOP/s; float32: what part of it products of float32 arrays reach by default. bandwidth: of its memory,
+    flops: dense bfloat16 FLOP/s; float32: what part of it float32 products reach, which are six of bfloat16 on a TPU
+    and take no tensor core on a GPU. bandwidth: of its memory,
     B/s; memory: bytes. link: B/s to its neighbours, of a TPU along one axis of the torus in both directions, of a GPU inside its
     node; across: B/s of a GPU to other nodes. host: B/s from the host. gather: share of the bandwidth that gathers of rows
     reach. Source: TPU figures from "How to Scale Your Model" (Austin et al. 2025), GPU figures from their data sheets; `cpu` is
@@ -33,11 +34,11 @@ class Chip:
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v5e", "tpu", 1.97e14, 1.0, 8.1e11, 16e9, 9e10, 9e10, 1.5e10, 0.2),
-    Chip("v5p", "tpu", 4.59e14, 1.0, 2.8e12, 96e9, 1.8e11, 1.8e11, 1.5e10, 0.2),
-    Chip("v6e", "tpu", 9.2e14, 1.0, 1.6e12, 32e9, 1.8e11, 1.8e11, 3.2e10, 0.2),
-    Chip("h100", "gpu", 9.89e14, 0.5, 3.35e12, 80e9, 4.5e11, 5e10, 6.4e10, 0.5),
-    Chip("h200", "gpu", 9.89e14, 0.5, 4.8e12, 141e9, 4.5e11, 5e10, 6.4e10, 0.5),
+    Chip("v5e", "tpu", 1.97e14, 1 / 6, 8.1e11, 16e9, 9e10, 9e10, 1.5e10, 0.2),
+    Chip("v5p", "tpu", 4.59e14, 1 / 6, 2.8e12, 96e9, 1.8e11, 1.8e11, 1.5e10, 0.2),
+    Chip("v6e", "tpu", 9.2e14, 1 / 6, 1.6e12, 32e9, 1.8e11, 1.8e11, 3.2e10, 0.2),
+    Chip("h100", "gpu", 9.89e14, 0.068, 3.35e12, 80e9, 4.5e11, 5e10, 6.4e10, 0.5),
+    Chip("h200", "gpu", 9.89e14, 0.068, 4.8e12, 141e9, 4.5e11, 5e10, 6.4e10, 0.5),
     Chip("cpu", "cpu", 1e11, 1.0, 1e10, 4e9, 1e10, 1e10, 1e10, 0.5),
 )}
 NODE = 8  # GPUs that share a node's fast links, at most
@@ -123,6 +124,29 @@ def every() -> Iterator[Topology]:
     for name in ("h100", "h200"):
         yield from (Topology(CHIPS[name], (n,)) for n in (1, 2, 4, NODE))
         yield from (Topology(CHIPS[name], (NODE, nodes)) for nodes in (2, 4, 8, 16, 32))
+
+
+def compute_dtype(wanted: str, platform: str, capability: str | None = None) -> str:
+    """What `train.compute_dtype` means on a platform: auto is bfloat16 where products of it are in hardware, else float32.
+
+    capability: of a GPU by NVIDIA ("9.0"), None: not known, or no such GPU. Raises `ConfigError` for bfloat16 on a GPU that has
+    none (before 8.0, Ampere).
+    """
+    has = platform != "cpu" and not (capability and re.fullmatch(r"[0-7](\.\d+)?", capability))
+    if wanted == "auto":
+        return "bfloat16" if has else "float32"
+    if wanted == "bfloat16" and platform != "cpu" and not has:
+        raise ConfigError(f"config.train.compute_dtype: this GPU (compute capability {capability}) has no bfloat16 products; set "
+                          "float32, or auto")
+    return wanted
+
+
+def compute_dtype_here(wanted: str) -> str:
+    """`compute_dtype` on the devices of this job."""
+    import jax
+    device = jax.local_devices()[0]
+    capability = getattr(device, "compute_capability", None)
+    return compute_dtype(wanted, device.platform, capability if isinstance(capability, str) else None)
 
 
 def present(devices) -> Topology:

@@ -150,7 +150,8 @@ def _checkpoint(path: Path) -> Finding:
         return found
     s = meta.spec
     found.facts = {"sae": f"{s.kind}{f', k = {s.k}' if s.kind in WITH_K else ''}", "d_in": s.d_in, "d_sae": s.d_sae,
-                   **meta.data, "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
+                   "compute_dtype": s.compute_dtype, **meta.data,
+                   "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
                    "position": meta.counters.stream.position, "resamples": meta.counters.resamples,
                    "leaves": len(meta.fingerprints)}
     config = RunPaths(path.absolute().parent.parent).config
@@ -211,7 +212,8 @@ def _run(path: Path) -> Finding:
         return _sweep(found, dataclasses.replace(config, run_dir=str(path)))
     steps = steps_in(paths.checkpoints)
     found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
-                   "sae": f"{config.sae.kind}, {config.sae.d_sae} features", "steps": f"{steps[-1] if steps else 0} of "
+                   "sae": f"{config.sae.kind}, {config.sae.d_sae} features",
+                   "compute_dtype": config.train.compute_dtype, "steps": f"{steps[-1] if steps else 0} of "
                    f"{total_steps(config)}", "checkpoints": steps,
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
                    "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}

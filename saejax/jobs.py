@@ -32,7 +32,7 @@ from saejax.scaling.sweep import groups, is_sweep, members
 from saejax.storage import is_writer, read_json, text_sha256, write_json
 from saejax.train.checkpoint import is_step, read_meta
 from saejax.train.loop import train, train_all
-from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir
+from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir, settled
 from saejax.train.step_cost import mesh_options
 
 
@@ -127,8 +127,8 @@ def preflight(config: Config) -> list[Config]:
     """The configs of the SAEs to train, after what can be known to be wrong before hours of harvesting: mesh, batch, dictionary
     sizes, a run directory taken.
     """
-    configs = members(config)
-    check_run_dir(config)
+    configs = [settled(member) for member in members(config)]
+    check_run_dir(settled(config))
     check_all(configs, sharding.make_mesh(mesh_options(config, jax.devices())))
     return configs
 
@@ -136,8 +136,8 @@ def preflight(config: Config) -> list[Config]:
 def _trained(config: Config, configs: list[Config], store: Store) -> list[Outcome]:
     if not is_sweep(config):
         step = train(config, store, load).step
-        return [Outcome(config, RunPaths(Path(config.run_dir)), step, "")]
-    claim_run_dir(config)
+        return [Outcome(configs[0], RunPaths(Path(config.run_dir)), step, "")]
+    claim_run_dir(settled(config))
     programs = groups(configs, config.sweep.together)
     say(f"{len(configs)} SAEs in {len(programs)} program{'s' if len(programs) > 1 else ''}")
     found = {outcome.config: outcome for outcome in train_all(programs, store, load)}

@@ -271,6 +271,7 @@ JOBS = {
         "  --d_in=768 --d_sae=16384 --batch=1024 --k=32\n"
         "                           sizes of the training steps; d_in of the reader, too\n"
         "  --steps=5 --repeats=5    steps of a repeat, and how many repeats\n"
+        "  --compute_dtype=auto     of the products: float32, bfloat16, or auto (bfloat16 on GPUs and TPUs)\n"
         "  --devices=8              at most; on a CPU simulated ones\n"
         "  --threads=N              processors to use (default: all that this process may use)\n"
         "  --megabytes=1000         of the store that the reader reads\n"
@@ -279,8 +280,8 @@ JOBS = {
         "  --out=FILE.md            write the tables between the marks of this page, or to a new one\n"
         "  --json                   print JSON\n",
         "saejax bench --only=step --d_sae=65536 --batch=512", takes_config=False,
-        options=("only", "kind", "d_in", "d_sae", "batch", "k", "steps", "repeats", "devices", "threads", "megabytes", "tokens",
-                 "model", "source", "hookpoint", "out", "json")),
+        options=("only", "kind", "d_in", "d_sae", "batch", "k", "steps", "repeats", "devices", "compute_dtype", "threads",
+                 "megabytes", "tokens", "model", "source", "hookpoint", "out", "json")),
     "inspect": Job(
         "say what a store, run, checkpoint or release is, and verify it",
         "saejax inspect PATH [PATH ...] [--json]",

@@ -17,7 +17,7 @@ BENCHMARKS = {
 class BenchOptions:
     """kind: recipes of `saejax.config`, with commas between; devices: how many at most, counted 1, 2, 4, ...
 
-    steps: in a repeat, dispatched one after the other. tokens: of a repeat of `harvest`.
+    steps: in a repeat, dispatched one after the other. compute_dtype: `train.compute_dtype`. tokens: of a repeat of `harvest`.
     """
 
     only: str = ",".join(BENCHMARKS)
@@ -29,6 +29,7 @@ class BenchOptions:
     steps: int = 5
     repeats: int = 5
     devices: int = 8
+    compute_dtype: str = "auto"
     megabytes: int = 1000
     tokens: int = 32_768
     model: str = "smollm2-135m"

@@ -15,6 +15,7 @@ from saejax.recipes import WITH_K
 from saejax.records import ActivationStats
 from saejax.sae import SAESpec
 from saejax.sae.activations import batchtopk, topk
+from saejax.train.member import settled
 from saejax.train.state import initial_state
 from saejax.train.step import make_step
 
@@ -37,9 +38,11 @@ class Training:
         c.train.batch, c.train.tokens = options.batch, options.batch * _STEPS
         if c.sae.kind in WITH_K:
             c.sae.k = options.k
+        c.train.compute_dtype = options.compute_dtype
         c.update_from_flattened_dict(changes)
-        self.config, self.mesh, self.batch = resolve(c), mesh, options.batch
-        self.spec = SAESpec.from_options(self.config.sae, {self.config.sae.hookpoint: options.d_in})
+        self.config, self.mesh, self.batch = settled(resolve(c)), mesh, options.batch
+        self.spec = SAESpec.from_options(self.config.sae, {self.config.sae.hookpoint: options.d_in},
+                                         self.config.train.compute_dtype)
         x = random_rows(options.batch, options.d_in)
         norms = np.linalg.norm(x, axis=1)
         stats = ActivationStats(len(x), x.mean(0).astype(np.float64), norms.mean(), np.square(norms).mean(), np.median(norms))

@@ -32,6 +32,9 @@ def make_plan(config: Config, topology: str | None = None, *, width: int | None 
     dictionary that cannot fit (by how much, what would).
     """
     chosen = None if topology is None else hardware.parse(topology)
+    if chosen is not None:
+        dtype = hardware.compute_dtype(config.train.compute_dtype, chosen.chip.platform)
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))
     source = find(config, width)
     spec = SAESpec.from_options(config.sae, source.widths, config.train.compute_dtype)
     plan = {"schema_version": SCHEMA_VERSION, "sae": _sae(config, spec), "harvest": _harvest(config, spec, source)}

@@ -50,6 +50,7 @@ def rows(result: Result) -> list[tuple[str, str]]:
     e, sae = result.evaluation, result.config.sae
     return [
         ("SAE", f"{described(result.config)}, {sae.d_sae} features"),
+        ("products in", result.config.train.compute_dtype),
         ("hookpoint", f"{e['hookpoint']} of {result.config.lm.model}"),
         ("step", f"{result.step:,} ({result.step * result.config.train.batch:,} tokens)"),
         ("held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from saejax import sharding
+from saejax import hardware, sharding
 from saejax.config import SAEOptions
 from saejax.recipes import WITH_K
 
@@ -29,7 +29,7 @@ class SAESpec:
     kind: the activation function (see `saejax.sae.activations`). k: active features per token (`recipes.WITH_K`).
     pre_bias: the encoder reads x - b_dec instead of x.
     bandwidth: width of the window around a threshold in which it receives gradient; threshold_init: that of a new feature
-    (jumprelu). compute_dtype: dtype of the two matrix products; selection, losses and parameters are float32. d_out: width of
+    (jumprelu). compute_dtype: of the products' operands; selection, losses and parameters are float32. d_out: width of
     what a transcoder predicts; none: the input itself is reconstructed. skip: x W_skip is added to it. layers: widths of the
     hookpoints that a crosscoder's input consists of, in order; empty: one hookpoint.
     """
@@ -48,11 +48,11 @@ class SAESpec:
 
     @classmethod
     def from_options(cls, options: SAEOptions, widths: Mapping[str, int], compute_dtype: str = "float32") -> "SAESpec":
-        """widths: of every hookpoint that the options name."""
+        """widths: of every hookpoint that the options name. compute_dtype: auto is what it is on the devices here."""
         read = tuple(widths[name] for name in options.sources)
         typical = 0.75 * entry_scale(options.normalize, read)
         return cls(kind=options.kind, d_in=sum(read), d_sae=options.d_sae, k=options.k if options.kind in WITH_K else 0,
-                   pre_bias=options.pre_bias, compute_dtype=compute_dtype,
+                   pre_bias=options.pre_bias, compute_dtype=hardware.compute_dtype_here(compute_dtype),
                    bandwidth=options.bandwidth or typical, threshold_init=options.threshold_init or typical,
                    d_out=widths[options.target] if options.target else None, skip=options.skip,
                    layers=read if len(read) > 1 else ())

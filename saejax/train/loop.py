@@ -24,7 +24,7 @@ from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
 from saejax.records import ActivationBatch, RunPaths, StreamState
 from saejax.sae import SAESpec
-from saejax.train.member import Member, Outcome, check_all, checkpoint_steps
+from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.programs import Program, make_joint_step
 from saejax.train.resample import due, resample
@@ -76,6 +76,7 @@ class _Run:
     """The moving parts of one run."""
 
     def __init__(self, groups: Sequence[Sequence[Config]], store: Store, load: Load | None):
+        groups = [list(map(settled, group)) for group in groups]
         configs = [config for group in groups for config in group]
         self.store, self.load, self.alone = store, load, len(configs) == 1
         self.mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))

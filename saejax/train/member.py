@@ -1,5 +1,6 @@
 """One SAE of a run: its config, run directory, checkpoints and counters, and whether it still trains."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from saejax import config as config_lib
-from saejax import sharding
+from saejax import hardware, sharding
 from saejax.config import Config
 from saejax.data.store import Store, check_matches
 from saejax.data.stream import ORDER_VERSION
@@ -28,6 +29,12 @@ class Outcome:
     paths: RunPaths
     step: int
     trouble: str
+
+
+def settled(config: Config) -> Config:
+    """The config with what the devices of this job decide said: `train.compute_dtype`. Raises `ConfigError` as that does."""
+    dtype = hardware.compute_dtype_here(config.train.compute_dtype)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))
 
 
 def check_run_dir(config: Config) -> RunPaths:

@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from saejax.config import Config, MeshOptions
 from saejax.errors import ConfigError
-from saejax.hardware import Chip, Topology, present
+from saejax.hardware import Chip, Topology, compute_dtype, present
 from saejax.recipes import WITH_K
 from saejax.sae import SAESpec, row_gradients, sparse
 from saejax.sae.select import sent
@@ -68,7 +68,7 @@ class Work:
             k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, dict_, platform),
             row_width=spec.d_in + (spec.d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
-            compute_bytes=2 if train.compute_dtype == "bfloat16" else 4,
+            compute_bytes=2 if compute_dtype(train.compute_dtype, platform) == "bfloat16" else 4,
             state_bytes=bytes_per_parameter(config, spec), lazy=train.lazy, clip=bool(train.clip),
             unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k))
 
@@ -146,8 +146,7 @@ def collectives(w: Work, platform: str) -> list[Collective]:
         if w.pairs:
             add("counts", "all-reduce", "dict", 4 * local)
     if w.data > 1:
-        bytes_ = w.compute_bytes if platform != "cpu" and not w.pairs else 4
-        add("gradients", "all-reduce", "data", w.accumulate * (bytes_ * w.gradients + 4 * w.room))
+        add("gradients", "all-reduce", "data", 4 * w.accumulate * (w.gradients + w.room))
         if w.pairs:
             add("which fired", "all-reduce", "data", 4 * w.accumulate * w.features)
     return out
