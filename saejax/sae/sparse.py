@@ -49,30 +49,29 @@ def pays(spec: SAESpec | SAEOptions, shards: int, platform: str | None = None) -
 
 
 _P, _FD, _F = sharding.spec("rows_at_rest"), sharding.spec("features", None), sharding.spec("features")
-_B, _BD, _GBD = sharding.spec("rows"), sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", None)
+_BD, _GBD = sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", None)
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
-def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
-           allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
-    """(`activations.topk` of the pre-activations as pairs, how many pre-activations of each row exceed `threshold` [B], whether
-    pairs are missing). over_batch: `activations.batchtopk`; pairs are missing where too many rows keep more than `ROOM` x k on a
-    shard, or one more than `WIDE` x k, or one device's rows many more than others'. allowed_F: the features that may be kept.
-    Gradients flow from the values to the parameters, none to x.
+def encode(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, *, over_batch: bool = False,
+           allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
+    """(`activations.topk` of the pre-activations as pairs, whether pairs are missing). over_batch: `activations.batchtopk`; pairs
+    are missing where too many rows keep more than `ROOM` x k on a shard, or one more than `WIDE` x k, or one device's rows many
+    more than others'. allowed_F: the features that may be kept. Gradients flow from the values to the parameters, none to x.
     """
-    pairs, above_B, missing = selected(spec, params, x_BD, k, threshold, over_batch=over_batch, allowed_F=allowed_F)
-    return pairs.replace(values_P=_attached(params.W_enc, _bias(spec, params), x_BD, pairs)), above_B, missing
+    pairs, missing = selected(spec, params, x_BD, k, over_batch=over_batch, allowed_F=allowed_F)
+    return pairs.replace(values_P=_attached(params.W_enc, _bias(spec, params), x_BD, pairs)), missing
 
 
-def selected(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
-             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
+def selected(spec: SAESpec, params: SAEParams, x_BD: jax.Array, k: int, *, over_batch: bool = False,
+             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
     """What `encode` returns, with values through which no gradient flows."""
     bias_F = _bias(spec, params)
     allowed_F = jnp.ones_like(bias_F, bool) if allowed_F is None else allowed_F
     select = functools.partial(_select, k=k, over_batch=over_batch, dtype=jnp.dtype(spec.compute_dtype))
-    *found, above_B, missing = on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
-        *map(lax.stop_gradient, (params.W_enc, bias_F, allowed_F, x_BD, threshold)))
-    return Pairs(*(checkpoint_name(value, SAVED) for value in found)), above_B, missing
+    *found, missing = on_shards(select, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
+        *map(lax.stop_gradient, (params.W_enc, bias_F, allowed_F, x_BD)))
+    return Pairs(*(checkpoint_name(value, SAVED) for value in found)), missing
 
 
 def _bias(spec: SAESpec, params: SAEParams) -> jax.Array:
@@ -170,7 +169,7 @@ def over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
     return reduce(value, axes) if sharding.mesh_is_set() else value
 
 
-def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bool, dtype, shards: int):
+def _select(W_enc, bias_F, allowed_F, x_BD, *, k: int, over_batch: bool, dtype, shards: int):
     W_enc, (B, F) = W_enc.astype(dtype), (len(x_BD), len(bias_F))
 
     def candidates(x_TD: jax.Array, n: int):
@@ -178,15 +177,14 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
         pre_TF = jnp.where(allowed_F, pre_TF, -jnp.inf)
         values_TN, index_TN = lax.top_k(pre_TF, min(F, n))
         # CPUs sort whole rows where a slice of the values is read. A barrier for both together XLA does not compile.
-        return lax.optimization_barrier(values_TN), index_TN, (pre_TF > threshold).sum(1, dtype=jnp.int32)
+        return lax.optimization_barrier(values_TN), index_TN
 
     tiles = next(n for n in range(1, B + 1) if B % n == 0 and B // n * F <= max(TILE, F))
     of_tile = functools.partial(candidates, n=ROOM * k if over_batch else k)
-    values_BC, index_BC, above_B = (value.reshape(B, *value.shape[2:])
-                                    for value in lax.map(of_tile, x_BD.reshape(tiles, B // tiles, -1)))
+    values_BC, index_BC = (value.reshape(B, -1) for value in lax.map(of_tile, x_BD.reshape(tiles, B // tiles, -1)))
     if over_batch:
         _, wide_rows = lax.top_k(values_BC[:, -1], max(1, int(WIDE_SHARE * B)))
-        wide, wide_index, _ = candidates(x_BD[wide_rows], WIDE * k)
+        wide, wide_index = candidates(x_BD[wide_rows], WIDE * k)
         values_BC = values_BC.at[wide_rows].set(-jnp.inf)
         tables, capacity = ((values_BC, index_BC), (wide, wide_index)), B * -(-k * 5 // 4)
         kept = kept_over_batch(values_BC, wide, wide_rows, k)
@@ -195,8 +193,7 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
         kept = (kept_per_row(values_BC, k, shards),)
     *pairs, lost = _listed(tables, kept, wide_rows, capacity)
     missing = lost | functools.reduce(jnp.logical_or, [table[:, -1].any() & (table.shape[1] < F) for table in kept])
-    return (*pairs, over(lax.psum, above_B, "dict"),
-            over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
+    return *pairs, over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0
 
 
 def _listed(tables, kept, wide_rows: jax.Array, capacity: int):
