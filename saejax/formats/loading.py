@@ -103,8 +103,8 @@ def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, threshold: floa
     where = mesh or sharding.single_device_mesh()
     params, normalization, meta = restore_params(step_dir, where)
     if threshold is not None and meta.spec.kind == "topk":
-        equal_F = jax.jit(lambda b_enc: jax.numpy.full_like(b_enc, threshold))(params.b_enc)
-        params = params.replace(per_feature={"threshold": equal_F})
+        with jax.set_mesh(where):
+            params = params.replace(per_feature={"threshold": jax.numpy.full_like(params.b_enc, threshold)})
     kind = folded_kind(meta.spec.kind, params)
     config = read_config(RunPaths(Path(step_dir).absolute().parent.parent).config)
     with jax.set_mesh(where):

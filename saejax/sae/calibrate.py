@@ -64,7 +64,8 @@ def passes() -> int:
 
 def scaled(sae: SAE, factor: float) -> SAE:
     """The SAE with its thresholds times `factor`."""
-    threshold_F = jax.jit(jnp.multiply)(sae.params.per_feature["threshold"], jnp.float32(factor))
+    with _mesh_of(sae):
+        threshold_F = sae.params.per_feature["threshold"] * np.float32(factor)
     return SAE(sae.params.replace(per_feature=sae.params.per_feature | {"threshold": threshold_F}), sae.cfg, sae.mesh)
 
 
@@ -72,7 +73,7 @@ def _counts(sae: SAE, rows_ND: np.ndarray, factors: np.ndarray, advance: Callabl
     """How many features fire over all rows with each factor: int64 [T]. Each device counts for itself, in two words."""
     devices = sae.mesh.size if sae.mesh else 1
     zero = np.zeros((devices, len(factors)), np.uint32)
-    with jax.set_mesh(sae.mesh) if sae.mesh else contextlib.nullcontext():
+    with _mesh_of(sae):
         total = (_placed(sae, zero, "rows_at_rest"), _placed(sae, zero, "rows_at_rest"))
         for x_BD, n in _tiles(sae, rows_ND):
             before = total
@@ -92,6 +93,10 @@ def _tiles(sae: SAE, rows_ND: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
     for start in range(0, len(rows_ND), size):
         x_BD = rows_ND[start:start + size, :sae.cfg.d_in]
         yield np.pad(x_BD, ((0, size - len(x_BD)), (0, 0))), len(x_BD)
+
+
+def _mesh_of(sae: SAE):
+    return jax.set_mesh(sae.mesh) if sae.mesh else contextlib.nullcontext()
 
 
 def _placed(sae: SAE, value: np.ndarray, rows: str) -> jax.Array:
