@@ -17,7 +17,8 @@ from saejax.bench import run as bench
 from saejax.command_line import Arguments
 from saejax.config import Config, LMOptions, MeshOptions
 from saejax.data.harvest import harvest, lm_mesh
-from saejax.data.store import RECORDS, Store, is_complete
+from saejax.data.store import RECORDS, Store, check_matches, is_complete
+from saejax.data.stream import Stream
 from saejax.distributed import check_agreement
 from saejax.errors import CheckpointError, ConfigError, NonFiniteError
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
@@ -34,6 +35,8 @@ from saejax.train.checkpoint import is_step, read_meta
 from saejax.train.loop import train, train_all
 from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir, settled
 from saejax.train.step_cost import mesh_options
+
+CALIBRATION_ROWS = 65_536  # rows that `release --jumprelu` measures its threshold on, or all that the store has
 
 
 def start(job: str, arguments: Arguments) -> int:
@@ -254,11 +257,29 @@ def _release(arguments: Arguments) -> int:
         paths = RunPaths(Path(config.run_dir))
         step_dir = path if path != paths.root else newest_step(path, mesh_of(config))
         evaluation = cached(paths, evaluation_key(config, step_dir))
-        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=mesh_of(config),
-                      as_jumprelu=arguments.option("jumprelu"))
+        rows = _rows_ahead(config, step_dir) if arguments.option("jumprelu") and config.sae.kind == "topk" else None
+        out = release(step_dir, arguments.out, metrics=_scalars(evaluation or {}), mesh=mesh_of(config), rows=rows)
         if is_writer():
             print(f"release  {out} (step {step_dir.name})")
     return 0
+
+
+def _rows_ahead(config: Config, step_dir: Path) -> np.ndarray:
+    """The rows that come next in the run's order, bfloat16 [N, width]: unseen ones as long as an epoch has not ended. In another
+    store than that of the run, the first ones.
+    """
+    if not is_complete(config.harvest.store):
+        raise ConfigError(f"saejax release --jumprelu: measures the threshold on activations, and {config.harvest.store} is no "
+                          "complete store; run saejax harvest with the run's config, or name a store of the same model and "
+                          "hookpoints: --config=FILE --config.harvest.store=DIR")
+    store, meta = Store.open(config.harvest.store), read_meta(step_dir)
+    check_matches(store, hookpoints=config.sae.hookpoints, d_in=config.sae.d_in, model=config.lm.model)
+    place = meta.counters.stream
+    if store.digest != meta.data["store_digest"]:
+        place = dataclasses.replace(place, epoch=0, position=0)
+    n = min(CALIBRATION_ROWS, store.kept_rows)
+    with Stream(store, config.sae.hookpoints, n, config.stream, place) as stream:
+        return next(stream).x_BW[:stream.rows_per_epoch]
 
 
 def _convert(arguments: Arguments) -> int:

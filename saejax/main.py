@@ -86,7 +86,8 @@ JOBS = {
         "goes on; writes cfg.json, sae_weights.safetensors, metrics.json and README.md to DIR (default\n"
         "RUN/release). saejax.load and SAELens read it.\n\n"
         "options:\n  --out=DIR                where to write\n"
-        "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0\n" + _CONFIG + _DISTRIBUTED,
+        "  --jumprelu               a topk SAE with one threshold for all rows, of the same mean L0,\n"
+        "                           measured on rows of the run's activation store\n" + _CONFIG + _DISTRIBUTED,
         "saejax release runs/demo/checkpoints/400 --out=my_sae", options=("distributed", "out", "jumprelu")),
     "plan": Job(
         "what a config needs on a pod: memory, collectives, time",

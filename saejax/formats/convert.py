@@ -9,6 +9,7 @@ import numpy as np
 from saejax.errors import FormatError
 from saejax.formats import saelens
 from saejax.formats.loading import FORMATS, load
+from saejax.sae.calibrate import calibrate, scaled
 from saejax.sae.inference import SAE
 
 _SEED, _ROWS = 0, 64
@@ -90,17 +91,14 @@ def agreement(one: SAE, other: SAE, x: np.ndarray) -> Agreement:
 
 def as_jumprelu(sae: SAE, x: np.ndarray) -> tuple[SAE, str]:
     """(the topk SAE with the one threshold at which as many features fire on average over x, what that changes on x)."""
-    dense = SAE(sae.params, replace(sae.cfg, kind="relu", k=0), sae.mesh)
-    acts = np.sort(np.asarray(dense.encode(x)).ravel())
-    k = sae.cfg.k * len(x)
-    threshold = float(acts[-k - 1]) if k < len(acts) else 0.0
-    params = sae.params.replace(per_feature={"threshold": jnp.full_like(sae.params.b_enc, threshold)})
+    params = sae.params.replace(per_feature={"threshold": jnp.ones_like(sae.params.b_enc)})
     other = SAE(params, replace(sae.cfg, kind="jumprelu", k=0), sae.mesh)
+    found = calibrate(other, x, sae.cfg.k)
+    other = scaled(other, found.factor)
     (recon_a, acts_a), (recon_b, acts_b) = ([np.asarray(v) for v in s.reconstruct(x)] for s in (sae, other))
     changed = ((acts_a > 0) != (acts_b > 0)).sum() / max(1, (acts_a > 0).sum())
     relative = np.linalg.norm(recon_a - recon_b) / max(np.linalg.norm(recon_a), 1e-30)
-    return other, (f"; approximate: topk (k = {sae.cfg.k}) as threshold {threshold:.6g}, mean L0 "
-                   f"{(acts_b > 0).sum(1).mean():.2f}, "
+    return other, (f"; approximate: topk (k = {sae.cfg.k}) as threshold {found.factor:.6g}, mean L0 {found.l0:.2f}, "
                    f"{100 * changed:.1f} % of the active features differ, reconstruction moves by {100 * relative:.1f} % (norm)")
 
 

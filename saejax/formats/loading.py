@@ -95,14 +95,16 @@ def _newest(run: Path, mesh: Mesh | None) -> tuple[Path, SAE]:
     raise CheckpointError(f"{directory}: no checkpoint that verifies; train first (saejax train --config=...)")
 
 
-def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, as_jumprelu: bool = False) -> SAE:
+def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, threshold: float | None = None) -> SAE:
     """The SAE of one checkpoint step, verified, normalisation folded.
 
-    as_jumprelu: a topk SAE with the one threshold at which as many features fire on average, instead of the k largest of each
-    row.
+    threshold: a topk SAE keeps what exceeds it, in units of the normalised data, instead of the k largest of each row.
     """
     where = mesh or sharding.single_device_mesh()
-    params, normalization, meta = restore_params(step_dir, where, as_jumprelu=as_jumprelu)
+    params, normalization, meta = restore_params(step_dir, where)
+    if threshold is not None and meta.spec.kind == "topk":
+        with jax.set_mesh(where):
+            params = params.replace(per_feature={"threshold": jax.numpy.full_like(params.b_enc, threshold)})
     kind = folded_kind(meta.spec.kind, params)
     config = read_config(RunPaths(Path(step_dir).absolute().parent.parent).config)
     with jax.set_mesh(where):

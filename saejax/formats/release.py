@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
 
 from saejax.errors import CheckpointError
 from saejax.formats import saelens
 from saejax.formats.loading import from_checkpoint, newest_step
-from saejax.records import RunPaths
+from saejax.logs import Progress, say
+from saejax.records import RunPaths, read_config
+from saejax.sae.calibrate import calibrate, passes, scaled
 from saejax.sae.inference import SAE
 from saejax.storage import is_writer, write_bytes, write_json
 from saejax.train.checkpoint import is_step
@@ -19,24 +22,40 @@ MEASURED = ("tokens", "outlier_tokens", "l0_mean", "l0_median", "fvu", "explaine
 
 
 def release(path: Path, out: Path | None = None, metrics: dict | None = None, mesh: Mesh | None = None, *,
-            as_jumprelu: bool = False) -> Path:
+            rows: np.ndarray | None = None) -> Path:
     """Writes the release of a run (its newest checkpoint) or of one checkpoint step, and returns its directory.
 
     out: default `<run>/release`. metrics: what evaluation measured, written as `metrics.json` and shown in the README.
-    mesh: the dictionary is split over it on the way; None: one device. as_jumprelu: see `from_checkpoint`.
+    mesh: the dictionary is split over it on the way; None: one device. rows [N, at least d_in]: raw activations; with them a topk
+    SAE becomes a jumprelu SAE, with the one threshold at which k features per row fire on average over them.
     """
     path = Path(path).absolute()
     step = path if is_step(path) else newest_step(path, mesh)
     run = RunPaths(step.parent.parent)
     if not run.config.is_file():
         raise CheckpointError(f"{step}: no config.json two levels up; keep the checkpoint inside its run directory")
-    sae = from_checkpoint(step, mesh, as_jumprelu=as_jumprelu)
+    sae = from_checkpoint(step, mesh) if rows is None else _with_one_threshold(step, mesh, rows)
     out = Path(out) if out else run.release
     saelens.write(out, sae)
     if is_writer():
         write_json(out / "metrics.json", metrics or {})
         write_bytes(out / "README.md", _card(sae, metrics or {}).encode())
     return out
+
+
+def _with_one_threshold(step: Path, mesh: Mesh | None, rows: np.ndarray) -> SAE:
+    """A topk SAE as jumprelu, and how it was calibrated in its metadata; other kinds as they are."""
+    sae = from_checkpoint(step, mesh, threshold=1.0)
+    if sae.cfg.metadata["training"]["kind"] != "topk":
+        return sae
+    progress = read_config(RunPaths(step.parent.parent).config).log.progress
+    with Progress("calibrate", passes() * len(rows), unit="row", enabled=progress) as bar:
+        found = calibrate(sae, rows, sae.cfg.metadata["training"]["k"], bar.advance)
+    say(f"threshold {found.factor:.6g} (normalised units): {found.l0:.6g} features per row on {found.rows:,} rows, "
+        f"k = {found.k}")
+    sae = scaled(sae, found.factor)
+    sae.cfg.metadata["calibration"] = {"threshold": found.factor, "rows": found.rows, "k": found.k, "l0": found.l0}
+    return sae
 
 
 def _card(sae: SAE, metrics: dict) -> str:
@@ -49,6 +68,9 @@ def _card(sae: SAE, metrics: dict) -> str:
     where = f"{c.hookpoint} to {c.target}" if c.target else ", ".join(c.hookpoints)
     readers = ("\nSAELens reads the same directory: `sae_lens.SAE.load_from_disk(path)`.\n"
                if saelens.architecture(c) in saelens.KNOWN_TO_SAELENS else "")
+    measured = c.metadata.get("calibration")
+    threshold = (f"\nTrained as topk; the one threshold of all features was measured on {measured['rows']:,} rows, on which "
+                 f"{measured['l0']:.4g} features fire per row (k = {measured['k']}).\n" if measured else "")
     return f"""# {what} for {where} of {c.model}
 
 {c.kind}{f' (k = {c.k})' if c.kind == 'topk' else ''}, {c.d_sae} features on activations of width {c.d_in}, trained on
@@ -60,4 +82,4 @@ import saejax
 sae = saejax.load("path/to/this/directory")
 acts = sae.encode(x)      # x: [..., {c.d_in}] raw activations
 ```
-{readers}{table}"""
+{threshold}{readers}{table}"""

@@ -74,7 +74,7 @@ def fold(spec: SAESpec, params: SAEParams, normalization: Normalization) -> SAEP
     c = max(1 / scale) for all features, decoder rows as trained (unit by default), since rescaling single rows would change
     which features win. All rest on relu(c z) = c relu(z) for c > 0; biases and thresholds are in the units of pre-activations
     and scale like b_enc, `r_mag` is a ratio and stays. The centre goes into b_enc, or into b_dec where the encoder subtracts it.
-    The result is of `folded_kind`: batchtopk (and topk where that is asked for) becomes jumprelu at its running threshold, which
+    The result is of `folded_kind`: batchtopk (and topk where that is asked for) becomes jumprelu at the threshold that
     params.per_feature brings along as `threshold`; `log_threshold` of jumprelu becomes `threshold`.
     """
     read, written = normalization.parts(spec)

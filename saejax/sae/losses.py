@@ -20,13 +20,12 @@ class LossInputs:
     """What an objective reads besides params and batch.
 
     sparsity: lambda at this step. target_l0: what jumprelu's objective of that name aims at. inverse_variance:
-    1 / E||x - E x||^2 of the normalised data (a constant of the run). threshold: running threshold of a kind with k, else 0.
+    1 / E||x - E x||^2 of the normalised data (a constant of the run).
     tokens_since_fired_F, dead_after: counters before this batch, and the bound beyond which a feature counts as dead.
     """
 
     sparsity: jax.Array
     target_l0: jax.Array
-    threshold: jax.Array
     inverse_variance: jax.Array
     tokens_since_fired_F: jax.Array
     dead_after: jax.Array
@@ -36,8 +35,7 @@ class LossInputs:
 class LossParts:
     """Scalars of a batch for the log, and which features fired [F].
 
-    own: terms that only this kind has, by name. least: the smallest positive activation (infinite where there is none). above:
-    mean number of pre-activations per row above `LossInputs.threshold`.
+    own: terms that only this kind has, by name. least: the smallest positive activation (infinite where there is none).
     """
 
     loss: jax.Array
@@ -47,7 +45,6 @@ class LossParts:
     fired_F: jax.Array
     own: dict[str, jax.Array]
     least: jax.Array
-    above: jax.Array
 
 
 def squared_error(x_BD: jax.Array, recon_BD: jax.Array) -> jax.Array:
@@ -81,7 +78,7 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
 
     def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
         if as_pairs:
-            pairs, _, _ = sparse.encode(spec, params, x_BD, k, inputs.threshold, allowed_F=dead_F)
+            pairs, _ = sparse.encode(spec, params, x_BD, k, allowed_F=dead_F)
             return ratio(sparse.decode(spec, params, pairs, len(x_BD)) - params.b_dec)
         pre_BF = jnp.where(dead_F, pre_activations_of(spec, params, x_BD), -jnp.inf)
         return ratio(decode_at_rest(spec, params, topk(pre_BF, k)) - params.b_dec)

@@ -22,8 +22,8 @@ from saejax.sae.prefixes import borders, decode_at_rest, prefix_reconstructions
 @struct.dataclass
 class Forward:
     """One pass over a batch: normalised rows to be reconstructed, reconstruction, which features fired, the smallest positive
-    activation, features per row and pre-activations per row above the running threshold, the nested reconstructions (none
-    without `sae.groups`), what a skip connection added to all of them; pre-activations and activations (none on the sparse path).
+    activation, features per row, the nested reconstructions (none without `sae.groups`), what a skip connection added to all of
+    them; pre-activations and activations (none on the sparse path).
     """
 
     y_BD: jax.Array
@@ -31,7 +31,6 @@ class Forward:
     fired_F: jax.Array
     least: jax.Array
     l0: jax.Array
-    above: jax.Array
     through_BD: jax.Array | float = 0.0
     prefixes_GBD: jax.Array | None = None
     pre_BF: jax.Array | None = None
@@ -50,42 +49,40 @@ class Forward:
         return squared_error(self.y_BD, self.prefixes_GBD).mean(1).sum()
 
 
-def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
-           inputs: LossInputs) -> Forward:
+def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
     pre_BF = pre_activations_of(spec, params, read_BD)
     acts_BF = activate(spec, params, pre_BF)
     prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
     recon_BD = decode_at_rest(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
     return Forward(y_BD=y_BD, recon_BD=recon_BD, prefixes_GBD=prefixes_GBD, fired_F=(acts_BF > 0).any(0),
                    least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(), l0=(acts_BF > 0).sum(dtype=jnp.float32) / len(y_BD),
-                   above=(pre_BF > inputs.threshold).sum(dtype=jnp.float32) / len(y_BD), pre_BF=pre_BF, acts_BF=acts_BF)
+                   pre_BF=pre_BF, acts_BF=acts_BF)
 
 
-def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
-            inputs: LossInputs) -> Forward:
+def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
     over_batch = spec.kind == "batchtopk"
-    pairs, above_B, missing = sparse.encode(spec, params, read_BD, spec.k, inputs.threshold, over_batch=over_batch)
+    pairs, missing = sparse.encode(spec, params, read_BD, spec.k, over_batch=over_batch)
 
     def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return _of_pairs(spec, options, params, y_BD, pairs, above_B)
+        return _of_pairs(spec, options, params, y_BD, pairs)
 
     if not over_batch:
         return of_pairs(params, pairs)
 
     def whole(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return _dense(spec, options, params, read_BD, y_BD, inputs).replace(pre_BF=None, acts_BF=None)
+        return _dense(spec, options, params, read_BD, y_BD).replace(pre_BF=None, acts_BF=None)
 
     return lax.cond(sharding.any_member(missing), jax.checkpoint(whole), of_pairs, params, pairs)
 
 
-def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs, above_B: jax.Array,
+def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs,
               learned: tuple[jax.Array, jax.Array] | None = None) -> Forward:
     ends = borders(options.groups, spec.d_sae) if options.groups else (spec.d_sae,)
     prefixes_GBD = sparse.decode_groups(spec, params, pairs, len(y_BD), ends, learned)
     positive_P = pairs.values_P > 0
     return Forward(y_BD=y_BD, recon_BD=prefixes_GBD[-1], prefixes_GBD=prefixes_GBD if options.groups else None,
-                   fired_F=sparse.fired(spec, pairs), above=above_B.mean(),
-                   least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(), l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
+                   fired_F=sparse.fired(spec, pairs), least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(),
+                   l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
 
 
 def read_rows(spec: SAESpec, params: SAEParams, rows_BW: jax.Array) -> jax.Array:
@@ -93,8 +90,8 @@ def read_rows(spec: SAESpec, params: SAEParams, rows_BW: jax.Array) -> jax.Array
     return sharding.gathered(read(spec, params, columns(spec, rows_BW)[0]))
 
 
-def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, above_B: jax.Array,
-                      learned: SAEParams, rows: sparse.Rows, rows_BW: jax.Array,
+def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, learned: SAEParams,
+                      rows: sparse.Rows, rows_BW: jax.Array,
                       inputs: LossInputs) -> tuple[jax.Array, tuple[LossParts, jax.Array]]:
     """`objective` without AuxK of pairs that are selected already, as a function of `learned` (`sparse.attached`), and the error
     that is left, [B, d_out].
@@ -103,7 +100,7 @@ def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pai
     params = jax.tree.map(lax.stop_gradient, params)
     pairs, place_P = sparse.attached(spec, pairs, read_rows(spec, params, rows_BW), learned, rows)
     params = params.replace(b_dec=learned.b_dec, W_skip=learned.W_skip)
-    seen = _of_pairs(spec, options, params, y_BD, pairs, above_B, (learned.W_dec, place_P)).plus(skipped(spec, params, x_BD))
+    seen = _of_pairs(spec, options, params, y_BD, pairs, (learned.W_dec, place_P)).plus(skipped(spec, params, x_BD))
     loss, own = _topk(spec, options, params, seen, inputs)
     return loss, (_parts(loss, own, seen), y_BD - seen.recon_BD)
 
@@ -120,7 +117,7 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
     """
     x_BD, y_BD = columns(spec, rows_BW)
     read_BD = read_rows(spec, params, rows_BW)
-    seen = (_sparse if as_pairs else _dense)(spec, options, params, read_BD, y_BD, inputs).plus(skipped(spec, params, x_BD))
+    seen = (_sparse if as_pairs else _dense)(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
@@ -134,7 +131,7 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
 def _parts(loss: jax.Array, own: dict[str, jax.Array], seen: Forward) -> LossParts:
     errors_B = squared_error(seen.y_BD, seen.recon_BD)
     return LossParts(loss=loss, mse=errors_B.mean(), l0=seen.l0, fvu=errors_B.sum() / variance_total(seen.y_BD),
-                     fired_F=seen.fired_F, own=own, least=seen.least, above=seen.above)
+                     fired_F=seen.fired_F, own=own, least=seen.least)
 
 
 def _decoder_norms(spec: SAESpec, options: SAEOptions, params: SAEParams) -> jax.Array:

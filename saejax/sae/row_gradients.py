@@ -52,11 +52,11 @@ def of_batch(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax
     them is right (batchtopk).
     """
     x_BD = read_rows(spec, params, rows_BW)
-    pairs, above_B, missing = sparse.selected(spec, params, x_BD, spec.k, inputs.threshold, over_batch=spec.kind == "batchtopk")
+    pairs, missing = sparse.selected(spec, params, x_BD, spec.k, over_batch=spec.kind == "batchtopk")
     rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(rows_BW) * spec.k))
 
     def of(learned: SAEParams):
-        return objective_of_rows(spec, options, params, pairs, above_B, learned, rows, rows_BW, inputs)
+        return objective_of_rows(spec, options, params, pairs, learned, rows, rows_BW, inputs)
 
     (_, (parts, error_BD)), gradient = jax.value_and_grad(of, has_aux=True)(sparse.zeros_for(params, rows))
     return Piece(rows, gradient), parts, error_BD, missing
@@ -79,7 +79,7 @@ def of_many_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: ja
                  dead_F: jax.Array) -> tuple[jax.Array, Piece]:
     """(AuxK, its piece) by one more product of the encoder."""
     k = min(options.aux_k, spec.d_sae)
-    pairs, _, _ = sparse.selected(spec, params, x_BD, k, jnp.float32(0), allowed_F=dead_F)
+    pairs, _ = sparse.selected(spec, params, x_BD, k, allowed_F=dead_F)
     rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(x_BD) * k))
 
     def of(learned: SAEParams):

@@ -51,30 +51,30 @@ def pays(spec: SAESpec | SAEOptions, shards: int, platform: str | None = None) -
 
 
 _P, _FD, _F = sharding.spec("rows_at_rest"), sharding.spec("features", None), sharding.spec("features")
-_B, _BD, _GBD = sharding.spec("rows"), sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", None)
+_BD, _GBD = sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", None)
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
-def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
-           allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
-    """(`activations.topk` of the pre-activations as pairs, how many pre-activations of each row exceed `threshold` [B], whether
-    pairs are missing). over_batch: `activations.batchtopk`; pairs are missing where too many rows keep more than `ROOM` x k on a
-    shard, or one more than `WIDE` x k, or one device's rows many more than others'. allowed_F: the features that may be kept.
-    read_BD: rows as `model.read` gives them. Gradients flow from the values to the parameters, none to the rows.
+def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False,
+           allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
+    """(`activations.topk` of the pre-activations as pairs, whether pairs are missing). over_batch: `activations.batchtopk`; pairs
+    are missing where too many rows keep more than `ROOM` x k on a shard, or one more than `WIDE` x k, or one device's rows many
+    more than others'. allowed_F: the features that may be kept. read_BD: rows as `model.read` gives them. Gradients flow from the
+    values to the parameters, none to the rows.
     """
-    pairs, above_B, missing = selected(spec, params, read_BD, k, threshold, over_batch=over_batch, allowed_F=allowed_F)
+    pairs, missing = selected(spec, params, read_BD, k, over_batch=over_batch, allowed_F=allowed_F)
     values_P = _attached(jnp.dtype(spec.compute_dtype), params.W_enc, bias(spec, params), read_BD, pairs)
-    return pairs.replace(values_P=values_P), above_B, missing
+    return pairs.replace(values_P=values_P), missing
 
 
-def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, threshold: jax.Array, *, over_batch: bool = False,
-             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array, jax.Array]:
+def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False,
+             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
     """What `encode` returns, with values through which no gradient flows."""
     allowed_F = jnp.ones_like(params.b_enc, bool) if allowed_F is None else allowed_F
     select = functools.partial(_select, k=k, over_batch=over_batch, dtype=jnp.dtype(spec.compute_dtype))
-    *found, above_B, missing = sharding.on_shards(select, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, _B, sharding.spec()))(
-        *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD, threshold)))
-    return Pairs(*(checkpoint_name(value, SAVED) for value in found)), above_B, missing
+    *found, missing = sharding.on_shards(select, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
+        *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD)))
+    return Pairs(*(checkpoint_name(value, SAVED) for value in found)), missing
 
 
 @struct.dataclass
@@ -150,7 +150,7 @@ def fired(spec: SAESpec, pairs: Pairs) -> jax.Array:
     return sharding.on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
 
 
-def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bool, dtype, shards: int):
+def _select(W_enc, bias_F, allowed_F, x_BD, *, k: int, over_batch: bool, dtype, shards: int):
     W_enc, (B, F) = W_enc.astype(dtype), (len(x_BD), len(bias_F))
 
     def candidates(x_TD: jax.Array, n: int):
@@ -158,15 +158,14 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
         pre_TF = jnp.where(allowed_F, pre_TF, -jnp.inf)
         values_TN, index_TN = lax.top_k(pre_TF, min(F, n))
         # CPUs sort whole rows where a slice of the values is read. A barrier for both together XLA does not compile.
-        return lax.optimization_barrier(values_TN), index_TN, (pre_TF > threshold).sum(1, dtype=jnp.int32)
+        return lax.optimization_barrier(values_TN), index_TN
 
     tiles = next(n for n in range(1, B + 1) if B % n == 0 and B // n * F <= max(TILE, F))
     of_tile = functools.partial(candidates, n=ROOM * k if over_batch else k)
-    values_BC, index_BC, above_B = (value.reshape(B, *value.shape[2:])
-                                    for value in lax.map(of_tile, x_BD.reshape(tiles, B // tiles, -1)))
+    values_BC, index_BC = (value.reshape(B, -1) for value in lax.map(of_tile, x_BD.reshape(tiles, B // tiles, -1)))
     if over_batch:
         _, wide_rows = lax.top_k(values_BC[:, -1], max(1, int(WIDE_SHARE * B)))
-        wide, wide_index, _ = candidates(x_BD[wide_rows], WIDE * k)
+        wide, wide_index = candidates(x_BD[wide_rows], WIDE * k)
         values_BC = values_BC.at[wide_rows].set(-jnp.inf)
         tables, capacity = ((values_BC, index_BC), (wide, wide_index)), B * -(-k * 5 // 4)
         kept = kept_over_batch(values_BC, wide, wide_rows, k)
@@ -175,8 +174,7 @@ def _select(W_enc, bias_F, allowed_F, x_BD, threshold, *, k: int, over_batch: bo
         kept = (kept_per_row(values_BC, k, shards),)
     *pairs, lost = _listed(tables, kept, wide_rows, capacity)
     missing = lost | functools.reduce(jnp.logical_or, [table[:, -1].any() & (table.shape[1] < F) for table in kept])
-    return (*pairs, sharding.over(lax.psum, above_B, "dict"),
-            sharding.over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0)
+    return *pairs, sharding.over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0
 
 
 def _listed(tables, kept, wide_rows: jax.Array, capacity: int):

@@ -219,15 +219,15 @@ def restore_scalar(step_dir: Path, name: str, mesh: Mesh) -> int:
         return int(_restore(Path(step_dir), abstract, partial=True)[0][name])
 
 
-def restore_params(step_dir: Path, mesh: Mesh, *, as_jumprelu: bool = False) -> tuple[SAEParams, Normalization, CheckpointMeta]:
+def restore_params(step_dir: Path, mesh: Mesh) -> tuple[SAEParams, Normalization, CheckpointMeta]:
     """(params, normalization, meta) of one step on any mesh, verified; optimizer state is not read.
 
-    Parameters are their running mean where the run keeps one (`train.ema`). batchtopk, and topk with `as_jumprelu`:
-    `per_feature["threshold"]` is the run's threshold, equal for all features.
+    Parameters are their running mean where the run keeps one (`train.ema`). batchtopk: `per_feature["threshold"]` is the
+    run's threshold, equal for all features.
     """
     meta = read_meta(step_dir)
     spec, which = meta.spec, "ema" if any(leaf.startswith("ema.") for leaf in meta.fingerprints) else "params"
-    threshold = spec.kind == "batchtopk" or (spec.kind == "topk" and as_jumprelu)
+    threshold = spec.kind == "batchtopk"
     sharding.check_features(spec.d_sae, mesh)
     shapes = tensors(param_shapes(spec))
     places = tensors(param_shardings(mesh, shapes))

@@ -25,15 +25,14 @@ PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.04, 0.1, 0.5
 LONGEST, SHARE = 100, 0.05  # steps and share of a run that the longer mean of log L0 remembers; the shorter one a fifth of them
 REACH, FULL = 4.0, 0.05  # how far log thresholds can be moved over a run; the error of log L0 from which they move at full speed
 REACH_BIAS, FULL_BIAS, LATE = 3.0, 0.15, 0.2  # the same of biases, in bandwidths; the share of the run, its last, that moves them
-FOLLOW = 0.05  # how fast topk's threshold follows, in the logarithm per step
 
 
 def initial(config: Config) -> dict[str, jax.Array]:
     """The running values that a kind has, at step 0 (float32 scalars).
 
-    threshold (topk, batchtopk): what a release as jumprelu uses. log_l0, log_penalty: state of the controller.
+    threshold (batchtopk): what a release uses. log_l0, log_penalty: state of the controller.
     """
-    names = ("threshold",) if config.sae.kind in WITH_K else ()
+    names = ("threshold",) if config.sae.kind == "batchtopk" else ()
     if controlled(config):
         names = ("log_l0", "log_l0_long", "log_l0_first", "log_penalty")
     return {name: jnp.zeros((), jnp.float32) for name in names}
@@ -107,8 +106,6 @@ def moved(config: Config, moving: dict[str, jax.Array], seen, step: jax.Array, t
         return moving | {"log_penalty": jnp.clip(log_penalty, -12.0, 12.0)}
     if "threshold" not in moving:
         return moving
-    if config.sae.kind == "topk":
-        return {"threshold": followed(moving["threshold"], seen, config.sae.k)}
     return {"threshold": mean_of_least(moving["threshold"], seen.least, step, config.sae.threshold_beta)}
 
 
@@ -120,14 +117,3 @@ def mean_of_least(threshold: jax.Array, least: jax.Array, step: jax.Array, beta:
     """
     beta = jnp.minimum(beta, step / (step + 1))
     return jnp.where(jnp.isfinite(least), beta * threshold + (1 - beta) * least, threshold)
-
-
-def followed(threshold: jax.Array, seen, k: int) -> jax.Array:
-    """The value that k pre-activations per row exceed on average: it goes up while more do, down while fewer do.
-
-    topk keeps k of each row, so no single value separates them; this one gives a jumprelu SAE of the same mean L0. It starts at
-    the smallest kept activation.
-    """
-    started = jnp.where(jnp.isfinite(seen.least), jnp.maximum(seen.least, 1e-6), 1e-6)
-    ratio = (seen.above + 1) / (k + 1)
-    return jnp.where(threshold == 0, started, threshold * jnp.exp(FOLLOW * jnp.clip(jnp.log(ratio), -2.0, 2.0)))

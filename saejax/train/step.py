@@ -52,9 +52,8 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     lr = own.lr * optim.learning_rate(config.train, total_steps)(state.step)
     penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
     inputs = LossInputs(sparsity=penalty * control.penalty_factor(config, state.moving, own.target_l0, state.step, total_steps),
-                        target_l0=own.target_l0, threshold=state.moving.get("threshold", jnp.float32(0)),
-                        inverse_variance=state.inverse_variance, tokens_since_fired_F=state.tokens_since_fired_F,
-                        dead_after=jnp.uint32(dead_bound(config)))
+                        target_l0=own.target_l0, inverse_variance=state.inverse_variance,
+                        tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
     allowed = state.skipped_in_row < config.train.max_skipped
     update = lazy.updated if config.train.lazy else _updated
     params, opt_state, parts, grad_norm, good = update(config, spec, state.params, state.opt_state, rows_BW, inputs, lr, allowed)

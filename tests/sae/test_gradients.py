@@ -54,7 +54,7 @@ def test_gradient_with_respect_to_pre_activations():
 OPTIONS = SAEOptions(kind="jumprelu", d_sae=F, bandwidth=BANDWIDTH, frequency_coef=0.7, max_frequency=0.2,
                      pre_act_coef=0.3, aux_k=0)
 LAMBDA, TARGET = 0.9, 5.0
-INPUTS = LossInputs(sparsity=jnp.float32(LAMBDA), target_l0=jnp.float32(TARGET), threshold=jnp.float32(0),
+INPUTS = LossInputs(sparsity=jnp.float32(LAMBDA), target_l0=jnp.float32(TARGET),
                     dead_after=jnp.uint32(9), inverse_variance=jnp.float32(0.3), tokens_since_fired_F=jnp.zeros(F, jnp.uint32))
 
 

@@ -67,7 +67,7 @@ def lazy_step(config, params, opt_state, g, masks, lr):
         at = {name: tensors(g)[name].at[rows.index_C].get(mode="fill", fill_value=0) for name in ("W_enc", "b_enc", "W_dec")}
         pieces.append(Piece(rows, g.replace(**at), through_encoder=True))
     spec = SAESpec("topk", D, F, k=2, pre_bias=True)
-    parts = losses.LossParts(*[jnp.float64(0)] * 5, {}, *[jnp.float64(0)] * 2)
+    parts = losses.LossParts(*[jnp.float64(0)] * 5, {}, jnp.float64(0))
     params, opt_state, _, _, good = lazy._applied(config, spec, params, opt_state, pieces, parts, lr, True)
     return params, opt_state, good
 

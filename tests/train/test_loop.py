@@ -35,7 +35,7 @@ def test_metric_lines_hold_what_is_documented(tmp_path):
     store = make_store(tmp_path / "store")
     common = {"step", "tokens_seen", "loss", "mse", "l0", "fvu", "explained_variance", "dead_fraction", "grad_norm", "lr",
               "tokens_per_second", "data_wait_share", "skipped", "skipped_in_row"}
-    for kind, own in (("relu", {"l1", "l1_coefficient"}), ("topk", {"aux", "threshold"})):
+    for kind, own in (("relu", {"l1", "l1_coefficient"}), ("topk", {"aux"})):
         loop.train(make_config(kind, tmp_path / kind), store)
         lines = read_metrics(tmp_path / kind / "metrics.jsonl")
         assert [line["step"] for line in lines] == list(range(5, 51, 5))

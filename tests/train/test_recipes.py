@@ -15,7 +15,6 @@ from saejax.config import MeshOptions, TrainOptions
 from saejax.data.arrays import write_rows
 from saejax.data.stream import Stream
 from saejax.errors import NonFiniteError
-from saejax.formats.release import release
 from saejax.logs import read_metrics
 from saejax.records import StreamState
 from saejax.sae import SAESpec, reconstruct, tensors
@@ -230,16 +229,6 @@ def test_aux_k_reaches_dead_features_of_jumprelu(store, tmp_path):
         moved.append(np.abs(run.host.params.W_enc - before)[dead].max())
         assert (metrics.get("aux", 0) > 0) == bool(aux_k)
     assert moved[0] == 0 < moved[1]
-
-
-def test_topk_released_as_jumprelu_has_the_same_l0(store, tmp_path):
-    config = make_config("topk", tmp_path / "run", train__tokens=32 * 250)
-    loop.train(config, store)
-    released = saejax.load(release(tmp_path / "run", tmp_path / "out", as_jumprelu=True))
-    assert released.cfg.kind == "jumprelu" and saejax.load(tmp_path / "run").cfg.kind == "topk"
-    keep = store.keep(0, store.rows)
-    x = store.read(HOOKPOINT, 0, store.rows).astype(np.float32)[keep]
-    assert (np.asarray(released.encode(x)) > 0).sum(1).mean() == pytest.approx(4, rel=0.1)
 
 
 def test_centred_inputs(store, tmp_path):
