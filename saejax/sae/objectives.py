@@ -69,10 +69,11 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.
     if not over_batch:
         return of_pairs(params, pairs)
 
-    def whole(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return _dense(spec, options, params, read_BD, y_BD).replace(pre_BF=None, acts_BF=None)
+    def counted(params: SAEParams, pairs: sparse.Pairs) -> Forward:
+        return of_pairs(params, sparse.encode(spec, params, read_BD, spec.k, over_batch=True, counted=True)[0])
 
-    return lax.cond(sharding.any_member(missing), jax.checkpoint(whole), of_pairs, params, pairs)
+    keep = jax.checkpoint_policies.save_only_these_names(sparse.SAVED)
+    return lax.cond(sharding.any_member(missing), jax.checkpoint(counted, policy=keep), of_pairs, params, pairs)
 
 
 def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs,
@@ -91,14 +92,14 @@ def read_rows(spec: SAESpec, params: SAEParams, rows_BW: jax.Array) -> jax.Array
 
 
 def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, learned: SAEParams,
-                      rows: sparse.Rows, rows_BW: jax.Array,
+                      rows: sparse.Rows, read_BD: jax.Array, rows_BW: jax.Array,
                       inputs: LossInputs) -> tuple[jax.Array, tuple[LossParts, jax.Array]]:
     """`objective` without AuxK of pairs that are selected already, as a function of `learned` (`sparse.attached`), and the error
     that is left, [B, d_out].
     """
     x_BD, y_BD = columns(spec, rows_BW)
     params = jax.tree.map(lax.stop_gradient, params)
-    pairs, place_P = sparse.attached(spec, pairs, read_rows(spec, params, rows_BW), learned, rows)
+    pairs, place_P = sparse.attached(spec, pairs, read_BD, learned, rows)
     params = params.replace(b_dec=learned.b_dec, W_skip=learned.W_skip)
     seen = _of_pairs(spec, options, params, y_BD, pairs, (learned.W_dec, place_P)).plus(skipped(spec, params, x_BD))
     loss, own = _topk(spec, options, params, seen, inputs)

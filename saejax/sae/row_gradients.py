@@ -5,7 +5,6 @@ them: a batch's gradient is one piece, or two without a common row.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
@@ -13,7 +12,7 @@ from saejax import sharding
 from saejax.config import SAEOptions
 from saejax.sae import losses, sparse
 from saejax.sae.losses import LossInputs, LossParts
-from saejax.sae.objectives import objective, objective_of_rows, read_rows
+from saejax.sae.objectives import objective_of_rows
 from saejax.sae.params import SAEParams, SAESpec
 
 CHUNK = 2**20  # entries of a matrix's rows that are worked on at once
@@ -21,13 +20,12 @@ CHUNK = 2**20  # entries of a matrix's rows that are worked on at once
 
 @struct.dataclass
 class Piece:
-    """gradient: of W_enc, b_enc and W_dec for `rows` only, of b_dec and W_skip whole. through_encoder: whether that of b_dec has
-    its share through the encoder, -(gradient of b_enc) W_enc, already.
+    """gradient: of W_enc, b_enc and W_dec for `rows` only, of b_dec and W_skip whole; that of b_dec lacks its share through the
+    encoder, -(gradient of b_enc) W_enc.
     """
 
     rows: sparse.Rows
     gradient: SAEParams
-    through_encoder: bool = struct.field(pytree_node=False, default=False)
 
 
 def capacity(spec: SAESpec, most: int) -> int:
@@ -46,20 +44,25 @@ def _at_once(spec: SAESpec) -> int:
     return max(1, CHUNK // max(spec.d_in, spec.width_out))
 
 
-def of_batch(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array,
-             inputs: LossInputs) -> tuple[Piece, LossParts, jax.Array, jax.Array]:
-    """The piece of the features that fire, what was seen, the error that is left, and whether pairs are missing: then none of
-    them is right (batchtopk).
-    """
-    x_BD = read_rows(spec, params, rows_BW)
-    pairs, missing = sparse.selected(spec, params, x_BD, spec.k, over_batch=spec.kind == "batchtopk")
-    rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(rows_BW) * spec.k))
+def of_batch(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, rows_BW: jax.Array,
+             inputs: LossInputs) -> tuple[Piece, LossParts, jax.Array]:
+    """The piece of the features that fire, what was seen, and the error that is left. x_BD: `read_rows` of the batch."""
+    over_batch = spec.kind == "batchtopk"
 
-    def of(learned: SAEParams):
-        return objective_of_rows(spec, options, params, pairs, learned, rows, rows_BW, inputs)
+    def of(pairs: sparse.Pairs):
+        rows = sparse.rows_of(sparse.fired(spec, pairs), capacity(spec, len(rows_BW) * spec.k))
 
-    (_, (parts, error_BD)), gradient = jax.value_and_grad(of, has_aux=True)(sparse.zeros_for(params, rows))
-    return Piece(rows, gradient), parts, error_BD, missing
+        def of_learned(learned: SAEParams):
+            return objective_of_rows(spec, options, params, pairs, learned, rows, x_BD, rows_BW, inputs)
+
+        (_, (parts, error_BD)), gradient = jax.value_and_grad(of_learned, has_aux=True)(sparse.zeros_for(params, rows))
+        return Piece(rows, gradient), parts, error_BD
+
+    pairs, missing = sparse.selected(spec, params, x_BD, spec.k, over_batch=over_batch)
+    if not over_batch:
+        return of(pairs)
+    return lax.cond(sharding.any_member(missing),
+                    lambda: of(sparse.selected(spec, params, x_BD, spec.k, over_batch=True, counted=True)[0]), lambda: of(pairs))
 
 
 def of_few_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array,
@@ -93,14 +96,3 @@ def of_many_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: ja
 
 def _scaled(options: SAEOptions, gradient: SAEParams) -> SAEParams:
     return jax.tree.map(lambda value: options.aux_coef * value, gradient)
-
-
-def of_all(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array,
-           inputs: LossInputs) -> tuple[Piece, LossParts]:
-    """The gradients of every row, by the dense path."""
-    def of(params: SAEParams):
-        return objective(spec, options, params, rows_BW, inputs)
-
-    (_, parts), gradient = jax.value_and_grad(of, has_aux=True)(params)
-    rows = sparse.rows_of(jnp.ones_like(parts.fired_F), spec.d_sae // sharding.shards())
-    return Piece(rows, gradient, through_encoder=True), parts

@@ -1,143 +1,128 @@
 """Exact selection of the B x k largest activations of a whole batch that is split over both mesh axes."""
 
-import functools
-import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from saejax import sharding
+from saejax.sae.select import largest, sent
 
+# Where rows keep k on average: candidates of a row and of the widest rows, as multiples of k; the share of those.
+ROOM, WIDE, WIDE_SHARE = 3, 32, 1 / 16
+# The bits of a positive float, as an integer, are in the order of the floats. 31 of them are found, the upper ones first: every
+# pass splits what is left into 16 parts.
+STEPS, PARTS = tuple(1 << shift for shift in (27, 23, 19, 15, 11, 7, 3, 0)), 16
 _MOST = 2**31 - 1
-_STRIDE = 16
+
+
+class Border(NamedTuple):
+    """low: bits of the least activation that is kept, 0 where all positive ones are. n_low, n_high: how many reach, exceed it."""
+
+    low: jax.Array
+    n_low: jax.Array
+    n_high: jax.Array
+
+
+class Candidates(NamedTuple):
+    """The largest values of each row and their features, falling, [B, C]; more of the widest rows, whose numbers are `wide_rows`
+    and whose own values are -inf in the first table.
+    """
+
+    values: tuple[jax.Array, jax.Array]
+    index: tuple[jax.Array, jax.Array]
+    wide_rows: jax.Array
 
 
 def batch_topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
     """Boolean mask of the B x k largest positive pre-activations of the whole batch; all of them where there are fewer.
 
     pre_BF: float32 [B, F], rows split over `data`, features over `dict`; B x k < 2^31 - 2^16. Exactly B x k are True, ties go to
-    the lower row, then to the lower feature, on every mesh. Nothing is sorted and nothing moves but counts: the threshold is
-    bracketed on the order-preserving integer bits of the floats by interpolation, each trial one pass over the local entries and
-    one all-reduce of two integers; a threshold with exactly B x k entries above it ends the search (about a dozen trials), else
-    the last bracket holds one value and its ties are counted row by row. The gradient is not defined: pass stop_gradient.
+    the lower row, then to the lower feature, on every mesh; NaN counts as the largest. Nothing is sorted and nothing moves but
+    counts: eight passes over candidates, and over all entries where a row keeps more than it has candidates (`border`). The
+    gradient is not defined: pass stop_gradient.
     """
-    keep = pre_BF.shape[0] * k
-    if keep >= _MOST - 2**16:
-        raise ValueError(f"batch_topk_mask: {pre_BF.shape[0]} rows x k = {k} does not fit 32-bit counts")
+    check_counts(pre_BF.shape[0], k)
     if not sharding.mesh_is_set():
-        return _mask_local(pre_BF, keep, ())
+        return _mask_local(pre_BF, k, 1)
     rows_features = sharding.spec("rows", "features")
     # check_vma knows mesh axes only, not the axis that `any_member` reduces over
-    return jax.shard_map(lambda pre_local: _mask_local(pre_local, keep, ("data", "dict")), in_specs=rows_features,
+    return jax.shard_map(lambda pre_local: _mask_local(pre_local, k, lax.axis_size("dict")), in_specs=rows_features,
                          out_specs=rows_features, check_vma=False)(pre_BF)
 
 
-def kept_over_batch(values: jax.Array, wide: jax.Array, wide_rows: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """Which of a shard's largest values of each row, as `lax.top_k` returns them, are among the B x k of the whole batch: exact
-    as long as no row's least one is. wide: more values of some rows, `wide_rows`, which have -inf in `values`. Call it inside
-    `shard_map` where there are several devices.
+def check_counts(rows: int, k: int) -> None:
+    """Raises `ValueError` where so many do not fit 32-bit counts."""
+    if rows * k >= _MOST - 2**16:
+        raise ValueError(f"batchtopk: {rows} rows x k = {k} does not fit 32-bit counts")
+
+
+def candidates(pre_of: Callable, rows: jax.Array, k: int, shards: int, features: int) -> Candidates:
+    """pre_of(rows [n, ...], how many) -> `largest` of their pre-activations on this shard of so many features."""
+    in_batch = len(rows) * (lax.axis_size("data") if sharding.mesh_is_set() else 1)
+    values, index = pre_of(rows, sent(ROOM * k, in_batch, shards, features))
+    _, wide_rows = largest(values[:, -1:].T, max(1, int(WIDE_SHARE * len(rows))))
+    wide_rows = wide_rows[0]
+    wide, wide_index = pre_of(rows[wide_rows], sent(WIDE * k, in_batch, shards, features))
+    return Candidates((values.at[wide_rows].set(-jnp.inf), wide), (index, wide_index), wide_rows)
+
+
+def kept_candidates(found: Candidates, k: int, features: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """(which candidates are among the B x k of the whole batch, of each table; whether a row may keep more than it has: then they
+    are not exact). features: of the shard. Call it inside `shard_map` where there are several devices.
     """
-    axes, devices = (("data", "dict"), lax.axis_size("data")) if sharding.mesh_is_set() else ((), 1)
-    return _masks_local((values, wide), wide_rows, len(values) * devices * k, axes)
+    bits, keep = tuple(map(ordered, found.values)), kept_in_all(len(found.values[0]), k)
+    at = border(lambda parts: _count(bits, parts), keep)
+    short = [(table[:, -1] >= jnp.maximum(at.low, 1)).any() & (table.shape[1] < features) for table in bits]
+    return _kept(bits, found.wide_rows, at, keep), any_device(short[0] | short[1])
 
 
-def _mask_local(pre_local: jax.Array, keep: int, axes: tuple[str, ...]) -> jax.Array:
-    return _masks_local((pre_local,), jnp.zeros(0, jnp.int32), keep, axes)[0]
-
-
-def _masks_local(tables: tuple[jax.Array, ...], wide_rows: jax.Array, keep: int, axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    bits = tuple(jnp.where(table > 0, lax.bitcast_convert_type(table, jnp.int32), 0) for table in tables)
-    low, high, n_high = _bracket(bits, keep, axes)
-    above = tuple(table >= high for table in bits)
-    tied = (n_high < keep) & (low > 0)
-
-    def with_ties():
-        return tuple(map(jnp.logical_or, above, _first(tuple(table == low for table in bits), wide_rows, keep - n_high, axes)))
-
-    return lax.cond(sharding.any_member(tied), with_ties, lambda: above)
-
-
-def _bracket(tables: tuple[jax.Array, ...], keep: int, axes: tuple[str, ...], tolerance: int = 0):
-    """(low, high, n_high): n_high <= keep entries are >= high, more than keep are >= low; n_high = keep or high = low + 1.
-
-    low = 0 where at most `keep` entries are positive. tolerance: a count that is off by so much will do.
+def border(count: Callable, keep: int) -> Border:
+    """Where the `keep` largest of all entries end, by eight passes. count(parts [T]): how many entries of all devices are at
+    least each of them, saturated at 2^31 - 1.
     """
-    hints = _hints(tables[0], keep, axes) if tolerance == 0 and len(tables[0]) >= 4 * _STRIDE else ()
+    def narrower(i, at: Border) -> Border:
+        step = jnp.asarray(STEPS, jnp.uint32)[i]
+        parts = at.low + step * jnp.arange(1, PARTS, dtype=jnp.uint32)
+        n = jnp.concatenate([at.n_low[None], count(parts), at.n_high[None]])
+        place = (n[1:-1] >= keep).sum()
+        return Border(at.low + step * place.astype(jnp.uint32), n[place], n[place + 1])
 
-    def total(condition):
-        return _total(jnp.concatenate([condition(table).sum(1, dtype=jnp.int32) for table in tables]), axes)
-
-    def unfinished(state):
-        low, high, n_low, n_high, _ = state
-        return (keep - n_high > tolerance) & (high - low > 1)
-
-    def narrower(state):
-        low, high, n_low, n_high, trial = state
-        halve = (trial > 12) & (trial % 2 == 0)
-        middle = jnp.where(halve, low + (high - low) // 2, _interpolated(low, high, n_low, n_high, keep))
-        for i, hint in enumerate(hints):
-            middle = jnp.where((trial == i) & (low < hint) & (hint < high), hint, middle)
-        n = total(lambda bits: bits >= middle)
-        more = n > keep
-        return (jnp.where(more, middle, low), jnp.where(more, high, middle), jnp.where(more, n, n_low),
-                jnp.where(more, n_high, n), trial + 1)
-
-    n_positive = total(lambda bits: bits > 0)
-    largest = functools.reduce(jnp.maximum, [bits.max() for bits in tables])
-    largest = lax.pmax(largest, axes) if axes else largest
-    few = n_positive <= keep
-    start = (jnp.where(few, 0, 1), jnp.where(few, 1, largest + 1), n_positive, jnp.where(few, n_positive, 0), 0)
-    low, high, _, n_high, _ = lax.while_loop(unfinished, narrower, start)
-    return low, high, n_high
+    return lax.fori_loop(0, len(STEPS), narrower, Border(jnp.uint32(0), jnp.int32(_MOST), jnp.int32(0)))
 
 
-def _hints(bits: jax.Array, keep: int, axes: tuple[str, ...]) -> tuple[jax.Array, jax.Array]:
-    """Thresholds likely to lie on either side of the wanted one, from one row in `_STRIDE`: three standard deviations apart."""
-    sample = bits[::_STRIDE]
-    wanted = keep * len(sample) // len(bits)
-    spread = 3 * math.isqrt(wanted + 1)
-    return tuple(_bracket((sample,), max(n, 1), axes, tolerance=max(spread // 3, 1))[1]
-                 for n in (wanted + spread, wanted - spread))
+def ordered(values: jax.Array) -> jax.Array:
+    """uint32 in the order of the values: 0 for what is not positive, the largest for NaN."""
+    bits = lax.bitcast_convert_type(values, jnp.uint32)
+    return jnp.where(values > 0, bits, jnp.where(jnp.isnan(values), jnp.uint32(_MOST), jnp.uint32(0)))
 
 
-def _interpolated(low, high, n_low, n_high, keep: int) -> jax.Array:
-    """Where the logarithm of the count, linear in the value between the ends, crosses `keep`; strictly inside the bracket.
+def total(counts: jax.Array) -> jax.Array:
+    """Sum of non-negative counts over the last axis, of at most 2^16 rows, and over all devices; saturated at 2^31 - 1.
 
-    It aims a little beyond, towards the farther end: a bracket that is tight on one side only shrinks slowly.
-    """
-    def log(n):
-        return jnp.log(jnp.maximum(n, 0.5).astype(jnp.float32))
-
-    a, b = (lax.bitcast_convert_type(bits, jnp.float32) for bits in (low, high))
-    near = jnp.minimum(keep - n_high, n_low - keep)
-    beyond = jnp.sqrt(near.astype(jnp.float32)) * jnp.where(keep - n_high < n_low - keep, 1.0, -1.0)
-    aim = jnp.where((near > 4) & (near < (n_low - n_high) // 4), keep + beyond, keep)
-    share = (log(n_low) - log(aim)) / jnp.maximum(log(n_low) - log(n_high), 1e-6)
-    guess = lax.bitcast_convert_type(a + jnp.clip(share, 0.0, 1.0) * (b - a), jnp.int32)
-    return jnp.clip(guess, low + 1, high - 1)
-
-
-def _total(counts_B: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Sum of non-negative counts over rows and shards, exact below 2^31 - 2^16 and saturated above.
-
-    Halves of 16 bits are summed apart, so that nothing overflows with up to 2^16 local rows on up to 2^16 devices.
+    Halves of 16 bits are summed apart, so that nothing overflows on up to 2^16 devices.
     """
     def halves(low, high):
         return low & 0xFFFF, high + (low >> 16)
 
-    low, high = halves((counts_B & 0xFFFF).astype(jnp.uint32).sum(), (counts_B >> 16).astype(jnp.uint32).sum())
-    if axes:
-        low, high = halves(lax.psum(low, axes), lax.psum(high, axes))
+    low, high = halves((counts & 0xFFFF).astype(jnp.uint32).sum(-1), (counts >> 16).astype(jnp.uint32).sum(-1))
+    low, high = halves(sharding.over(lax.psum, low, "data", "dict"), sharding.over(lax.psum, high, "data", "dict"))
     return jnp.where(high < 0x7FFF, (high * 65536 + low).astype(jnp.int32), _MOST)
 
 
-def _first(equal: tuple[jax.Array, ...], wide_rows: jax.Array, allowed: jax.Array,
-           axes: tuple[str, ...]) -> tuple[jax.Array, ...]:
-    """The first `allowed` True entries in the order (row, feature) over all shards, of tables as `kept_over_batch` takes them.
+def any_device(condition: jax.Array) -> jax.Array:
+    """Whether it holds anywhere."""
+    return sharding.over(lax.pmax, condition.astype(jnp.int32), "data", "dict") > 0
 
-    Sums saturate at `allowed`.
+
+def ties_left(n_equal_B: jax.Array, at: Border, keep: int) -> jax.Array:
+    """How many entries that equal the border each row of this shard keeps at most (more than it has, or none): int32 [B]; the
+    first in the order (row, feature) over all devices. n_equal_B: how many it has. Two all-gathers of counts.
     """
+    allowed = jnp.where(at.low > 0, keep - at.n_high, 0)
+
     def add(a, b):
         return jnp.minimum(a, allowed - b) + b  # min(a + b, allowed) for a, b <= allowed, without overflow
 
@@ -146,21 +131,49 @@ def _first(equal: tuple[jax.Array, ...], wide_rows: jax.Array, allowed: jax.Arra
         return lax.slice_in_dim(jnp.concatenate([jnp.zeros_like(lax.slice_in_dim(inclusive, 0, 1, axis=axis)), inclusive], axis),
                                 0, counts.shape[axis], axis=axis), inclusive
 
-    in_row = [jnp.cumsum(table, axis=1, dtype=jnp.int32) for table in equal]
-    n_row = in_row[0][:, -1]
-    for wide in in_row[1:]:
-        n_row = n_row.at[wide_rows].add(wide[:, -1])
-    whole_row, lower_shards, earlier = n_row, jnp.zeros_like(n_row), jnp.zeros_like(allowed)
-    if axes:
-        per_shard = lax.all_gather(n_row, "dict", axis=1)
-        exclusive, inclusive = before(per_shard, 1)
-        whole_row = inclusive[:, -1]
-        mine = jnp.arange(per_shard.shape[1]) == lax.axis_index("dict")
-        lower_shards = jnp.where(mine, exclusive, 0).sum(1)
+    whole_row, lower_shards, earlier = n_equal_B, jnp.zeros_like(n_equal_B), jnp.zeros_like(allowed)
+    if sharding.mesh_is_set():
+        exclusive, inclusive = before(lax.all_gather(n_equal_B, "dict", axis=1), 1)
+        whole_row, lower_shards = inclusive[:, -1], jnp.take(exclusive, lax.axis_index("dict"), axis=1)
     rows_before, rows_through = before(whole_row, 0)
-    if axes:
+    if sharding.mesh_is_set():
         exclusive, _ = before(lax.all_gather(rows_through[-1], "data"), 0)
-        earlier = jnp.where(jnp.arange(exclusive.shape[0]) == lax.axis_index("data"), exclusive, 0).sum()
-    left = allowed - add(add(rows_before, lower_shards), earlier)
-    left = (left, left[wide_rows])
-    return tuple(table & (n <= left[i][:, None]) for i, (table, n) in enumerate(zip(equal, in_row, strict=True)))
+        earlier = exclusive[lax.axis_index("data")]
+    return allowed - add(add(rows_before, lower_shards), earlier)
+
+
+def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
+    found = candidates(largest, pre_local, k, shards, pre_local.shape[1])
+    bits, keep, features = tuple(map(ordered, found.values)), kept_in_all(len(pre_local), k), pre_local.shape[1]
+    at = border(lambda parts: _count(bits, parts), keep)
+    short = [(table[:, -1] >= jnp.maximum(at.low, 1)).any() & (table.shape[1] < features) for table in bits]
+    every = ordered(pre_local)
+    at = lax.cond(sharding.any_member(any_device(short[0] | short[1])),
+                  lambda: border(lambda parts: _count((every,), parts), keep), lambda: at)
+    return _kept((every,), None, at, keep)[0]
+
+
+def kept_in_all(rows: int, k: int) -> int:
+    """How many entries all devices together keep, where each has so many rows."""
+    return rows * k * (lax.axis_size("data") if sharding.mesh_is_set() else 1)
+
+
+def _count(tables: tuple[jax.Array, ...], parts: jax.Array) -> jax.Array:
+    return total(jnp.concatenate([(table >= parts[:, None, None]).sum(2, dtype=jnp.int32) for table in tables], axis=1))
+
+
+def _kept(tables: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border, keep: int) -> tuple[jax.Array, ...]:
+    """Which entries of tables as `Candidates` has them are kept."""
+    def with_ties():
+        equal = [table == at.low for table in tables]
+        n_equal = [table.sum(1, dtype=jnp.int32) for table in equal]
+        for n in n_equal[1:]:
+            n_equal[0] = n_equal[0].at[wide_rows].add(n)
+        left = ties_left(n_equal[0], at, keep)
+        left = (left, *(left[wide_rows] for _ in tables[1:]))
+        return tuple((table > at.low) | (same & (jnp.cumsum(same, axis=1, dtype=jnp.int32) <= left_B[:, None]))
+                     for table, same, left_B in zip(tables, equal, left, strict=True))
+
+    reached = jnp.maximum(at.low, 1)  # what is not positive is never kept
+    return lax.cond(sharding.any_member((at.n_low > keep) & (at.low > 0)), with_ties,
+                    lambda: tuple(table >= reached for table in tables))

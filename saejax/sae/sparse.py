@@ -8,6 +8,7 @@ Communication: that of the dense path (candidate values or counts; reconstructio
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,21 @@ from saejax.config import SAEOptions
 from saejax.sae.model import bias
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.products import product
-from saejax.sae.select import kept_per_row
-from saejax.sae.select_batch import kept_over_batch
+from saejax.sae.select import kept_per_row, largest
+from saejax.sae.select_batch import (
+    any_device,
+    border,
+    candidates,
+    check_counts,
+    kept_candidates,
+    kept_in_all,
+    ordered,
+    ties_left,
+    total,
+)
 
-TILE = 2**24  # pre-activations in memory at once (64 MB)
-# batchtopk, where rows keep k on average: candidates of a row, and of the widest rows, as multiples of k; the share of those
-ROOM, WIDE, WIDE_SHARE = 3, 32, 1 / 16
+# Pre-activations in memory at once: 64 MB on CPUs, elsewhere 1 GB, or what so many rows have: W_enc is read once for each tile.
+TILE, TILE_ELSEWHERE, ROWS_AT_ONCE = 2**24, 2**28, 1024
 WORTH = {"cpu": 64}  # features of a shard for each pair of a row from which on this path is the faster one
 WORTH_ELSEWHERE = 800
 SAVED = "pairs"  # name of what a `jax.checkpoint` should keep, so that the encoder's product is not done again
@@ -43,6 +53,11 @@ class Pairs:
     count: jax.Array
 
 
+def tile_size(features: int, platform: str) -> int:
+    """Pre-activations that are in memory at once, where a shard has so many features: of one row at least."""
+    return max(TILE, features) if platform == "cpu" else max(TILE_ELSEWHERE, ROWS_AT_ONCE * features)
+
+
 def pays(spec: SAESpec | SAEOptions, shards: int, platform: str | None = None) -> bool:
     """Whether this path is the faster one: decided by features per kept feature on a shard, and by the hardware (that which is
     here, unless a platform is named).
@@ -55,24 +70,32 @@ _BD, _GBD = sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", Non
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
-def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False,
+def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False, counted: bool = False,
            allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
     """(`activations.topk` of the pre-activations as pairs, whether pairs are missing). over_batch: `activations.batchtopk`; pairs
-    are missing where too many rows keep more than `ROOM` x k on a shard, or one more than `WIDE` x k, or one device's rows many
-    more than others'. allowed_F: the features that may be kept. read_BD: rows as `model.read` gives them. Gradients flow from the
-    values to the parameters, none to the rows.
+    are missing where too many rows keep many times what they do on average, or one device's rows many more than others'; never
+    with `counted`, which costs ten times as much, but no more memory. allowed_F: the features that may be kept. read_BD: rows as
+    `model.read` gives them. Gradients flow from the values to the parameters, none to the rows.
     """
-    pairs, missing = selected(spec, params, read_BD, k, over_batch=over_batch, allowed_F=allowed_F)
+    pairs, missing = selected(spec, params, read_BD, k, over_batch=over_batch, counted=counted, allowed_F=allowed_F)
     values_P = _attached(jnp.dtype(spec.compute_dtype), params.W_enc, bias(spec, params), read_BD, pairs)
     return pairs.replace(values_P=values_P), missing
 
 
-def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False,
+def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False, counted: bool = False,
              allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
     """What `encode` returns, with values through which no gradient flows."""
     allowed_F = jnp.ones_like(params.b_enc, bool) if allowed_F is None else allowed_F
-    select = functools.partial(_select, k=k, over_batch=over_batch, dtype=jnp.dtype(spec.compute_dtype))
-    *found, missing = sharding.on_shards(select, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
+    if over_batch:
+        check_counts(len(read_BD), k)
+    select = functools.partial(_select, k=k, over_batch=over_batch, counted=counted, dtype=jnp.dtype(spec.compute_dtype))
+
+    def local(*values, shards):
+        features = spec.d_sae // shards
+        cpu, other = (functools.partial(select, tile=tile_size(features, name), shards=shards) for name in ("cpu", ""))
+        return lax.platform_dependent(*values, cpu=cpu, default=other)
+
+    *found, missing = sharding.on_shards(local, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
         *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD)))
     return Pairs(*(checkpoint_name(value, SAVED) for value in found)), missing
 
@@ -150,49 +173,95 @@ def fired(spec: SAESpec, pairs: Pairs) -> jax.Array:
     return sharding.on_shards(local, (_P, _P), _F)(lax.stop_gradient(pairs.values_P), pairs.index_P)
 
 
-def _select(W_enc, bias_F, allowed_F, x_BD, *, k: int, over_batch: bool, dtype, shards: int):
-    W_enc, (B, F) = W_enc.astype(dtype), (len(x_BD), len(bias_F))
+@struct.dataclass
+class _Encoder:
+    """What a device needs for the pre-activations of its shard, `tile` of them in memory at once (but one row at least)."""
 
-    def candidates(x_TD: jax.Array, n: int):
-        pre_TF = product("td,fd->tf", x_TD, W_enc, dtype) + bias_F
-        pre_TF = jnp.where(allowed_F, pre_TF, -jnp.inf)
-        values_TN, index_TN = lax.top_k(pre_TF, min(F, n))
-        # CPUs sort whole rows where a slice of the values is read. A barrier for both together XLA does not compile.
-        return lax.optimization_barrier(values_TN), index_TN
+    W_enc: jax.Array
+    b_enc: jax.Array
+    allowed_F: jax.Array
+    dtype: Any = struct.field(pytree_node=False)
+    tile: int = struct.field(pytree_node=False)
 
-    tiles = next(n for n in range(1, B + 1) if B % n == 0 and B // n * F <= max(TILE, F))
-    of_tile = functools.partial(candidates, n=ROOM * k if over_batch else k)
-    values_BC, index_BC = (value.reshape(B, -1) for value in lax.map(of_tile, x_BD.reshape(tiles, B // tiles, -1)))
-    if over_batch:
-        _, wide_rows = lax.top_k(values_BC[:, -1], max(1, int(WIDE_SHARE * B)))
-        wide, wide_index = candidates(x_BD[wide_rows], WIDE * k)
-        values_BC = values_BC.at[wide_rows].set(-jnp.inf)
-        tables, capacity = ((values_BC, index_BC), (wide, wide_index)), B * -(-k * 5 // 4)
-        kept = kept_over_batch(values_BC, wide, wide_rows, k)
-    else:
-        wide_rows, tables, capacity = jnp.zeros(0, jnp.int32), ((values_BC, index_BC),), B * k
-        kept = (kept_per_row(values_BC, k, shards),)
-    *pairs, lost = _listed(tables, kept, wide_rows, capacity)
-    missing = lost | functools.reduce(jnp.logical_or, [table[:, -1].any() & (table.shape[1] < F) for table in kept])
-    return *pairs, sharding.over(lax.pmax, (missing & over_batch).astype(jnp.int32), "data", "dict") > 0
+    def tiles(self, *rows: jax.Array) -> tuple[jax.Array, ...]:
+        """Arrays of rows in tiles of equal size, [n, rows, ...]; the last one is filled up with zeros."""
+        B = len(rows[0])
+        n = -(-B // max(1, min(B, self.tile // len(self.b_enc))))
+        size = -(-B // n)
+        return tuple(jnp.pad(value, ((0, n * size - B), *[(0, 0)] * (value.ndim - 1))).reshape(n, size, *value.shape[1:])
+                     for value in rows)
+
+    def pre(self, x_TD: jax.Array) -> jax.Array:
+        return jnp.where(self.allowed_F, product("td,fd->tf", x_TD, self.W_enc, self.dtype) + self.b_enc, -jnp.inf)
+
+    def over_tiles(self, of: Callable, x_BD: jax.Array):
+        """of(pre-activations of a tile) of all rows."""
+        found = lax.map(lambda x_TD: of(self.pre(x_TD)), *self.tiles(x_BD))
+        return jax.tree.map(lambda value: value.reshape(-1, *value.shape[2:])[:len(x_BD)], found)
+
+    def largest(self, x_BD: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+        return self.over_tiles(lambda pre_TF: largest(pre_TF, n), x_BD)
 
 
-def _listed(tables, kept, wide_rows: jax.Array, capacity: int):
+def _select(W_enc, b_enc, allowed_F, x_BD, *, k: int, over_batch: bool, counted: bool, dtype, tile: int, shards: int):
+    encoder, B = _Encoder(W_enc.astype(dtype), b_enc, allowed_F, dtype, tile), len(x_BD)
+    if counted:
+        return *_counted(encoder, x_BD, k), jnp.bool_(False)
+    if not over_batch:
+        values, index = encoder.largest(x_BD, k)
+        return *_listed((values,), (index,), (kept_per_row(values, k, shards),), None, B * k)[:4], jnp.bool_(False)
+    found = candidates(encoder.largest, x_BD, k, shards, len(b_enc))
+    kept, short = kept_candidates(found, k, len(b_enc))
+    *pairs, lost = _listed(found.values, found.index, kept, found.wide_rows, min(B * -(-k * 5 // 4), kept_in_all(B, k)))
+    return *pairs, short | any_device(lost)
+
+
+def _counted(encoder: _Encoder, x_BD: jax.Array, k: int) -> tuple[jax.Array, ...]:
+    """The pairs that are kept over the batch, without candidates: nine passes over all pre-activations of the device count them,
+    a tenth lists them, tile by tile.
+    """
+    B, F, keep = len(x_BD), len(encoder.b_enc), kept_in_all(len(x_BD), k)
+    at = border(lambda parts: total(encoder.over_tiles(
+        lambda pre_TF: (ordered(pre_TF)[:, None] >= parts[:, None]).sum(2, dtype=jnp.int32), x_BD).T), keep)
+    n_above_B, n_equal_B = encoder.over_tiles(lambda pre_TF: tuple(
+        found.sum(1, dtype=jnp.int32) for found in (ordered(pre_TF) > at.low, ordered(pre_TF) == at.low)), x_BD)
+    left_B = jnp.clip(ties_left(n_equal_B, at, keep), 0, n_equal_B)
+    count_B = n_above_B + left_B
+    first_B, capacity = jnp.cumsum(count_B) - count_B, min(B * F, keep)
+
+    def listed(pairs, tile):
+        x_TD, count_T, left_T, first_T, row_T = tile
+        pre_TF = encoder.pre(x_TD)
+        bits, n_TF = ordered(pre_TF), functools.partial(jnp.cumsum, axis=1, dtype=jnp.int32)
+        equal = bits == at.low
+        kept = (bits > at.low) | (equal & (n_TF(equal) <= left_T[:, None]))
+        kept &= n_TF(kept) <= count_T[:, None]  # should another pass have rounded otherwise
+        slot = jnp.where(kept, first_T[:, None] + n_TF(kept) - 1, capacity)
+        feature_TF, row_TF = lax.broadcasted_iota(jnp.int32, slot.shape, 1), jnp.broadcast_to(row_T[:, None], slot.shape)
+        values = jax.nn.relu(pre_TF), feature_TF, row_TF
+        return tuple(old.at[slot].set(new, mode="drop") for old, new in zip(pairs, values, strict=True)), None
+
+    none = jnp.zeros(capacity, jnp.float32), *[jnp.zeros(capacity, jnp.int32)] * 2
+    pairs, _ = lax.scan(listed, none, encoder.tiles(x_BD, count_B, left_B, first_B, jnp.arange(B, dtype=jnp.int32)))
+    return *pairs, count_B.sum()[None]
+
+
+def _listed(values, index, kept, wide_rows: jax.Array | None, capacity: int):
     """(values_P, index_P, row_P, count, whether there are more than `capacity`) of what is kept of candidates in falling order:
     the first of each row of the tables; the second one's are those of `wide_rows`, of which the first keeps none.
     """
     B, C = kept[0].shape
     # A kept candidate that is negative gives no activation; those come last.
-    n_rows = [(mask & ~(values <= 0)).sum(1, dtype=jnp.int32) for mask, (values, _) in zip(kept, tables, strict=True)]
+    n_rows = [(mask & ~(values <= 0)).sum(1, dtype=jnp.int32) for mask, values in zip(kept, values, strict=True)]
     count_B, base_B = n_rows[0], jnp.arange(B) * C
-    if len(tables) == 2:
+    if len(kept) == 2:
         count_B = count_B.at[wide_rows].set(n_rows[1])
         base_B = base_B.at[wide_rows].set(B * C + jnp.arange(len(wide_rows)) * kept[1].shape[1])
     ends_B = jnp.cumsum(count_B)
     slot_P = jnp.arange(capacity)
     row_P = jnp.minimum(jnp.searchsorted(ends_B, slot_P, side="right", method="scan_unrolled"), B - 1).astype(jnp.int32)
     place_P = base_B[row_P] + slot_P - (ends_B - count_B)[row_P]
-    values, index = (jnp.concatenate([table[i].reshape(-1) for table in tables]) for i in (0, 1))
+    values, index = (jnp.concatenate([table.reshape(-1) for table in tables]) for tables in (values, index))
     here_P = slot_P < ends_B[-1]
     values_P = jnp.where(here_P, jax.nn.relu(values.at[place_P].get(mode="clip")), 0.0)
     index_P = jnp.where(here_P, index.at[place_P].get(mode="clip"), 0)

@@ -29,8 +29,8 @@ def updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, 
             lr: jax.Array, allowed: jax.Array):
     """(params, opt_state, LossParts, norm of the gradient, whether the step counts: `allowed`, loss and gradient finite)."""
     options = config.sae
-    piece, parts, error_BD, missing = row_gradients.of_batch(spec, options, params, rows_BW, inputs)
     x_BD = read_rows(spec, params, rows_BW)
+    piece, parts, error_BD = row_gradients.of_batch(spec, options, params, x_BD, rows_BW, inputs)
     dead_F = losses.dead_features(inputs, parts.fired_F)
 
     def fired_only(params: SAEParams, opt_state: tuple):
@@ -43,18 +43,11 @@ def updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, 
             return _applied(config, spec, params, opt_state, [piece, second], seen, lr, allowed)
         return case
 
-    def every(params: SAEParams, opt_state: tuple):
-        whole, seen = row_gradients.of_all(spec, options, params, rows_BW, inputs)
-        return _applied(config, spec, params, opt_state, [whole], seen, lr, allowed)
-
     cases, which = [fired_only], jnp.int32(0)
     if options.aux_k:
         parts = parts.replace(own={"aux": jnp.float32(0)})
         cases += [with_dead(row_gradients.of_few_dead), with_dead(row_gradients.of_many_dead)]
         which = losses.level(dead_F)
-    if spec.kind == "batchtopk":
-        which = jnp.where(sharding.any_member(missing), len(cases), which)
-        cases.append(every)
     return _one_of(cases, which, params, opt_state, parts)
 
 
@@ -80,7 +73,7 @@ def _applied(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple,
     for piece in pieces:
         of_rows, through_D = _measured(config, spec, params, piece)
         squares = squares + of_rows
-        if spec.pre_bias and not piece.through_encoder:
+        if spec.pre_bias:
             shared = shared.replace(b_dec=shared.b_dec - through_D)
     norm = jnp.sqrt(squares + sum(jnp.square(g).sum() for g in jax.tree.leaves(shared)))
     good = jnp.isfinite(parts.loss) & jnp.isfinite(norm) & allowed

@@ -18,7 +18,7 @@ from saejax.config import Config, MeshOptions
 from saejax.errors import ConfigError
 from saejax.hardware import Chip, Topology, compute_dtype, present
 from saejax.recipes import WITH_K
-from saejax.sae import SAESpec, row_gradients, sparse
+from saejax.sae import SAESpec, row_gradients, select_batch, sparse
 from saejax.sae.select import sent
 from saejax.train.state import TrainState, abstract_state
 from saejax.train.step import takes_pairs
@@ -120,7 +120,7 @@ def flops(w: Work) -> float:
     """
     rows = w.rows / w.data
     if w.pairs:
-        again = 1 + sparse.WIDE_SHARE if w.kind == "batchtopk" else 1
+        again = 1 + select_batch.WIDE_SHARE if w.kind == "batchtopk" else 1
         return rows * (2 * again * w.d_in * w.features + 2 * (w.d_in + 3 * w.d_out) * w.k / w.dict)
     return rows * w.features * (4 * w.d_in + 6 * w.d_out + 4 * w.d_out * (w.decodes - 1))
 
@@ -141,10 +141,10 @@ def collectives(w: Work, platform: str) -> list[Collective]:
             add(what, kind, "dict", bytes_ * w.groups * w.decodes * local * w.d_out)
         if w.kind == "topk":
             numbers = (w.k, 4 * w.k) if w.decodes > 1 else (w.k,)
-            add("candidate values", "all-gather", "dict", 4 * local * w.dict * sum(
+            add("candidate values", "all-to-all", "dict", 4 * local * sum(
                 sent(k, w.rows // w.accumulate, w.dict, w.features) for k in numbers))
-        if w.pairs:
-            add("counts", "all-reduce", "dict", 4 * local)
+            add("thresholds", "all-gather", "dict", 4 * local * len(numbers))
+            add("ties", "all-to-all", "dict", 4 * local * len(numbers))
     if w.data > 1:
         add("gradients", "all-reduce", "data", 4 * w.accumulate * (w.gradients + w.room))
         if w.pairs:
@@ -160,11 +160,9 @@ def working(w: Work, platform: str) -> dict[str, float]:
     gradients = 4.0 * w.gradients
     tile = 4.0 * w.part * w.features
     if w.pairs:
-        width = (sparse.ROOM if w.kind == "batchtopk" else 1) * w.k
+        width = (select_batch.ROOM if w.kind == "batchtopk" else 1) * w.k
         pairs = 4.0 * w.part * (6 * width + (w.dict * w.k if w.kind == "topk" and w.dict > 1 else 0))
-        # The branch that takes the dense path when pairs are missing has its memory whether it is taken or not.
-        whole = _dense_arrays(w, sort) * tile if w.kind == "batchtopk" else 0.0
-        tile = max(3.0 * min(4.0 * max(sparse.TILE, w.features), tile), whole)
+        tile = 3.0 * min(4.0 * sparse.tile_size(w.features, platform), tile)
     else:
         pairs, tile = 0.0, _dense_arrays(w, sort) * tile
     # Rows, and of reconstructions what a shard adds (float32, then rounded) and the error that comes back.

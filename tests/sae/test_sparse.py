@@ -12,13 +12,13 @@ import pytest
 
 from saejax import sharding
 from saejax.config import MeshOptions, SAEOptions, TrainOptions
-from saejax.sae import SAEParams, SAESpec, losses, param_shardings, sparse, tensors
+from saejax.sae import SAEParams, SAESpec, losses, param_shardings, select_batch, sparse, tensors
 from saejax.sae.activations import batchtopk
 from saejax.sae.losses import LossInputs
 from saejax.sae.model import pre_activations
 from saejax.sae.objectives import objective
 from saejax.train.step import takes_pairs
-from tests.hlo import moved_shapes
+from tests.hlo import moved_shapes, widest_sort
 from tests.train.synthetic import OnDemand
 
 B, D, OUT, F, K = 64, 12, 10, 256, 5
@@ -99,7 +99,7 @@ def check_equal(expected, got):
     for name, room in (("ties", 4), ("transcoder", 4), ("batchtopk", 4), ("matryoshka", 4), ("matryoshka", 1)))])
 def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, mesh_shape):
     """With nothing dead and with dead features. room 1: more rows than the widest keep more features than there is room for."""
-    monkeypatch.setattr(sparse, "ROOM", room)
+    monkeypatch.setattr(select_batch, "ROOM", room)
     _, results = loss_and_gradients(*of_case(name), mesh_shape, True, *inputs_of(name), 0, 100)
     assert (dense[name][0][0][1].own["aux"], dense[name][1][0][1].own["aux"] > 0) == (0, True)
     for expected, got in zip(dense[name], results, strict=True):
@@ -109,8 +109,8 @@ def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, me
 @pytest.mark.parametrize("mesh_shape", MESHES)
 def test_a_few_rows_that_keep_many_are_done_again(monkeypatch, mesh_shape):
     """One row in eight keeps nearly everything, among values that tie all over the batch (small integers, so exact)."""
-    monkeypatch.setattr(sparse, "ROOM", 1)
-    monkeypatch.setattr(sparse, "WIDE_SHARE", 1 / 8)
+    monkeypatch.setattr(select_batch, "ROOM", 1)
+    monkeypatch.setattr(select_batch, "WIDE_SHARE", 1 / 8)
     rng = np.random.default_rng(4)
     params = SAEParams(*(rng.integers(-3, 4, shape).astype(np.float32) for shape in ((F, D), F, (F, D), D)))
     x = rng.integers(-3, 4, (B, D)).astype(np.float32) * np.where(np.arange(B) % 8, 1, 3).astype(np.float32)[:, None]
@@ -143,8 +143,16 @@ def test_nothing_is_as_large_as_batch_times_features(monkeypatch):
     text = loss_and_gradients(*of_case("topk"), (1, 1), True, *inputs_of("topk"))[0].as_text()
     assert f"f32[{B},{F}]" not in text and f"f32[8,{F}]" in text
     text = loss_and_gradients(*of_case("topk"), (1, 8), True, *inputs_of("topk"))[0].as_text()
-    assert max(map(math.prod, moved_shapes(text))) <= B * 8 * 8
-    assert all(int(width) <= 8 * 8 for width in re.findall(r"\[(?:\d+,)*(\d+)\]\S* sort\(", text))
+    assert max(map(math.prod, moved_shapes(text))) <= B * D
+    assert widest_sort(text) <= 4 * 8
+
+
+@pytest.mark.parametrize("name", ["batchtopk", pytest.param("matryoshka", marks=pytest.mark.slow)])
+def test_no_branch_of_a_selection_over_the_batch_is_as_large(monkeypatch, name):
+    """Where rows keep more than there are candidates, all are counted, tile by tile: in no branch as many as B x F at once."""
+    monkeypatch.setattr(sparse, "TILE", 8 * F)
+    text = loss_and_gradients(*of_case(name), (1, 1), True, *inputs_of(name))[0].as_text()
+    assert not re.search(rf"(f32|u32|s32|pred)\[(?:\d+,)*{B},{F}\]", text) and re.search(rf"f32\[8,{F}\]", text)
 
 
 @pytest.mark.parametrize("name", ["topk", "batchtopk"])
@@ -154,7 +162,7 @@ def test_pre_activations_are_not_sorted(name):
     params, x = inputs_of(name)
     encode = jax.jit(lambda params, x: sparse.encode(spec, params, x, K, over_batch=name == "batchtopk"))
     text = encode.lower(params, x).compile().as_text()
-    assert "TopK" in text and not re.findall(rf"\[(?:\d+,)*{F}\]\S* sort\(", text)
+    assert "TopK" in text and widest_sort(text) < F
 
 
 @pytest.mark.slow
