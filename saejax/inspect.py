@@ -214,7 +214,8 @@ def _run(path: Path) -> Finding:
     found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
                    "sae": f"{config.sae.kind}, {config.sae.d_sae} features", "steps": f"{steps[-1] if steps else 0} of "
                    f"{total_steps(config)}", "checkpoints": steps, "deterministic": config.train.deterministic,
-                   "resume": promise(config.train.deterministic, machine_of(paths.checkpoints / str(steps[-1] if steps else 0))),
+                   "resume": promise(config.train.deterministic,
+                                     machine_of(paths.checkpoints / str(steps[-1] if steps else 0))) or "not known",
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
                    "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}
     for step in steps:
