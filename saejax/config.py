@@ -207,6 +207,8 @@ class TrainOptions:
                              choices=("auto", "float32", "bfloat16"))
     sparse: str = opt("auto", "decode and gradients from the kept features only (topk): where that is faster, always or never; "
                       "the result is the same up to rounding", choices=("auto", "always", "never"))
+    deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
+                              "(docs/checkpoint_format.md); CPUs and TPUs give them anyway")
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
     init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
                              "(docs/formats.md)")

@@ -23,7 +23,8 @@ from saejax.records import RunPaths, read_config
 from saejax.sae import SAESpec
 from saejax.scaling.sweep import is_sweep, members
 from saejax.storage import file_sha256
-from saejax.train.checkpoint import is_step, read_meta, restore_params, restore_step, steps_in
+from saejax.train.checkpoint import is_step, machine_of, read_meta, restore_params, restore_step, steps_in
+from saejax.train.determinism import promise
 from saejax.train.member import total_steps
 from saejax.train.state import abstract_state
 
@@ -153,7 +154,7 @@ def _checkpoint(path: Path) -> Finding:
                    "compute_dtype": s.compute_dtype, **meta.data,
                    "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
                    "position": meta.counters.stream.position, "resamples": meta.counters.resamples,
-                   "leaves": len(meta.fingerprints)}
+                   "leaves": len(meta.fingerprints), "written_on": meta.machine or "not recorded"}
     config = RunPaths(path.absolute().parent.parent).config
     mesh = _mesh(s.d_sae)
     if config.is_file():
@@ -214,7 +215,9 @@ def _run(path: Path) -> Finding:
     found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
                    "sae": f"{config.sae.kind}, {config.sae.d_sae} features",
                    "compute_dtype": config.train.compute_dtype, "steps": f"{steps[-1] if steps else 0} of "
-                   f"{total_steps(config)}", "checkpoints": steps,
+                   f"{total_steps(config)}", "checkpoints": steps, "deterministic": config.train.deterministic,
+                   "resume": promise(config.train.deterministic,
+                                     machine_of(paths.checkpoints / str(steps[-1] if steps else 0))) or "not known",
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
                    "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}
     for step in steps:

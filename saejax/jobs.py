@@ -31,7 +31,8 @@ from saejax.report.report import write_report
 from saejax.report.summary import Rates, Result, table, training_rate
 from saejax.scaling.sweep import groups, is_sweep, members
 from saejax.storage import is_writer, read_json, text_sha256, write_json
-from saejax.train.checkpoint import is_step, read_meta
+from saejax.train.checkpoint import is_step, machine_of, read_meta
+from saejax.train.determinism import promise
 from saejax.train.loop import train, train_all
 from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir, settled
 from saejax.train.step_cost import mesh_options
@@ -320,7 +321,8 @@ def _rows(path: str | None) -> np.ndarray | None:
 def _result(config: Config, paths: RunPaths, step: int, evaluation: dict) -> Result:
     rates = read_json(_rates_file(paths)) if _rates_file(paths).is_file() else {}
     return Result(config=config, paths=paths, step=step, evaluation=evaluation,
-                  rates=Rates(harvest=rates.get("tokens_per_second"), train=training_rate(paths)))
+                  rates=Rates(harvest=rates.get("tokens_per_second"), train=training_rate(paths)),
+                  resume=promise(config.train.deterministic, machine_of(paths.checkpoints / str(step))))
 
 
 def _scalars(evaluation: dict) -> dict:

@@ -80,7 +80,7 @@ def most_of_members(value: jax.Array) -> jax.Array:
         jax.lax.axis_size(MEMBERS)
     except NameError:  # no such axis: one SAE
         return value
-    return jax.lax.pmax(value, MEMBERS)
+    return jax.lax.all_gather(value, MEMBERS).max(0)  # `pmax` over such an axis fails in jax 0.12 where a mesh is set
 
 
 def any_member(condition: jax.Array) -> jax.Array:

@@ -1,8 +1,6 @@
 """Everything that the collectives of a compiled program return, whether the program can reach them or not."""
 
-import re
-
-from saejax.plan.hlo import COLLECTIVE, SHAPE
+from saejax.plan.hlo import COLLECTIVE, SHAPE, group_of
 
 
 def widest_sort(hlo: str) -> int:
@@ -13,4 +11,4 @@ def widest_sort(hlo: str) -> int:
 def moved_shapes(hlo: str) -> list[tuple[int, ...]]:
     """Shapes, tuples taken apart; those among groups of one device move nothing. `saejax.plan.hlo.moved` knows axes and bytes."""
     return [tuple(int(n) for n in shape.split(",") if n) for line in hlo.splitlines() if (found := COLLECTIVE.search(line))
-            and not re.search(r"replica_groups=\{(\{\d+\},?)+\}", line) for _, shape in SHAPE.findall(found[1])]
+            and group_of(line, 2)[0] > 1 for _, shape in SHAPE.findall(found[1])]

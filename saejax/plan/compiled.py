@@ -48,7 +48,7 @@ def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
     pairs = takes_pairs(config, spec, mesh.shape["dict"], platform)
     config = step_cost.with_path(config, pairs)
     # Outside the mesh: its constants are made at once, on devices that are here.
-    step = make_step(config, spec, total_steps(config))
+    step = make_step(config, spec, total_steps(config), platform)
     rows = jax.ShapeDtypeStruct((config.train.batch, spec.d_in + (spec.d_out or 0)), jnp.bfloat16,
                                 sharding=sharding.sharding(mesh, "rows_at_rest", None))
     with jax.set_mesh(mesh):

@@ -79,7 +79,7 @@ def _read(line: str, found: re.Match, data: int, dict_: int, times: int, branch:
     shapes = [match for match in SHAPE.finditer(text) if match[1] in _BITS]
     if start and kind != "all-reduce" and len(shapes) > 1:  # (what goes in, what comes out)
         shapes = shapes[len(shapes) // 2:]
-    group, stride = _group(line, data * dict_)
+    group, stride = group_of(line, data * dict_)
     size = sum(_BITS[s[1]] // 8 * math.prod(int(n) for n in s[2].split(",") if n) for s in shapes)
     if kind == "reduce-scatter":
         size *= group
@@ -95,7 +95,7 @@ def _axis(group: int, stride: int, data: int, dict_: int) -> str:
     return "dict" if stride == 1 else "data"
 
 
-def _group(line: str, n: int) -> tuple[int, int]:
+def group_of(line: str, n: int) -> tuple[int, int]:
     """(size, distance between neighbours) of the first replica group; the devices are numbered as the mesh lists them."""
     if lists := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
         members = [int(i) for i in lists[1].split(",") if i]

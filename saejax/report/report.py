@@ -73,4 +73,4 @@ def _story(result: Result) -> str:
     return (f"A sparse autoencoder ({described(c)}) with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
             f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {', '.join(c.sae.hookpoints)}. Text: "
             f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
-            "contexts of held-out text.")
+            f"contexts of held-out text. {result.resume}").strip()

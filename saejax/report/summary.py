@@ -20,13 +20,14 @@ class Rates:
 
 @dataclass(frozen=True)
 class Result:
-    """A run, the checkpoint step that was measured, and what was measured."""
+    """A run, the checkpoint step that was measured, and what was measured; resume: a sentence on what resuming it gives."""
 
     config: Config
     paths: RunPaths
     step: int
     evaluation: dict
     rates: Rates
+    resume: str = ""
 
 
 def training_rate(paths: RunPaths) -> float | None:

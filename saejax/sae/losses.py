@@ -124,9 +124,13 @@ def estimate_of_few(spec: SAESpec, some: SAEParams, rows: sparse.Rows, x_BD: jax
 
 
 def some_of(params: SAEParams, rows: sparse.Rows) -> SAEParams:
-    """An SAE of some features of each shard. No communication."""
+    """An SAE of some features of each shard, with zeros where there are fewer than rows. No communication.
+
+    Every index is another one, also of those beyond the end: gradients then need no atomics on a GPU.
+    """
     def local(index_C, *values):
-        return tuple(value.at[index_C].get(mode="clip") for value in values)
+        index_C = index_C + jnp.where(index_C < len(values[0]), 0, jnp.arange(len(index_C), dtype=index_C.dtype))
+        return tuple(value.at[index_C].get(mode="fill", fill_value=0, unique_indices=True) for value in values)
 
     if sharding.mesh_is_set():
         row, matrix = sharding.spec("features"), sharding.spec("features", None)

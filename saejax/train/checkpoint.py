@@ -9,7 +9,7 @@ import json
 import logging
 import os
 import re
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ from saejax.records import StreamState
 from saejax.sae import SAEParams, SAESpec, from_tensors, param_shapes, param_shardings, tensors
 from saejax.sae.normalization import Normalization
 from saejax.storage import barrier, disk_errors, fingerprints, is_writer, text_sha256
+from saejax.train import determinism
 
 SCHEMA_VERSION = 1
 
@@ -38,12 +39,15 @@ class RunCounters:
 
 @dataclass(frozen=True)
 class CheckpointMeta:
-    """The JSON side of a checkpoint. data: hookpoints, store digest, normalisation convention, order of the stream."""
+    """The JSON side of a checkpoint. data: hookpoints, store digest, normalisation convention, order of the stream. machine:
+    what wrote it (`determinism.machine`); empty in checkpoints from before it was recorded.
+    """
 
     spec: SAESpec
     data: dict[str, str | list[str]]
     counters: RunCounters
     fingerprints: dict[str, str]
+    machine: dict[str, str] = field(default_factory=dict)
 
 
 def _from_elsewhere(record: logging.LogRecord) -> bool:
@@ -90,7 +94,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         meta = {"schema_version": SCHEMA_VERSION, "kind": "saejax-checkpoint", "spec": asdict(spec), "data": data,
-                "counters": asdict(counters), "fingerprints": fingerprints(state)}
+                "counters": asdict(counters), "fingerprints": fingerprints(state), "machine": determinism.machine()}
         with disk_errors(self.directory):
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(_on_disk(state)),
                                        meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)}))
@@ -199,8 +203,16 @@ def read_meta(step_dir: Path) -> CheckpointMeta:
     c = meta["counters"]
     return CheckpointMeta(
         spec=SAESpec(**meta["spec"] | {"layers": tuple(meta["spec"]["layers"])}), data=meta["data"],
-        fingerprints=meta["fingerprints"],
+        fingerprints=meta["fingerprints"], machine=meta.get("machine", {}),
         counters=RunCounters(stream=StreamState(**c["stream"]), tokens_seen=c["tokens_seen"], resamples=c["resamples"]))
+
+
+def machine_of(step_dir: Path) -> dict[str, str]:
+    """What wrote a checkpoint step; empty where that is not known, or nothing readable is there."""
+    try:
+        return read_meta(step_dir).machine
+    except CheckpointError:
+        return {}
 
 
 def _digest(meta: dict) -> str:

@@ -24,6 +24,7 @@ from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
 from saejax.records import ActivationBatch, RunPaths, StreamState
 from saejax.sae import SAESpec
+from saejax.train import determinism
 from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.programs import Program, make_joint_step
@@ -119,11 +120,21 @@ class _Run:
         for program in self.programs:
             program.load({member: state for member, state in (states | ended).items() if member in program.members})
         total = max(member.total for member in self.members)
+        self.say_what_bits_depend_on()
         if start:
             say(f"resuming {self.where} at step {start} of {total}" + ("" if self.alone else f" ({len(self.training)} SAEs)"))
         elif not self.training:
             say(f"{self.where} is already trained ({total} steps)")
         return start
+
+    def say_what_bits_depend_on(self) -> None:
+        """Once, before anything trains: what makes a GPU slow, and a machine that is not the one of the checkpoint."""
+        for member in self.training[:1]:
+            options = member.config.train
+            for line in [*determinism.notes(options),
+                         determinism.moved(options.deterministic, member.saved_on, determinism.machine())]:
+                if line:
+                    say(line)
 
     def restored(self) -> tuple[int, dict[Member, TrainState]]:
         """The newest step that every unfinished member has and that verifies, and the states there; (0, nothing) without one."""

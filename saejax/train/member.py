@@ -108,6 +108,7 @@ class Member:
                      "stream_order": str(ORDER_VERSION)}
         self.counters = RunCounters(stream=StreamState(seed=config.seed_of_data, epoch=0, position=0), tokens_seen=0, resamples=0)
         self.training, self.trouble = True, ""
+        self.saved_on: dict[str, str] = {}  # the machine of the checkpoint that was restored
 
     def restore(self, step: int) -> tuple[TrainState, RunCounters] | None:
         """State and counters of a step; None when it does not verify. Raises `CheckpointError` for other data."""
@@ -115,6 +116,7 @@ class Member:
         if restored is None:
             return None
         state, meta = restored
+        self.saved_on = meta.machine
         if meta.data != self.data:
             changed = "; ".join(f"{k}: {meta.data.get(k)} -> {v}" for k, v in self.data.items() if meta.data.get(k) != v)
             raise CheckpointError(f"{self.paths.checkpoints}/{step}: was trained on other data ({changed}); choose another "

@@ -12,7 +12,7 @@ from saejax import sharding
 from saejax.config import Config
 from saejax.recipes import WITH_K
 from saejax.sae import SAESpec
-from saejax.train import optim
+from saejax.train import determinism, optim
 from saejax.train.member import Member
 from saejax.train.state import TrainState
 from saejax.train.step import Hyperparameters, one_step
@@ -35,7 +35,7 @@ def make_joint_step(configs: Sequence[Config], spec: SAESpec, total_steps: int):
 
         return jax.vmap(of_one, axis_name=sharding.MEMBERS)(own_N, states)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=determinism.compiler_options(configs[0].train))
 
 
 @jax.jit

@@ -9,7 +9,6 @@ Two passes over the same stream of batches, so that no candidate input has to be
 candidate row (one float each), the second carries the drawn rows to the devices that own the dead features.
 """
 
-import functools
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -22,7 +21,7 @@ from saejax.sae import SAESpec, reconstruct
 from saejax.sae.losses import squared_error
 from saejax.sae.normalization import columns
 from saejax.sae.params import initial_per_feature
-from saejax.train import optim
+from saejax.train import determinism, optim
 from saejax.train.state import TrainState
 from saejax.train.step import dead_bound
 
@@ -42,14 +41,12 @@ def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
     return np.minimum(np.searchsorted(cumulative, uniform * cumulative[-1], side="right"), len(losses_N) - 1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def _row_losses(spec: SAESpec, state: TrainState, rows_BW: jax.Array) -> jax.Array:
     x_BD, y_BD = columns(spec, state.normalization.apply(sharding.gathered(rows_BW)))
     recon_BD, _ = reconstruct(spec, state.params, x_BD)
     return jax.sharding.reshard(squared_error(y_BD, recon_BD), jax.P())
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: jax.Array, source_F: jax.Array, first: jax.Array,
                 encoder_norm: jax.Array, decoder_norm: jax.Array) -> TrainState:
     """Features whose source row lies in this batch get that row's direction; all others stay as they are."""
@@ -74,7 +71,6 @@ def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: 
                          tokens_since_fired_F=jnp.where(here_F, 0, state.tokens_since_fired_F))
 
 
-@jax.jit
 def _alive_norms(state: TrainState, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean norms of the alive rows of W_enc and W_dec; of all rows where none is alive, since norms of 0 could never recover."""
     counted_F = ~dead_F | dead_F.all()
@@ -98,17 +94,19 @@ def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable
     if len(dead) == 0:
         return state, 0
     first_pass, second_pass = batches
-    losses = [np.asarray(jax.device_get(_row_losses(spec, state, x_BD))) for x_BD in first_pass]
+    row_losses = determinism.jit(_row_losses, config.train, static_argnums=0)
+    place_rows = determinism.jit(_place_rows, config.train, static_argnums=(0, 1), donate_argnums=2)
+    losses = [np.asarray(jax.device_get(row_losses(spec, state, x_BD))) for x_BD in first_pass]
     drawn = draw(np.concatenate(losses), len(dead), (config.seed, occasion, 0x5AE))
     source = np.full(spec.d_sae, -1, np.int32)
     source[dead] = drawn
     source_F = sharding.place(source, dead_F.sharding)
-    encoder_norm, decoder_norm = _alive_norms(state, dead_F)
+    encoder_norm, decoder_norm = determinism.jit(_alive_norms, config.train)(state, dead_F)
     encoder_norm = encoder_norm * config.train.resample.encoder_scale
     wanted = np.unique(drawn)
     first = 0
     for x_BD, batch_losses in zip(second_pass, losses, strict=True):
         if np.any((wanted >= first) & (wanted < first + len(batch_losses))):
-            state = _place_rows(spec, config.sae, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
+            state = place_rows(spec, config.sae, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
         first += len(batch_losses)
     return state, len(dead)

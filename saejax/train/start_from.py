@@ -14,6 +14,7 @@ from saejax.sae.folding import decoder_norms, with_pre_bias
 from saejax.sae.inference import SAE, unfold
 from saejax.sae.normalization import Normalization
 from saejax.sae.row_norm import NONE
+from saejax.train.determinism import compiler_options
 from saejax.train.state import TrainState
 
 Load = Callable[..., SAE]  # `saejax.load(path, mesh=...)`, which is a room above this one
@@ -44,7 +45,7 @@ def started_from(state: TrainState, config: Config, spec: SAESpec, mesh: Mesh, l
                           "would change what topk selects; set config.sae.unit_decoder to False")
     with jax.set_mesh(mesh):
         make = functools.partial(_parameters, spec, config.sae.unit_decoder, c.pre_bias)
-        params = jax.jit(make)(sae.params, state.normalization)
+        params = jax.jit(make, compiler_options=compiler_options(config.train))(sae.params, state.normalization)
         ema = jax.tree.map(jnp.copy, params) if state.ema is not None else None  # the step donates both
     return state.replace(params=jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), params, state.params), ema=ema)
 

@@ -17,7 +17,7 @@ from saejax.sae import SAEParams, SAESpec, decode, init_params, pre_activations,
 from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns
 from saejax.sae.params import entry_scale
-from saejax.train import control, optim
+from saejax.train import control, determinism, optim
 
 _BIAS_ROWS = 4096  # rows that initial biases are taken from
 
@@ -141,7 +141,7 @@ def abstract_state(config: Config, spec: SAESpec, mesh: Mesh | AbstractMesh):
 @functools.lru_cache(maxsize=2)
 def _jitted(spec: SAESpec, config: Config):
     """One compilation for all SAEs that differ in their seed only."""
-    return jax.jit(functools.partial(_make, spec, config))
+    return jax.jit(functools.partial(_make, spec, config), compiler_options=determinism.compiler_options(config.train))
 
 
 def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) -> TrainState:

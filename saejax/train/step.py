@@ -13,7 +13,7 @@ from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.objectives import objective
 from saejax.sae.params import from_tensors, tensors
-from saejax.train import control, lazy, optim
+from saejax.train import control, determinism, lazy, optim
 from saejax.train.state import TrainState
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
@@ -33,16 +33,18 @@ class Hyperparameters:
         return cls(*(jnp.float32(value) for value in (config.train.lr, penalty, config.train.target_l0)))
 
 
-def make_step(config: Config, spec: SAESpec, total_steps: int):
+def make_step(config: Config, spec: SAESpec, total_steps: int, platform: str | None = None):
     """`step(state, rows_BW) -> (state, metrics)`; rows_BW: raw rows of `config.sae.hookpoints` side by side (any float dtype),
     sharded as `rows_at_rest`.
 
     metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, skipped, skipped_in_row, and the
     terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient. A step whose loss or gradient is not
     finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
+    platform: that it is compiled for, where it is not the one that is here.
     """
     own = Hyperparameters.of(config)
-    return jax.jit(lambda state, rows_BW: one_step(config, spec, total_steps, own, state, rows_BW), donate_argnums=0)
+    return jax.jit(lambda state, rows_BW: one_step(config, spec, total_steps, own, state, rows_BW), donate_argnums=0,
+                   compiler_options=determinism.compiler_options(config.train, platform))
 
 
 def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparameters, state: TrainState,
@@ -125,11 +127,16 @@ def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Ar
 
 
 def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None = None, platform: str | None = None) -> bool:
-    """Whether the step takes the sparse path (`train.sparse`): on the mesh and the hardware that are set, or on those named."""
+    """Whether the step takes the sparse path (`train.sparse`): on the mesh and the hardware that are set, or on those named.
+
+    Its sums are scatter-adds: not by choice where a GPU is to be deterministic.
+    """
     if config.train.sparse == "never" or spec.kind not in WITH_K or config.sae.multi_topk:
         return False
-    shards = shards or sharding.shards()
-    return config.train.sparse == "always" or config.train.lazy or sparse.pays(spec, shards, platform)
+    if config.train.sparse == "always" or config.train.lazy:
+        return True
+    ordered = determinism.compiler_options(config.train, platform) is not None
+    return not ordered and sparse.pays(spec, shards or sharding.shards(), platform)
 
 
 def _merged(a: LossParts, b: LossParts) -> LossParts:
