@@ -79,7 +79,7 @@ def sections(tiny: bool) -> dict[str, Section]:
     late = {}
     for number, (name, case) in enumerate(cases.items()):
         if number == 2:
-            out["selection"] = Section("selection", "gpu_jax.py", 15)
+            out["selection"] = Section("selection", "gpu_jax.py", 25)
             out |= {f"trial-{name}": Section("products", "gpu_jax.py", 10, flags=flags)
                     for name, flags in list(TRIALS.items())[:3]}
         if case.peer_seconds:

@@ -109,8 +109,8 @@ def killed(training, share: float) -> None:
     dead_F = jnp.arange(training.spec.d_sae) < share * training.spec.d_sae
     with jax.set_mesh(training.mesh):
         dead_F = jax.sharding.reshard(dead_F, sharding.spec("features"))
-        pre_BF = pre_activations(training.spec, state.params, state.normalization.apply(training.rows[:64]))
-        b_enc = jnp.where(dead_F, -_DEAD_BELOW * pre_BF.std(), state.params.b_enc)
+        pre_BF = pre_activations(training.spec, state.params, sharding.gathered(state.normalization.apply(training.rows)))
+        b_enc = jnp.where(dead_F, -_DEAD_BELOW * (pre_BF - state.params.b_enc).std(), state.params.b_enc)
         since_F = jnp.where(dead_F, jnp.uint32(SATURATED), state.tokens_since_fired_F)
     training.state = state.replace(params=state.params.replace(b_enc=b_enc), tokens_since_fired_F=since_F)
 

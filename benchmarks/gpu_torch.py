@@ -1,6 +1,7 @@
 """The sections of benchmarks/gpu.py that torch measures, each in a process of its own; `gpu.py` starts it."""
 
 import argparse
+import os
 from collections.abc import Callable
 
 import peers
@@ -62,6 +63,8 @@ def sparsify(case: Case) -> Callable[[int], float]:
     """seconds(n) of eai-sparsify's steps: its Triton kernels and its own bfloat16 autocast where there is a GPU, fused Adam,
     clipping.
     """
+    if DEVICE == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"
     with torch.device(DEVICE):
         return peers.sparsify(dict(d_in=case.d_in, d_sae=case.d_sae, batch=case.batch, k=case.k, variant="fused", dead=case.dead),
                               rows(case))

@@ -63,7 +63,7 @@ def ours(w: dict):
 
 
 def timed(step, wait=lambda: None):
-    """seconds(steps) of a peer, whose step is called with its number; wait: for the device (torch on a CPU does not run ahead)."""
+    """seconds(steps) of a peer, whose step is called with its number; wait: for the device (a CPU does not run ahead)."""
     done = 0
 
     def seconds(steps: int) -> float:
