@@ -2,6 +2,8 @@
 
 import functools
 import json
+import signal
+import threading
 import time
 from argparse import Namespace
 from dataclasses import dataclass, replace
@@ -19,6 +21,7 @@ from saejax.evals.synthetic import World, WorldOptions, score
 from saejax.records import ActivationStats
 from saejax.sae import SAESpec
 from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
+from saejax.train.member import settled
 from saejax.train.state import TrainState, initial_state
 from saejax.train.step import Hyperparameters, one_step
 
@@ -27,6 +30,7 @@ SAMPLE = 8192      # rows that normalisation and first biases are taken from
 MARGIN = 1.1       # of the measured time of a step
 SAY = 15.0         # seconds between lines
 TOLERANCE = 1.03   # a plan that is late by more is made anew
+CHECKS = (0.1, 0.35, 0.7)  # shares of the steps after which that is looked at: AuxK costs time once features are dead
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Plan:
 
     def config(self, steps: int) -> tuple[Config, SAESpec]:
         size = replace(self.size, tokens=steps * self.size.batch)
-        c = recipe(self.kind, size, Path("unused"), self.args)
+        c = settled(recipe(self.kind, size, Path("unused"), self.args))
         return c, SAESpec.from_options(c.sae, {c.sae.hookpoint: size.d_in}, c.train.compute_dtype)
 
 
@@ -95,7 +99,7 @@ class Training:
     """A state, the program that moves it on, and the clock."""
 
     def __init__(self, plan: Plan, mesh, say):
-        self.plan, self.mesh, self.say = plan, mesh, say
+        self.plan, self.mesh, self.say, self.stopped = plan, mesh, say, False
         self.done, self.total, self.each, self.compiled, self.spoken = 0, 0, 0.0, 0.0, 0.0  # each, compiled: seconds
 
     def calibrate(self) -> None:
@@ -123,32 +127,37 @@ class Training:
         return max(chunk, self.done + chunk, min(int(self.done + more), wanted) // chunk * chunk)
 
     def run(self, deadline: float) -> TrainState:
-        """Trains until the schedule ends, or until the deadline where even the second plan is late."""
+        """Trains until the schedule ends; until the deadline or `stop` where that comes first."""
         self.total = self.fitting(deadline - time.monotonic())
         self.say(f"plan: {self.total:,} steps, {self.total * self.plan.size.batch / 1e6:.1f} M samples")
         state, go = first_state(self.plan, self.total, self.mesh), trainer(self.plan, self.total)
-        began, checked = None, False
+        mark, checks = None, list(CHECKS)
         while self.done < self.total:
             state, l0, explained = self._chunk(go, state, self.done)
             self.done += self.plan.chunk
             now = time.monotonic()
-            began = began or now  # the first chunk compiles
+            mark = mark or (now, self.done)  # the first chunk compiles
             self._tell(now, float(l0), float(explained))
-            if now > deadline and self.done < self.total:
+            if (self.stopped or now > deadline) and self.done < self.total:
                 self.say(f"out of time at step {self.done:,} of {self.total:,}: the schedule has not ended; this state is scored")
                 break
-            if not checked and self.done >= max(0.1 * self.total, 3 * self.plan.chunk):
-                self.each, checked = (now - began) / (self.done - self.plan.chunk), True
-                go = self._replanned(go, deadline - now)
+            if checks and self.done >= checks[0] * self.total and self.done > mark[1] + self.plan.chunk:
+                checks.pop(0)
+                self.each = (now - mark[0]) / (self.done - mark[1])
+                mark = now, self.done
+                if self.each * (self.total - self.done) > (deadline - now) * TOLERANCE:
+                    go, mark = self._replanned(deadline - now), None
         return state
 
-    def _replanned(self, go, left: float):
-        """The same program, or one with fewer steps where the steps so far were slower than planned."""
-        if self.each * (self.total - self.done) <= left * TOLERANCE:
-            return go
+    def _replanned(self, left: float):
+        """The program of fewer steps, where those so far were slower than planned: the same state goes on in it."""
         self.total = self.fitting(left / TOLERANCE)
         self.say(f"slower than planned: {self.total:,} steps, {self.total * self.plan.size.batch / 1e6:.1f} M samples")
         return trainer(self.plan, self.total)
+
+    def stop(self, *_) -> None:
+        """After the chunk that runs."""
+        self.stopped = True
 
     def _tell(self, now: float, l0: float, explained: float) -> None:
         if now - self.spoken >= SAY or self.done >= self.total:
@@ -190,12 +199,26 @@ def shown(plan: Plan, result: dict) -> str:
     return "\n".join(lines)
 
 
+class Clock:
+    """Lines with the seconds since the start; one at least every `SAY` seconds, whatever the program is at."""
+
+    def __init__(self):
+        self.started = self.last = time.monotonic()
+        threading.Thread(target=self._beat, daemon=True).start()
+
+    def __call__(self, text: str) -> None:
+        self.last = time.monotonic()
+        print(f"[{self.last - self.started:4.0f} s] {text}", flush=True)
+
+    def _beat(self) -> None:
+        while True:
+            time.sleep(1.0)
+            if time.monotonic() - self.last > SAY + 2:
+                self("...")
+
+
 def world(args) -> None:
-    started = time.monotonic()
-
-    def say(text: str) -> None:
-        print(f"[{time.monotonic() - started:4.0f} s] {text}", flush=True)
-
+    say = Clock()
     say(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
     plan, mesh = plan_of(args), sharding.single_device_mesh()
     jax.block_until_ready(plan.world.directions_FD)
@@ -203,12 +226,14 @@ def world(args) -> None:
     with jax.set_mesh(mesh):
         training = Training(plan, mesh, say)
         training.calibrate()
-        state = training.run(started + args.seconds - plan.reserve)
+        signal.signal(signal.SIGTERM, training.stop)
+        state = training.run(say.started + args.seconds - plan.reserve)
     sae = sae_of(plan, state, training.total, mesh)
     result = scored(plan, sae)
-    result |= {"kind": plan.kind, "seed": args.seed, "set": args.set, "samples": training.done * plan.size.batch,
-               "complete": training.done >= training.total, "seconds": round(time.monotonic() - started, 1),
-               "card": jax.devices()[0].device_kind, "tiny": args.tiny}
+    dtype = plan.config(training.total)[1].compute_dtype
+    result |= {"kind": plan.kind, "seed": args.seed, "set": args.set, "compute_dtype": dtype,
+               "samples": training.done * plan.size.batch, "complete": training.done >= training.total,
+               "seconds": round(time.monotonic() - say.started, 1), "card": jax.devices()[0].device_kind, "tiny": args.tiny}
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "gpu.jsonl", "a") as file:
         file.write(json.dumps({"section": "world"} | result) + "\n")
