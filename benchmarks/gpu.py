@@ -93,7 +93,7 @@ class Report:
             return f"| {' | '.join(cells)} | {row['failed'].replace('|', '/')} | | | | | | | |"
         best, tflops = self.product(), row.get("tflops")
         cells += [f"{row['ms']:.2f}", quartiles(row), f"{1e3 * row['rows'] / row['ms']:,.0f}", self.ratio(row)]
-        cells += [f"{tflops:.0f}" if tflops else "", f"{tflops / best:.0%}" if tflops and best else ""]
+        cells += [f"{tflops:.3g}" if tflops else "", f"{tflops / best:.0%}" if tflops and best else ""]
         cells += [f"{row['peak_gb']:.1f}" if row.get("peak_gb") else "", f"{row['first_s']:.1f}"]
         return f"| {' | '.join(cells)} |"
 
@@ -112,8 +112,7 @@ def quartiles(row: dict) -> str:
 def rate(row: dict) -> str:
     if "equal" in row:
         return "yes" if row["equal"] else "NO"
-    units = (("tflops", "TF/s", 0), ("tb_s", "TB/s", 2))
-    return next((f"{row[key]:.{digits}f} {unit}" for key, unit, digits in units if key in row), "")
+    return next((f"{row[key]:.3g} {unit}" for key, unit in (("tflops", "TF/s"), ("tb_s", "TB/s")) if key in row), "")
 
 
 def plain_row(row: dict) -> str:
@@ -212,19 +211,21 @@ def arguments() -> argparse.Namespace:
     both.add_argument("--out", type=Path, default=out, help=f"directory of gpu.jsonl ({out})")
     both.add_argument("--tiny", action="store_true", help="a size for any machine")
     of_steps = commands.add_parser("steps", parents=[both], help="step times beside the peers'")
-    of_steps.add_argument("--seconds", type=float, default=280)
+    of_steps.add_argument("--seconds", type=float, default=280, help="of the whole call (280)")
     of_steps.add_argument("--only", default="", help="names with commas between; --list prints them")
     of_steps.add_argument("--list", action="store_true", help="print the names of the sections and end")
     of_steps.add_argument("--peer-path", nargs="*", default=[], metavar="DIR", help="packages or wheels of the peers")
     of_steps.add_argument("--peer-python", default=sys.executable, help="interpreter that has torch (this one)")
     of_world = commands.add_parser("world", parents=[both], help="scores in the synthetic world beside the published ones")
     of_world.add_argument("--kind", required=True, choices=("matryoshka", "batchtopk", "topk", "jumprelu", "relu", "gated"))
-    of_world.add_argument("--seconds", type=float, default=330)
+    of_world.add_argument("--seconds", type=float, help="of the whole call, scores included (330; --tiny 60)")
     of_world.add_argument("--samples", type=int, default=200_000_000, help="at most so many rows")
     of_world.add_argument("--batch", type=int, default=0, help="rows of a step (2048; --tiny 512)")
     of_world.add_argument("--seed", type=int, default=0, help="of the SAE; the world's is 42")
-    of_world.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a key of the config")
+    of_world.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                          help="a key of the config, as train.compute_dtype=float32")
     args = parser.parse_args()
+    args.seconds = args.seconds or (60 if args.tiny else 330)
     if args.command == "steps" and args.only:
         known = {*sections(args.tiny), *CASES}
         if unknown := set(args.only.split(",")) - known:
