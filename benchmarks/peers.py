@@ -62,8 +62,8 @@ def ours(w: dict):
     return lambda steps: training.seconds("auto", steps)
 
 
-def timed(step):
-    """seconds(steps) of a peer, whose step is called with its number; torch on a CPU does not run ahead."""
+def timed(step, wait=lambda: None):
+    """seconds(steps) of a peer, whose step is called with its number; wait: for the device (a CPU does not run ahead)."""
     done = 0
 
     def seconds(steps: int) -> float:
@@ -72,6 +72,7 @@ def timed(step):
         for _ in range(steps):
             step(done)
             done += 1
+        wait()
         return time.perf_counter() - start
 
     return seconds
@@ -83,13 +84,17 @@ def fuse(optimizer) -> None:
 
 
 def sparsify(w: dict, x):
+    """On the device of x. dead: the share of the features that are held dead, so that its AuxK (1/32) has work."""
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(w["d_in"], SparseCoderConfig(num_latents=w["d_sae"], k=w["k"]))
+    sae = SparseCoder(w["d_in"], SparseCoderConfig(num_latents=w["d_sae"], k=w["k"]), device=x.device)
     sae.b_dec.data = x.mean(0)
     optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (w["d_sae"] / 2**14) ** 0.5)
-    since = torch.zeros(w["d_sae"], dtype=torch.long)
+    since, dead = torch.zeros(w["d_sae"], dtype=torch.long, device=x.device), None
+    if w.get("dead"):
+        dead = torch.arange(w["d_sae"], device=x.device) < w["dead"] * w["d_sae"]
+        sae.encoder.bias.data[dead] -= 1.5 * sae.encoder(x[:64] - sae.b_dec).std().detach()
     forward = torch.compile(sae) if w["variant"] == "compiled" else sae
     if w["variant"] != "shipped":
         fuse(optimizer)
@@ -97,10 +102,10 @@ def sparsify(w: dict, x):
     def step(number: int) -> None:
         sae.set_decoder_norm_to_unit_norm()
         did_fire = torch.zeros_like(since, dtype=torch.bool)
-        out = forward(x=x, y=x, dead_mask=None, total_variance=(x - x.mean(0)).pow(2).sum())
+        out = forward(x=x, y=x, dead_mask=dead, total_variance=(x - x.mean(0)).pow(2).sum())
         did_fire[out.latent_indices.flatten()] = True
         float(out.fvu.detach())
-        (out.fvu + out.multi_topk_fvu / 8).backward()
+        (out.fvu + out.multi_topk_fvu / 8 + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
         optimizer.step()
@@ -108,7 +113,7 @@ def sparsify(w: dict, x):
         since.add_(len(x))
         since[did_fire] = 0
 
-    return timed(step)
+    return timed(step, torch.cuda.synchronize if x.is_cuda else lambda: None)
 
 
 def sae_lens(w: dict, x):

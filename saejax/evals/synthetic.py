@@ -5,6 +5,7 @@ The world is the one of SynthSAEBench (Chanin & Garriga-Alonso 2026, arXiv 2602.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -161,6 +162,13 @@ class World:
         rows = slice(start - first * _BLOCK, start - first * _BLOCK + n)
         return x_ND[rows], acts_NF[rows]
 
+    def draw(self, key: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
+        """(x [n, D], acts [n, F]), float32: n rows of the key in one go, also inside compiled functions.
+
+        They depend on n and are not the rows that `sample` draws for the same key. Memory: some 20 n F bytes.
+        """
+        return _block(self, key, n)
+
     def batches(self, key: jax.Array, n: int, batch: int = 4 * _BLOCK) -> Iterator[tuple[jax.Array, jax.Array]]:
         """The first n rows of the key's sequence, `batch` at a time."""
         for start in range(0, n, batch):
@@ -190,14 +198,14 @@ def _orthogonalised(v_FD: jax.Array, steps: int, lr: float) -> jax.Array:
     return unit(jax.jit(lambda v: jax.lax.fori_loop(0, steps, step, (v, adam.init(v)))[0])(start))
 
 
-@jax.jit
-def _block(world: World, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=2)
+def _block(world: World, key: jax.Array, rows: int = _BLOCK) -> tuple[jax.Array, jax.Array]:
     o = world.options
     key_shared, key_own, key_size, key_tree = jax.random.split(key, 4)
-    shared_NR = jax.random.normal(key_shared, (_BLOCK, o.rank))
-    own_NF = jax.random.normal(key_own, (_BLOCK, o.features))
+    shared_NR = jax.random.normal(key_shared, (rows, o.rank))
+    own_NF = jax.random.normal(key_own, (rows, o.features))
     latent_NF = jnp.matmul(shared_NR, world.loading_FR.T, precision="highest") + own_NF * world.own_F
-    size_NF = world.mean_F + world.spread_F * jax.random.normal(key_size, (_BLOCK, o.features))
+    size_NF = world.mean_F + world.spread_F * jax.random.normal(key_size, (rows, o.features))
     acts_NF = jnp.where(latent_NF > world.threshold_F, jax.nn.relu(size_NF), 0.0)
     acts_NF = _in_tree(o, acts_NF, world.mean_F, key_tree)
     return jnp.matmul(acts_NF, world.directions_FD, precision="highest") + world.bias_D, acts_NF
@@ -209,19 +217,19 @@ def _in_tree(o: WorldOptions, acts_NF: jax.Array, mean_F: jax.Array, key: jax.Ar
 
     The one that stays is uniform among those that were drawn.
     """
-    out, start = [acts_NF[:, :o.levels[0]]], 0
+    rows, out, start = len(acts_NF), [acts_NF[:, :o.levels[0]]], 0
     for level, (parents, children) in enumerate(zip(o.levels[:-1], o.levels[1:], strict=True)):
         first = start + parents
         parent_NP = out[-1]
         scale_NP = parent_NP / mean_F[start:first] if o.scale_by_parent else (parent_NP > 0).astype(parent_NP.dtype)
-        child_NPC = acts_NF[:, first:first + children].reshape(_BLOCK, parents, o.branching) * scale_NP[..., None]
+        child_NPC = acts_NF[:, first:first + children].reshape(rows, parents, o.branching) * scale_NP[..., None]
         if o.exclusive:
             active_NPC = child_NPC > 0
-            draw_NP = jax.random.uniform(jax.random.fold_in(key, level), (_BLOCK, parents))
+            draw_NP = jax.random.uniform(jax.random.fold_in(key, level), (rows, parents))
             chosen_NP = jnp.floor(draw_NP * active_NPC.sum(-1)).astype(jnp.int32)
             place_NPC = jnp.cumsum(active_NPC, axis=-1) - 1
             child_NPC = jnp.where(place_NPC == chosen_NP[..., None], child_NPC, 0.0)
-        out.append(child_NPC.reshape(_BLOCK, children))
+        out.append(child_NPC.reshape(rows, children))
         start = first
     return jnp.concatenate([*out, acts_NF[:, o.tree_nodes:]], axis=1)
 

@@ -136,6 +136,14 @@ def test_rows_are_sums_of_their_features():
     assert not np.array_equal(other, x)
 
 
+def test_rows_drawn_inside_a_program_follow_the_same_laws(forest):
+    world, key = World.make(FORESTRY, 0), jax.random.key(3, impl="rbg")
+    x, acts = jax.jit(lambda key: world.draw(key, 5000))(key)
+    assert x.shape == (5000, 12) and acts.shape == (5000, 60)
+    np.testing.assert_allclose((np.asarray(acts) > 0).mean(0), (forest > 0).mean(0), atol=0.04)
+    np.testing.assert_allclose(x, np.asarray(acts) @ np.asarray(world.directions_FD) + np.asarray(world.bias_D), atol=1e-4)
+
+
 def test_orthogonalising_keeps_unit_rows_and_lowers_overlaps():
     def overlaps(steps):
         options = dataclasses.replace(FORESTRY, orthogonal_steps=steps, orthogonal_lr=3e-3)
