@@ -1,5 +1,7 @@
 """Everything that the collectives of a compiled program return, whether the program can reach them or not."""
 
+import re
+
 from saejax.plan.hlo import COLLECTIVE, SHAPE, group_of
 
 
