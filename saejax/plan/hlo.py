@@ -31,14 +31,19 @@ class Moved:
 
 def moved(hlo: str, data: int, dict_: int) -> list[Moved]:
     """Every collective that the program can reach from its entry, loops counted as often as the compiler says they run (once
-    where it does not).
+    where it does not). One that is spread over several fusions to hide it, with the same channel in all of them, counts once.
     """
     entry, bodies = _computations(hlo)
     out: list[Moved] = []
+    channels: set[str] = set()
 
     def visit(name: str, times: int, branch: bool) -> None:
         for line in bodies.get(name, ()):
             if found := COLLECTIVE.search(line):
+                channel = re.search(r"channel_id=\d+", line)
+                if channel and channel[0] in channels:
+                    continue
+                channels |= {channel[0]} if channel else set()
                 out.append(_read(line, found, data, dict_, times, branch))
             for called, runs, optional in _called(line):
                 visit(called, times * runs, branch or optional)

@@ -19,9 +19,9 @@ def product(equation: str, a: jax.Array, b: jax.Array, dtype, out_sharding=None)
 
 
 def _einsum(equation: str, a: jax.Array, b: jax.Array, dtype, out_sharding) -> jax.Array:
-    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, preferred_element_type=jnp.float32,
-                      out_sharding=out_sharding)
+    precision = lax.Precision.DEFAULT if dtype == jnp.bfloat16 else lax.Precision.HIGHEST
+    return jnp.einsum(equation, a.astype(dtype), b.astype(dtype), precision=precision, out_sharding=out_sharding,
+                      preferred_element_type=jnp.promote_types(dtype, jnp.float32))
 
 
 def _backward(equation: str, dtype, out_sharding, saved: tuple[jax.Array, jax.Array], gradient: jax.Array):

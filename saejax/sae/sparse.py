@@ -34,8 +34,8 @@ from saejax.sae.select_batch import (
     total,
 )
 
-# Pre-activations in memory at once: 64 MB on CPUs, elsewhere 1 GB, or what so many rows have: W_enc is read once for each tile.
-TILE, TILE_ELSEWHERE, ROWS_AT_ONCE = 2**24, 2**28, 1024
+# Pre-activations in memory at once: 64 MB on CPUs, elsewhere 256 MB and those of so many rows: W_enc is read once for a tile.
+TILE, TILE_ELSEWHERE, ROWS_AT_ONCE = 2**24, 2**26, 1024
 WORTH = {"cpu": 64}  # features of a shard for each pair of a row from which on this path is the faster one
 WORTH_ELSEWHERE = 800
 SAVED = "pairs"  # name of what a `jax.checkpoint` should keep, so that the encoder's product is not done again

@@ -161,8 +161,8 @@ def working(w: Work, platform: str) -> dict[str, float]:
     tile = 4.0 * w.part * w.features
     if w.pairs:
         width = (select_batch.ROOM if w.kind == "batchtopk" else 1) * w.k
-        pairs = 4.0 * w.part * (6 * width + (w.dict * w.k if w.kind == "topk" and w.dict > 1 else 0))
-        tile = 3.0 * min(4.0 * sparse.tile_size(w.features, platform), tile)
+        pairs = 4.0 * w.part * (6 * width + (w.k if w.kind == "topk" and w.dict > 1 else 0))
+        tile = (3.0 if platform == "cpu" else 1.5) * min(4.0 * sparse.tile_size(w.features, platform), tile)
     else:
         pairs, tile = 0.0, _dense_arrays(w, sort) * tile
     # Rows, and of reconstructions what a shard adds (float32, then rounded) and the error that comes back.

@@ -65,8 +65,8 @@ def lazy_step(config, params, opt_state, g, masks, lr):
     for mask_F in masks:
         rows = sparse.rows_of(mask_F, ROOM)
         at = {name: tensors(g)[name].at[rows.index_C].get(mode="fill", fill_value=0) for name in ("W_enc", "b_enc", "W_dec")}
-        pieces.append(Piece(rows, g.replace(**at), through_encoder=True))
-    spec = SAESpec("topk", D, F, k=2, pre_bias=True)
+        pieces.append(Piece(rows, g.replace(**at)))
+    spec = SAESpec("topk", D, F, k=2, pre_bias=False)
     parts = losses.LossParts(*[jnp.float64(0)] * 5, {}, jnp.float64(0))
     params, opt_state, _, _, good = lazy._applied(config, spec, params, opt_state, pieces, parts, lr, True)
     return params, opt_state, good
