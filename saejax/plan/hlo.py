@@ -43,7 +43,8 @@ def moved(hlo: str, data: int, dict_: int) -> list[Moved]:
                 channel = re.search(r"channel_id=\d+", line)
                 if channel and channel[0] in channels:
                     continue
-                channels |= {channel[0]} if channel else set()
+                if channel:
+                    channels.add(channel[0])
                 out.append(_read(line, found, data, dict_, times, branch))
             for called, runs, optional in _called(line):
                 visit(called, times * runs, branch or optional)
