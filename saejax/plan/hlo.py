@@ -40,11 +40,10 @@ def moved(hlo: str, data: int, dict_: int) -> list[Moved]:
     def visit(name: str, times: int, branch: bool) -> None:
         for line in bodies.get(name, ()):
             if found := COLLECTIVE.search(line):
-                channel = re.search(r"channel_id=\d+", line)
-                if channel and channel[0] in channels:
+                channel = re.search(r"channel_id=(\d+)", line) if "fus" in name else None
+                if channel and channel[1] in channels:
                     continue
-                if channel:
-                    channels.add(channel[0])
+                channels.update(channel.groups() if channel else ())
                 out.append(_read(line, found, data, dict_, times, branch))
             for called, runs, optional in _called(line):
                 visit(called, times * runs, branch or optional)
