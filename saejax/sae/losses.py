@@ -1,7 +1,5 @@
 """What the objectives of all kinds share: what they read, what they report, error measures and AuxK."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -61,7 +59,7 @@ FEW = 1024  # dead features of a shard up to which AuxK takes them for a small S
 
 
 def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array, fired_F: jax.Array, inputs: LossInputs,
-             aux_k: int, *, as_pairs: bool = False) -> jax.Array:
+             aux_k: int) -> jax.Array:
     """AuxK: how much of the residual error the k_aux best dead features leave unexplained.
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
@@ -77,9 +75,6 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
         return ratio(estimate_of_few(spec, some_of(params, rows), rows, x_BD, k))
 
     def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
-        if as_pairs:
-            pairs, _ = sparse.encode(spec, params, x_BD, k, allowed_F=dead_F)
-            return ratio(sparse.decode(spec, params, pairs, len(x_BD)) - params.b_dec)
         pre_BF = jnp.where(dead_F, pre_activations_of(spec, params, x_BD), -jnp.inf)
         return ratio(decode_at_rest(spec, params, topk(pre_BF, k)) - params.b_dec)
 
@@ -87,9 +82,8 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
         return unexplained(error_BD, estimate_BD, dead_F)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
-    recomputed = functools.partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names(sparse.SAVED))
-    return lax.switch(level(dead_F), [lambda params, x_BD: jnp.zeros((), jnp.float32), recomputed(of_few), recomputed(of_many)],
-                      params, x_BD)
+    return lax.switch(level(dead_F), [lambda params, x_BD: jnp.zeros((), jnp.float32), jax.checkpoint(of_few),
+                                      jax.checkpoint(of_many)], params, x_BD)
 
 
 def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:

@@ -59,23 +59,6 @@ def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.A
                    pre_BF=pre_BF, acts_BF=acts_BF)
 
 
-def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
-    over_batch = spec.kind == "batchtopk"
-    pairs, missing = sparse.encode(spec, params, read_BD, spec.k, over_batch=over_batch)
-
-    def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return _of_pairs(spec, options, params, y_BD, pairs)
-
-    if not over_batch:
-        return of_pairs(params, pairs)
-
-    def counted(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return of_pairs(params, sparse.encode(spec, params, read_BD, spec.k, over_batch=True, counted=True)[0])
-
-    keep = jax.checkpoint_policies.save_only_these_names(sparse.SAVED)
-    return lax.cond(sharding.any_member(missing), jax.checkpoint(counted, policy=keep), of_pairs, params, pairs)
-
-
 def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs,
               learned: tuple[jax.Array, jax.Array] | None = None) -> Forward:
     ends = borders(options.groups, spec.d_sae) if options.groups else (spec.d_sae,)
@@ -106,24 +89,24 @@ def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pai
     return loss, (_parts(loss, own, seen), y_BD - seen.recon_BD)
 
 
-def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array, inputs: LossInputs, *,
-              as_pairs: bool = False) -> tuple[jax.Array, LossParts]:
+def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array, inputs: LossInputs) -> tuple[
+        jax.Array, LossParts]:
     """The loss of a kind over a batch of normalised rows, and what it is made of (its `mse`: that of the whole dictionary).
 
     With `sae.aux_k`, aux_coef * aux is added to the loss of any kind, times Var(x) where the kind's loss is not divided by it.
 
     rows_BW: input columns, then those of a transcoder's target; at rest over all devices, as reconstruction and error are: only
-    the input is gathered. In the formulas x is what is reconstructed. as_pairs: take the sparse path (`saejax.sae.sparse`; kinds
-    with k), which gives the same up to rounding.
+    the input is gathered. In the formulas x is what is reconstructed. The sparse path (`saejax.sae.row_gradients`; kinds with k)
+    gives the same up to rounding.
     """
     x_BD, y_BD = columns(spec, rows_BW)
     read_BD = read_rows(spec, params, rows_BW)
-    seen = (_sparse if as_pairs else _dense)(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
+    seen = _dense(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
         error_BD = lax.stop_gradient(y_BD - seen.recon_BD)
-        own |= {"aux": aux_loss(spec, params, read_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
+        own |= {"aux": aux_loss(spec, params, read_BD, error_BD, seen.fired_F, inputs, options.aux_k)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     return loss, _parts(loss, own, seen)

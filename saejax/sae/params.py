@@ -12,6 +12,7 @@ from saejax import hardware, sharding
 from saejax.config import SAEOptions
 from saejax.recipes import WITH_K
 
+SHARED = ("b_dec", "W_skip")  # what is not stored by feature
 # What a kind keeps per feature besides the four common arrays.
 PER_FEATURE: dict[str, tuple[str, ...]] = {"gated": ("b_mag", "r_mag"), "jumprelu": ("log_threshold",)}
 PER_FEATURE_FOLDED = PER_FEATURE | {"jumprelu": ("threshold",)}

@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from saejax import sharding
 from saejax.config import SAEOptions
-from saejax.sae.model import bias
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.products import product
 from saejax.sae.select import kept_per_row, largest
@@ -38,7 +36,6 @@ from saejax.sae.select_batch import (
 TILE, TILE_ELSEWHERE, ROWS_AT_ONCE = 2**24, 2**26, 1024
 WORTH = {"cpu": 64}  # features of a shard for each pair of a row from which on this path is the faster one
 WORTH_ELSEWHERE = 800
-SAVED = "pairs"  # name of what a `jax.checkpoint` should keep, so that the encoder's product is not done again
 
 
 @struct.dataclass
@@ -70,21 +67,13 @@ _BD, _GBD = sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", Non
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
-def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False, counted: bool = False,
-           allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
+def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False, counted: bool = False,
+             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
     """(`activations.topk` of the pre-activations as pairs, whether pairs are missing). over_batch: `activations.batchtopk`; pairs
     are missing where too many rows keep many times what they do on average, or one device's rows many more than others'; never
     with `counted`, which costs ten times as much, but no more memory. allowed_F: the features that may be kept. read_BD: rows as
-    `model.read` gives them. Gradients flow from the values to the parameters, none to the rows.
+    `model.read` gives them. No gradient flows through the values (see `attached`).
     """
-    pairs, missing = selected(spec, params, read_BD, k, over_batch=over_batch, counted=counted, allowed_F=allowed_F)
-    values_P = _attached(jnp.dtype(spec.compute_dtype), params.W_enc, bias(spec, params), read_BD, pairs)
-    return pairs.replace(values_P=values_P), missing
-
-
-def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False, counted: bool = False,
-             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
-    """What `encode` returns, with values through which no gradient flows."""
     allowed_F = jnp.ones_like(params.b_enc, bool) if allowed_F is None else allowed_F
     if over_batch:
         check_counts(len(read_BD), k)
@@ -97,7 +86,7 @@ def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, ov
 
     *found, missing = sharding.on_shards(local, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
         *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD)))
-    return Pairs(*(checkpoint_name(value, SAVED) for value in found)), missing
+    return Pairs(*found), missing
 
 
 @struct.dataclass
@@ -145,17 +134,10 @@ def attached(spec: SAESpec, pairs: Pairs, read_BD: jax.Array, learned: SAEParams
     return pairs.replace(values_P=values_P), place_P
 
 
-def decode(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int) -> jax.Array:
-    """recon[b] = sum of values[p] W_dec[index[p]] over the pairs of row b, + b_dec, float32 [rows, d_out], rows at rest.
-
-    Communication along `dict`: one reduce-scatter of it in the dtype of computation, for the gradient one all-gather.
-    """
-    return decode_groups(spec, params, pairs, rows, (spec.d_sae,))[0]
-
-
 def decode_groups(spec: SAESpec, params: SAEParams, pairs: Pairs, rows: int, ends: tuple[int, ...],
                   learned: tuple[jax.Array, jax.Array] | None = None) -> jax.Array:
-    """recon[g] = that of the pairs of features below ends[g], float32 [G, rows, d_out]; see `decode`.
+    """recon[g] = that of the pairs of features below ends[g], + b_dec, float32 [G, rows, d_out], rows at
+    rest. Communication along `dict`: one reduce-scatter of it in the dtype of computation, for the gradient one all-gather.
 
     learned: what the gradient of W_dec goes to, and each pair's place in it (`attached`); none: W_dec itself.
     """

@@ -1,4 +1,4 @@
-"""Adam's moments in fewer bytes: without the first one where beta1 = 0, and matrices in bfloat16 with stochastic rounding.
+"""Adam's moments: in 12 bytes with the parameter or fewer, without the first one where beta1 = 0, matrices in bfloat16.
 
 One step changes a second moment by about a thousandth, and bfloat16's values lie 1/256 to 1/128 apart: rounded to the nearest it
 would stand still. Rounded up or down with the probability that makes the mean right, it moves as it should.
@@ -18,7 +18,7 @@ from saejax.storage import mixed
 
 @struct.dataclass
 class Moments:
-    """count: updates so far. second: moment of the squared gradients; first: that of the gradients, None where beta1 = 0.
+    """count: updates so far. second: moment of the squared gradients; first: that of the gradients, None where it is not kept.
     seen_F: with lazy rows the update at which each feature's moments were last brought up to date (int32), else None.
     """
 
@@ -28,29 +28,14 @@ class Moments:
     seen_F: jax.Array | None
 
 
-def adam(options: TrainOptions) -> optax.GradientTransformation:
-    """`optax.scale_by_adam` that keeps `options.state_bytes` per parameter: m = b1 m + (1 - b1) g, v = b2 v + (1 - b2) g^2, the
-    update m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps), computed in float32 and rounded when it is kept.
-    """
-    b1, b2 = options.beta1, options.beta2
+def initial(options: TrainOptions, params: SAEParams) -> Moments:
+    """The state of Adam at step 0, `options.state_bytes` per parameter; 12 keeps a first moment whatever beta1 is."""
+    def zeros():
+        return jax.tree.map(lambda p: jnp.zeros_like(p, kept_dtype(options, p)), params)
 
-    def init(params: SAEParams) -> Moments:
-        def zeros():
-            return jax.tree.map(lambda p: jnp.zeros_like(p, kept_dtype(options, p)), params)
-
-        seen_F = jnp.zeros_like(params.b_enc, jnp.int32) if options.lazy else None
-        return Moments(jnp.zeros((), jnp.int32), zeros(), zeros() if b1 else None, seen_F)
-
-    def update(gradients: SAEParams, state: Moments, params=None) -> tuple[SAEParams, Moments]:
-        count = optax.safe_increment(state.count)
-        grown = jax.tree.map(lambda g, v: b2 * v.astype(g.dtype) + (1 - b2) * g**2, gradients, state.second)
-        first = jax.tree.map(lambda g, m: b1 * m.astype(g.dtype) + (1 - b1) * g, gradients, state.first) if b1 else gradients
-        unbiased = optax.tree.bias_correction(first, b1, count) if b1 else first
-        updates = jax.tree.map(lambda m, v: direction(options, m, v, count), unbiased, grown)
-        return updates, state.replace(count=count, second=kept(grown, state.second, count, 0),
-                                      first=kept(first, state.first, count, 1) if b1 else None)
-
-    return optax.GradientTransformation(init, update)
+    seen_F = jnp.zeros_like(params.b_enc, jnp.int32) if options.lazy else None
+    first = zeros() if options.beta1 or options.state_bytes == 12 else None
+    return Moments(jnp.zeros((), jnp.int32), zeros(), first, seen_F)
 
 
 def kept_dtype(options: TrainOptions, parameter: jax.Array):

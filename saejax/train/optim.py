@@ -1,4 +1,4 @@
-"""Schedules, Adam through optax, and the constraints on rows."""
+"""Schedules, and the constraints on rows."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,6 @@ import optax
 
 from saejax.config import SAEOptions, TrainOptions
 from saejax.sae.params import SAEParams
-from saejax.train import moments
 from saejax.train.control import APPROACH
 
 
@@ -47,13 +46,6 @@ def annealed_k(k: int, k_start: int, share: float, total_steps: int, stages: int
         return round(k_start * (k / k_start) ** ((step - 1) * stages // steps / stages))
 
     return at
-
-
-def optimizer(options: TrainOptions) -> optax.GradientTransformation:
-    """Clip by the global gradient norm, then Adam without weight decay; the update still lacks the learning rate."""
-    chain = [optax.clip_by_global_norm(options.clip)] if options.clip else []
-    adam = optax.scale_by_adam(options.beta1, options.beta2, options.eps) if options.state_bytes == 12 else moments.adam(options)
-    return optax.chain(*chain, adam)
 
 
 def _without(W: jax.Array, direction: jax.Array) -> jax.Array:

@@ -20,7 +20,7 @@ from saejax.config import Config, ResampleOptions, SAEOptions
 from saejax.sae import SAESpec, reconstruct
 from saejax.sae.losses import squared_error
 from saejax.sae.normalization import columns
-from saejax.sae.params import initial_per_feature
+from saejax.sae.params import SHARED, from_tensors, initial_per_feature, tensors
 from saejax.train import determinism, optim
 from saejax.train.state import TrainState
 from saejax.train.step import dead_bound
@@ -67,7 +67,13 @@ def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: 
         W_enc=jnp.where(here_F[:, None], encoder_FD * encoder_norm, p.W_enc),
         b_enc=jnp.where(here_F, 0.0, p.b_enc),
         per_feature={name: jnp.where(here_F, fresh[name], value) for name, value in p.per_feature.items()})
-    return state.replace(params=params, opt_state=optim.reset_rows(state.opt_state, here_F),
+    def in_mean(mean: jax.Array, new: jax.Array) -> jax.Array:
+        """A replaced row's mean starts anew: it would else be a mixture of the dead row and of this one."""
+        return jnp.where(here_F.reshape(-1, *[1] * (new.ndim - 1)), new, mean)
+
+    ema = state.ema and from_tensors({name: value if name in SHARED else in_mean(value, tensors(params)[name])
+                                      for name, value in tensors(state.ema).items()})
+    return state.replace(params=params, ema=ema, opt_state=optim.reset_rows(state.opt_state, here_F),
                          tokens_since_fired_F=jnp.where(here_F, 0, state.tokens_since_fired_F))
 
 

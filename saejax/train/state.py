@@ -17,7 +17,8 @@ from saejax.sae import SAEParams, SAESpec, decode, init_params, pre_activations,
 from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns
 from saejax.sae.params import entry_scale
-from saejax.train import control, determinism, optim
+from saejax.train import control, determinism, moments
+from saejax.train.moments import Moments
 
 _BIAS_ROWS = 4096  # rows that initial biases are taken from
 
@@ -34,7 +35,7 @@ class TrainState:
 
     step: jax.Array                  # int32
     params: SAEParams
-    opt_state: tuple
+    opt_state: Moments
     tokens_since_fired_F: jax.Array  # uint32
     normalization: Normalization     # float32
     inverse_variance: jax.Array      # float32
@@ -150,7 +151,7 @@ def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) ->
     params = _started(spec, config.sae, params, key_probe, rows_NW)
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params=params, opt_state=optim.optimizer(config.train).init(params), tokens_since_fired_F=since,
+    return TrainState(step=zero, params=params, opt_state=moments.initial(config.train, params), tokens_since_fired_F=since,
                       normalization=normalization, inverse_variance=inverse_variance, skipped=zero, skipped_in_row=zero,
                       moving=control.initial(config), ema=params if config.train.ema else None)
 

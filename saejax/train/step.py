@@ -2,18 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import struct
-from jax import lax
 
 from saejax import sharding
 from saejax.config import Config, SAEOptions
 from saejax.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
-from saejax.sae.losses import LossInputs, LossParts
+from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
 from saejax.sae.params import from_tensors, tensors
-from saejax.train import control, determinism, lazy, optim
+from saejax.sae.row_gradients import Piece, merged, parts_of
+from saejax.train import control, determinism, optim, rows
+from saejax.train.moments import Moments
 from saejax.train.state import TrainState
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
@@ -57,8 +57,9 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
                         target_l0=own.target_l0, inverse_variance=state.inverse_variance,
                         tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
     allowed = state.skipped_in_row < config.train.max_skipped
-    update = lazy.updated if config.train.lazy else _updated
-    params, opt_state, parts, grad_norm, good = update(config, spec, state.params, state.opt_state, rows_BW, inputs, lr, allowed)
+    update = rows.updated if takes_pairs(config, spec) else _updated
+    step = rows.Step(config, spec, inputs, lr, allowed)
+    params, opt_state, parts, grad_norm, good = update(step, state.params, state.opt_state, rows_BW)
     shifts = control.shifts(config, spec, state.moving, own.target_l0, state.step, total_steps)
     params = from_tensors({name: value + jnp.where(good, shifts[name], 0.0) if name in shifts else value
                            for name, value in tensors(params).items()})
@@ -81,49 +82,22 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     return new, metrics
 
 
-def _updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, rows_BW: jax.Array, inputs: LossInputs,
-             lr: jax.Array, allowed: jax.Array):
-    """(params, opt_state, LossParts, norm of the gradient, whether the step counts: `allowed`, loss and gradient finite)."""
-    gradients, parts = _gradients(config, spec, params, rows_BW, inputs)
-    gradients = optim.projected(config.sae, gradients, params)
-    grad_norm = optax.tree.norm(gradients)
-    updates, new_state = optim.optimizer(config.train).update(gradients, opt_state, params)
-    new = optax.apply_updates(params, jax.tree.map(lambda update: -lr * update, updates))
-    new = optim.constrained(config.sae, new)
-    good = jnp.isfinite(parts.loss) & jnp.isfinite(grad_norm) & allowed
-    return *_where(good, (new, new_state), (params, opt_state)), parts, grad_norm, good
+def _updated(step: rows.Step, params: SAEParams, opt_state: Moments, rows_BW: jax.Array) -> rows.Updated:
+    """A step on the dense path: gradients by differentiation, means over `train.accumulate` parts."""
+    def of_part(i):
+        def of(params: SAEParams):
+            return objective(step.spec, step.config.sae, params, batch.rows(i), step.inputs)
+
+        (_, seen), gradient = jax.value_and_grad(of, has_aux=True)(params)
+        return gradient, seen
+
+    batch = parts_of(step.spec, params, rows_BW, step.config.train.accumulate)
+    gradient, seen = batch.over(of_part)
+    return rows.applied(step, params, opt_state, [Piece(None, gradient)], merged(seen))
 
 
 def _where(condition: jax.Array, after, before):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), after, before)
-
-
-def _gradients(config: Config, spec: SAESpec, params: SAEParams, rows_BW: jax.Array,
-               inputs: LossInputs) -> tuple[SAEParams, LossParts]:
-    """Gradients of the loss and what was seen, in `train.accumulate` parts one after the other: means, all features that fired.
-    """
-    def of_part(rows: jax.Array) -> tuple[SAEParams, LossParts]:
-        def of(params: SAEParams):
-            return objective(spec, config.sae, params, rows, inputs, as_pairs=takes_pairs(config, spec))
-
-        (_, seen), gradients = jax.value_and_grad(of, has_aux=True)(params)
-        return gradients, seen
-
-    n = config.train.accumulate
-    if n == 1:
-        return of_part(rows_BW)
-    # Every n-th row is a part: so each device keeps the rows that it has.
-    parts_BnW = rows_BW.reshape(len(rows_BW) // n, n, -1)
-
-    def add(total, i):
-        rows = lax.dynamic_index_in_dim(parts_BnW, i, axis=1, keepdims=False)
-        return jax.tree.map(jnp.add, total[0], (grown := of_part(rows))[0]), _merged(total[1], grown[1])
-
-    first = of_part(parts_BnW[:, 0])
-    (gradients, seen), _ = lax.scan(lambda total, i: (add(total, i), None), first, jnp.arange(1, n))
-    fired_F, least = seen.fired_F, seen.least
-    seen = jax.tree.map(lambda value: value / n, seen.replace(fired_F=jnp.float32(0)))
-    return jax.tree.map(lambda gradient: gradient / n, gradients), seen.replace(fired_F=fired_F, least=least)
 
 
 def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None = None, platform: str | None = None) -> bool:
@@ -137,12 +111,6 @@ def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None =
         return True
     ordered = determinism.compiler_options(config.train, platform) is not None
     return not ordered and sparse.pays(spec, shards or sharding.shards(), platform)
-
-
-def _merged(a: LossParts, b: LossParts) -> LossParts:
-    """Sums; features that fired in either; the smaller least activation."""
-    total = jax.tree.map(jnp.add, a.replace(fired_F=jnp.float32(0)), b.replace(fired_F=jnp.float32(0)))
-    return total.replace(fired_F=a.fired_F | b.fired_F, least=jnp.minimum(a.least, b.least))
 
 
 def _averaged(beta: float, mean: SAEParams, params: SAEParams, step: jax.Array) -> SAEParams:

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
 from saejax import sharding
 from saejax.config import MeshOptions, SAEOptions, TrainOptions
-from saejax.sae import SAEParams, SAESpec, losses, param_shardings, select_batch, sparse, tensors
+from saejax.sae import SAEParams, SAESpec, losses, param_shardings, row_gradients, select_batch, sparse, tensors
 from saejax.sae.activations import batchtopk
 from saejax.sae.losses import LossInputs
 from saejax.sae.model import pre_activations
 from saejax.sae.objectives import objective
+from saejax.sae.products import product
 from saejax.train.step import takes_pairs
 from tests.hlo import moved_shapes, widest_sort
 from tests.train.synthetic import OnDemand
@@ -47,13 +49,52 @@ def loss_and_gradients(options, spec, mesh_shape, as_pairs, params, x, *long_sil
         inputs = LossInputs(sparsity=jnp.float32(0), target_l0=jnp.float32(0), dead_after=jnp.uint32(10),
                             inverse_variance=jnp.float32(0.1),
                             tokens_since_fired_F=jnp.where(jnp.arange(F) % 3 == 0, silent, jnp.uint32(0)))
-        return jax.value_and_grad(lambda p: objective(spec, options, p, x, inputs, as_pairs=as_pairs), has_aux=True)(params)
+        if not as_pairs:
+            return jax.value_and_grad(lambda p: objective(spec, options, p, x, inputs), has_aux=True)(params)
+        return of_pieces(spec, options, params, x, inputs)
 
     with jax.set_mesh(mesh):
         given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
                  sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
         program = jax.jit(of).lower(*given, jnp.uint32(0)).compile()
         return program, [jax.device_get(program(*given, jnp.uint32(tokens))) for tokens in long_silent]
+
+
+def of_pieces(spec, options, params, x, inputs):
+    """The same from the sparse path's pieces."""
+    batch = row_gradients.parts_of(spec, params, x, 1)
+    piece, parts, errors = row_gradients.of_fired(spec, options, params, batch, inputs)
+    dead_F = losses.dead_features(inputs, parts.fired_F)
+
+    def none():
+        return jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
+
+    def with_dead(of):
+        def case():
+            aux, second = of(spec, options, params, batch, row_gradients.Dead(dead_F, errors))
+            more = whole(spec, params, second)
+            return aux, more.replace(W_skip=jax.tree.map(jnp.zeros_like, params.W_skip))
+        return case
+
+    cases = [none, with_dead(row_gradients.of_few_dead), with_dead(row_gradients.of_many_dead)]
+    aux, more = lax.switch(losses.level(dead_F), cases)
+    loss = parts.loss + options.aux_coef * aux
+    return (loss, parts.replace(own={"aux": aux}, loss=loss)), jax.tree.map(jnp.add, whole(spec, params, piece), more)
+
+
+def whole(spec, params, piece):
+    """The gradient of all parameters that a piece stands for."""
+    def local(place_F, *values, shards):
+        here = place_F < len(values[0])
+        return tuple(jnp.where(here.reshape(-1, *[1] * (value.ndim - 1)), value[jnp.minimum(place_F, len(value) - 1)], 0)
+                     for value in values)
+
+    g = piece.gradient
+    row, matrix = sharding.spec("features"), sharding.spec("features", None)
+    W_enc, b_enc, W_dec = sharding.on_shards(local, (row, matrix, row, matrix), (matrix, row, matrix))(
+        piece.rows.place_F, g.W_enc, g.b_enc, g.W_dec)
+    through_D = product("f,fd->d", b_enc, params.W_enc, spec.compute_dtype, sharding.out(None)) if spec.pre_bias else 0.0
+    return g.replace(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=g.b_dec - through_D)
 
 
 CASES = {
@@ -120,7 +161,7 @@ def test_a_few_rows_that_keep_many_are_done_again(monkeypatch, mesh_shape):
     with jax.set_mesh(mesh):
         given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
                  sharding.place(x, sharding.sharding(mesh, "rows", None)))
-        pairs, missing = jax.device_get(jax.jit(lambda params, x: sparse.encode(spec, params, x, K, over_batch=True))(*given))
+        pairs, missing = jax.device_get(jax.jit(lambda params, x: sparse.selected(spec, params, x, K, over_batch=True))(*given))
     n_data, n_dict = mesh_shape
     got = np.zeros((n_data, B // n_data, n_dict, F // n_dict), np.float32)
     device = np.repeat(np.arange(n_data * n_dict), len(pairs.values_P) // (n_data * n_dict))
@@ -160,7 +201,7 @@ def test_pre_activations_are_not_sorted(name):
     """Not even where one tile holds the batch: XLA makes a sort, ten times as slow, of a top_k of which a part is read."""
     options, spec = of_case(name)
     params, x = inputs_of(name)
-    encode = jax.jit(lambda params, x: sparse.encode(spec, params, x, K, over_batch=name == "batchtopk"))
+    encode = jax.jit(lambda params, x: sparse.selected(spec, params, x, K, over_batch=name == "batchtopk"))
     text = encode.lower(params, x).compile().as_text()
     assert "TopK" in text and widest_sort(text) < F
 

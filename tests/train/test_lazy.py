@@ -19,7 +19,7 @@ from saejax.logs import read_metrics
 from saejax.plan.hlo import moved
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse, tensors
 from saejax.sae.row_gradients import Piece
-from saejax.train import lazy, loop, optim
+from saejax.train import loop, moments, optim, rows
 from saejax.train.programs import make_joint_step, stacked
 from saejax.train.state import abstract_state, initial_state
 from saejax.train.step import make_step
@@ -63,12 +63,12 @@ def lazy_step(config, params, opt_state, g, masks, lr):
     """The same with the gradient in compact form, in two pieces."""
     pieces = []
     for mask_F in masks:
-        rows = sparse.rows_of(mask_F, ROOM)
-        at = {name: tensors(g)[name].at[rows.index_C].get(mode="fill", fill_value=0) for name in ("W_enc", "b_enc", "W_dec")}
-        pieces.append(Piece(rows, g.replace(**at)))
+        chosen = sparse.rows_of(mask_F, ROOM)
+        at = {name: tensors(g)[name].at[chosen.index_C].get(mode="fill", fill_value=0) for name in ("W_enc", "b_enc", "W_dec")}
+        pieces.append(Piece(chosen, g.replace(**at)))
     spec = SAESpec("topk", D, F, k=2, pre_bias=False)
     parts = losses.LossParts(*[jnp.float64(0)] * 5, {}, jnp.float64(0))
-    params, opt_state, _, _, good = lazy._applied(config, spec, params, opt_state, pieces, parts, lr, True)
+    params, opt_state, _, _, good = rows.applied(rows.Step(config, spec, None, lr, True), params, opt_state, pieces, parts)
     return params, opt_state, good
 
 
@@ -89,19 +89,18 @@ def test_lazy_rows_are_dense_adam_in_float64(tmp_path, monkeypatch, unit, clip, 
         rng, lr = np.random.default_rng(seed), jnp.float64(0.03)
         dense = lazy_ = optim.constrained(config.sae, SAEParams(*(jnp.asarray(rng.standard_normal(shape))
                                                                   for shape in ((F, D), F, (F, D), D))))
-        state, opt_state = optax.scale_by_adam(0.0).init(dense), optim.optimizer(config.train).init(dense)
+        state, opt_state = optax.scale_by_adam(0.0).init(dense), moments.initial(config.train, dense)
         for chosen, good in steps:
             g = gradient_of(rng, chosen, good)
             dense, state = both[0](dense, state, g, lr)
             masks = [jnp.asarray(np.isin(np.arange(F), part)) for part in (chosen[::2], chosen[1::2])]
             lazy_, opt_state, counted = both[1](lazy_, opt_state, g, masks, lr)
             assert bool(counted) == good
-        moments = opt_state[-1]
-        assert int(moments.count) == int(state.count) == sum(good for _, good in steps)
-        faded = config.train.beta2 ** np.asarray(moments.count - moments.seen_F)
+        assert int(opt_state.count) == int(state.count) == sum(good for _, good in steps)
+        faded = config.train.beta2 ** np.asarray(opt_state.count - opt_state.seen_F)
         for name, expected in tensors(dense).items():
             np.testing.assert_allclose(tensors(lazy_)[name], expected, rtol=1e-10, atol=1e-10, err_msg=name)
-            v = np.asarray(tensors(moments.second)[name])
+            v = np.asarray(tensors(opt_state.second)[name])
             v = v if name == "b_dec" else v * (faded[:, None] if v.ndim == 2 else faded)
             np.testing.assert_allclose(v, tensors(state.nu)[name], rtol=1e-8, err_msg=name)
 
@@ -154,7 +153,7 @@ def test_a_run_is_that_of_the_dense_step(store, eager, monkeypatch, tmp_path, na
     for mine, theirs in zip(history, expected_history, strict=True):
         assert mine.keys() == theirs.keys()
         assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)
-    seen = got.opt_state[-1].seen_F
+    seen = got.opt_state.seen_F
     assert seen.max() == 30 and ((seen < 30).any() or name in ("batchtopk", "matryoshka"))
 
 

@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from saejax import sharding
-from saejax.config import MeshOptions, TrainOptions
+from saejax.config import MeshOptions
 from saejax.errors import CheckpointError, ConfigError
-from saejax.sae import SAEParams, SAESpec
+from saejax.sae import SAEParams, SAESpec, losses
 from saejax.sae.params import param_shardings
+from saejax.sae.row_gradients import Piece
 from saejax.storage import fingerprints
-from saejax.train import loop, moments, optim
+from saejax.train import loop, moments, rows
 from saejax.train.step_cost import bytes_per_parameter
 
 from .synthetic import WIDTHS, make_config, make_store
@@ -34,26 +35,35 @@ def dtypes(tree) -> set[str]:
     (12, 0.9, {"float32"}), (8, 0.0, {"float32"}), (8, 0.9, {"bfloat16"}), (6, 0.0, {"bfloat16"})])
 def test_the_state_has_the_bytes_that_were_asked_for(tmp_path, state_bytes, beta1, kept):
     config = make_config("topk", tmp_path, train__state_bytes=state_bytes, train__beta1=beta1, sae__d_sae=1024)
-    assert dtypes(optim.optimizer(config.train).init(params_of(np.random.default_rng(0)))) == kept
+    assert dtypes(moments.initial(config.train, params_of(np.random.default_rng(0)))) == kept
     spec = dataclasses.replace(SAESpec.from_options(config.sae, WIDTHS), d_in=512)
     assert bytes_per_parameter(config, spec) == pytest.approx(state_bytes, rel=0.02)  # vectors and counters are not halved
 
 
-@pytest.mark.parametrize("beta1", [0.0, 0.9])
-def test_eight_bytes_are_optax_adam(beta1):
-    """Equal without a first moment; with two moments in bfloat16 the updates lie within its rounding."""
+@pytest.mark.parametrize("block", [D * 5, 2**18])
+@pytest.mark.parametrize("clip", [0.0, 3.0])
+@pytest.mark.parametrize("state_bytes, beta1, tolerance", [(12, 0.0, 1e-5), (12, 0.9, 1e-5), (8, 0.0, 1e-5), (8, 0.9, 2e-2)])
+def test_the_pass_over_all_rows_is_optax_adam(tmp_path, monkeypatch, state_bytes, beta1, tolerance, clip, block):
+    """Blocks of rows, also where they do not divide them; with two moments in bfloat16 updates lie within its rounding."""
+    monkeypatch.setattr(rows, "BLOCK", {"cpu": block})
+    config = make_config("relu", tmp_path, train__beta1=beta1, train__state_bytes=state_bytes, train__clip=clip, train__eps=1e-8)
     rng = np.random.default_rng(0)
-    params, tolerance = params_of(rng), 1e-6 if not beta1 else 2e-2
-    options = TrainOptions(beta1=beta1, clip=0.0, state_bytes=8, eps=1e-8)
-    mine, theirs = optim.optimizer(options), optax.scale_by_adam(beta1, options.beta2, options.eps)
-    states = mine.init(params), theirs.init(params)
+    start, spec = params_of(rng), SAESpec("relu", D, F)
+    theirs = optax.chain(optax.clip_by_global_norm(clip or np.inf), optax.scale_by_adam(beta1, config.train.beta2, 1e-8))
+    parts = losses.LossParts(*[jnp.float32(0)] * 4, jnp.zeros(F, bool), {}, jnp.float32(0))
+
+    @jax.jit
+    def step(params, state, gradient):
+        found = rows.applied(rows.Step(config, spec, None, jnp.float32(1), True), params, state, [Piece(None, gradient)], parts)
+        return found.params, found.opt_state
+
+    params, state, expected = start, moments.initial(config.train, start), theirs.init(start)
     for _ in range(20):
-        gradients = params_of(rng)
-        a, first = mine.update(gradients, states[0])
-        b, second = theirs.update(gradients, states[1])
-        states = first, second
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-            assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y)
+        gradient = params_of(rng)
+        before, (params, state) = params, step(params, state, gradient)
+        updates, expected = theirs.update(gradient, expected)
+        for old, new, update in zip(*map(jax.tree.leaves, (before, params, updates)), strict=True):
+            assert np.linalg.norm(old - new - update) <= tolerance * np.linalg.norm(update)
 
 
 def test_stochastic_rounding_is_unbiased_and_a_moment_does_not_stand_still():

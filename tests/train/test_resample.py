@@ -22,9 +22,9 @@ def batches(n, rows=32, seed=5):
     return [(rng.standard_normal((rows, D_IN)) * rng.uniform(0.1, 3, (rows, 1))).astype(np.float32) for _ in range(n)]
 
 
-def prepared(kind, mesh_shape, tmp_path):
+def prepared(kind, mesh_shape, tmp_path, **changes):
     """A state after a few real steps, with every third feature declared dead."""
-    config = make_config(kind, tmp_path)
+    config = make_config(kind, tmp_path, **changes)
     mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
     spec = SAESpec.from_options(config.sae, WIDTHS)
     x = np.concatenate(batches(4))
@@ -40,8 +40,8 @@ def prepared(kind, mesh_shape, tmp_path):
     return config, spec, mesh, state, rest
 
 
-def run(kind, mesh_shape, tmp_path, pool):
-    config, spec, mesh, state, rest = prepared(kind, mesh_shape, tmp_path)
+def run(kind, mesh_shape, tmp_path, pool, **changes):
+    config, spec, mesh, state, rest = prepared(kind, mesh_shape, tmp_path, **changes)
     before = jax.device_get(state)
     with jax.set_mesh(mesh):
         state, n = resample(config, spec, state, [(sharding.place(b, rest) for b in pool) for _ in range(2)], occasion=0)
@@ -79,14 +79,23 @@ def test_dead_rows_become_inputs_and_nothing_else_changes(kind, tmp_path):
 def test_adam_forgets_exactly_the_changed_rows(kind, tmp_path):
     before, after, _ = run(kind, (1, 1), tmp_path, batches(3))
     dead = np.arange(64) % 3 == 0
-    adam_before = next(s for s in before.opt_state if hasattr(s, "mu"))
-    adam = next(s for s in after.opt_state if hasattr(s, "mu"))
-    for moments, old in ((adam.mu, adam_before.mu), (adam.nu, adam_before.nu)):
+    adam_before, adam = before.opt_state, after.opt_state
+    for moments, old in ((adam.first, adam_before.first), (adam.second, adam_before.second)):
         for name in tensors(moments).keys() - {"b_dec"}:
             assert (tensors(moments)[name][dead] == 0).all()
             np.testing.assert_array_equal(tensors(moments)[name][~dead], tensors(old)[name][~dead])
         np.testing.assert_array_equal(moments.b_dec, old.b_dec)
     assert adam.count == adam_before.count
+
+
+def test_the_mean_of_a_replaced_row_starts_anew(tmp_path):
+    before, after, _ = run("topk", (1, 1), tmp_path, batches(3), train__ema=0.9)
+    dead = np.arange(64) % 3 == 0
+    for name in ("W_enc", "b_enc", "W_dec"):
+        mean, old = tensors(after.ema)[name], tensors(before.ema)[name]
+        np.testing.assert_array_equal(mean[dead], tensors(after.params)[name][dead])
+        np.testing.assert_array_equal(mean[~dead], old[~dead])
+    np.testing.assert_array_equal(after.ema.b_dec, before.ema.b_dec)
 
 
 @pytest.mark.parametrize("kind", kinds("relu", "topk"))
