@@ -24,9 +24,9 @@ from saejax.sae.prefixes import added, borders, pieces
 from saejax.sae.products import product
 
 WHOLE = 1 / 10     # of a chip's memory: pre-activations up to which a shard is one tile
-TILE = 1 / 64      # of a chip's memory: pre-activations of a tile
+TILE = 1 / 50      # of a chip's memory: pre-activations of a tile
 FEATURES = 1024    # of a tile at least
-ALIGNED = 128      # features of a tile are a multiple of it
+ALIGNED = 128      # features of a tile are a multiple of it; all tiles are equal where that is possible
 
 _F, _FD, _BD = sharding.spec("features"), sharding.spec("features", None), sharding.spec("rows", None)
 _BF, _GBD = sharding.spec("rows", "features"), sharding.spec(None, "rows_at_rest", None)
@@ -36,9 +36,9 @@ def tile_width(rows: int, features: int, chip: Chip) -> int:
     """Features of a tile, by the rows of a device (of all SAEs of the program) and the features of a shard."""
     if 4 * rows * features <= WHOLE * chip.memory:
         return features
-    most = max(FEATURES, int(TILE * chip.memory) // (4 * rows))
-    equal = -(-features // -(-features // most))
-    return min(features, -(-equal // ALIGNED) * ALIGNED)
+    least = -(-features // max(FEATURES, int(TILE * chip.memory) // (4 * rows)))  # number of tiles
+    n = next((n for n in range(least, 2 * least) if features % (n * ALIGNED) == 0), least)
+    return min(features, -(-features // (n * ALIGNED)) * ALIGNED)
 
 
 @struct.dataclass

@@ -54,7 +54,7 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
     for axis in ("dict", "data"):
         got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
         assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), (axis, found)
-    work = Work.of(config, spec, data, 8 // data, "cpu")
+    work = Work.of(config, spec, data, 8 // data, hardware.CHIPS["cpu"])
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(
         sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu")), rel=0.02)
     if parts == 1:  # a loop's FLOPs are counted once
@@ -74,12 +74,12 @@ def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
     for axis in ("dict", "data"):
         got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
         assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), axis
-    work = Work.of(config, spec, data, 8 // data, "cpu")
+    work = Work.of(config, spec, data, 8 // data, hardware.CHIPS["cpu"])
     state = sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu"))
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(state, rel=0.02)
     assert state == pytest.approx(6 * work.matrices, rel=0.02)
     assert 0.4 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2.5
-    eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, "cpu")
+    eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, hardware.CHIPS["cpu"])
     assert work.gradients < eager.gradients
     assert step_cost.seconds(work, parse("cpu:8"))["optimizer"] < 0.3 * step_cost.seconds(eager, parse("cpu:8"))["optimizer"]
 
