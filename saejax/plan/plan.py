@@ -87,7 +87,7 @@ def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, di
     total, usable = sum(memory.values()), round(step_cost.USABLE * topology.chip.memory)
     moved = step_cost.collectives(work, platform)
     where = {"name": topology.name, "chips": topology.size, "mesh": {"data": data, "dict": dict_},
-             "path": "sparse" if work.pairs else "dense"}
+             "path": "sparse" if work.pairs else "dense, in tiles" if work.tiled else "dense"}
     best = step_cost.best_mesh(config, spec, topology)
     if best != (data, dict_):
         rate = _time(config, Work.of(config, spec, *best, topology.chip), topology)["tokens_per_second"]

@@ -68,8 +68,9 @@ _parts.defvjp(lambda dtype, ends, *values: (_parts(dtype, ends, *values), values
 
 def added(dtype, pieces: list, acts_BF: jax.Array, W_dec: jax.Array, parts_GBD: jax.Array) -> jax.Array:
     """`parts_GBD` with what each group's features among these add; on one device, without communication."""
-    for piece, group in pieces:
-        parts_GBD = parts_GBD.at[group].add(product("bf,fd->bd", acts_BF[:, piece], W_dec[piece], dtype))
+    cuts = [piece.start for piece, _ in pieces[1:]]
+    for (_, group), acts_BP, W in zip(pieces, jnp.split(acts_BF, cuts, axis=1), jnp.split(W_dec, cuts), strict=True):
+        parts_GBD = parts_GBD.at[group].add(product("bf,fd->bd", acts_BP, W, dtype))
     return parts_GBD
 
 

@@ -168,14 +168,13 @@ def _backward(how: _How, saved, gradient: Found):
         parts_GBD = parts_GBD.astype(how.dtype)
         if shards > 1:
             parts_GBD = lax.all_gather(parts_GBD, "dict", axis=1, tiled=True)
-        parts_GBD = parts_GBD.astype(jnp.float32)
 
         def of(carry, tile: _Tile):
             own_T, bias_T = tile.of((own, bias_F))
             pre_BT = how.pre(own_T.W_enc, bias_T, read_BD) if pre_BF is None else pre_BF
-            of_tile = functools.partial(how.of_tile, how.pieces(tile, len(bias_F)), parts_GBD=jnp.zeros_like(parts_GBD))
+            of_tile = functools.partial(how.of_tile, how.pieces(tile, len(bias_F)), parts_GBD=jnp.zeros(parts_GBD.shape))
             _, back, _ = jax.vjp(of_tile, own_T.replace(W_enc=None), pre_BT, has_aux=True)
-            to_own, to_pre = back((parts_GBD, tile.of(sums)))
+            to_own, to_pre = back((parts_GBD.astype(jnp.float32), tile.of(sums)))
             to_own = to_own.replace(W_enc=product("bf,bd->fd", to_pre, read_BD, how.dtype))
             return tile.put(carry, (to_own, to_pre.sum(0)))
 

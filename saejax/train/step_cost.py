@@ -71,7 +71,8 @@ class Work:
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
             compute_bytes=2 if compute_dtype(train.compute_dtype, platform) == "bfloat16" else 4,
             state_bytes=bytes_per_parameter(config, spec), lazy=train.lazy, clip=bool(train.clip),
-            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k), chip=chip)
+            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh",
+            aux=bool(sae.aux_k), chip=chip)
 
     @property
     def chips(self) -> int:

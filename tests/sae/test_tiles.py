@@ -56,18 +56,22 @@ def inputs_of(spec):
     return SAEParams(**{name: value.astype(np.float32) for name, value in values.items()}, per_feature=own), x
 
 
-def made(name, mesh_shape):
-    """(the program, what it returns)."""
-    options, spec = of_case(name)
-    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
-    params, x = inputs_of(spec)
-
+def gradients_of(options, spec):
     def of(params, x):
         silent = jnp.where(jnp.arange(F) % 3 == 0, jnp.uint32(100), jnp.uint32(0))
         inputs = LossInputs(sparsity=jnp.float32(0.9), target_l0=jnp.float32(20), dead_after=jnp.uint32(10),
                             inverse_variance=jnp.float32(0.1), tokens_since_fired_F=silent)
         return jax.value_and_grad(lambda p: objective(spec, options, p, x, inputs), has_aux=True)(params)
 
+    return of
+
+
+def made(name, mesh_shape):
+    """(the program, what it returns)."""
+    options, spec = of_case(name)
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape), jax.devices()[: mesh_shape[0] * mesh_shape[1]])
+    params, x = inputs_of(spec)
+    of = gradients_of(options, spec)
     with jax.set_mesh(mesh):
         given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
                  sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
@@ -112,6 +116,21 @@ def test_a_pass_moves_reconstructions_once(monkeypatch):
     expected = sorted(moved_shapes(made("relu", (1, 8))[0].as_text()))
     in_tiles(monkeypatch)
     assert sorted(moved_shapes(made("relu", (1, 8))[0].as_text())) == expected
+
+
+@pytest.mark.parametrize("name", ["matryoshka", pytest.param("gated", marks=pytest.mark.slow)])
+def test_members_of_a_program_get_what_each_gets_alone(monkeypatch, whole, name):
+    options, spec = of_case(name)
+    params, x = inputs_of(spec)
+    mesh = sharding.make_mesh(MeshOptions(2, 4))
+    in_tiles(monkeypatch)
+    with jax.set_mesh(mesh):
+        where = param_shardings(mesh, tensors(params))
+        joint = jax.tree.map(lambda value, at: sharding.place(np.stack([value, value * 0.5]), jax.NamedSharding(
+            mesh, jax.P(None, *at.spec))), params, where)
+        of = jax.vmap(gradients_of(options, spec), in_axes=(0, None), axis_name=sharding.MEMBERS)
+        got = jax.device_get(jax.jit(of)(joint, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))))
+    check_equal(whole[name][1], jax.tree.map(lambda value: value[0], got))
 
 
 @pytest.mark.parametrize("rows, features, chip, expected", [
