@@ -149,12 +149,16 @@ def compute_dtype_here(wanted: str) -> str:
     return compute_dtype(wanted, device.platform, capability if isinstance(capability, str) else None)
 
 
+def chip_of(device) -> Chip:
+    """The chip that a device (or an abstract one) is; one that is not in the table counts as the nearest of its platform."""
+    kind = device.device_kind.lower()
+    return CHIPS[next((name for word, name in _KINDS.items() if word in kind), _UNKNOWN.get(device.platform, "cpu"))]
+
+
 def present(devices) -> Topology:
     """The topology of the devices of this job; a chip that is not in the table counts as the nearest of its platform."""
     devices = list(devices)
-    kind = devices[0].device_kind.lower()
-    name = next((name for word, name in _KINDS.items() if word in kind), _UNKNOWN.get(devices[0].platform, "cpu"))
-    chip, n = CHIPS[name], len(devices)
+    chip, n = chip_of(devices[0]), len(devices)
     coords = [getattr(device, "coords", None) for device in devices]
     if chip.platform == "tpu" and all(coords):
         shape = tuple(len(set(axis)) for axis in zip(*coords, strict=True))

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from saejax import hardware
 from saejax.config import MeshOptions
 from saejax.errors import ConfigError
 
@@ -34,6 +35,12 @@ def mesh_is_set() -> bool:
 def shards() -> int:
     """Into how many parts the features are split, by the mesh that is set."""
     return jax.sharding.get_abstract_mesh().shape.get("dict", 1)
+
+
+def chip() -> hardware.Chip:
+    """What a program is made for: the sort of chip of the mesh that is set, else that of the devices here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device if mesh_is_set() else None
+    return hardware.chip_of(device or jax.local_devices()[0])
 
 
 def out(*logical: str | None) -> PartitionSpec | None:
@@ -72,13 +79,19 @@ def over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
 MEMBERS = "members"  # the vmapped axis of SAEs that train as one program
 
 
+def members() -> int:
+    """How many SAEs train in the same program."""
+    try:
+        return jax.lax.axis_size(MEMBERS)
+    except NameError:  # no such axis: one SAE
+        return 1
+
+
 def most_of_members(value: jax.Array) -> jax.Array:
     """The largest `value` of all SAEs that train in the same program: under `vmap` a loop whose length depends on its own SAE
     only would select between old and new in every round.
     """
-    try:
-        jax.lax.axis_size(MEMBERS)
-    except NameError:  # no such axis: one SAE
+    if members() == 1:
         return value
     return jax.lax.all_gather(value, MEMBERS).max(0)  # `pmax` over such an axis fails in jax 0.12 where a mesh is set
 

@@ -82,15 +82,15 @@ def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, di
     """Memory, collectives and time of a step on a mesh of this topology."""
     state = abstract_state(config, spec, AbstractMesh((data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
     kept, platform = step_cost.state_bytes(state), topology.chip.platform
-    work = Work.of(config, spec, data, dict_, platform)
+    work = Work.of(config, spec, data, dict_, topology.chip)
     memory = kept | {name: round(size) for name, size in step_cost.working(work, platform).items() if size}
     total, usable = sum(memory.values()), round(step_cost.USABLE * topology.chip.memory)
     moved = step_cost.collectives(work, platform)
     where = {"name": topology.name, "chips": topology.size, "mesh": {"data": data, "dict": dict_},
-             "path": "sparse" if work.pairs else "dense"}
+             "path": "sparse" if work.pairs else "dense, in tiles" if work.tiled else "dense"}
     best = step_cost.best_mesh(config, spec, topology)
     if best != (data, dict_):
-        rate = _time(config, Work.of(config, spec, *best, platform), topology)["tokens_per_second"]
+        rate = _time(config, Work.of(config, spec, *best, topology.chip), topology)["tokens_per_second"]
         where["best"] = {"data": best[0], "dict": best[1], "tokens_per_second": rate}
     return {"topology": where,
             "memory": {"by_kind": memory, "total": total, "usable": usable, "fits": total <= usable},
@@ -120,7 +120,7 @@ def fitting(config: Config, spec: SAESpec) -> list[dict]:
         if found[topology.chip.name] == 3 or not step_cost.shapes(topology.size, config.train.batch, config.sae.d_sae):
             continue
         data, dict_ = step_cost.best_mesh(config, spec, topology)
-        work = Work.of(config, spec, data, dict_, topology.chip.platform)
+        work = Work.of(config, spec, data, dict_, topology.chip)
         if step_cost.fits(work, topology.chip):
             found[topology.chip.name] += 1
             time = _time(config, work, topology)
@@ -138,7 +138,7 @@ def _check_fits(config: Config, spec: SAESpec, topology: Topology, plan: dict) -
     over = (memory["total"] - memory["usable"]) / _GB
     would = []
     best = step_cost.best_mesh(config, spec, topology)
-    if step_cost.fits(Work.of(config, spec, *best, topology.chip.platform), topology.chip):
+    if step_cost.fits(Work.of(config, spec, *best, topology.chip), topology.chip):
         would.append(f"the mesh {best[0]}x{best[1]} fits")
     larger = [option["topology"] for option in fitting(config, spec) if option["topology"].split(":")[0] == topology.chip.name]
     would += [f"the smallest {topology.chip.name} that fits is {larger[0]}"] if larger else []
@@ -150,7 +150,7 @@ def _check_fits(config: Config, spec: SAESpec, topology: Topology, plan: dict) -
 
 def _largest(config: Config, spec: SAESpec, topology: Topology, mesh: dict) -> int:
     """The largest multiple of 1,024 x dict features that fits this mesh."""
-    step, work = 1024 * mesh["dict"], Work.of(config, spec, mesh["data"], mesh["dict"], topology.chip.platform)
+    step, work = 1024 * mesh["dict"], Work.of(config, spec, mesh["data"], mesh["dict"], topology.chip)
     low, high = 0, max(1, config.sae.d_sae // step)
     while low < high:
         middle = (low + high + 1) // 2
@@ -180,7 +180,8 @@ def _harvest(config: Config, spec: SAESpec, source: Source) -> dict:
     """The store's size, and what a harvested token costs against a trained one (FLOPs; the dense path's where it depends)."""
     harvested = config.harvest.tokens
     per_row = 2 * sum(source.widths.values()) + 5 + 4 * len(source.widths)  # bfloat16 rows; token, mask, norms
-    train = step_cost.flops(Work.of(config, spec, 1, 1, "tpu")) / config.train.batch
+    chip = dataclasses.replace(hardware.CHIPS["v5e"], memory=math.inf)  # with room for all pre-activations
+    train = step_cost.flops(Work.of(config, spec, 1, 1, chip)) / config.train.batch
     out = {"model": model_name(config.lm.model), "hookpoints": list(source.widths), "store_tokens": harvested,
            "store_bytes": harvested * per_row, "passes": config.train.tokens / harvested, "train_flops_per_token": round(train)}
     if source.lm_flops is not None:

@@ -59,13 +59,13 @@ FEW = 1024  # dead features of a shard up to which AuxK takes them for a small S
 
 
 def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array, fired_F: jax.Array, inputs: LossInputs,
-             aux_k: int) -> jax.Array:
+             aux_k: int, *, as_pairs: bool = False) -> jax.Array:
     """AuxK: how much of the residual error the k_aux best dead features leave unexplained.
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
     nothing is dead (nothing is then computed; of SAEs that train as one program, for none of them) or when the ratio is not
     finite. x_BD: rows as `model.read` gives them. Cost: O(`FEW`) per row as long as no shard has more dead features, else one
-    product of the encoder more. Source: Gao et al. 2024, A.2.
+    product of the encoder more. as_pairs: that one without an array of [B, F]. Source: Gao et al. 2024, A.2.
     """
     dead_F = dead_features(inputs, fired_F)
     k = min(aux_k, spec.d_sae)
@@ -75,6 +75,9 @@ def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Ar
         return ratio(estimate_of_few(spec, some_of(params, rows), rows, x_BD, k))
 
     def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
+        if as_pairs:
+            pairs = sparse.encode(spec, params, x_BD, k, dead_F)
+            return ratio(sparse.decode_groups(spec, params, pairs, len(x_BD), (spec.d_sae,))[0] - params.b_dec)
         pre_BF = jnp.where(dead_F, pre_activations_of(spec, params, x_BD), -jnp.inf)
         return ratio(decode_at_rest(spec, params, topk(pre_BF, k)) - params.b_dec)
 

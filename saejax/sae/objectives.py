@@ -1,7 +1,5 @@
 """Objectives: one pure function of (params, batch, state) per kind, returning the loss and what was seen on the way."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -10,8 +8,8 @@ from jax import lax
 from saejax import sharding
 from saejax.config import SAEOptions
 from saejax.recipes import WITH_K
-from saejax.sae import sparse
-from saejax.sae.activations import activate, fires, thresholds, topk
+from saejax.sae import featurewise, sparse, tiles
+from saejax.sae.activations import activate, topk
 from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
 from saejax.sae.model import pre_activations_of, read, skipped
 from saejax.sae.normalization import columns
@@ -23,7 +21,8 @@ from saejax.sae.prefixes import borders, decode_at_rest, prefix_reconstructions
 class Forward:
     """One pass over a batch: normalised rows to be reconstructed, reconstruction, which features fired, the smallest positive
     activation, features per row, the nested reconstructions (none without `sae.groups`), what a skip connection added to all of
-    them; pre-activations and activations (none on the sparse path).
+    them. Dense path of kinds with k: pre-activations. Kinds without: sums over rows [F] by name, and what is decoded with a
+    frozen W_dec.
     """
 
     y_BD: jax.Array
@@ -34,12 +33,17 @@ class Forward:
     through_BD: jax.Array | float = 0.0
     prefixes_GBD: jax.Array | None = None
     pre_BF: jax.Array | None = None
-    acts_BF: jax.Array | None = None
+    sums: dict[str, jax.Array] = struct.field(default_factory=dict)
+    frozen_BD: jax.Array | None = None
 
     def plus(self, through_BD: jax.Array | float) -> "Forward":
         """With what a skip connection adds."""
         prefixes_GBD = None if self.prefixes_GBD is None else self.prefixes_GBD + through_BD
         return self.replace(recon_BD=self.recon_BD + through_BD, prefixes_GBD=prefixes_GBD, through_BD=through_BD)
+
+    def mean(self, name: str) -> jax.Array:
+        """mean_b sum_i of one of `sums`."""
+        return self.sums[name].sum() / len(self.y_BD)
 
     @property
     def mse(self) -> jax.Array:
@@ -49,6 +53,14 @@ class Forward:
         return squared_error(self.y_BD, self.prefixes_GBD).mean(1).sum()
 
 
+def _tiled(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
+    found, G = tiles.over_features(spec, options, params, read_BD), max(1, len(options.groups))
+    prefixes_GBD = jnp.cumsum(found.parts_GBD[:G], axis=0) + params.b_dec
+    return Forward(y_BD=y_BD, recon_BD=prefixes_GBD[-1], prefixes_GBD=prefixes_GBD if options.groups else None,
+                   fired_F=found.count_F > 0, least=found.least, l0=found.count_F.sum(dtype=jnp.float32) / len(y_BD),
+                   sums=found.sums, frozen_BD=found.parts_GBD[G:].sum(0) if found.parts_GBD.shape[0] > G else None)
+
+
 def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
     pre_BF = pre_activations_of(spec, params, read_BD)
     acts_BF = activate(spec, params, pre_BF)
@@ -56,7 +68,7 @@ def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.A
     recon_BD = decode_at_rest(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
     return Forward(y_BD=y_BD, recon_BD=recon_BD, prefixes_GBD=prefixes_GBD, fired_F=(acts_BF > 0).any(0),
                    least=jnp.where(acts_BF > 0, acts_BF, jnp.inf).min(), l0=(acts_BF > 0).sum(dtype=jnp.float32) / len(y_BD),
-                   pre_BF=pre_BF, acts_BF=acts_BF)
+                   pre_BF=pre_BF)
 
 
 def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs,
@@ -101,12 +113,16 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
     """
     x_BD, y_BD = columns(spec, rows_BW)
     read_BD = read_rows(spec, params, rows_BW)
-    seen = _dense(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
-    of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
-    loss, own = of_kind(spec, options, params, seen, inputs)
+    by_feature = spec.kind in featurewise.LOSSES
+    seen = (_tiled if by_feature else _dense)(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
+    if by_feature:
+        loss, own = featurewise.LOSSES[spec.kind](options, params, seen, inputs)
+    else:
+        loss, own = _topk(spec, options, params, seen, inputs)
     if options.aux_k:
         error_BD = lax.stop_gradient(y_BD - seen.recon_BD)
-        own |= {"aux": aux_loss(spec, params, read_BD, error_BD, seen.fired_F, inputs, options.aux_k)}
+        as_pairs = by_feature and tiles.several(spec, read_BD)
+        own |= {"aux": aux_loss(spec, params, read_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     return loss, _parts(loss, own, seen)
@@ -116,37 +132,6 @@ def _parts(loss: jax.Array, own: dict[str, jax.Array], seen: Forward) -> LossPar
     errors_B = squared_error(seen.y_BD, seen.recon_BD)
     return LossParts(loss=loss, mse=errors_B.mean(), l0=seen.l0, fvu=errors_B.sum() / variance_total(seen.y_BD),
                      fired_F=seen.fired_F, own=own, least=seen.least)
-
-
-def _decoder_norms(spec: SAESpec, options: SAEOptions, params: SAEParams) -> jax.Array:
-    """||W_dec,i|| [F]. Of a crosscoder with `crosscoder_norm` l1 the sum over layers sum_l ||W_dec,i^l||, which keeps its loss
-    comparable with that of one SAE per layer; with l2 the norm of the whole row. Source: Transformer Circuits update October
-    2024.
-    """
-    if not spec.layers or options.crosscoder_norm == "l2":
-        return jnp.linalg.norm(params.W_dec, axis=1)
-    ends = itertools.accumulate(spec.layers)
-    return sum(jnp.linalg.norm(params.W_dec[:, end - width:end], axis=1) for end, width in zip(ends, spec.layers, strict=True))
-
-
-def _weighted_l1(norm_F: jax.Array, acts_BF: jax.Array) -> jax.Array:
-    """mean_b sum_i f_i ||W_dec,i||."""
-    return (acts_BF.sum(0) * norm_F).sum() / acts_BF.shape[0]
-
-
-def _relu(spec, options, params, seen, inputs):
-    """mean_b [ ||x - x^||^2 + lambda sum_i p(a_i) ],  a_i = f_i ||W_dec,i||,  p of slope 1 at 0 by `sae.penalty`.
-
-    l1: p(a) = a. Source: Templeton et al. 2024, "Our SAE training". tanh: p(a) = tanh(c a) / c. Source: Transformer Circuits
-    update February 2024. log: p(a) = log(1 + c a) / c. Both punish large activations less, and so shrink them less.
-    """
-    norm_F = _decoder_norms(spec, options, params)
-    if options.penalty == "l1":
-        l1 = _weighted_l1(norm_F, seen.acts_BF)
-    else:
-        bend, c = {"tanh": jnp.tanh, "log": jnp.log1p}[options.penalty], options.penalty_scale
-        l1 = bend(c * seen.acts_BF * norm_F).sum(0).sum() / (c * seen.acts_BF.shape[0])
-    return seen.mse + inputs.sparsity * l1, {"l1": l1}
 
 
 def _topk(spec, options, params, seen, inputs):
@@ -160,45 +145,3 @@ def _topk(spec, options, params, seen, inputs):
         wider_BD = decode_at_rest(spec, params, topk(seen.pre_BF, 4 * spec.k)) + seen.through_BD
         loss = loss + squared_error(seen.y_BD, wider_BD).mean() * inputs.inverse_variance / 8
     return loss, {}
-
-
-def _gated(spec, options, params, seen, inputs):
-    """mean_b [ ||x - x^||^2 + lambda sum_i g_i ||W_dec,i|| + ||x - x^_frozen(g)||^2 ],  g = max(pre-activation of the gate, 0).
-
-    x^_frozen decodes with stop_gradient(W_dec, b_dec): it trains the gate, which passes no gradient in x^. The decoder norm is
-    1 in the recipe. Communication beyond relu: one more reconstruction. Source: Rajamanoharan et al. 2024 (Gated SAEs),
-    section 3.2.
-    """
-    gate_BF = jax.nn.relu(seen.pre_BF)
-    l1 = _weighted_l1(_decoder_norms(spec, options, params), gate_BF)
-    frozen_BD = decode_at_rest(spec, lax.stop_gradient(params), gate_BF) + lax.stop_gradient(seen.through_BD)
-    gate_error = squared_error(seen.y_BD, frozen_BD).mean()
-    return seen.mse + inputs.sparsity * l1 + gate_error, {"l1": l1, "gate_error": gate_error}
-
-
-def _jumprelu(spec, options, params, seen, inputs):
-    """mean_b ||x - x^||^2 + lambda * (what `sae.objective` says), see the functions below."""
-    threshold_F = thresholds(params)
-    if options.objective == "tanh":
-        sparsity, pre_act = _tanh(options, _decoder_norms(spec, options, params), seen, threshold_F)
-        return seen.mse + inputs.sparsity * sparsity + options.pre_act_coef * pre_act, {"sparsity": sparsity}
-    rate_F = fires(seen.pre_BF, threshold_F, spec.bandwidth).mean(0)
-    if options.objective == "l0":
-        sparsity = rate_F.sum()
-    else:
-        sparsity = jnp.square(rate_F.sum() / inputs.target_l0 - 1)
-    loss = seen.mse + inputs.sparsity * sparsity
-    if options.frequency_coef:
-        loss = loss + options.frequency_coef * jnp.square(jax.nn.relu(rate_F / options.max_frequency - 1)).sum()
-    return loss, {"sparsity": sparsity}
-
-
-def _tanh(options, norm_F, seen, threshold_F):
-    """(mean_b sum_i tanh(c f_i ||W_dec,i||),  mean_b sum_i max(threshold_i - pre_i, 0) ||W_dec,i||).
-
-    Gradients reach every parameter; the second term pulls features back that have stopped firing. Source: Transformer Circuits
-    update January 2025, "Dictionary learning optimization techniques".
-    """
-    sparsity = jnp.tanh(options.penalty_scale * seen.acts_BF * norm_F).sum(0).sum()
-    pre_act = (jax.nn.relu(threshold_F - seen.pre_BF).sum(0) * norm_F).sum()
-    return sparsity / seen.y_BD.shape[0], pre_act / seen.y_BD.shape[0]

@@ -43,8 +43,7 @@ def _parts(dtype, ends: tuple[int, ...], acts_BF: jax.Array, W_dec: jax.Array) -
     """What each group's own features add, [G, B, D]."""
     def local(acts_BF, W_dec, shards):
         parts_GBD = jnp.zeros((len(ends), len(acts_BF), W_dec.shape[1]), jnp.float32)
-        for piece, group in _pieces(ends, len(W_dec)):
-            parts_GBD = parts_GBD.at[group].add(product("bf,fd->bd", acts_BF[:, piece], W_dec[piece], dtype))
+        parts_GBD = added(dtype, pieces(ends, len(W_dec)), acts_BF, W_dec, parts_GBD)
         return sharding.scattered(parts_GBD, dtype, 1) if shards > 1 else parts_GBD
 
     return sharding.on_shards(local, (_BF, _FD), _GBD)(acts_BF, W_dec)
@@ -56,7 +55,7 @@ def _parts_backward(dtype, ends: tuple[int, ...], saved, gradient_GBD: jax.Array
         if shards > 1:
             gradient_GBD = lax.all_gather(gradient_GBD, "dict", axis=1, tiled=True)
         to_acts, to_W = [], []
-        for piece, group in _pieces(ends, len(W_dec)):
+        for piece, group in pieces(ends, len(W_dec)):
             to_acts.append(product("bd,fd->bf", gradient_GBD[group], W_dec[piece], dtype))
             to_W.append(product("bf,bd->fd", acts_BF[:, piece], gradient_GBD[group], dtype))
         return jnp.concatenate(to_acts, axis=1), sharding.over(lax.psum, jnp.concatenate(to_W), "data")
@@ -67,10 +66,23 @@ def _parts_backward(dtype, ends: tuple[int, ...], saved, gradient_GBD: jax.Array
 _parts.defvjp(lambda dtype, ends, *values: (_parts(dtype, ends, *values), values), _parts_backward)
 
 
-def _pieces(ends: tuple[int, ...], width: int) -> list:
-    """(slice of a shard's features, number of the group that it belongs to) between all borders, counted from any shard's start.
+def added(dtype, pieces: list, acts_BF: jax.Array, W_dec: jax.Array, parts_GBD: jax.Array) -> jax.Array:
+    """`parts_GBD` with what each group's features among these add; on one device, without communication."""
+    cuts = [piece.start for piece, _ in pieces[1:]]
+    for (_, group), acts_BP, W in zip(pieces, jnp.split(acts_BF, cuts, axis=1), jnp.split(W_dec, cuts), strict=True):
+        parts_GBD = parts_GBD.at[group].add(product("bf,fd->bd", acts_BP, W, dtype))
+    return parts_GBD
+
+
+def pieces(ends: tuple[int, ...], width: int, first: jax.Array | int = 0, size: int | None = None, aligned_at: int = 0) -> list:
+    """(slice, number of the group that it belongs to) of a tile's features, cut wherever a border falls on any shard.
+
+    width: features of a shard. first, size: of the tile, in its shard; none: the whole shard. `first` may be known at run time
+    only; it is multiples of `size` away from `aligned_at`.
     """
-    cuts = sorted({0, width} | {end % width for end in ends})
+    size = size or width
+    cuts = sorted({0, size} | {(end % width - aligned_at) % size for end in ends})
     shard = lax.axis_index("dict") if len(ends) > 1 and sharding.mesh_is_set() else 0
-    return [(slice(a, b), (shard * width + a >= jnp.asarray(ends[:-1])).sum() if len(ends) > 1 else 0)
+    start = shard * width + first
+    return [(slice(a, b), (start + a >= jnp.asarray(ends[:-1])).sum() if len(ends) > 1 else 0)
             for a, b in itertools.pairwise(cuts)]

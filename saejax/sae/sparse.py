@@ -17,6 +17,7 @@ from jax import lax
 
 from saejax import sharding
 from saejax.config import SAEOptions
+from saejax.sae.model import bias
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.products import product
 from saejax.sae.select import kept_per_row, largest
@@ -87,6 +88,12 @@ def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, ov
     *found, missing = sharding.on_shards(local, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
         *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD)))
     return Pairs(*found), missing
+
+
+def encode(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, allowed_F: jax.Array) -> Pairs:
+    """`selected` pairs of each row, with gradients to all parameters."""
+    pairs, _ = selected(spec, params, read_BD, k, allowed_F=allowed_F)
+    return pairs.replace(values_P=_attached(jnp.dtype(spec.compute_dtype), params.W_enc, bias(spec, params), read_BD, pairs))
 
 
 @struct.dataclass

@@ -18,7 +18,7 @@ from saejax.config import Config, MeshOptions
 from saejax.errors import ConfigError
 from saejax.hardware import Chip, Topology, compute_dtype, present
 from saejax.recipes import WITH_K
-from saejax.sae import SAESpec, row_gradients, select_batch, sparse
+from saejax.sae import SAESpec, row_gradients, select_batch, sparse, tiles
 from saejax.sae.select import sent
 from saejax.train.state import TrainState, abstract_state
 from saejax.train.step import takes_pairs
@@ -58,11 +58,12 @@ class Work:
     unit_decoder: bool
     tanh: bool
     aux: bool
+    chip: Chip
 
     @classmethod
-    def of(cls, config: Config, spec: SAESpec, data: int, dict_: int, platform: str) -> "Work":
+    def of(cls, config: Config, spec: SAESpec, data: int, dict_: int, chip: Chip) -> "Work":
         """The work of a config on a mesh data x dict."""
-        sae, train = config.sae, config.train
+        sae, train, platform = config.sae, config.train, chip.platform
         return cls(
             kind=sae.kind, rows=train.batch, d_in=spec.d_in, d_out=spec.width_out, d_sae=sae.d_sae,
             k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, dict_, platform),
@@ -70,7 +71,8 @@ class Work:
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
             compute_bytes=2 if compute_dtype(train.compute_dtype, platform) == "bfloat16" else 4,
             state_bytes=bytes_per_parameter(config, spec), lazy=train.lazy, clip=bool(train.clip),
-            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux=bool(sae.aux_k))
+            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh",
+            aux=bool(sae.aux_k), chip=chip)
 
     @property
     def chips(self) -> int:
@@ -90,6 +92,15 @@ class Work:
     def matrices(self) -> int:
         """Entries of a chip's two matrices."""
         return self.features * (self.d_in + self.d_out)
+
+    @property
+    def tile(self) -> int:
+        """Features whose pre-activations are there at once, on the dense path. Fewer than `features`: they are made twice."""
+        return self.features if self.k else tiles.tile_width(self.part, self.features, self.chip)
+
+    @property
+    def tiled(self) -> bool:
+        return self.tile < self.features
 
     @property
     def room(self) -> int:
@@ -116,13 +127,15 @@ class Collective:
 
 def flops(w: Work) -> float:
     """Of a step, on one chip. Dense 2 x (2 D_in + 3 D_out) F per row, and 4 D_out F more for a second reconstruction; sparse
-    2 D_in F + 2 (D_in + 3 D_out) k. Source: Gao et al. 2024, appendix D, without the gradient of the input.
+    2 D_in F + 2 (D_in + 3 D_out) k; in tiles of features 2 D_in F more than dense. Source: Gao et al. 2024, appendix D, without
+    the gradient of the input.
     """
     rows = w.rows / w.data
     if w.pairs:
         again = 1 + select_batch.WIDE_SHARE if w.kind == "batchtopk" else 1
         return rows * (2 * again * w.d_in * w.features + 2 * (w.d_in + 3 * w.d_out) * w.k / w.dict)
-    return rows * w.features * (4 * w.d_in + 6 * w.d_out + 4 * w.d_out * (w.decodes - 1))
+    encodes = 2 if w.tiled else 1
+    return rows * w.features * (2 * (encodes + 1) * w.d_in + 6 * w.d_out + 4 * w.d_out * (w.decodes - 1))
 
 
 def collectives(w: Work, platform: str) -> list[Collective]:
@@ -154,7 +167,7 @@ def collectives(w: Work, platform: str) -> list[Collective]:
 
 def working(w: Work, platform: str) -> dict[str, float]:
     """Bytes on one chip besides the state: gradients, copies while updating, rows and reconstructions, pairs, and the
-    pre-activations (one tile on the sparse path). An estimate: compilers decide what lives at the same time.
+    pre-activations (of one tile, where there are several). An estimate: compilers decide what lives at the same time.
     """
     sort = platform if platform == "cpu" else "else"
     gradients = 4.0 * w.gradients
@@ -164,7 +177,7 @@ def working(w: Work, platform: str) -> dict[str, float]:
         pairs = 4.0 * w.part * (6 * width + (w.k if w.kind == "topk" and w.dict > 1 else 0))
         tile = (3.0 if platform == "cpu" else 1.5) * min(4.0 * sparse.tile_size(w.features, platform), tile)
     else:
-        pairs, tile = 0.0, _dense_arrays(w, sort) * tile
+        pairs, tile = 0.0, _dense_arrays(w, sort) * 4.0 * w.part * w.tile
     # Rows, and of reconstructions what a shard adds (float32, then rounded) and the error that comes back.
     gathered = w.part * (w.compute_bytes * w.d_in + (4.0 + 2 * w.compute_bytes) * w.d_out * w.groups)
     # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
@@ -192,7 +205,7 @@ def seconds(w: Work, topology: Topology, *, at_peak: bool = False) -> dict[str, 
     local, s = w.rows / w.data, w.compute_bytes
     # Unfused: written, and read twice to select. Dense besides: activations and their gradients, for three products each.
     passes = 12.0 if w.pairs or w.k else 0.0
-    passes += 0.0 if w.pairs else 8.0 + 6.0 * s
+    passes += 0.0 if w.pairs else 8.0 + 6.0 * s + (4.0 + s if w.tiled else 0.0)
     # Sparse, for each pair: four rows gathered, three added to what is there (read and written), all float32.
     touched = local * w.k / w.dict * (4 * 4 + 3 * 8) * (w.d_in + w.d_out) / 2 if w.pairs else 0.0
     # State read and written, gradient written and read; once more read for the norm, and decoder rows for theirs.
@@ -239,7 +252,7 @@ def best_mesh(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, i
         small = fits(w, topology.chip)
         return (not small, sum(seconds(w, topology).values()) if small else state_size(w), -w.dict)
 
-    best = min((Work.of(config, spec, data, dict_, topology.chip.platform) for data, dict_ in possible), key=order)
+    best = min((Work.of(config, spec, data, dict_, topology.chip) for data, dict_ in possible), key=order)
     return best.data, best.dict
 
 

@@ -18,7 +18,7 @@ from saejax.main import main
 from saejax.plan import as_json, as_table, make_plan
 from saejax.plan.compiled import lowered
 from saejax.plan.hlo import moved
-from saejax.sae import SAESpec
+from saejax.sae import SAESpec, tiles
 from saejax.sae.select import sent
 from saejax.train import step_cost
 from saejax.train.loop import mesh_options
@@ -54,13 +54,31 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
     for axis in ("dict", "data"):
         got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
         assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), (axis, found)
-    work = Work.of(config, spec, data, 8 // data, "cpu")
+    work = Work.of(config, spec, data, 8 // data, hardware.CHIPS["cpu"])
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(
         sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu")), rel=0.02)
     if parts == 1:  # a loop's FLOPs are counted once
         assert program.cost_analysis()["flops"] == pytest.approx(flops(work), rel=0.17)
     measured = program.memory_analysis().temp_size_in_bytes
     assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
+
+
+def test_a_step_in_tiles_of_features_is_what_the_plan_says(monkeypatch):
+    """It moves what one tile moves and makes pre-activations twice. (A loop's FLOPs are counted once.)"""
+    config, chip = make_config("relu", train__batch=2048), hardware.CHIPS["cpu"]
+    whole = Work.of(config, spec_of(config), 2, 4, chip)
+    monkeypatch.setattr(tiles, "tile_width", lambda rows, features, chip: 256)
+    program, spec = compiled(config, 2)
+    work = Work.of(config, spec, 2, 4, chip)
+    assert flops(work) == pytest.approx(1.2 * flops(whole))
+    measured = program.memory_analysis().temp_size_in_bytes
+    assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
+    assert measured < sum(working(whole, "cpu").values()) - 4 * 2.4 * 1024 * (2048 - 256)
+    expected = make_plan(dataclasses.replace(config, mesh=MeshOptions(2, 4)), "cpu:8")
+    assert expected["topology"]["path"] == "dense, in tiles"
+    for axis in ("dict", "data"):
+        got = sum(m.bytes for m in moved(program.as_text(), 2, 4) if m.axis == axis and not m.branch)
+        assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02)
 
 
 @pytest.mark.parametrize("data", [2, pytest.param(1, marks=pytest.mark.slow)])
@@ -74,12 +92,12 @@ def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
     for axis in ("dict", "data"):
         got = sum(m.bytes for m in found if m.axis == axis and not m.branch)
         assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02), axis
-    work = Work.of(config, spec, data, 8 // data, "cpu")
+    work = Work.of(config, spec, data, 8 // data, hardware.CHIPS["cpu"])
     state = sum(size for name, size in expected["memory"]["by_kind"].items() if name not in working(work, "cpu"))
     assert program.memory_analysis().argument_size_in_bytes == pytest.approx(state, rel=0.02)
     assert state == pytest.approx(6 * work.matrices, rel=0.02)
     assert 0.4 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2.5
-    eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, "cpu")
+    eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, hardware.CHIPS["cpu"])
     assert work.gradients < eager.gradients
     assert step_cost.seconds(work, parse("cpu:8"))["optimizer"] < 0.3 * step_cost.seconds(eager, parse("cpu:8"))["optimizer"]
 
