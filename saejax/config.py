@@ -210,6 +210,10 @@ class TrainOptions:
     deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
                               "(docs/checkpoint_format.md); CPUs and TPUs give them anyway")
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
+    profile: int = opt(0, "steps to trace, once, when the first steps are done: `<run_dir>/profile` (docs/profiling.md); 0: none",
+                       ge=0)
+    compilation_cache: str = opt("auto", "where compiled programs are kept for the next start (docs/profiling.md); auto: beside "
+                                 "the run where it has several processes; on: beside the run; off: nowhere; else a directory")
     init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
                              "(docs/formats.md)")
     resample: ResampleOptions = field(default_factory=ResampleOptions)
@@ -281,7 +285,8 @@ class Config:
 
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together", "train.profile",
+           "train.compilation_cache")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:

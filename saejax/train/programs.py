@@ -26,7 +26,7 @@ def make_joint_step(configs: Sequence[Config], spec: SAESpec, total_steps: int):
     """
     own_N = jax.tree.map(lambda *values: jnp.stack(values), *map(Hyperparameters.of, configs))
 
-    def step(states: TrainState, rows_BW: jax.Array):
+    def train_steps(states: TrainState, rows_BW: jax.Array):
         shared = jax.tree.map(lambda value_N: value_N[0], states.normalization)
 
         def of_one(own: Hyperparameters, state: TrainState):
@@ -35,7 +35,7 @@ def make_joint_step(configs: Sequence[Config], spec: SAESpec, total_steps: int):
 
         return jax.vmap(of_one, axis_name=sharding.MEMBERS)(own_N, states)
 
-    return jax.jit(step, donate_argnums=0, compiler_options=determinism.compiler_options(configs[0].train))
+    return jax.jit(train_steps, donate_argnums=0, compiler_options=determinism.compiler_options(configs[0].train))
 
 
 @jax.jit
@@ -86,6 +86,10 @@ class Program:
         """Dispatches a step and returns its metrics, of several members with a leading axis."""
         self._state, metrics = self._step_fn(self.k_at(number))(self._state, rows_BW)
         return metrics
+
+    def wait(self) -> None:
+        """Until the devices have done every step that was dispatched."""
+        jax.block_until_ready(self._state)
 
     def _compiled(self, k: int):
         """The compiled step while k features are active."""

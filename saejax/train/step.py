@@ -43,8 +43,11 @@ def make_step(config: Config, spec: SAESpec, total_steps: int, platform: str | N
     platform: that it is compiled for, where it is not the one that is here.
     """
     own = Hyperparameters.of(config)
-    return jax.jit(lambda state, rows_BW: one_step(config, spec, total_steps, own, state, rows_BW), donate_argnums=0,
-                   compiler_options=determinism.compiler_options(config.train, platform))
+
+    def train_step(state: TrainState, rows_BW: jax.Array):
+        return one_step(config, spec, total_steps, own, state, rows_BW)
+
+    return jax.jit(train_step, donate_argnums=0, compiler_options=determinism.compiler_options(config.train, platform))
 
 
 def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparameters, state: TrainState,
