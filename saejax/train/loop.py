@@ -86,6 +86,7 @@ class _Run:
         self.programs = [Program([Member(config, store, self.mesh, alone=self.alone) for config in group],
                                  make_step if len(group) == 1 else make_joint_step) for group in groups]
         self.members = [member for program in self.programs for member in program.members]
+        self.flops = {member: flops_of_step(member, self.mesh) for member in self.members}  # of a step, on one device
         self.batch, self.every, self.log_options = configs[0].train.batch, checkpoint_steps(configs[0]), configs[0].log
         self.hookpoints = tuple(dict.fromkeys(name for config in configs for name in config.sae.hookpoints))
         self.rest = sharding.sharding(self.mesh, "rows_at_rest", None)
@@ -293,7 +294,6 @@ class _Run:
     def logs(self, start: int, stream: Stream, bar: Progress):
         """A log for every member that trains."""
         shown = _Shown(bar, len(self.training))
-        flops = {member: flops_of_step(member, self.mesh) for member in self.training}
         with contextlib.ExitStack() as stack:
             logs = {}
             for program in self.programs:
@@ -302,7 +302,7 @@ class _Run:
                     tensorboard = paths.tensorboard if config.log.tensorboard else None
                     writer = MetricWriter(paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
                                           name=config.name, config=config_lib.to_json(config), resume_step=start)
-                    rates = Rates(self.batch, lambda: sum(flops[member] for member in self.training),
+                    rates = Rates(self.batch, lambda: sum(self.flops[member] for member in self.training),
                                   lambda: stream.wait_seconds, self.mesh.devices.flat[0])
                     logs[member] = stack.enter_context(_Log(config, writer, rates, shown.of(len(logs)),
                                                             lane if len(program.members) > 1 else None))
