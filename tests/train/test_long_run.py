@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -120,9 +121,11 @@ def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path,
     programs = {file.name for file in folder.glob("*-cache")}
     assert any(name.startswith("jit_train_step") for name in programs)
     assert not (tmp_path / "runs" / "run" / compilation_cache.NAME).exists(), "nothing that runs lies in a run directory"
-    jax.clear_caches()
-    asked.clear()
-    assert storage.fingerprints(loop.train(config, store).state) == straight
+    shutil.copytree(config.run_dir, tmp_path / "runs" / "again")
+    for run_dir in (config.run_dir, str(tmp_path / "runs" / "again")):
+        jax.clear_caches()
+        asked.clear()
+        assert storage.fingerprints(loop.train(dataclasses.replace(config, run_dir=run_dir), store).state) == straight
     assert asked.count("cache_hits") == asked.count("compile_requests_use_cache") >= 1, "nothing was compiled again"
 
 
