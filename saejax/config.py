@@ -196,7 +196,8 @@ class TrainOptions:
     l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
     target_l0: float = opt(0.0, "active features per token to aim at: k of kinds that have one, else the penalty's lambda is "
                            "steered towards it; 0: off", ge=0.0)
-    k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`", ge=0.0, le=1.0)
+    k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`, evenly in its logarithm", ge=0.0,
+                          le=1.0)
     accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "
                           "and target_l0 count within a part", gt=0)
     ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: off",

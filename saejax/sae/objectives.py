@@ -17,6 +17,7 @@ from saejax.sae.model import pre_activations_of, read, skipped
 from saejax.sae.normalization import columns
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.prefixes import borders, decode_at_rest, prefix_reconstructions
+from saejax.sae.select import UpTo
 
 
 @struct.dataclass
@@ -49,9 +50,10 @@ class Forward:
         return squared_error(self.y_BD, self.prefixes_GBD).mean(1).sum()
 
 
-def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
+def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
+           k: UpTo) -> Forward:
     pre_BF = pre_activations_of(spec, params, read_BD)
-    acts_BF = activate(spec, params, pre_BF)
+    acts_BF = activate(spec, params, pre_BF, k)
     prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
     recon_BD = decode_at_rest(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
     return Forward(y_BD=y_BD, recon_BD=recon_BD, prefixes_GBD=prefixes_GBD, fired_F=(acts_BF > 0).any(0),
@@ -59,9 +61,10 @@ def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.A
                    pre_BF=pre_BF, acts_BF=acts_BF)
 
 
-def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
+def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
+            k: UpTo) -> Forward:
     over_batch = spec.kind == "batchtopk"
-    pairs, missing = sparse.encode(spec, params, read_BD, spec.k, over_batch=over_batch)
+    pairs, missing = sparse.encode(spec, params, read_BD, k, over_batch=over_batch)
 
     def of_pairs(params: SAEParams, pairs: sparse.Pairs) -> Forward:
         return _of_pairs(spec, options, params, y_BD, pairs)
@@ -70,7 +73,7 @@ def _sparse(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.
         return of_pairs(params, pairs)
 
     def counted(params: SAEParams, pairs: sparse.Pairs) -> Forward:
-        return of_pairs(params, sparse.encode(spec, params, read_BD, spec.k, over_batch=True, counted=True)[0])
+        return of_pairs(params, sparse.encode(spec, params, read_BD, k, over_batch=True, counted=True)[0])
 
     keep = jax.checkpoint_policies.save_only_these_names(sparse.SAVED)
     return lax.cond(sharding.any_member(missing), jax.checkpoint(counted, policy=keep), of_pairs, params, pairs)
@@ -118,7 +121,8 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
     """
     x_BD, y_BD = columns(spec, rows_BW)
     read_BD = read_rows(spec, params, rows_BW)
-    seen = (_sparse if as_pairs else _dense)(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
+    seen = (_sparse if as_pairs else _dense)(spec, options, params, read_BD, y_BD, inputs.k(spec))
+    seen = seen.plus(skipped(spec, params, x_BD))
     of_kind = {"relu": _relu, "topk": _topk, "batchtopk": _topk, "gated": _gated, "jumprelu": _jumprelu}[spec.kind]
     loss, own = of_kind(spec, options, params, seen, inputs)
     if options.aux_k:
@@ -174,7 +178,7 @@ def _topk(spec, options, params, seen, inputs):
     """
     loss = seen.mse * inputs.inverse_variance
     if options.multi_topk:
-        wider_BD = decode_at_rest(spec, params, topk(seen.pre_BF, 4 * spec.k)) + seen.through_BD
+        wider_BD = decode_at_rest(spec, params, topk(seen.pre_BF, inputs.k(spec) * 4)) + seen.through_BD
         loss = loss + squared_error(seen.y_BD, wider_BD).mean() * inputs.inverse_variance / 8
     return loss, {}
 

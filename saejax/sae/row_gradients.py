@@ -58,11 +58,12 @@ def of_batch(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Ar
         (_, (parts, error_BD)), gradient = jax.value_and_grad(of_learned, has_aux=True)(sparse.zeros_for(params, rows))
         return Piece(rows, gradient), parts, error_BD
 
-    pairs, missing = sparse.selected(spec, params, x_BD, spec.k, over_batch=over_batch)
+    k = inputs.k(spec)
+    pairs, missing = sparse.selected(spec, params, x_BD, k, over_batch=over_batch)
     if not over_batch:
         return of(pairs)
     return lax.cond(sharding.any_member(missing),
-                    lambda: of(sparse.selected(spec, params, x_BD, spec.k, over_batch=True, counted=True)[0]), lambda: of(pairs))
+                    lambda: of(sparse.selected(spec, params, x_BD, k, over_batch=True, counted=True)[0]), lambda: of(pairs))
 
 
 def of_few_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array,

@@ -58,7 +58,8 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
     inputs = LossInputs(sparsity=penalty * control.penalty_factor(config, state.moving, own.target_l0, state.step, total_steps),
                         target_l0=own.target_l0, inverse_variance=state.inverse_variance,
-                        tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
+                        tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)),
+                        k_now=_k_now(config, spec, state.step, total_steps))
     allowed = state.skipped_in_row < config.train.max_skipped
     update = lazy.updated if config.train.lazy else _updated
     params, opt_state, parts, grad_norm, good = update(config, spec, state.params, state.opt_state, rows_BW, inputs, lr, allowed)
@@ -82,6 +83,13 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
         **{name: value for name, value in new.moving.items() if name == "threshold"},
     }
     return new, metrics
+
+
+def _k_now(config: Config, spec: SAESpec, step: jax.Array, total_steps: int) -> jax.Array | None:
+    """k at this step of a program that keeps up to `sae.k_start` (`Program`), else none."""
+    if spec.kind not in WITH_K or spec.k == config.sae.k:
+        return None
+    return optim.annealed_k(config.sae, optim.annealing_steps(config.sae, config.train, total_steps))(step)
 
 
 def _updated(config: Config, spec: SAESpec, params: SAEParams, opt_state: tuple, rows_BW: jax.Array, inputs: LossInputs,
