@@ -109,8 +109,8 @@ class SAEOptions:
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
-    k_start: int = opt(0, "active features at the first step, falling to `k` over `train.k_anneal` (topk, batchtopk); 0: always "
-                       "`k`", ge=0)
+    k_start: int = opt(0, "active features at the first step, falling to `k` step by step over `train.k_anneal` (topk, "
+                       "batchtopk); these steps cost as much as with this k; 0: always `k`", ge=0)
     multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
     penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
                        choices=("l1", "tanh", "log"))
