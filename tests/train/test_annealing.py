@@ -40,8 +40,10 @@ def state_at(config, store, mesh, step):
     return state.replace(step=jax.device_put(jnp.full_like(state.step, step), state.step.sharding)), rows
 
 
-@pytest.mark.parametrize("path", [path if path in ("dense", "lazy", "pairs of batch") else pytest.param(path, marks=pytest.mark.slow)
-                                  for path in PATHS])
+CORE = ("dense", "lazy", "pairs of batch")
+
+
+@pytest.mark.parametrize("path", [path if path in CORE else pytest.param(path, marks=pytest.mark.slow) for path in PATHS])
 def test_a_step_is_that_of_a_program_of_so_many_features(store, tmp_path, path):
     kind, changes = PATHS[path]
     falling = make_config(kind, tmp_path, sae__k_start=12, train__k_anneal=0.5, mesh__data=2, mesh__dict=4, **changes)
