@@ -366,7 +366,7 @@ def _as_given(saved: Config, given: Config) -> Config:
 
     Raises `ConfigError` that names every other difference: what was trained cannot be measured as something else.
     """
-    different = config_lib.differences(saved, given)
+    different = config_lib.differences(saved, settled(given))
     if different:
         raise ConfigError(f"{saved.run_dir}: this run was made with another config ({'; '.join(different)}); give the directory "
                           "in place of --config, or the config that it was made with")

@@ -59,6 +59,16 @@ def test_a_trace_that_is_cut_short_is_whole(store, tmp_path, monkeypatch):
     assert [event for event in events(trace) if event.get("name") == "train"]
 
 
+def test_saes_of_a_sweep_share_one_trace_and_the_devices(store, tmp_path):
+    configs = [make_config(kind, tmp_path / kind, train__profile=2) for kind in ("relu", "topk")]
+    loop.train_all([[config] for config in configs], store)
+    assert len(traces(tmp_path / "profile")) == 1 and not (tmp_path / "relu" / "profile").exists()
+    for kind in ("relu", "topk"):
+        line = read_metrics(tmp_path / kind / "metrics.jsonl")[-2]
+        of_both = 2 * 10 * 16 * 64 / 8  # topk is dense here
+        assert line["flops_per_second"] == pytest.approx(of_both * line["tokens_per_second"], rel=1e-6)
+
+
 def test_a_profile_changes_no_bit(store, tmp_path):
     runs = [loop.train(make_config("topk", tmp_path / str(n), train__profile=n), store) for n in (0, 3)]
     assert storage.fingerprints(runs[0].state) == storage.fingerprints(runs[1].state)
