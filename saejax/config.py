@@ -109,8 +109,8 @@ class SAEOptions:
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
     k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
-    k_start: int = opt(0, "active features at the first step, falling to `k` over `train.k_anneal` (topk, batchtopk); 0: always "
-                       "`k`", ge=0)
+    k_start: int = opt(0, "active features at the first step, falling to `k` step by step over `train.k_anneal` (topk, "
+                       "batchtopk); these steps cost as much as with this k; 0: always `k`", ge=0)
     multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
     penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
                        choices=("l1", "tanh", "log"))
@@ -196,7 +196,8 @@ class TrainOptions:
     l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
     target_l0: float = opt(0.0, "active features per token to aim at: k of kinds that have one, else the penalty's lambda is "
                            "steered towards it; 0: off", ge=0.0)
-    k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`", ge=0.0, le=1.0)
+    k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`, evenly in its logarithm", ge=0.0,
+                          le=1.0)
     accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "
                           "and target_l0 count within a part", gt=0)
     ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: off",
@@ -210,6 +211,10 @@ class TrainOptions:
     deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
                               "(docs/checkpoint_format.md); CPUs and TPUs give them anyway")
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
+    profile: int = opt(0, "steps to trace, once, when the first steps are done: `<run_dir>/profile` (docs/profiling.md); 0: none",
+                       ge=0)
+    compilation_cache: str = opt("auto", "where compiled programs are kept for the next start (docs/profiling.md); auto: beside "
+                                 "the run where it has several processes; on: beside the run; off: nowhere; else a directory")
     init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
                              "(docs/formats.md)")
     resample: ResampleOptions = field(default_factory=ResampleOptions)
@@ -281,7 +286,8 @@ class Config:
 
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together", "train.profile",
+           "train.compilation_cache")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:

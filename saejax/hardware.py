@@ -155,6 +155,16 @@ def chip_of(device) -> Chip:
     return CHIPS[next((name for word, name in _KINDS.items() if word in kind), _UNKNOWN.get(device.platform, "cpu"))]
 
 
+def peak(device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, as its vendor states them; None where the table does not know: CPUs, other chips, and
+    cards of a name in it that are slower than the one it means (PCIe, NVL) or a part of one (MIG).
+    """
+    kind = device.device_kind.lower()
+    if device.platform == "cpu" or re.search(r"pcie|nvl|mig", kind):
+        return None
+    return next((CHIPS[name].flops for word, name in _KINDS.items() if word in kind), None)
+
+
 def present(devices) -> Topology:
     """The topology of the devices of this job; a chip that is not in the table counts as the nearest of its platform."""
     devices = list(devices)

@@ -32,6 +32,7 @@ from saejax.report.summary import Rates, Result, table, training_rate
 from saejax.scaling.sweep import groups, is_sweep, members
 from saejax.storage import is_writer, read_json, text_sha256, write_json
 from saejax.train.checkpoint import is_step, machine_of, read_meta
+from saejax.train.compilation_cache import kept, trusted
 from saejax.train.determinism import promise
 from saejax.train.loop import train, train_all
 from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir, settled
@@ -69,7 +70,8 @@ def start(job: str, arguments: Arguments) -> int:
         from saejax.judge_job import judge
         return judge(arguments)
     for config in _configs(arguments):
-        {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
+        with kept(config.train.compilation_cache, Path(config.run_dir)):
+            {"run": run, "harvest": harvest_only, "train": train_only}[job](config)
     return 0
 
 
@@ -355,7 +357,7 @@ def located(arguments: Arguments) -> list[tuple[Config, Path]]:
 
 def _beside_members(path: Path) -> bool:
     """True for what else `SWEEP/*` names: store, config and rates of a sweep."""
-    return (path.name in ("store", "config.json", "harvest.json") and RunPaths(path.parent).config.is_file()
+    return (path.name in ("store", "config.json", "harvest.json", "profile") and RunPaths(path.parent).config.is_file()
             and is_sweep(saved_config(path.parent)))
 
 
@@ -364,7 +366,7 @@ def _as_given(saved: Config, given: Config) -> Config:
 
     Raises `ConfigError` that names every other difference: what was trained cannot be measured as something else.
     """
-    different = config_lib.differences(saved, given)
+    different = config_lib.differences(saved, settled(given))
     if different:
         raise ConfigError(f"{saved.run_dir}: this run was made with another config ({'; '.join(different)}); give the directory "
                           "in place of --config, or the config that it was made with")
@@ -390,4 +392,4 @@ def saved_config(run_dir: Path) -> Config:
     elif not store.exists() and store.is_relative_to(Path(config.run_dir).parent):  # a member of a sweep that was moved
         store = run_dir.parent / store.relative_to(Path(config.run_dir).parent)
     harvest_options = dataclasses.replace(config.harvest, store=str(store))
-    return dataclasses.replace(config, run_dir=str(run_dir), harvest=harvest_options)
+    return dataclasses.replace(trusted(config), run_dir=str(run_dir), harvest=harvest_options)

@@ -71,6 +71,10 @@ class RunPaths:
         return self.root / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import html.parser
+import json
 import re
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def evaluation():
 def lines(n=50):
     return [{"step": i, "tokens_seen": i * 2048, "loss": 1 / (1 + i), "mse": 0.5 / (1 + i), "aux": 0.0, "l0": 32,
              "fvu": 0.3, "explained_variance": 0.7, "dead_fraction": 0.0, "lr": 1e-3, "tokens_per_second": 9000.0 + i,
-             "data_wait_share": 0.01} | ({"resampled": 17} if i == 20 else {}) for i in range(1, n)]
+             "data_wait_share": 0.01, "flops_per_second": 4e14, "mfu": 0.4, "peak_device_bytes": 31e9} |
+            ({"resampled": 17} if i == 20 else {}) for i in range(1, n)]
 
 
 def result(tmp_path, evaluation, **changes):
@@ -78,7 +80,7 @@ def test_nothing_is_loaded_and_policy_forbids_it(tmp_path, evaluation):
 def test_pictures_hold_no_script_and_no_text(tmp_path, evaluation):
     page = render(result(tmp_path, evaluation, name=HOSTILE), lines())
     pictures = [base64.b64decode(code).decode() for code in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
-    assert len(pictures) == 2 * 8  # loss, L0, variance, dead, learning rate, rate, waiting, histogram; light and dark
+    assert len(pictures) == 2 * 10  # loss, L0, variance, dead, learning rate, rate, MFU, memory, waiting, histogram; two themes
     for svg in pictures:
         assert "<script" not in svg and "<text" not in svg and "onload" not in svg and "foreignObject" not in svg
 
@@ -106,6 +108,16 @@ def test_table_puts_runs_side_by_side(tmp_path, evaluation):
     assert "0.9667" in line and "0.5" in line and line.index("0.9667") < line.index("0.5,")
     assert str(tmp_path / "a") in text and str(tmp_path / "b") in text
     assert max(map(len, text.splitlines())) == len(text.splitlines()[1])
+
+
+def test_utilisation_where_the_peak_is_known_else_flops(tmp_path, evaluation):
+    known = lines()
+    unknown = [{key: value for key, value in line.items() if key not in ("mfu", "peak_device_bytes")} for line in known]
+    for metrics, there, absent in ((known, ("MFU training", "40.00 %", "peak device memory", "31 GB"), ("FLOP/s of a device",)),
+                                   (unknown, ("FLOP/s of a device", "4e+14"), ("MFU", "peak device memory"))):
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+        page = render(result(tmp_path, evaluation), metrics)
+        assert all(word in page for word in there) and not any(word in page for word in absent)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

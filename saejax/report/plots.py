@@ -136,7 +136,7 @@ def _svg(draw, theme: dict) -> str:
 
 def short(x: float) -> str:
     """1500000 -> 1.5M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(x) >= size:
             return f"{x / size:.6g}{unit}"
     return f"{x:.6g}"

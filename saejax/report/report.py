@@ -53,6 +53,9 @@ def plots(result: Result, lines: list[dict]) -> list[Plot]:
         ("Sparsity coefficient lambda", {"l1_coefficient": "lambda", "sparsity_coefficient": "lambda"}, {}),
         ("Threshold", {"threshold": "running mean of the least kept activation"}, {}),
         ("Tokens per second", {"tokens_per_second": "tokens/s"}, {}),
+        ("MFU: share of the chips' bfloat16 peak", {"mfu": "MFU"}, {"top": 1.0}),
+        ("FLOP/s of a device", {} if any("mfu" in line for line in lines) else {"flops_per_second": "FLOP/s"}, {}),
+        ("Peak memory of a device (bytes)", {"peak_device_bytes": "bytes"}, {}),
         ("Share of time spent waiting for data", {"data_wait_share": "waiting"}, {"top": 1.0}),
     ]
     out = [line_plot(title, found, marks=marks, **options) for title, labels, options in wanted

@@ -32,8 +32,7 @@ class Result:
 
 def training_rate(paths: RunPaths) -> float | None:
     """Median tokens per second over the metric lines of a run."""
-    rates = [line["tokens_per_second"] for line in read_metrics(paths.metrics) if "tokens_per_second" in line]
-    return float(np.median(rates)) if rates else None
+    return _median(paths, "tokens_per_second")
 
 
 def described(config: Config) -> str:
@@ -67,7 +66,15 @@ def rows(result: Result) -> list[tuple[str, str]]:
         (f"dead in {_tokens(sae.dead_tokens)} tokens", _percent(_last(result.paths, "dead_fraction"))),
         ("tokens/s harvest", _rate(result.rates.harvest)),
         ("tokens/s training", _rate(result.rates.train)),
+        *_hardware(result.paths),
     ]
+
+
+def _hardware(paths: RunPaths) -> list[tuple[str, str]]:
+    """MFU, or FLOP/s where the chip's peak is not known, and memory: of what there is in the metric lines."""
+    mfu, flops, peak = _median(paths, "mfu"), _median(paths, "flops_per_second"), _last(paths, "peak_device_bytes")
+    use = [("MFU training", _percent(mfu))] if mfu else [("FLOP/s of a device", f"{flops:.3g}")] if flops else []
+    return use + ([("peak device memory", f"{peak / 1e9:.4g} GB")] if peak else [])
 
 
 def table(results: list[Result]) -> str:
@@ -79,6 +86,11 @@ def table(results: list[Result]) -> str:
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:]])
+
+
+def _median(paths: RunPaths, key: str) -> float | None:
+    values = [line[key] for line in read_metrics(paths.metrics) if key in line]
+    return float(np.median(values)) if values else None
 
 
 def _last(paths: RunPaths, key: str) -> float | None:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from saejax import sharding
 from saejax.sae.params import SAEParams, SAESpec
-from saejax.sae.select import topk_mask
+from saejax.sae.select import UpTo, topk_mask
 from saejax.sae.select_batch import batch_topk_mask
 
 
@@ -16,7 +16,7 @@ def relu(pre_BF: jax.Array) -> jax.Array:
     return jax.nn.relu(pre_BF)
 
 
-def topk(pre_BF: jax.Array, k: int) -> jax.Array:
+def topk(pre_BF: jax.Array, k: int | UpTo) -> jax.Array:
     """acts = max(pre, 0) on the k largest pre-activations of each row, 0 elsewhere: at most k are non-zero, ties included.
 
     The gradient passes through the kept entries only. Source: Gao et al. 2024, section 2.3.
@@ -40,7 +40,7 @@ def groupmax(pre_BF: jax.Array, k: int) -> jax.Array:
     return jax.sharding.reshard(acts_BF, sharding.spec("rows", "features")) if sharding.mesh_is_set() else acts_BF
 
 
-def batchtopk(pre_BF: jax.Array, k: int) -> jax.Array:
+def batchtopk(pre_BF: jax.Array, k: int | UpTo) -> jax.Array:
     """acts = max(pre, 0) on the B x k largest pre-activations of the whole batch, 0 elsewhere: k per row on average.
 
     A training-time function: a row's features depend on the other rows. A trained SAE uses a threshold (jumprelu) instead.
@@ -104,8 +104,8 @@ def thresholds(params: SAEParams) -> jax.Array:
     return own["threshold"] if "threshold" in own else jnp.exp(own["log_threshold"])
 
 
-def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array) -> jax.Array:
-    """Feature activations of an SAE's kind."""
+def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array, k: UpTo | None = None) -> jax.Array:
+    """Feature activations of an SAE's kind. k: in place of `spec.k` (topk, batchtopk)."""
     if spec.kind == "relu":
         return relu(pre_BF)
     if spec.kind == "gated":
@@ -113,7 +113,7 @@ def activate(spec: SAESpec, params: SAEParams, pre_BF: jax.Array) -> jax.Array:
     if spec.kind == "jumprelu":
         return jumprelu(pre_BF, thresholds(params), spec.bandwidth)
     if spec.kind == "batchtopk":
-        return batchtopk(pre_BF, spec.k)
+        return batchtopk(pre_BF, k or spec.k)
     if spec.kind == "groupmax":
         return groupmax(pre_BF, spec.k)
-    return topk(pre_BF, spec.k)
+    return topk(pre_BF, k or spec.k)

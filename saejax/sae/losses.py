@@ -11,6 +11,7 @@ from saejax.sae.activations import topk
 from saejax.sae.model import pre_activations_of
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.prefixes import decode_at_rest
+from saejax.sae.select import UpTo
 
 
 @struct.dataclass
@@ -20,6 +21,7 @@ class LossInputs:
     sparsity: lambda at this step. target_l0: what jumprelu's objective of that name aims at. inverse_variance:
     1 / E||x - E x||^2 of the normalised data (a constant of the run).
     tokens_since_fired_F, dead_after: counters before this batch, and the bound beyond which a feature counts as dead.
+    k_now: active features at this step, at most `SAESpec.k`; None: so many.
     """
 
     sparsity: jax.Array
@@ -27,6 +29,11 @@ class LossInputs:
     inverse_variance: jax.Array
     tokens_since_fired_F: jax.Array
     dead_after: jax.Array
+    k_now: jax.Array | None = None
+
+    def k(self, spec: SAESpec) -> UpTo:
+        """How many features are kept at this step."""
+        return UpTo(spec.k, self.k_now)
 
 
 @struct.dataclass

@@ -15,6 +15,7 @@ from saejax.sae.model import pre_activations_of, read, skipped
 from saejax.sae.normalization import columns
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.prefixes import borders, decode_at_rest, prefix_reconstructions
+from saejax.sae.select import UpTo
 
 
 @struct.dataclass
@@ -61,9 +62,10 @@ def _tiled(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.A
                    sums=found.sums, frozen_BD=found.parts_GBD[G:].sum(0) if found.parts_GBD.shape[0] > G else None)
 
 
-def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array) -> Forward:
+def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.Array, y_BD: jax.Array,
+           k: UpTo) -> Forward:
     pre_BF = pre_activations_of(spec, params, read_BD)
-    acts_BF = activate(spec, params, pre_BF)
+    acts_BF = activate(spec, params, pre_BF, k)
     prefixes_GBD = prefix_reconstructions(spec, params, acts_BF, options.groups) if options.groups else None
     recon_BD = decode_at_rest(spec, params, acts_BF) if prefixes_GBD is None else prefixes_GBD[-1]
     return Forward(y_BD=y_BD, recon_BD=recon_BD, prefixes_GBD=prefixes_GBD, fired_F=(acts_BF > 0).any(0),
@@ -114,10 +116,11 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
     x_BD, y_BD = columns(spec, rows_BW)
     read_BD = read_rows(spec, params, rows_BW)
     by_feature = spec.kind in featurewise.LOSSES
-    seen = (_tiled if by_feature else _dense)(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
     if by_feature:
+        seen = _tiled(spec, options, params, read_BD, y_BD).plus(skipped(spec, params, x_BD))
         loss, own = featurewise.LOSSES[spec.kind](options, params, seen, inputs)
     else:
+        seen = _dense(spec, options, params, read_BD, y_BD, inputs.k(spec)).plus(skipped(spec, params, x_BD))
         loss, own = _topk(spec, options, params, seen, inputs)
     if options.aux_k:
         error_BD = lax.stop_gradient(y_BD - seen.recon_BD)
@@ -142,6 +145,6 @@ def _topk(spec, options, params, seen, inputs):
     """
     loss = seen.mse * inputs.inverse_variance
     if options.multi_topk:
-        wider_BD = decode_at_rest(spec, params, topk(seen.pre_BF, 4 * spec.k)) + seen.through_BD
+        wider_BD = decode_at_rest(spec, params, topk(seen.pre_BF, inputs.k(spec) * 4)) + seen.through_BD
         loss = loss + squared_error(seen.y_BD, wider_BD).mean() * inputs.inverse_variance / 8
     return loss, {}

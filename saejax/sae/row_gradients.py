@@ -99,7 +99,7 @@ def of_fired(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: Batch
     over_batch = spec.kind == "batchtopk"
 
     def chosen(counted: bool):
-        return batch.over(lambda i: ((), sparse.selected(spec, params, batch.read(i), spec.k, over_batch=over_batch,
+        return batch.over(lambda i: ((), sparse.selected(spec, params, batch.read(i), inputs.k(spec), over_batch=over_batch,
                                                          counted=counted)))[1]
 
     def of(pairs_n: sparse.Pairs):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import lax
 from scipy.stats import binom
 
@@ -10,6 +11,29 @@ from saejax import sharding
 OVERFLOW = 1e-3  # share of the batches of evenly spread winners in which some row has more of them on a shard than are sent
 # Sizes of the groups that `largest` takes maxima of, by platform. On a TPU `lax.top_k` moves less memory.
 GROUPS = {"cpu": (64, 8), "cuda": (128, 16), "rocm": (128, 16)}
+
+
+@struct.dataclass
+class UpTo:
+    """How many to keep: `most`, or where that changes while the program runs `now` of them, an int32 scalar of 1 to `most`."""
+
+    most: int = struct.field(pytree_node=False)
+    now: jax.Array | None = None
+
+    @classmethod
+    def of(cls, k: "int | UpTo") -> "UpTo":
+        return k if isinstance(k, UpTo) else cls(k)
+
+    def __mul__(self, n: int) -> "UpTo":
+        return UpTo(n * self.most, None if self.now is None else n * self.now)
+
+    @property
+    def count(self) -> int | jax.Array:
+        return self.most if self.now is None else self.now
+
+    def first(self, n: int) -> jax.Array:
+        """Which of n in falling order, at most `most`, are kept."""
+        return jnp.ones(n, bool) if self.now is None else jnp.arange(n) < self.now
 
 
 def largest(values_BF: jax.Array, k: int, sizes: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
@@ -59,18 +83,15 @@ def _members(values_BW: jax.Array, groups_Bk: jax.Array, size: int) -> tuple[jax
     return values.reshape(len(values_BW), -1), index.reshape(len(values_BW), -1)
 
 
-def topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
+def topk_mask(pre_BF: jax.Array, k: int | UpTo) -> jax.Array:
     """Boolean mask of the k largest pre-activations of each row; exactly k are True, ties go to the lower feature index.
 
     pre_BF: float32 [B, F], rows split over `data`, features over `dict`. Exact for any distribution of the winners over the
     shards; NaN counts as infinite, so that it does not get lost. Communication along `dict`: see `kept_per_row`; nothing
     of width F moves or is sorted. The gradient is not defined (a mask is piecewise constant): pass stop_gradient.
     """
-    if not sharding.mesh_is_set():
-        return _mask_local(pre_BF, k, 1)
-    rows_features = sharding.spec("rows", "features")
-    return jax.shard_map(lambda pre_local: _mask_local(pre_local, k, lax.axis_size("dict")), in_specs=rows_features,
-                         out_specs=rows_features, check_vma=False)(pre_BF)  # it knows mesh axes only, not that of `any_member`
+    rows_features, k = sharding.spec("rows", "features"), UpTo.of(k)
+    return sharding.on_shards(_mask_local, (rows_features, sharding.spec()), rows_features)(pre_BF, k)
 
 
 def sent(k: int, rows: int, shards: int, features: int) -> int:
@@ -82,17 +103,17 @@ def sent(k: int, rows: int, shards: int, features: int) -> int:
     return min(k, features, max(-(-k // shards), int(binom.isf(OVERFLOW / (rows * shards), k, 1 / shards))))
 
 
-def kept_per_row(values: jax.Array, k: int, shards: int) -> jax.Array:
-    """Which of this shard's min(k, F_local) largest values of each row, as `largest` returns them, are among the k of all
+def kept_per_row(values: jax.Array, k: UpTo, shards: int) -> jax.Array:
+    """Which of this shard's min(k.most, F_local) largest values of each row, as `largest` returns them, are among the k of all
     shards. Call it inside `shard_map` where there are several.
 
     Communication along `dict`: `sent` candidate values of each row go to where the row rests and are merged there, its threshold
     and how many ties each shard keeps come back: one all-to-all of [B, sent], one all-gather and one all-to-all of [B].
     """
     if shards == 1:
-        return jnp.ones_like(values, bool)
+        return jnp.broadcast_to(k.first(values.shape[1]), values.shape)
     rows = len(values) * lax.axis_size("data")
-    n = sent(k, rows, shards, values.shape[1])
+    n = sent(k.most, rows, shards, values.shape[1])
     threshold, kept = _kept(values[:, :n], k, shards)
     if n == values.shape[1]:
         return kept
@@ -103,10 +124,10 @@ def kept_per_row(values: jax.Array, k: int, shards: int) -> jax.Array:
                     lambda: jnp.pad(kept, ((0, 0), (0, values.shape[1] - n))))
 
 
-def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
+def _mask_local(pre_local: jax.Array, k: UpTo, shards: int) -> jax.Array:
     # Reductions over masked entries where an index would read more easily: nothing is gathered, nothing sliced.
     pre_local = _comparable(pre_local)
-    values, index = largest(pre_local, k)
+    values, index = largest(pre_local, k.most)
     kept = kept_per_row(values, k, shards)
     least = jnp.where(kept, values, jnp.inf).min(-1, keepdims=True)
     last_equal = jnp.where(kept & (values == least), index, -1).max(-1, keepdims=True)
@@ -114,7 +135,7 @@ def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
     return (pre_local > least) | ((pre_local == least) & (feature <= last_equal))
 
 
-def _kept(values: jax.Array, k: int, shards: int) -> tuple[jax.Array, jax.Array]:
+def _kept(values: jax.Array, k: UpTo, shards: int) -> tuple[jax.Array, jax.Array]:
     """The k-th largest value of each row over all shards [B, 1], and which of this shard's candidates are among the k.
 
     values: this shard's candidates [B, C], sorted downwards, equal ones by feature index.
@@ -123,10 +144,11 @@ def _kept(values: jax.Array, k: int, shards: int) -> tuple[jax.Array, jax.Array]
     parts = jnp.pad(values, ((0, -B % shards), (0, 0)), constant_values=-jnp.inf).reshape(shards, -1, C)
     candidates = lax.all_to_all(parts, "dict", 0, 0)  # [shards, rows that rest here, C]
     merged = jnp.swapaxes(candidates, 0, 1).reshape(-1, shards * C)
-    least = largest(merged, k)[0].min(-1)
+    best = largest(merged, k.most)[0]
+    least = jnp.where(k.first(best.shape[1]), best, jnp.inf).min(-1)
     n_greater = (candidates > least[:, None]).sum((0, 2), dtype=jnp.int32)
     n_equal = (candidates == least[:, None]).sum(2, dtype=jnp.int32)
-    ties = k - n_greater - (jnp.cumsum(n_equal, axis=0) - n_equal)  # that are left for each shard
+    ties = k.count - n_greater - (jnp.cumsum(n_equal, axis=0) - n_equal)  # that are left for each shard
     threshold = lax.all_gather(least, "dict", tiled=True)[:B, None]
     allowed = lax.all_to_all(ties, "dict", 0, 0).reshape(-1)[:B, None]
     rank = jnp.arange(C) - (values > threshold).sum(1, keepdims=True)

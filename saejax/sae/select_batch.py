@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from saejax import sharding
-from saejax.sae.select import largest, sent
+from saejax.sae.select import UpTo, largest, sent
 
 # Where rows keep k on average: candidates of a row and of the widest rows, as multiples of k; the share of those.
 ROOM, WIDE, WIDE_SHARE = 3, 32, 1 / 16
@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
     wide_rows: jax.Array
 
 
-def batch_topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
+def batch_topk_mask(pre_BF: jax.Array, k: int | UpTo) -> jax.Array:
     """Boolean mask of the B x k largest positive pre-activations of the whole batch; all of them where there are fewer.
 
     pre_BF: float32 [B, F], rows split over `data`, features over `dict`; B x k < 2^31 - 2^16. Exactly B x k are True, ties go to
@@ -44,13 +44,9 @@ def batch_topk_mask(pre_BF: jax.Array, k: int) -> jax.Array:
     counts: eight passes over candidates, and over all entries where a row keeps more than it has candidates (`border`). The
     gradient is not defined: pass stop_gradient.
     """
-    check_counts(pre_BF.shape[0], k)
-    if not sharding.mesh_is_set():
-        return _mask_local(pre_BF, k, 1)
-    rows_features = sharding.spec("rows", "features")
-    # check_vma knows mesh axes only, not the axis that `any_member` reduces over
-    return jax.shard_map(lambda pre_local: _mask_local(pre_local, k, lax.axis_size("dict")), in_specs=rows_features,
-                         out_specs=rows_features, check_vma=False)(pre_BF)
+    rows_features, k = sharding.spec("rows", "features"), UpTo.of(k)
+    check_counts(pre_BF.shape[0], k.most)
+    return sharding.on_shards(_mask_local, (rows_features, sharding.spec()), rows_features)(pre_BF, k)
 
 
 def check_counts(rows: int, k: int) -> None:
@@ -69,7 +65,7 @@ def candidates(pre_of: Callable, rows: jax.Array, k: int, shards: int, features:
     return Candidates((values.at[wide_rows].set(-jnp.inf), wide), (index, wide_index), wide_rows)
 
 
-def kept_candidates(found: Candidates, k: int, features: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
+def kept_candidates(found: Candidates, k: int | jax.Array, features: int) -> tuple[tuple[jax.Array, ...], jax.Array]:
     """(which candidates are among the B x k of the whole batch, of each table; whether a row may keep more than it has: then they
     are not exact). features: of the shard. Call it inside `shard_map` where there are several devices.
     """
@@ -79,7 +75,7 @@ def kept_candidates(found: Candidates, k: int, features: int) -> tuple[tuple[jax
     return _kept(bits, found.wide_rows, at, keep), any_device(short[0] | short[1])
 
 
-def border(count: Callable, keep: int) -> Border:
+def border(count: Callable, keep: int | jax.Array) -> Border:
     """Where the `keep` largest of all entries end, by eight passes. count(parts [T]): how many entries of all devices are at
     least each of them, saturated at 2^31 - 1.
     """
@@ -117,7 +113,7 @@ def any_device(condition: jax.Array) -> jax.Array:
     return sharding.over(lax.pmax, condition.astype(jnp.int32), "data", "dict") > 0
 
 
-def ties_left(n_equal_B: jax.Array, at: Border, keep: int) -> jax.Array:
+def ties_left(n_equal_B: jax.Array, at: Border, keep: int | jax.Array) -> jax.Array:
     """How many entries that equal the border each row of this shard keeps at most (more than it has, or none): int32 [B]; the
     first in the order (row, feature) over all devices. n_equal_B: how many it has. Two all-gathers of counts.
     """
@@ -142,9 +138,9 @@ def ties_left(n_equal_B: jax.Array, at: Border, keep: int) -> jax.Array:
     return allowed - add(add(rows_before, lower_shards), earlier)
 
 
-def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
-    found = candidates(largest, pre_local, k, shards, pre_local.shape[1])
-    bits, keep, features = tuple(map(ordered, found.values)), kept_in_all(len(pre_local), k), pre_local.shape[1]
+def _mask_local(pre_local: jax.Array, k: UpTo, shards: int) -> jax.Array:
+    found = candidates(largest, pre_local, k.most, shards, pre_local.shape[1])
+    bits, keep, features = tuple(map(ordered, found.values)), kept_in_all(len(pre_local), k.count), pre_local.shape[1]
     at = border(lambda parts: _count(bits, parts), keep)
     short = [(table[:, -1] >= jnp.maximum(at.low, 1)).any() & (table.shape[1] < features) for table in bits]
     every = ordered(pre_local)
@@ -153,7 +149,7 @@ def _mask_local(pre_local: jax.Array, k: int, shards: int) -> jax.Array:
     return _kept((every,), None, at, keep)[0]
 
 
-def kept_in_all(rows: int, k: int) -> int:
+def kept_in_all(rows: int, k: int | jax.Array) -> int | jax.Array:
     """How many entries all devices together keep, where each has so many rows."""
     return rows * k * (lax.axis_size("data") if sharding.mesh_is_set() else 1)
 
@@ -162,7 +158,7 @@ def _count(tables: tuple[jax.Array, ...], parts: jax.Array) -> jax.Array:
     return total(jnp.concatenate([(table >= parts[:, None, None]).sum(2, dtype=jnp.int32) for table in tables], axis=1))
 
 
-def _kept(tables: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border, keep: int) -> tuple[jax.Array, ...]:
+def _kept(tables: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border, keep: int | jax.Array) -> tuple[jax.Array, ...]:
     """Which entries of tables as `Candidates` has them are kept."""
     def with_ties():
         equal = [table == at.low for table in tables]

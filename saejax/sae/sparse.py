@@ -20,7 +20,7 @@ from saejax.config import SAEOptions
 from saejax.sae.model import bias
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.products import product
-from saejax.sae.select import kept_per_row, largest
+from saejax.sae.select import UpTo, kept_per_row, largest
 from saejax.sae.select_batch import (
     any_device,
     border,
@@ -68,25 +68,26 @@ _BD, _GBD = sharding.spec("rows", None), sharding.spec(None, "rows_at_rest", Non
 _PAIRS = Pairs(_P, _P, _P, _P)
 
 
-def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int, *, over_batch: bool = False, counted: bool = False,
-             allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
+def selected(spec: SAESpec, params: SAEParams, read_BD: jax.Array, k: int | UpTo, *, over_batch: bool = False,
+             counted: bool = False, allowed_F: jax.Array | None = None) -> tuple[Pairs, jax.Array]:
     """(`activations.topk` of the pre-activations as pairs, whether pairs are missing). over_batch: `activations.batchtopk`; pairs
     are missing where too many rows keep many times what they do on average, or one device's rows many more than others'; never
     with `counted`, which costs ten times as much, but no more memory. allowed_F: the features that may be kept. read_BD: rows as
     `model.read` gives them. No gradient flows through the values (see `attached`).
     """
     allowed_F = jnp.ones_like(params.b_enc, bool) if allowed_F is None else allowed_F
+    k = UpTo.of(k)
     if over_batch:
-        check_counts(len(read_BD), k)
-    select = functools.partial(_select, k=k, over_batch=over_batch, counted=counted, dtype=jnp.dtype(spec.compute_dtype))
+        check_counts(len(read_BD), k.most)
+    select = functools.partial(_select, over_batch=over_batch, counted=counted, dtype=jnp.dtype(spec.compute_dtype))
 
     def local(*values, shards):
         features = spec.d_sae // shards
         cpu, other = (functools.partial(select, tile=tile_size(features, name), shards=shards) for name in ("cpu", ""))
         return lax.platform_dependent(*values, cpu=cpu, default=other)
 
-    *found, missing = sharding.on_shards(local, (_FD, _F, _F, _BD), (*[_P] * 4, sharding.spec()))(
-        *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD)))
+    *found, missing = sharding.on_shards(local, (_FD, _F, _F, _BD, sharding.spec()), (*[_P] * 4, sharding.spec()))(
+        *map(lax.stop_gradient, (params.W_enc, params.b_enc, allowed_F, read_BD)), k)
     return Pairs(*found), missing
 
 
@@ -192,31 +193,32 @@ class _Encoder:
         return self.over_tiles(lambda pre_TF: largest(pre_TF, n), x_BD)
 
 
-def _select(W_enc, b_enc, allowed_F, x_BD, *, k: int, over_batch: bool, counted: bool, dtype, tile: int, shards: int):
+def _select(W_enc, b_enc, allowed_F, x_BD, k: UpTo, *, over_batch: bool, counted: bool, dtype, tile: int, shards: int):
     encoder, B = _Encoder(W_enc.astype(dtype), b_enc, allowed_F, dtype, tile), len(x_BD)
     if counted:
         return *_counted(encoder, x_BD, k), jnp.bool_(False)
     if not over_batch:
-        values, index = encoder.largest(x_BD, k)
-        return *_listed((values,), (index,), (kept_per_row(values, k, shards),), None, B * k)[:4], jnp.bool_(False)
-    found = candidates(encoder.largest, x_BD, k, shards, len(b_enc))
-    kept, short = kept_candidates(found, k, len(b_enc))
-    *pairs, lost = _listed(found.values, found.index, kept, found.wide_rows, min(B * -(-k * 5 // 4), kept_in_all(B, k)))
+        values, index = encoder.largest(x_BD, k.most)
+        return *_listed((values,), (index,), (kept_per_row(values, k, shards),), None, B * k.most)[:4], jnp.bool_(False)
+    found = candidates(encoder.largest, x_BD, k.most, shards, len(b_enc))
+    kept, short = kept_candidates(found, k.count, len(b_enc))
+    room = min(B * -(-k.most * 5 // 4), kept_in_all(B, k.most))
+    *pairs, lost = _listed(found.values, found.index, kept, found.wide_rows, room)
     return *pairs, short | any_device(lost)
 
 
-def _counted(encoder: _Encoder, x_BD: jax.Array, k: int) -> tuple[jax.Array, ...]:
+def _counted(encoder: _Encoder, x_BD: jax.Array, k: UpTo) -> tuple[jax.Array, ...]:
     """The pairs that are kept over the batch, without candidates: nine passes over all pre-activations of the device count them,
     a tenth lists them, tile by tile.
     """
-    B, F, keep = len(x_BD), len(encoder.b_enc), kept_in_all(len(x_BD), k)
+    B, F, keep = len(x_BD), len(encoder.b_enc), kept_in_all(len(x_BD), k.count)
     at = border(lambda parts: total(encoder.over_tiles(
         lambda pre_TF: (ordered(pre_TF)[:, None] >= parts[:, None]).sum(2, dtype=jnp.int32), x_BD).T), keep)
     n_above_B, n_equal_B = encoder.over_tiles(lambda pre_TF: tuple(
         found.sum(1, dtype=jnp.int32) for found in (ordered(pre_TF) > at.low, ordered(pre_TF) == at.low)), x_BD)
     left_B = jnp.clip(ties_left(n_equal_B, at, keep), 0, n_equal_B)
     count_B = n_above_B + left_B
-    first_B, capacity = jnp.cumsum(count_B) - count_B, min(B * F, keep)
+    first_B, capacity = jnp.cumsum(count_B) - count_B, min(B * F, kept_in_all(B, k.most))
 
     def listed(pairs, tile):
         x_TD, count_T, left_T, first_T, row_T = tile

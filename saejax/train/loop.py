@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,10 +23,12 @@ from saejax.errors import CheckpointError, NonFiniteError
 from saejax.logs import MetricWriter, Progress, say
 from saejax.records import ActivationBatch, RunPaths, StreamState
 from saejax.sae import SAESpec
-from saejax.train import determinism
+from saejax.train import compilation_cache, determinism
 from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
 from saejax.train.preemption import Preempted, Preemption
+from saejax.train.profile import Profile, window
 from saejax.train.programs import Program, make_joint_step
+from saejax.train.rates import Rates, flops_of_step, on_bar
 from saejax.train.resample import due, resample
 from saejax.train.start_from import Load, started_from
 from saejax.train.state import TrainState, initial_state, measured
@@ -85,6 +86,7 @@ class _Run:
         self.programs = [Program([Member(config, store, self.mesh, alone=self.alone) for config in group],
                                  make_step if len(group) == 1 else make_joint_step) for group in groups]
         self.members = [member for program in self.programs for member in program.members]
+        self.flops = {member: flops_of_step(member, self.mesh) for member in self.members}  # of a step, on one device
         self.batch, self.every, self.log_options = configs[0].train.batch, checkpoint_steps(configs[0]), configs[0].log
         self.hookpoints = tuple(dict.fromkeys(name for config in configs for name in config.sae.hookpoints))
         self.rest = sharding.sharding(self.mesh, "rows_at_rest", None)
@@ -96,8 +98,9 @@ class _Run:
         return [member for member in self.members if member.training]
 
     def go(self) -> None:
+        options = self.members[0].config.train
         try:
-            with jax.set_mesh(self.mesh):
+            with compilation_cache.kept(options.compilation_cache, self.where), jax.set_mesh(self.mesh):
                 start = self.resume()
                 if self.training:
                     self.steps(start)
@@ -195,9 +198,13 @@ class _Run:
         totals = sum(member.total for member in self.training)
         with (self.stream(self.hookpoints, self.training[0].counters.stream) as stream, Preemption() as preemption,
               Progress("train", totals * self.batch, initial=start * self.batch * len(self.training),
-                       enabled=self.log_options.progress) as bar, self.logs(start, stream, bar) as logs):
-            for number, rows in zip(range(start + 1, last + 1), stream, strict=False):  # the stream has no end
-                self.step(number, rows, stream.state, logs, bar)
+                       enabled=self.log_options.progress) as bar, self.logs(start, stream, bar) as logs,
+              self.profile(start, last) as profile):
+            for number in range(start + 1, last + 1):
+                with profile.step(number):
+                    with jax.profiler.TraceAnnotation("wait for rows"):
+                        rows = next(stream)
+                    self.step(number, rows, stream.state, logs, bar)
                 leaving = preemption.requested(number) and number < last
                 self.save(number, logs, leaving)
                 if leaving:
@@ -206,6 +213,14 @@ class _Run:
                                     "command again to go on")
                 if not self.training:
                     break
+
+    def profile(self, start: int, last: int) -> Profile:
+        def settle() -> None:
+            for program in self.programs:
+                program.wait()
+
+        steps = window(self.members[0].config.train.profile, start, last, self.every)
+        return Profile(RunPaths(self.where).profile, steps, settle)
 
     def step(self, number: int, rows: ActivationBatch, place: StreamState, logs: dict[Member, "_Log"], bar: Progress) -> None:
         """One step of every program that trains, then whatever is due for single members."""
@@ -287,7 +302,9 @@ class _Run:
                     tensorboard = paths.tensorboard if config.log.tensorboard else None
                     writer = MetricWriter(paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
                                           name=config.name, config=config_lib.to_json(config), resume_step=start)
-                    logs[member] = stack.enter_context(_Log(config, paths, writer, stream, shown.of(len(logs)),
+                    rates = Rates(self.batch, lambda: sum(self.flops[member] for member in self.training),
+                                  lambda: stream.wait_seconds, self.mesh.devices.flat[0])
+                    logs[member] = stack.enter_context(_Log(config, writer, rates, shown.of(len(logs)),
                                                             lane if len(program.members) > 1 else None))
             yield logs
 
@@ -303,7 +320,9 @@ class _Shown:
         def advance(n: int, **figures: float) -> None:
             if figures and len(self.fvu) > 1:  # losses of different kinds do not compare; FVU does
                 self.fvu[who], self.loss = figures["fvu"], figures["loss"] if who == 0 else self.loss
-                figures = {"loss": self.loss, "fvu": self.fvu[0], "worst_fvu": np.nanmax([*self.fvu, 0.0])}
+                own = ("loss", "l0", "fvu", "dead", "skipped")
+                figures = {"loss": self.loss, "fvu": self.fvu[0], "worst_fvu": np.nanmax([*self.fvu, 0.0])} | {
+                    name: value for name, value in figures.items() if name not in own}
             self.bar.advance(n, **figures)
 
         return advance
@@ -312,12 +331,10 @@ class _Shown:
 class _Log:
     """Metrics of step n are read after step n + 1 was dispatched, so that the devices never wait for the host."""
 
-    def __init__(self, config: Config, paths: RunPaths, writer: MetricWriter, stream: Stream, advance: Callable,
-                 lane: int | None):
-        self.config, self.paths, self.writer, self.stream, self.advance, self.lane = config, paths, writer, stream, advance, lane
+    def __init__(self, config: Config, writer: MetricWriter, rates: Rates, advance: Callable, lane: int | None):
+        self.config, self.writer, self.rates, self.advance, self.lane = config, writer, rates, advance, lane
         self.pending: tuple[int, dict] | None = None
         self.extra: dict[str, float] = {}
-        self.clock: tuple[int, float, float] | None = None  # step, time, seconds waited for data at the last reading
 
     def __enter__(self):
         return self
@@ -334,7 +351,8 @@ class _Log:
         previous, self.pending = self.pending, (step, metrics)
         if previous is None:
             return False
-        self._read(*previous)
+        with jax.profiler.TraceAnnotation("wait for the step before"):
+            self._read(*previous)
         broken = int(self._mine(previous[1]["skipped_in_row"])) >= self.config.train.max_skipped
         self.pending = None if broken else self.pending
         return broken
@@ -354,8 +372,8 @@ class _Log:
 
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
         jax.block_until_ready(metrics["loss"])
-        if self.clock is None:  # rates count from the end of the first step: compilation is not throughput
-            self._rates(step)
+        if self.rates.before is None:  # rates count from the end of the first step: compilation is not throughput
+            self.rates.at(step)
         batch = self.config.train.batch
         if step % self.config.log.every_steps and self.pending is not None:
             self.advance(batch)
@@ -363,15 +381,8 @@ class _Log:
         jax.block_until_ready(metrics)
         values = {k: float(self._mine(v)) for k, v in metrics.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # those of a step that was left out
-        self.writer.write(step, {"tokens_seen": step * batch, **values, **self._rates(step), **self.extra})
+        rates = self.rates.at(step)
+        self.writer.write(step, {"tokens_seen": step * batch, **values, **rates, **self.extra})
         self.extra = {}
-        shown = ["loss", "l0", "fvu", "dead_fraction"] + (["skipped"] if values["skipped"] else [])
-        self.advance(batch, **{name.removesuffix("_fraction"): values.get(name, math.nan) for name in shown})
-
-    def _rates(self, step: int) -> dict[str, float]:
-        before, self.clock = self.clock, (step, time.monotonic(), self.stream.wait_seconds)
-        if before is None or before[0] == step:
-            return {}
-        seconds = self.clock[1] - before[1]
-        return {"tokens_per_second": (step - before[0]) * self.config.train.batch / seconds,
-                "data_wait_share": min(1.0, (self.clock[2] - before[2]) / seconds)}
+        names = ["loss", "l0", "fvu", "dead_fraction"] + (["skipped"] if values["skipped"] else [])
+        self.advance(batch, **{name.removesuffix("_fraction"): values.get(name, math.nan) for name in names}, **on_bar(rates))

@@ -1,7 +1,5 @@
 """Schedules, and the constraints on rows."""
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -34,16 +32,16 @@ def penalty_ramp(options: TrainOptions, total_steps: int) -> optax.Schedule:
     return lambda step: jnp.minimum(1.0, step / warmup)
 
 
-def annealed_k(k: int, k_start: int, share: float, total_steps: int, stages: int = 8) -> Callable[[int], int]:
-    """k at a step (1, 2, ...) on the way from `k_start` to `k` over `share` of the steps: `stages` values, evenly spaced in the
-    logarithm. k is static in the compiled step, so each value is one more compilation.
-    """
-    steps = round(share * total_steps)
+def annealing_steps(sae: SAEOptions, options: TrainOptions, total_steps: int) -> int:
+    """How many steps k takes on its way from `k_start` to `k`."""
+    return round(options.k_anneal * total_steps) if sae.k_start else 0
 
-    def at(step: int) -> int:
-        if not k_start or step > steps:
-            return k
-        return round(k_start * (k / k_start) ** ((step - 1) * stages // steps / stages))
+
+def annealed_k(sae: SAEOptions, steps: int) -> optax.Schedule:
+    """k after so many steps on the way from `k_start` to `k` over `steps`: evenly in the logarithm, rounded; int32."""
+    def at(step):
+        share = jnp.clip(step / steps, 0.0, 1.0)
+        return jnp.round(sae.k_start * (sae.k / sae.k_start) ** share).astype(jnp.int32)
 
     return at
 

@@ -10,7 +10,6 @@ from jax import lax
 
 from saejax import sharding
 from saejax.config import Config
-from saejax.recipes import WITH_K
 from saejax.sae import SAESpec
 from saejax.train import determinism, optim
 from saejax.train.member import Member
@@ -26,7 +25,7 @@ def make_joint_step(configs: Sequence[Config], spec: SAESpec, total_steps: int):
     """
     own_N = jax.tree.map(lambda *values: jnp.stack(values), *map(Hyperparameters.of, configs))
 
-    def step(states: TrainState, rows_BW: jax.Array):
+    def train_steps(states: TrainState, rows_BW: jax.Array):
         shared = jax.tree.map(lambda value_N: value_N[0], states.normalization)
 
         def of_one(own: Hyperparameters, state: TrainState):
@@ -35,7 +34,7 @@ def make_joint_step(configs: Sequence[Config], spec: SAESpec, total_steps: int):
 
         return jax.vmap(of_one, axis_name=sharding.MEMBERS)(own_N, states)
 
-    return jax.jit(step, donate_argnums=0, compiler_options=determinism.compiler_options(configs[0].train))
+    return jax.jit(train_steps, donate_argnums=0, compiler_options=determinism.compiler_options(configs[0].train))
 
 
 @jax.jit
@@ -66,8 +65,7 @@ class Program:
         self._step_fn = functools.lru_cache(maxsize=2)(self._compiled)
         first = members[0]
         self.spec, self.total = first.spec, first.total
-        train, sae = first.config.train, first.config.sae
-        self.k_at = optim.annealed_k(sae.k, sae.k_start, train.k_anneal, self.total)
+        self.annealing = optim.annealing_steps(first.config.sae, first.config.train, self.total)
 
     @property
     def training(self) -> list[tuple[int, Member]]:
@@ -84,13 +82,17 @@ class Program:
 
     def step(self, number: int, rows_BW: jax.Array) -> dict[str, jax.Array]:
         """Dispatches a step and returns its metrics, of several members with a leading axis."""
-        self._state, metrics = self._step_fn(self.k_at(number))(self._state, rows_BW)
+        self._state, metrics = self._step_fn(number <= self.annealing)(self._state, rows_BW)
         return metrics
 
-    def _compiled(self, k: int):
-        """The compiled step while k features are active."""
+    def wait(self) -> None:
+        """Until the devices have done every step that was dispatched."""
+        jax.block_until_ready(self._state)
+
+    def _compiled(self, annealing: bool):
+        """The compiled step: while k falls one with room for `sae.k_start`, in which it is a value, then one of k features."""
         configs = [member.config for member in self.members]
-        spec = dataclasses.replace(self.spec, k=k) if self.spec.kind in WITH_K else self.spec
+        spec = dataclasses.replace(self.spec, k=configs[0].sae.k_start) if annealing else self.spec
         return self._make(configs[0] if len(configs) == 1 else configs, spec, self.total)
 
     def state_of(self, lane: int) -> TrainState:

@@ -43,8 +43,11 @@ def make_step(config: Config, spec: SAESpec, total_steps: int, platform: str | N
     platform: that it is compiled for, where it is not the one that is here.
     """
     own = Hyperparameters.of(config)
-    return jax.jit(lambda state, rows_BW: one_step(config, spec, total_steps, own, state, rows_BW), donate_argnums=0,
-                   compiler_options=determinism.compiler_options(config.train, platform))
+
+    def train_step(state: TrainState, rows_BW: jax.Array):
+        return one_step(config, spec, total_steps, own, state, rows_BW)
+
+    return jax.jit(train_step, donate_argnums=0, compiler_options=determinism.compiler_options(config.train, platform))
 
 
 def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparameters, state: TrainState,
@@ -55,7 +58,8 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
     inputs = LossInputs(sparsity=penalty * control.penalty_factor(config, state.moving, own.target_l0, state.step, total_steps),
                         target_l0=own.target_l0, inverse_variance=state.inverse_variance,
-                        tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)))
+                        tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)),
+                        k_now=_k_now(config, spec, state.step, total_steps))
     allowed = state.skipped_in_row < config.train.max_skipped
     update = rows.updated if takes_pairs(config, spec) else _updated
     step = rows.Step(config, spec, inputs, lr, allowed)
@@ -80,6 +84,13 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
         **{name: value for name, value in new.moving.items() if name == "threshold"},
     }
     return new, metrics
+
+
+def _k_now(config: Config, spec: SAESpec, step: jax.Array, total_steps: int) -> jax.Array | None:
+    """k at this step of a program that keeps up to `sae.k_start` (`Program`), else none."""
+    if spec.kind not in WITH_K or spec.k == config.sae.k:
+        return None
+    return optim.annealed_k(config.sae, optim.annealing_steps(config.sae, config.train, total_steps))(step)
 
 
 def _updated(step: rows.Step, params: SAEParams, opt_state: Moments, rows_BW: jax.Array) -> rows.Updated:

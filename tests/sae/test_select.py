@@ -14,7 +14,7 @@ from saejax import sharding
 from saejax.config import MeshOptions
 from saejax.sae import select
 from saejax.sae.activations import batchtopk, topk
-from saejax.sae.select import sent, topk_mask
+from saejax.sae.select import UpTo, sent, topk_mask
 from saejax.sae.select_batch import batch_topk_mask
 from tests.hlo import moved_shapes, widest_sort
 
@@ -61,6 +61,22 @@ SELECTIONS = {
 @pytest.fixture(params=SELECTIONS)
 def selection(request):
     return SELECTIONS[request.param]
+
+
+@pytest.mark.parametrize("mesh_shape", MESHES)
+@pytest.mark.parametrize("levels, on_one_shard", [(10**6, False), (3, False), (10**6, True)])
+def test_one_program_keeps_any_number_up_to_the_most(selection, mesh_shape, levels, on_one_shard):
+    rng = np.random.default_rng(0)
+    pre = rng.integers(-levels // 3, levels, (16, 64)).astype(np.float32)
+    if on_one_shard:  # more winners than the candidates that are sent
+        pre[:, :8] += 2 * levels
+    mesh = sharding.make_mesh(MeshOptions(*mesh_shape))
+    with jax.set_mesh(mesh):
+        program = jax.jit(lambda pre, now: selection.mask(pre, UpTo(12, now)))
+        placed = sharding.place(pre, sharding.sharding(mesh, "rows", "features"))
+        for now in (12, 11, 5, 1):
+            np.testing.assert_array_equal(np.asarray(program(placed, np.int32(now))), selection.reference(pre, now))
+    assert program._cache_size() == 1
 
 
 @pytest.mark.parametrize("sizes", [*sorted(set(select.GROUPS.values())), ()])

@@ -34,7 +34,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 def test_metric_lines_hold_what_is_documented(tmp_path):
     store = make_store(tmp_path / "store")
     common = {"step", "tokens_seen", "loss", "mse", "l0", "fvu", "explained_variance", "dead_fraction", "grad_norm", "lr",
-              "tokens_per_second", "data_wait_share", "skipped", "skipped_in_row"}
+              "tokens_per_second", "flops_per_second", "data_wait_share", "skipped", "skipped_in_row"}
     for kind, own in (("relu", {"l1", "l1_coefficient"}), ("topk", {"aux"})):
         loop.train(make_config(kind, tmp_path / kind), store)
         lines = read_metrics(tmp_path / kind / "metrics.jsonl")

@@ -14,6 +14,7 @@ import pytest
 from saejax.logs import read_metrics
 from saejax.train.checkpoint import read_meta, steps_in
 from saejax.train.preemption import EXIT_PREEMPTED
+from saejax.train.profile import traces
 from tests.processes import environment, free_port
 
 from .synthetic import make_store
@@ -80,7 +81,8 @@ def test_sigterm_saves_and_says_so(store, tmp_path):
 
 
 def test_two_processes_train_stop_together_and_resume_bitwise(store, tmp_path):
-    straight = fingerprints(finish(launch(store, tmp_path / "straight", processes=2, devices=2, mesh__data=2)))
+    straight = fingerprints(finish(launch(store, tmp_path / "straight", processes=2, devices=2, mesh__data=2, train__profile=3)))
+    assert len(traces(tmp_path / "straight" / "profile")) == 1, "one of the processes writes"
     jobs = launch(store, tmp_path / "run", processes=2, devices=2, mesh__data=2, slow=[0.02, 0.1])
     wait_for_step(tmp_path / "run", 4)
     jobs[1].send_signal(signal.SIGTERM)
