@@ -28,6 +28,7 @@ CASES = {  # name: recipe, features, width, batch, topology, keys of config.trai
     "relu-1M-v5e": ("relu", 2**20, 2304, 4096, "v5e:4x4"),
     "topk-34M-v5e-6-bytes": ("topk", 2**25, 4096, 4096, "v5e:16x16", SIX),
     "relu-34M-v5e-6-bytes": ("relu", 2**25, 4096, 4096, "v5e:16x16", SIX),
+    "relu-34M-v5e-6-bytes-large-batch": ("relu", 2**25, 4096, 16_384, "v5e:16x16", SIX),
     "topk-34M-v5e-lazy": ("topk", 2**25, 4096, 4096, "v5e:16x16", LAZY),
     "topk-1M-v5e-6-bytes": ("topk", 2**20, 2304, 4096, "v5e:4x4", SIX),
     "topk-1M-v5e-lazy": ("topk", 2**20, 2304, 4096, "v5e:4x4", LAZY),

@@ -1,7 +1,7 @@
 """The path of kinds without k: tile after tile of a shard's features, all rows against each, so that a pass reads weights once.
 
 Where the pre-activations [B, F] of a shard are small there is one tile, and they are kept for the gradients. Else a tile's
-pre-activations are made again in the backward pass, 12 B D F products a step instead of 10, and no array of B x F is in memory.
+pre-activations are made again in the backward pass, 12 B D F FLOPs a step instead of 10, and no array of B x F is in memory.
 """
 
 import dataclasses

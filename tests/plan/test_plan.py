@@ -18,7 +18,7 @@ from saejax.main import main
 from saejax.plan import as_json, as_table, make_plan
 from saejax.plan.compiled import lowered
 from saejax.plan.hlo import moved
-from saejax.sae import SAESpec, tiles
+from saejax.sae import SAESpec
 from saejax.sae.select import sent
 from saejax.train import step_cost
 from saejax.train.loop import mesh_options
@@ -61,24 +61,6 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
         assert program.cost_analysis()["flops"] == pytest.approx(flops(work), rel=0.17)
     measured = program.memory_analysis().temp_size_in_bytes
     assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
-
-
-def test_a_step_in_tiles_of_features_is_what_the_plan_says(monkeypatch):
-    """It moves what one tile moves and makes pre-activations twice. (A loop's FLOPs are counted once.)"""
-    config, chip = make_config("relu", train__batch=2048), hardware.CHIPS["cpu"]
-    whole = Work.of(config, spec_of(config), 2, 4, chip)
-    monkeypatch.setattr(tiles, "tile_width", lambda rows, features, chip: 256)
-    program, spec = compiled(config, 2)
-    work = Work.of(config, spec, 2, 4, chip)
-    assert flops(work) == pytest.approx(1.2 * flops(whole))
-    measured = program.memory_analysis().temp_size_in_bytes
-    assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
-    assert measured < sum(working(whole, "cpu").values()) - 4 * 2.4 * 1024 * (2048 - 256)
-    expected = make_plan(dataclasses.replace(config, mesh=MeshOptions(2, 4)), "cpu:8")
-    assert expected["topology"]["path"] == "dense, in tiles"
-    for axis in ("dict", "data"):
-        got = sum(m.bytes for m in moved(program.as_text(), 2, 4) if m.axis == axis and not m.branch)
-        assert got == pytest.approx(expected["collective_bytes"][axis], rel=0.02)
 
 
 @pytest.mark.parametrize("data", [2, pytest.param(1, marks=pytest.mark.slow)])
