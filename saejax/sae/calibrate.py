@@ -39,7 +39,8 @@ class Calibration:
 
 
 def calibrate(sae: SAE, rows_ND: np.ndarray, k: int, advance: Callable[[int], None] = lambda rows: None) -> Calibration:
-    """The smallest float32 factor >= 0 of a jumprelu SAE's thresholds with which at most N x k features fire on N raw rows.
+    """The factor >= 0 of a jumprelu SAE's thresholds with which at most N x k features fire on N raw rows, and no smaller one lets
+    more of them: half way between the first value that does not fire and the last one that does, so that rounding moves neither.
 
     A feature fires where pre > factor * threshold and pre > 0. So N x k fire where no two values tie at the border, fewer where
     they tie or fewer pre-activations are positive (then the factor is 0). Counts are exact, of the pre-activations as the SAE
@@ -53,12 +54,15 @@ def calibrate(sae: SAE, rows_ND: np.ndarray, k: int, advance: Callable[[int], No
         counts = _counts(sae, rows_ND, bits.view(np.float32), advance)
         n = int((counts > limit).sum())
         low += n * step
-    return Calibration(float(np.int32(low).view(np.float32)), len(rows_ND), k, int(counts[n]) / len(rows_ND))
+    factor = np.int32(low).view(np.float32)
+    with_next = np.float32(0.5) * (factor + _least(sae, rows_ND, factor, advance))
+    factor = with_next if factor < with_next < np.inf and factor > 0 else factor
+    return Calibration(float(factor), len(rows_ND), k, int(counts[n]) / len(rows_ND))
 
 
 def passes() -> int:
     """How often `calibrate` goes over all rows."""
-    return len(STEPS)
+    return len(STEPS) + 1
 
 
 def scaled(sae: SAE, factor: float) -> SAE:
@@ -84,6 +88,18 @@ def _counts(sae: SAE, rows_ND: np.ndarray, factors: np.ndarray, advance: Callabl
     return (low + (high << 32)).sum(0)
 
 
+def _least(sae: SAE, rows_ND: np.ndarray, factor: np.float32, advance: Callable[[int], None]) -> np.float32:
+    """The least multiple of its threshold that a feature has which fires with this factor; infinite where none does."""
+    least = np.float32(np.inf)
+    with _mesh_of(sae):
+        for x_BD, n in _tiles(sae, rows_ND):
+            found = _least_of(sae.cfg.spec, sae.cfg.input_norm, sae.params, _placed(sae, x_BD, "rows"),
+                              _placed(sae, np.arange(len(x_BD)) < n, "rows"), factor)
+            least = min(least, np.float32(sharding.to_host(found).min()))
+            advance(n)
+    return least
+
+
 def _tiles(sae: SAE, rows_ND: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
     """(rows, how many of them count): parts of equal size, the last one filled up with zeros."""
     data, dict_ = (sae.mesh.shape["data"], sae.mesh.shape["dict"]) if sae.mesh else (1, 1)
@@ -105,11 +121,22 @@ def _placed(sae: SAE, value: np.ndarray, rows: str) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
+def _least_of(spec: SAESpec, norm: str, params: SAEParams, x_BD, counted_B, factor):
+    """The least pre / threshold that fires on each device, [devices, 1]."""
+    def local(W_enc, b_enc, b_dec, threshold_F, x_BD, counted_B, factor, shards):
+        pre_BF = _pre(spec, norm, W_enc, b_enc, b_dec, x_BD)
+        fires_BF = (pre_BF > 0) & counted_B[:, None] & (pre_BF > factor * threshold_F)
+        return jnp.where(fires_BF, pre_BF / threshold_F, jnp.inf).min()[None, None]
+
+    run = sharding.on_shards(local, (_FD, _F, _SAME, _F, _BD, _B, _SAME), _DEVICES)
+    return run(params.W_enc, params.b_enc, params.b_dec, params.per_feature["threshold"], x_BD, counted_B, factor)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _added(spec: SAESpec, norm: str, params: SAEParams, x_BD, counted_B, factors_T, total):
     """The counts of each device, [devices, T] in a low and a high word, after one more tile."""
     def local(W_enc, b_enc, b_dec, threshold_F, x_BD, counted_B, factors_T, low, high, shards):
-        encoder = SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=None, b_dec=b_dec)
-        pre_BF = pre_activations(spec, encoder, normalise_rows(norm, x_BD)[0])
+        pre_BF = _pre(spec, norm, W_enc, b_enc, b_dec, x_BD)
         fires_BF = (pre_BF > 0) & counted_B[:, None]
         n_T = lax.map(lambda factor: (fires_BF & (pre_BF > factor * threshold_F)).sum(dtype=jnp.uint32), factors_T)
         grown = low + n_T
@@ -117,3 +144,7 @@ def _added(spec: SAESpec, norm: str, params: SAEParams, x_BD, counted_B, factors
 
     run = sharding.on_shards(local, (_FD, _F, _SAME, _F, _BD, _B, _SAME, _DEVICES, _DEVICES), (_DEVICES, _DEVICES))
     return run(params.W_enc, params.b_enc, params.b_dec, params.per_feature["threshold"], x_BD, counted_B, factors_T, *total)
+
+
+def _pre(spec: SAESpec, norm: str, W_enc: jax.Array, b_enc: jax.Array, b_dec: jax.Array, x_BD: jax.Array) -> jax.Array:
+    return pre_activations(spec, SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=None, b_dec=b_dec), normalise_rows(norm, x_BD)[0])

@@ -15,8 +15,8 @@ SHOWN = {"mfu": "mfu", "peak_device_bytes": "peak_GB"}  # metrics that appear be
 
 def flops_of_step(member: Member, mesh: Mesh) -> float:
     """Of a step of one SAE, on one device (`step_cost.flops`)."""
-    platform = mesh.devices.flat[0].platform
-    return flops(Work.of(member.config, member.spec, mesh.shape["data"], mesh.shape["dict"], platform))
+    chip = hardware.chip_of(mesh.devices.flat[0])
+    return flops(Work.of(member.config, member.spec, mesh.shape["data"], mesh.shape["dict"], chip))
 
 
 def peak_bytes() -> int | None:
