@@ -45,7 +45,7 @@ def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, d
 
 def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
     """The step that training would run on this mesh, on the path that it would take on this platform."""
-    pairs = takes_pairs(config, spec, mesh.shape["dict"], platform)
+    pairs = takes_pairs(config, spec, platform)
     config = step_cost.with_path(config, pairs)
     # Outside the mesh: its constants are made at once, on devices that are here.
     step = make_step(config, spec, total_steps(config), platform)

@@ -39,8 +39,8 @@ class Calibration:
 
 
 def calibrate(sae: SAE, rows_ND: np.ndarray, k: int, advance: Callable[[int], None] = lambda rows: None) -> Calibration:
-    """The factor >= 0 of a jumprelu SAE's thresholds with which at most N x k features fire on N raw rows, and no smaller one lets
-    more of them: half way between the first value that does not fire and the last one that does, so that rounding moves neither.
+    """The factor >= 0 of a jumprelu SAE's thresholds with which as many features fire on N raw rows as may: at most N x k. Half
+    way between the largest value that does not fire and the least one that does, so that rounding moves neither.
 
     A feature fires where pre > factor * threshold and pre > 0. So N x k fire where no two values tie at the border, fewer where
     they tie or fewer pre-activations are positive (then the factor is 0). Counts are exact, of the pre-activations as the SAE

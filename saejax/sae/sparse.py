@@ -35,7 +35,7 @@ from saejax.sae.select_batch import (
 
 # Pre-activations in memory at once: 64 MB on CPUs, elsewhere 256 MB and those of so many rows: W_enc is read once for a tile.
 TILE, TILE_ELSEWHERE, ROWS_AT_ONCE = 2**24, 2**26, 1024
-WORTH = {"cpu": 64}  # features of a shard for each pair of a row from which on this path is the faster one
+WORTH = {"cpu": 64}  # features for each pair of a row from which on this path is the faster one
 WORTH_ELSEWHERE = 800
 
 
@@ -56,11 +56,11 @@ def tile_size(features: int, platform: str) -> int:
     return max(TILE, features) if platform == "cpu" else max(TILE_ELSEWHERE, ROWS_AT_ONCE * features)
 
 
-def pays(spec: SAESpec | SAEOptions, shards: int, platform: str | None = None) -> bool:
-    """Whether this path is the faster one: decided by features per kept feature on a shard, and by the hardware (that which is
-    here, unless a platform is named).
+def pays(spec: SAESpec | SAEOptions, platform: str | None = None) -> bool:
+    """Whether this path is the faster one: decided by features per kept feature, of the whole dictionary, as a shard of 1/n of it
+    has 1/n of the pairs, too; and by the hardware (that which is here, unless a platform is named).
     """
-    return spec.d_sae // shards >= WORTH.get(platform or jax.default_backend(), WORTH_ELSEWHERE) * spec.k
+    return spec.d_sae >= WORTH.get(platform or jax.default_backend(), WORTH_ELSEWHERE) * spec.k
 
 
 _P, _FD, _F = sharding.spec("rows_at_rest"), sharding.spec("features", None), sharding.spec("features")

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from saejax import sharding
 from saejax.config import Config, SAEOptions
 from saejax.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
@@ -111,8 +110,8 @@ def _where(condition: jax.Array, after, before):
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), after, before)
 
 
-def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None = None, platform: str | None = None) -> bool:
-    """Whether the step takes the sparse path (`train.sparse`): on the mesh and the hardware that are set, or on those named.
+def takes_pairs(config: Config, spec: SAESpec | SAEOptions, platform: str | None = None) -> bool:
+    """Whether the step takes the sparse path (`train.sparse`), on the hardware that is here, or on that which is named.
 
     Its sums are scatter-adds: not by choice where a GPU is to be deterministic.
     """
@@ -121,7 +120,7 @@ def takes_pairs(config: Config, spec: SAESpec | SAEOptions, shards: int | None =
     if config.train.sparse == "always" or config.train.lazy:
         return True
     ordered = determinism.compiler_options(config.train, platform) is not None
-    return not ordered and sparse.pays(spec, shards or sharding.shards(), platform)
+    return not ordered and sparse.pays(spec, platform)
 
 
 def _averaged(beta: float, mean: SAEParams, params: SAEParams, step: jax.Array) -> SAEParams:

@@ -66,7 +66,7 @@ class Work:
         sae, train, platform = config.sae, config.train, chip.platform
         return cls(
             kind=sae.kind, rows=train.batch, d_in=spec.d_in, d_out=spec.width_out, d_sae=sae.d_sae,
-            k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, dict_, platform),
+            k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, platform),
             row_width=spec.d_in + (spec.d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
             compute_bytes=2 if compute_dtype(train.compute_dtype, platform) == "bfloat16" else 4,

@@ -95,9 +95,9 @@ def test_the_sparse_path_has_unordered_additions(tmp_path):
 def test_takes_the_dense_path_on_a_gpu_unless_told(tmp_path, platform):
     for on in (False, True):
         wide = make_config("topk", tmp_path, train__deterministic=on, sae__d_sae=2**20)
-        assert takes_pairs(wide, wide.sae, 1, platform) == (not on or platform == "cpu")
+        assert takes_pairs(wide, wide.sae, platform) == (not on or platform == "cpu")
         always = dataclasses.replace(wide, train=dataclasses.replace(wide.train, sparse="always"))
-        assert takes_pairs(always, always.sae, 1, platform)
+        assert takes_pairs(always, always.sae, platform)
 
 
 @pytest.mark.parametrize("platform, version, slow", [
