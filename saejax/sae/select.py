@@ -39,16 +39,24 @@ class UpTo:
 def largest(values_BF: jax.Array, k: int, sizes: tuple[int, ...] | None = None) -> tuple[jax.Array, jax.Array]:
     """(values [B, k], index [B, k]) of the k largest of each row in falling order, equal ones by rising index: `lax.top_k`.
 
-    float32; -0 counts as 0 and NaN as infinite, which is what it comes out as; a row of fewer than k values gives all of them.
-    Found by levels, as nothing sorts whole rows well: the k largest lie in the k groups of features with the largest maxima (of
-    groups with equal ones in the first), these in their order again by smaller groups, then `lax.top_k` of what is left. sizes:
-    of the groups; None: those of the platform (`GROUPS`).
+    float32; -0 counts as 0 and NaN as infinite, which is what it comes out as (on CPUs as the first value of its row, wherever it
+    is); a row of fewer than k values gives all of them. Found by levels, as nothing sorts whole rows well: the k largest lie in
+    the k groups of features with the largest maxima (of groups with equal ones in the first), these in their order again by
+    smaller groups, then `lax.top_k` of what is left. sizes: of the groups; None: those of the platform (`GROUPS`).
     """
-    values_BF, k = _comparable(values_BF), min(k, values_BF.shape[1])
+    k = min(k, values_BF.shape[1])
     if sizes is not None:
-        return _by_levels(values_BF, k, sizes)
-    ways = {name: (lambda values_BF, sizes=sizes: _by_levels(values_BF, k, sizes)) for name, sizes in GROUPS.items()}
-    return lax.platform_dependent(values_BF, **ways, default=lambda values_BF: _by_levels(values_BF, k, ()))
+        return _by_levels(_comparable(values_BF), k, sizes)
+    ways = {name: (lambda values_BF, sizes=sizes: _by_levels(_comparable(values_BF), k, sizes)) for name, sizes in GROUPS.items()}
+    return lax.platform_dependent(values_BF, **ways | {"cpu": lambda values_BF: _on_cpu(values_BF, k)},
+                                  default=lambda values_BF: _by_levels(_comparable(values_BF), k, ()))
+
+
+def _on_cpu(values_BF: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """CPUs would write all values once more to make them comparable, and maxima pass over NaN: a sum looks for it."""
+    values_Bk, index_Bk = _by_levels(values_BF, k, GROUPS["cpu"])
+    lost_B1 = jnp.isnan(values_BF.sum(1, keepdims=True))
+    return jnp.where(lost_B1 & (jnp.arange(k) == 0), jnp.inf, values_Bk), index_Bk
 
 
 def _comparable(values: jax.Array) -> jax.Array:
@@ -65,7 +73,7 @@ def _by_levels(values_BW: jax.Array, k: int, sizes: tuple[int, ...]) -> tuple[ja
             values, index = _members(values_BW, groups_Bk, size)
             found, place_Bk = _by_levels(values, k, sizes)
             return found, jnp.take_along_axis(index, place_Bk, axis=1)
-    values_Bk, index_Bk = lax.top_k(values_BW, k)
+    values_Bk, index_Bk = lax.top_k(_comparable(values_BW), k)
     # CPUs sort whole rows where a slice of the values is read. A barrier for both together XLA does not compile.
     return lax.optimization_barrier(values_Bk), index_Bk
 
@@ -126,13 +134,13 @@ def kept_per_row(values: jax.Array, k: UpTo, shards: int) -> jax.Array:
 
 def _mask_local(pre_local: jax.Array, k: UpTo, shards: int) -> jax.Array:
     # Reductions over masked entries where an index would read more easily: nothing is gathered, nothing sliced.
-    pre_local = _comparable(pre_local)
     values, index = largest(pre_local, k.most)
     kept = kept_per_row(values, k, shards)
     least = jnp.where(kept, values, jnp.inf).min(-1, keepdims=True)
     last_equal = jnp.where(kept & (values == least), index, -1).max(-1, keepdims=True)
     feature = lax.broadcasted_iota(jnp.int32, pre_local.shape, 1)
-    return (pre_local > least) | ((pre_local == least) & (feature <= last_equal))
+    compared = jnp.where(jnp.isnan(pre_local), jnp.inf, pre_local)  # -0 and 0 are equal as they are
+    return (compared > least) | ((compared == least) & (feature <= last_equal))
 
 
 def _kept(values: jax.Array, k: UpTo, shards: int) -> tuple[jax.Array, jax.Array]:

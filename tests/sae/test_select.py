@@ -104,6 +104,14 @@ def test_largest_by_levels_is_a_stable_sort(sizes, shape, k, seed, levels, speci
     np.testing.assert_array_equal(found, np.take_along_axis(expected, order, axis=1))
 
 
+@pytest.mark.parametrize("value", [np.nan, -np.nan])
+def test_a_row_with_nan_begins_infinite(value):
+    values = np.random.default_rng(0).standard_normal((4, 5000)).astype(np.float32)
+    values[1, 4321], values[2, :10] = value, -np.inf
+    found, _ = (np.asarray(part) for part in jax.jit(lambda values: select.largest(values, 8))(values))
+    assert found[1, 0] == np.inf and np.isfinite(found[[0, 2, 3]]).all() and np.isfinite(found[1, 1:]).all()
+
+
 @pytest.mark.parametrize("mesh_shape", MESHES)
 @pytest.mark.parametrize("name", SELECTIONS)
 @settings(max_examples=15, deadline=None)
