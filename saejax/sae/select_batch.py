@@ -69,10 +69,17 @@ def kept_candidates(found: Candidates, k: int | jax.Array, features: int) -> tup
     """(which candidates are among the B x k of the whole batch, of each table; whether a row may keep more than it has: then they
     are not exact). features: of the shard. Call it inside `shard_map` where there are several devices.
     """
-    bits, keep = tuple(map(ordered, found.values)), kept_in_all(len(found.values[0]), k)
+    keep = kept_in_all(len(found.values[0]), k)
+    at, short = _border_of(found, keep, features)
+    return _kept(found.values, found.wide_rows, at, keep), short
+
+
+def _border_of(found: Candidates, keep: int | jax.Array, features: int) -> tuple[Border, jax.Array]:
+    """(the border of the candidates, whether a row may keep more of the shard's features than it has candidates)."""
+    bits = tuple(map(ordered, found.values))
     at = border(lambda parts: _count(bits, parts), keep)
     short = [(table[:, -1] >= jnp.maximum(at.low, 1)).any() & (table.shape[1] < features) for table in bits]
-    return _kept(bits, found.wide_rows, at, keep), any_device(short[0] | short[1])
+    return at, any_device(short[0] | short[1])
 
 
 def border(count: Callable, keep: int | jax.Array) -> Border:
@@ -140,13 +147,11 @@ def ties_left(n_equal_B: jax.Array, at: Border, keep: int | jax.Array) -> jax.Ar
 
 def _mask_local(pre_local: jax.Array, k: UpTo, shards: int) -> jax.Array:
     found = candidates(largest, pre_local, k.most, shards, pre_local.shape[1])
-    bits, keep, features = tuple(map(ordered, found.values)), kept_in_all(len(pre_local), k.count), pre_local.shape[1]
-    at = border(lambda parts: _count(bits, parts), keep)
-    short = [(table[:, -1] >= jnp.maximum(at.low, 1)).any() & (table.shape[1] < features) for table in bits]
-    every = ordered(pre_local)
-    at = lax.cond(sharding.any_member(any_device(short[0] | short[1])),
-                  lambda: border(lambda parts: _count((every,), parts), keep), lambda: at)
-    return _kept((every,), None, at, keep)[0]
+    keep = kept_in_all(len(pre_local), k.count)
+    at, short = _border_of(found, keep, pre_local.shape[1])
+    at = lax.cond(sharding.any_member(short), lambda: border(lambda parts: _count((ordered(pre_local),), parts), keep),
+                  lambda: at)
+    return _kept((pre_local,), None, at, keep)[0]
 
 
 def kept_in_all(rows: int, k: int | jax.Array) -> int | jax.Array:
@@ -158,9 +163,10 @@ def _count(tables: tuple[jax.Array, ...], parts: jax.Array) -> jax.Array:
     return total(jnp.concatenate([(table >= parts[:, None, None]).sum(2, dtype=jnp.int32) for table in tables], axis=1))
 
 
-def _kept(tables: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border, keep: int | jax.Array) -> tuple[jax.Array, ...]:
+def _kept(values: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border, keep: int | jax.Array) -> tuple[jax.Array, ...]:
     """Which entries of tables as `Candidates` has them are kept."""
     def with_ties():
+        tables = [ordered(table) for table in values]
         equal = [table == at.low for table in tables]
         n_equal = [table.sum(1, dtype=jnp.int32) for table in equal]
         for n in n_equal[1:]:
@@ -172,4 +178,4 @@ def _kept(tables: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border
 
     reached = jnp.maximum(at.low, 1)  # what is not positive is never kept
     return lax.cond(sharding.any_member((at.n_low > keep) & (at.low > 0)), with_ties,
-                    lambda: tuple(table >= reached for table in tables))
+                    lambda: tuple(ordered(table) >= reached for table in values))
