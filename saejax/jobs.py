@@ -366,7 +366,10 @@ def _as_given(saved: Config, given: Config) -> Config:
 
     Raises `ConfigError` that names every other difference: what was trained cannot be measured as something else.
     """
-    different = config_lib.differences(saved, settled(given))
+    if given.train.compute_dtype == "auto":  # measured on other hardware than it was trained on
+        train = dataclasses.replace(given.train, compute_dtype=saved.train.compute_dtype)
+        given = dataclasses.replace(given, train=train)
+    different = config_lib.differences(saved, given)
     if different:
         raise ConfigError(f"{saved.run_dir}: this run was made with another config ({'; '.join(different)}); give the directory "
                           "in place of --config, or the config that it was made with")

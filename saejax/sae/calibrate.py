@@ -15,11 +15,8 @@ from saejax.sae.inference import SAE
 from saejax.sae.model import pre_activations
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.row_norm import normalise_rows
+from saejax.sae.select_batch import PARTS, STEPS
 
-# The bits of a positive float, as an integer, are in the order of the floats: 31 of them are found, the upper ones first. Each
-# round splits what is left into 16 parts (the last into 8), which takes one pass over the rows.
-STEPS = tuple(1 << shift for shift in (27, 23, 19, 15, 11, 7, 3, 0))
-PARTS = 16
 _INFINITE = 0x7F800000
 _TILE, _LEAST, _MOST = 2**24, 256, 4096  # pre-activations of a device in memory at once; its rows, between these bounds
 _FD, _F, _BD, _B = sharding.spec("features", None), sharding.spec("features"), sharding.spec("rows", None), sharding.spec("rows")

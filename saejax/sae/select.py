@@ -95,7 +95,7 @@ def topk_mask(pre_BF: jax.Array, k: int | UpTo) -> jax.Array:
     """Boolean mask of the k largest pre-activations of each row; exactly k are True, ties go to the lower feature index.
 
     pre_BF: float32 [B, F], rows split over `data`, features over `dict`. Exact for any distribution of the winners over the
-    shards; NaN counts as infinite, so that it does not get lost. Communication along `dict`: see `kept_per_row`; nothing
+    shards; what is NaN is True, too, so that it does not get lost. Communication along `dict`: see `kept_per_row`; nothing
     of width F moves or is sorted. The gradient is not defined (a mask is piecewise constant): pass stop_gradient.
     """
     rows_features, k = sharding.spec("rows", "features"), UpTo.of(k)
@@ -140,7 +140,7 @@ def _mask_local(pre_local: jax.Array, k: UpTo, shards: int) -> jax.Array:
     last_equal = jnp.where(kept & (values == least), index, -1).max(-1, keepdims=True)
     feature = lax.broadcasted_iota(jnp.int32, pre_local.shape, 1)
     compared = jnp.where(jnp.isnan(pre_local), jnp.inf, pre_local)  # -0 and 0 are equal as they are
-    return (compared > least) | ((compared == least) & (feature <= last_equal))
+    return (compared > least) | ((compared == least) & (feature <= last_equal)) | jnp.isnan(pre_local)
 
 
 def _kept(values: jax.Array, k: UpTo, shards: int) -> tuple[jax.Array, jax.Array]:

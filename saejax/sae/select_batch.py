@@ -15,7 +15,7 @@ ROOM, WIDE, WIDE_SHARE = 3, 32, 1 / 16
 # The bits of a positive float, as an integer, are in the order of the floats. 31 of them are found, the upper ones first: every
 # pass splits what is left into 16 parts.
 STEPS, PARTS = tuple(1 << shift for shift in (27, 23, 19, 15, 11, 7, 3, 0)), 16
-_MOST = 2**31 - 1
+_MOST, _INFINITE, _GROUP = 2**31 - 1, 0x7F800000, 2**15
 
 
 class Border(NamedTuple):
@@ -97,20 +97,24 @@ def border(count: Callable, keep: int | jax.Array) -> Border:
 
 
 def ordered(values: jax.Array) -> jax.Array:
-    """uint32 in the order of the values: 0 for what is not positive, the largest for NaN."""
+    """uint32 in the order of the values: 0 for what is not positive; NaN is infinite."""
     bits = lax.bitcast_convert_type(values, jnp.uint32)
-    return jnp.where(values > 0, bits, jnp.where(jnp.isnan(values), jnp.uint32(_MOST), jnp.uint32(0)))
+    return jnp.where(values > 0, bits, jnp.where(jnp.isnan(values), jnp.uint32(_INFINITE), jnp.uint32(0)))
 
 
 def total(counts: jax.Array) -> jax.Array:
-    """Sum of non-negative counts over the last axis, of at most 2^16 rows, and over all devices; saturated at 2^31 - 1.
+    """Sum of non-negative counts over the last axis (rows) and over all devices; saturated at 2^31 - 1.
 
-    Halves of 16 bits are summed apart, so that nothing overflows on up to 2^16 devices.
+    Halves of 16 bits are summed apart, in groups of rows first, so that nothing overflows on up to 2^16 devices.
     """
     def halves(low, high):
         return low & 0xFFFF, high + (low >> 16)
 
-    low, high = halves((counts & 0xFFFF).astype(jnp.uint32).sum(-1), (counts >> 16).astype(jnp.uint32).sum(-1))
+    n = -(-counts.shape[-1] // _GROUP)
+    groups = jnp.pad(counts, ((0, 0), (0, n * _GROUP - counts.shape[-1]))).reshape(len(counts), n, _GROUP) if n > 1 else (
+        counts[:, None])
+    low, high = halves((groups & 0xFFFF).astype(jnp.uint32).sum(-1), (groups >> 16).astype(jnp.uint32).sum(-1))
+    low, high = halves(low.sum(-1), high.sum(-1))
     low, high = halves(sharding.over(lax.psum, low, "data", "dict"), sharding.over(lax.psum, high, "data", "dict"))
     return jnp.where(high < 0x7FFF, (high * 65536 + low).astype(jnp.int32), _MOST)
 

@@ -32,8 +32,13 @@ class Outcome:
 
 
 def settled(config: Config) -> Config:
-    """The config with what the devices of this job decide said: `train.compute_dtype`. Raises `ConfigError` as that does."""
-    dtype = hardware.compute_dtype_here(config.train.compute_dtype)
+    """The config with `train.compute_dtype` said: as the run began where it has checkpoints, else as the devices of this job
+    decide. Raises `ConfigError` where they have not what is asked for.
+    """
+    wanted, paths = config.train.compute_dtype, RunPaths(Path(config.run_dir))
+    if wanted == "auto" and paths.config.exists() and steps_in(paths.checkpoints):
+        wanted = read_config(paths.config).train.compute_dtype
+    dtype = hardware.compute_dtype_here(wanted)
     return dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))
 
 

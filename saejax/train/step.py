@@ -1,5 +1,7 @@
 """One training step: a pure function of (state, batch), compiled once, state donated, no host synchronisation inside."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -94,14 +96,20 @@ def _k_now(config: Config, spec: SAESpec, step: jax.Array, total_steps: int) -> 
 
 def _updated(step: rows.Step, params: SAEParams, opt_state: Moments, rows_BW: jax.Array) -> rows.Updated:
     """A step on the dense path: gradients by differentiation, means over `train.accumulate` parts."""
+    spec, options, inputs = step.spec, step.config.sae, step.inputs
+
     def of_part(i):
         def of(params: SAEParams):
-            return objective(step.spec, step.config.sae, params, batch.rows(i), step.inputs)
+            return objective(spec, options, params, batch.rows(i), inputs)
 
         (_, seen), gradient = jax.value_and_grad(of, has_aux=True)(params)
         return gradient, seen
 
-    batch = parts_of(step.spec, params, rows_BW, step.config.train.accumulate)
+    batch = parts_of(spec, params, rows_BW, step.config.train.accumulate)
+    if batch.n > 1 and options.aux_k:  # what fires in any part is not dead in the others
+        alone = dataclasses.replace(options, aux_k=0)
+        _, fired_nF = batch.over(lambda i: ((), objective(spec, alone, params, batch.rows(i), inputs)[1].fired_F))
+        inputs = inputs.replace(tokens_since_fired_F=jnp.where(fired_nF.any(0), 0, inputs.tokens_since_fired_F))
     gradient, seen = batch.over(of_part)
     return rows.applied(step, params, opt_state, [Piece(None, gradient)], merged(seen))
 

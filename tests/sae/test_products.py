@@ -14,9 +14,11 @@ from saejax.sae import SAEParams, SAESpec, pre_activations
 from saejax.sae.inference import fold, unfold
 from saejax.sae.normalization import Normalization
 from saejax.sae.products import product
+from saejax.train import loop
+from saejax.train.member import settled
 from saejax.train.state import abstract_state
 from saejax.train.step import make_step
-from tests.train.synthetic import HOOKPOINT, VARIANTS, WIDTHS, make_config
+from tests.train.synthetic import HOOKPOINT, VARIANTS, WIDTHS, make_config, make_store
 
 LAZY = {"train__lazy": True, "train__beta1": 0.0, "train__state_bytes": 8}
 DOT = re.compile(r"\(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>")
@@ -151,3 +153,14 @@ def test_spec_of_auto_is_that_of_the_devices_here(tmp_path):
     config = make_config("topk", tmp_path)
     assert config.train.compute_dtype == "auto"
     assert SAESpec.from_options(config.sae, {HOOKPOINT: 16}, "auto").compute_dtype == "float32"
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_began_with(tmp_path):
+    """As one that a GPU began does on this CPU, where auto alone would be float32."""
+    store = make_store(tmp_path / "store")
+    begun = make_config("topk", tmp_path / "run", train__compute_dtype="bfloat16", train__tokens=320)
+    loop.train(begun, store)
+    config = make_config("topk", tmp_path / "run", train__tokens=320)
+    assert (settled(begun), settled(config).train.compute_dtype) == (begun, "bfloat16")
+    assert loop.train(config, store).spec.compute_dtype == "bfloat16"
+    assert settled(make_config("topk", tmp_path / "other")).train.compute_dtype == "float32"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from saejax import sharding
 from saejax.config import MeshOptions
-from saejax.sae import select
+from saejax.sae import select, select_batch
 from saejax.sae.activations import batchtopk, topk
 from saejax.sae.select import UpTo, sent, topk_mask
 from saejax.sae.select_batch import batch_topk_mask
@@ -171,6 +171,21 @@ def test_what_is_not_finite_is_kept(selection, value, mesh_shape):
     assert mask[3, 300]
     acts = np.where(mask, np.maximum(pre, 0), 0)
     assert not np.isfinite(acts[3]).all() and (acts[4:6] == 0).all()
+
+
+@pytest.mark.parametrize("mesh_shape", [None, (1, 8), (2, 4)])
+def test_nan_behind_all_candidates_is_kept(mesh_shape):
+    """One candidate only, and it lies before the NaN."""
+    pre = np.random.default_rng(0).standard_normal((16, 4096)).astype(np.float32)
+    pre[2, -3] = np.nan
+    for name, selection in SELECTIONS.items():
+        mask = selection.on(mesh_shape, pre, 1) if mesh_shape else np.asarray(jax.jit(selection.mask, static_argnums=1)(pre, 1))
+        assert mask[2, -3], name
+
+
+@pytest.mark.parametrize("rows, each, expected", [(140_000, 40_000, 2**31 - 1), (70_000, 30_000, 2_100_000_000), (9, 7, 63)])
+def test_counts_of_many_rows(rows, each, expected):
+    assert int(jax.jit(select_batch.total)(np.full((1, rows), each, np.int32))[0]) == expected
 
 
 def test_rows_that_keep_many_times_k(selection):

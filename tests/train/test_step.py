@@ -164,3 +164,24 @@ def test_batch_and_dictionary_must_divide_the_mesh():
 
 def test_total_steps_cover_the_tokens(tmp_path):
     assert total_steps(make_config("topk", tmp_path, train__tokens=33)) == 2
+
+
+def test_parts_of_a_batch_have_the_same_dead_features_on_both_paths(store, tmp_path):
+    """A feature that fires in any part is not dead in the others, dense or sparse; AuxK has something to do."""
+    found = {}
+    for path in ("never", "always"):
+        config = make_config("topk", tmp_path / path, train__sparse=path, train__accumulate=4, sae__dead_tokens=40)
+        spec, mesh = SAESpec.from_options(config.sae, WIDTHS), sharding.make_mesh(MeshOptions(1, 2), jax.devices()[:2])
+        x = store.read(HOOKPOINT, 0, 32)
+        state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
+        with jax.set_mesh(mesh):
+            step = make_step(config, spec, 50)
+            rows, seen = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)), []
+            for _ in range(12):
+                state, metrics = step(state, rows)
+                seen.append(float(metrics["aux"]))
+        found[path] = np.array(seen), np.asarray(state.params.W_enc)
+    (dense, W_dense), (pairs, W_pairs) = found["never"], found["always"]
+    assert dense[-3:].max() > 0
+    np.testing.assert_allclose(pairs, dense, rtol=1e-3, atol=1e-6)
+    assert np.linalg.norm(W_pairs - W_dense) <= 1e-4 * np.linalg.norm(W_dense)
