@@ -149,7 +149,8 @@ def collectives(w: Work, platform: str) -> list[Collective]:
     local = w.rows // w.data
     if w.dict > 1:
         bytes_ = 4 if platform == "cpu" else w.compute_bytes  # CPU collectives promote bfloat16
-        add("rows", "all-gather", "dict", bytes_ * local * w.d_in)
+        # In parts they are gathered once to select and once for the gradients.
+        add("rows", "all-gather", "dict", bytes_ * local * w.d_in * (2 if w.pairs and w.accumulate > 1 else 1))
         for what, kind in (("reconstruction", "reduce-scatter"), ("error", "all-gather")):
             add(what, kind, "dict", bytes_ * w.groups * w.decodes * local * w.d_out)
         if w.kind == "topk":
