@@ -70,6 +70,11 @@ def parts_of(spec: SAESpec, params: SAEParams, rows_BW: jax.Array, n: int) -> Ba
     return Batch(n, len(rows_BW), rows, lambda i: read_rows(spec, params, rows(i)))
 
 
+def _part(stacked, i):
+    """What is stacked, of one part."""
+    return jax.tree.map(lambda value: lax.dynamic_index_in_dim(value, i, keepdims=False), stacked)
+
+
 def merged(seen: LossParts) -> LossParts:
     """Of parts that are stacked: means, all features that fired, the least activation."""
     fired_F, least = seen.fired_F.any(0), seen.least.min(0)
@@ -103,15 +108,13 @@ def of_fired(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: Batch
                                                          counted=counted)))[1]
 
     def of(pairs_n: sparse.Pairs):
-        def pairs(i) -> sparse.Pairs:
-            return jax.tree.map(lambda value: lax.dynamic_index_in_dim(value, i, keepdims=False), pairs_n)
-
-        fired_F = batch.over(lambda i: ((), sparse.fired(spec, pairs(i))))[1].any(0)
+        fired_F = batch.over(lambda i: ((), sparse.fired(spec, _part(pairs_n, i))))[1].any(0)
         rows = sparse.rows_of(fired_F, capacity(spec, batch.size * spec.k))
 
         def gradient(i):
             def of_learned(learned: SAEParams):
-                return objective_of_rows(spec, options, params, pairs(i), learned, rows, batch.read(i), batch.rows(i), inputs)
+                return objective_of_rows(spec, options, params, _part(pairs_n, i), learned, rows, batch.read(i), batch.rows(i),
+                                         inputs)
 
             (_, seen), gradient = jax.value_and_grad(of_learned, has_aux=True)(sparse.zeros_for(params, rows))
             return gradient, seen
@@ -137,7 +140,7 @@ def of_few_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: Ba
     """(AuxK, its piece) where no shard has more than `losses.FEW` dead features."""
     rows = sparse.rows_of(dead.dead_F, losses.few(spec))
 
-    def of(some: SAEParams, x_BD: jax.Array, error_BD: jax.Array):
+    def of(some: SAEParams, x_BD: jax.Array, error_BD: jax.Array, i):
         some = some.replace(b_dec=lax.stop_gradient(params.b_dec))
         return losses.unexplained(error_BD, losses.estimate_of_few(spec, some, rows, x_BD, options.aux_k), dead.dead_F)
 
@@ -147,11 +150,16 @@ def of_few_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: Ba
 def of_many_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: Batch, dead: Dead) -> tuple[jax.Array, Piece]:
     """(AuxK, its piece) by one more product of the encoder."""
     k = min(options.aux_k, spec.d_sae)
-    rows = sparse.rows_of(dead.dead_F, capacity(spec, spec.d_sae))
 
-    def of(learned: SAEParams, x_BD: jax.Array, error_BD: jax.Array):
-        pairs, _ = sparse.selected(spec, params, x_BD, k, allowed_F=dead.dead_F)
-        own, place_P = sparse.attached(spec, pairs, x_BD, learned, rows)
+    def chosen(i):
+        pairs, _ = sparse.selected(spec, params, batch.read(i), k, allowed_F=dead.dead_F)
+        return (), (pairs, sparse.fired(spec, pairs))
+
+    _, (pairs_n, fired_nF) = batch.over(chosen)
+    rows = sparse.rows_of(fired_nF.any(0), capacity(spec, batch.size * k))
+
+    def of(learned: SAEParams, x_BD: jax.Array, error_BD: jax.Array, i):
+        own, place_P = sparse.attached(spec, _part(pairs_n, i), x_BD, learned, rows)
         estimate_BD = sparse.decode_groups(spec, params, own, len(x_BD), (spec.d_sae,), (learned.W_dec, place_P))[0]
         return losses.unexplained(error_BD, estimate_BD - params.b_dec, dead.dead_F)
 
@@ -159,10 +167,9 @@ def of_many_dead(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: B
 
 
 def _aux(options: SAEOptions, batch: Batch, dead: Dead, rows: sparse.Rows, learned: SAEParams, of: Callable):
-    """(mean of `of(learned, what the encoder reads, error)` over the parts, the piece of its gradient times `aux_coef`)."""
+    """(mean of `of(learned, what the encoder reads, error, i)` over the parts, the piece of its gradient times `aux_coef`)."""
     def gradient(i):
-        error_BD = lax.dynamic_index_in_dim(dead.errors, i, keepdims=False)
-        return jax.value_and_grad(of)(learned, batch.read(i), error_BD), ()
+        return jax.value_and_grad(of)(learned, batch.read(i), _part(dead.errors, i), i), ()
 
     (aux, total), _ = batch.over(gradient)
     return aux, Piece(rows, jax.tree.map(lambda value: options.aux_coef * value, total))

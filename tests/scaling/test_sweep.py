@@ -237,7 +237,8 @@ def test_conditions_stay_branches_under_vmap(store, tmp_path, kind, path):
 
     with jax.set_mesh(mesh):
         alone = branches(make_step(configs[0], spec, 50), states[0])
-        assert alone >= {"topk": 1, "batchtopk": 2}[kind]  # AuxK; ties at the threshold of a batch
+        # AuxK, on the sparse path loops of one round instead; ties at the threshold of a batch
+        assert alone >= {("topk", "never"): 1, ("topk", "always"): 0}.get((kind, path), 2)
         assert branches(make_joint_step(configs, spec, 50), stacked(states)) == alone
 
 

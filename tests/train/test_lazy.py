@@ -17,7 +17,7 @@ from saejax.config import MeshOptions
 from saejax.errors import ConfigError
 from saejax.logs import read_metrics
 from saejax.plan.hlo import moved
-from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse, tensors
+from saejax.sae import SAEParams, SAESpec, losses, row_gradients, select_batch, sparse, tensors
 from saejax.sae.row_gradients import Piece
 from saejax.train import loop, moments, optim, rows
 from saejax.train.programs import make_joint_step, stacked
@@ -141,7 +141,7 @@ def test_a_run_is_that_of_the_dense_step(store, eager, monkeypatch, tmp_path, na
     if name == "many dead":
         monkeypatch.setattr(losses, "FEW", 2)
     if name == "matryoshka":  # some batches then have more pairs than there is room for
-        monkeypatch.setattr(sparse, "ROOM", 1)
+        monkeypatch.setattr(select_batch, "ROOM", 1)
     monkeypatch.setattr(row_gradients, "CHUNK", 16 * 48)  # some turns
     expected, expected_history = eager[name]
     got, history = train(store, config_of(name, tmp_path, train__lazy=True), mesh_shape, 30)
