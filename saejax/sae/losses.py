@@ -1,5 +1,8 @@
 """What the objectives of all kinds share: what they read, what they report, error measures and AuxK."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -8,7 +11,7 @@ from jax import lax
 from saejax import sharding
 from saejax.sae import sparse
 from saejax.sae.activations import topk
-from saejax.sae.model import pre_activations_of
+from saejax.sae.model import bias, pre_activations_of
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.prefixes import decode_at_rest
 from saejax.sae.select import UpTo
@@ -62,38 +65,47 @@ def variance_total(x_BD: jax.Array) -> jax.Array:
     return jnp.square(x_BD - x_BD.mean(0)).sum()
 
 
-FEW = 1024  # dead features of a shard up to which AuxK takes them for a small SAE of their own
+FEW = 1024  # dead features of a shard up to which the smaller room is enough (`rooms_of_dead`)
+SHARE = 8   # the larger room: 1 / SHARE of a shard's features
 
 
-def aux_loss(spec: SAESpec, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array, fired_F: jax.Array, inputs: LossInputs,
-             aux_k: int, *, as_pairs: bool = False) -> jax.Array:
+@dataclasses.dataclass(frozen=True)
+class AuxK:
+    """k: of `sae.aux_k`. as_pairs: no array of [B, F] where many features are dead."""
+
+    k: int
+    as_pairs: bool = False
+
+
+def aux_loss(spec: SAESpec, aux: AuxK, params: SAEParams, x_BD: jax.Array, error_BD: jax.Array, dead_F: jax.Array) -> jax.Array:
     """AuxK: how much of the residual error the k_aux best dead features leave unexplained.
 
     aux = ||e - e^||^2 / ||e - mean e||^2, e = stop_gradient(x - x^), e^ = topk_aux(pre of dead features) W_dec; 0 when
-    nothing is dead (nothing is then computed; of SAEs that train as one program, for none of them) or when the ratio is not
-    finite. x_BD: rows as `model.read` gives them. Cost: O(`FEW`) per row as long as no shard has more dead features, else one
-    product of the encoder more. as_pairs: that one without an array of [B, F]. Source: Gao et al. 2024, A.2.
+    nothing is dead (nothing is then computed) or when the ratio is not finite. x_BD: rows as `model.read` gives them. Cost: O of
+    the room per row as long as no shard has more dead features than the largest (`rooms_of_dead`), else one product of the
+    encoder more. Source: Gao et al. 2024, A.2.
     """
-    dead_F = dead_features(inputs, fired_F)
-    k = min(aux_k, spec.d_sae)
+    k = min(aux.k, spec.d_sae)
 
-    def of_few(params: SAEParams, x_BD: jax.Array) -> jax.Array:
-        rows = sparse.rows_of(dead_F, few(spec))
-        return ratio(estimate_of_few(spec, some_of(params, rows), rows, x_BD, k))
+    def in_room(room: int):
+        def of(params: SAEParams, x_BD: jax.Array) -> jax.Array:
+            rows = sparse.rows_of(dead_F, room)
+            return ratio(estimate_in_room(spec, some_of(params, rows), rows, x_BD, k))
+        return jax.checkpoint(of)
 
     def of_many(params: SAEParams, x_BD: jax.Array) -> jax.Array:
-        if as_pairs:
-            pairs = sparse.encode(spec, params, x_BD, k, dead_F)
-            return ratio(sparse.decode_groups(spec, params, pairs, len(x_BD), (spec.d_sae,))[0] - params.b_dec)
+        if aux.as_pairs:
+            return ratio(_by_pairs(spec, k, params.W_enc, bias(spec, params), params.W_dec, x_BD, dead_F))
         pre_BF = jnp.where(dead_F, pre_activations_of(spec, params, x_BD), -jnp.inf)
         return ratio(decode_at_rest(spec, params, topk(pre_BF, k)) - params.b_dec)
 
     def ratio(estimate_BD: jax.Array) -> jax.Array:
-        return unexplained(error_BD, estimate_BD, dead_F)
+        return unexplained(error_BD, estimate_BD)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
-    return lax.switch(level(dead_F), [lambda params, x_BD: jnp.zeros((), jnp.float32), jax.checkpoint(of_few),
-                                      jax.checkpoint(of_many)], params, x_BD)
+    rooms = rooms_of_dead(spec)
+    return lax.switch(level(dead_F, rooms), [lambda params, x_BD: jnp.zeros((), jnp.float32), *map(in_room, rooms),
+                                             jax.checkpoint(of_many)], params, x_BD)
 
 
 def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:
@@ -101,26 +113,26 @@ def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:
     return (inputs.tokens_since_fired_F > inputs.dead_after) & ~fired_F
 
 
-def unexplained(error_BD: jax.Array, estimate_BD: jax.Array, dead_F: jax.Array) -> jax.Array:
-    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite or nothing is dead (under `vmap` the branch is also
-    taken where only another SAE has dead features).
-    """
+def unexplained(error_BD: jax.Array, estimate_BD: jax.Array) -> jax.Array:
+    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite."""
     ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
-    return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
+    return jnp.where(jnp.isfinite(ratio), ratio, 0.0)
 
 
-def level(dead_F: jax.Array) -> jax.Array:
-    """0: no feature is dead in any SAE of the program, 1: at most `FEW` on every shard, 2: more."""
-    most = sharding.most_of_members(_most_on_a_shard(dead_F))
-    return (most > 0).astype(jnp.int32) + (most > FEW)
+def rooms_of_dead(spec: SAESpec) -> tuple[int, ...]:
+    """Numbers of features of a shard that AuxK takes for an SAE of their own, rising: `FEW`, and 1 / `SHARE` of the shard."""
+    features = spec.d_sae // sharding.shards()
+    few = min(FEW, features)
+    return (few, features // SHARE) if features // SHARE > few else (few,)
 
 
-def few(spec: SAESpec) -> int:
-    """Dead features of a shard that make an SAE of their own."""
-    return min(FEW, spec.d_sae // sharding.shards())
+def level(dead_F: jax.Array, rooms: tuple[int, ...]) -> jax.Array:
+    """0: no feature is dead, i: at most rooms[i - 1] on every shard, one more: more than the largest."""
+    most = most_on_a_shard(dead_F)
+    return sum((most > room).astype(jnp.int32) for room in (0, *rooms))
 
 
-def estimate_of_few(spec: SAESpec, some: SAEParams, rows: sparse.Rows, x_BD: jax.Array, k: int) -> jax.Array:
+def estimate_in_room(spec: SAESpec, some: SAEParams, rows: sparse.Rows, x_BD: jax.Array, k: int) -> jax.Array:
     """What the k largest activations of `some_of` the features add up to, [B, d_out]."""
     valid_M = rows.index_C < spec.d_sae // sharding.shards()
     pre_BM = jnp.where(valid_M, pre_activations_of(spec, some, x_BD), -jnp.inf)  # relu(-inf) = 0 where fewer are dead
@@ -143,9 +155,31 @@ def some_of(params: SAEParams, rows: sparse.Rows) -> SAEParams:
     return SAEParams(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=params.b_dec)
 
 
-def _most_on_a_shard(chosen_F: jax.Array) -> jax.Array:
+def most_on_a_shard(chosen_F: jax.Array) -> jax.Array:
     """The largest number of chosen features on one shard of the dictionary."""
     if not sharding.mesh_is_set():
         return chosen_F.sum()
     return jax.shard_map(lambda chosen_F: lax.pmax(chosen_F.sum(), "dict"), in_specs=sharding.spec("features"),
                          out_specs=sharding.spec())(chosen_F)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _by_pairs(spec: SAESpec, k: int, W_enc: jax.Array, bias_F: jax.Array, W_dec: jax.Array, x_BD: jax.Array,
+              allowed_F: jax.Array) -> jax.Array:
+    """What the k largest activations of the allowed features add up to, [B, d_out], without an array of [B, F]."""
+    return _by_pairs_forward(spec, k, W_enc, bias_F, W_dec, x_BD, allowed_F)[0]
+
+
+def _by_pairs_forward(spec, k, W_enc, bias_F, W_dec, x_BD, allowed_F):
+    pairs = sparse.selected(spec, SAEParams(W_enc, bias_F, W_dec, None), x_BD, k, allowed_F=allowed_F)
+    return sparse.decoded(spec, W_dec, pairs, (spec.d_sae,))[0], (pairs, W_dec, x_BD)
+
+
+def _by_pairs_backward(spec, k, saved, gradient_BD):
+    pairs, W_dec, x_BD = saved
+    backward = sparse.backward(spec, W_dec, pairs, (spec.d_sae,), x_BD, gradient_BD[None])
+    parts = jax.tree.map(lambda value: value[None], backward)
+    return (*sparse.weight_gradients(parts, sparse.every_row(spec), False), jnp.zeros_like(x_BD), None)
+
+
+_by_pairs.defvjp(_by_pairs_forward, _by_pairs_backward)

@@ -8,13 +8,13 @@ from jax import lax
 from saejax import sharding
 from saejax.config import SAEOptions
 from saejax.recipes import WITH_K
-from saejax.sae import featurewise, sparse, tiles
+from saejax.sae import featurewise, losses, sparse, tiles
 from saejax.sae.activations import activate, topk
-from saejax.sae.losses import LossInputs, LossParts, aux_loss, squared_error, variance_total
+from saejax.sae.losses import LossInputs, LossParts, dead_features, squared_error, variance_total
 from saejax.sae.model import pre_activations_of, read, skipped
 from saejax.sae.normalization import columns
 from saejax.sae.params import SAEParams, SAESpec
-from saejax.sae.prefixes import borders, decode_at_rest, prefix_reconstructions
+from saejax.sae.prefixes import decode_at_rest, prefix_reconstructions
 from saejax.sae.select import UpTo
 
 
@@ -73,34 +73,38 @@ def _dense(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD: jax.A
                    pre_BF=pre_BF)
 
 
-def _of_pairs(spec: SAESpec, options: SAEOptions, params: SAEParams, y_BD: jax.Array, pairs: sparse.Pairs,
-              learned: tuple[jax.Array, jax.Array] | None = None) -> Forward:
-    ends = borders(options.groups, spec.d_sae) if options.groups else (spec.d_sae,)
-    prefixes_GBD = sparse.decode_groups(spec, params, pairs, len(y_BD), ends, learned)
-    positive_P = pairs.values_P > 0
-    return Forward(y_BD=y_BD, recon_BD=prefixes_GBD[-1], prefixes_GBD=prefixes_GBD if options.groups else None,
-                   fired_F=sparse.fired(spec, pairs), least=jnp.where(positive_P, pairs.values_P, jnp.inf).min(),
-                   l0=positive_P.sum(dtype=jnp.float32) / len(y_BD))
-
-
 def read_rows(spec: SAESpec, params: SAEParams, rows_BW: jax.Array) -> jax.Array:
     """What the encoder reads of rows at rest (`model.read`): one all-gather of [B, d_in] along `dict`."""
     return sharding.gathered(read(spec, params, columns(spec, rows_BW)[0]))
 
 
-def objective_of_rows(spec: SAESpec, options: SAEOptions, params: SAEParams, pairs: sparse.Pairs, learned: SAEParams,
-                      rows: sparse.Rows, read_BD: jax.Array, rows_BW: jax.Array,
-                      inputs: LossInputs) -> tuple[jax.Array, tuple[LossParts, jax.Array]]:
-    """`objective` without AuxK of pairs that are selected already, as a function of `learned` (`sparse.attached`), and the error
-    that is left, [B, d_out].
+@struct.dataclass
+class Sparse:
+    """What is seen of a batch's pairs: `Forward`'s figures, and the nested groups' parts of the reconstruction, [G, B, d_out]."""
+
+    parts_GBD: jax.Array
+    fired_F: jax.Array
+    least: jax.Array
+    l0: jax.Array
+
+    @classmethod
+    def of(cls, spec: SAESpec, parts_GBD: jax.Array, pairs: sparse.Pairs) -> "Sparse":
+        positive_Ln = pairs.values_Ln > 0
+        return cls(parts_GBD, sparse.fired(spec, pairs), jnp.where(positive_Ln, pairs.values_Ln, jnp.inf).min(),
+                   positive_Ln.sum(dtype=jnp.float32) / parts_GBD.shape[1])
+
+
+def objective_of_decoded(spec: SAESpec, options: SAEOptions, shared: SAEParams, rows_BW: jax.Array, seen: Sparse,
+                         inputs: LossInputs) -> tuple[jax.Array, tuple[LossParts, jax.Array]]:
+    """`objective` without AuxK, from what the pairs decode to: a function of `seen.parts_GBD` and of the parameters that are not
+    stored by feature. And the error that is left, [B, d_out].
     """
     x_BD, y_BD = columns(spec, rows_BW)
-    params = jax.tree.map(lax.stop_gradient, params)
-    pairs, place_P = sparse.attached(spec, pairs, read_BD, learned, rows)
-    params = params.replace(b_dec=learned.b_dec, W_skip=learned.W_skip)
-    seen = _of_pairs(spec, options, params, y_BD, pairs, (learned.W_dec, place_P)).plus(skipped(spec, params, x_BD))
-    loss, own = _topk(spec, options, params, seen, inputs)
-    return loss, (_parts(loss, own, seen), y_BD - seen.recon_BD)
+    prefixes_GBD = jnp.cumsum(seen.parts_GBD, axis=0) + shared.b_dec
+    forward = Forward(y_BD=y_BD, recon_BD=prefixes_GBD[-1], prefixes_GBD=prefixes_GBD if options.groups else None,
+                      fired_F=seen.fired_F, least=seen.least, l0=seen.l0).plus(skipped(spec, shared, x_BD))
+    loss, own = _topk(spec, options, shared, forward, inputs)
+    return loss, (_parts(loss, own, forward), y_BD - forward.recon_BD)
 
 
 def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: jax.Array, inputs: LossInputs) -> tuple[
@@ -124,8 +128,9 @@ def objective(spec: SAESpec, options: SAEOptions, params: SAEParams, rows_BW: ja
         loss, own = _topk(spec, options, params, seen, inputs)
     if options.aux_k:
         error_BD = lax.stop_gradient(y_BD - seen.recon_BD)
-        as_pairs = by_feature and tiles.several(spec, read_BD)
-        own |= {"aux": aux_loss(spec, params, read_BD, error_BD, seen.fired_F, inputs, options.aux_k, as_pairs=as_pairs)}
+        dead_F = dead_features(inputs, seen.fired_F)
+        aux = losses.AuxK(options.aux_k, as_pairs=by_feature and tiles.several(spec, read_BD))
+        own |= {"aux": losses.aux_loss(spec, aux, params, read_BD, error_BD, dead_F)}
         in_units_of_loss = 1.0 if spec.kind in WITH_K else 1 / inputs.inverse_variance
         loss = loss + options.aux_coef * own["aux"] * in_units_of_loss
     return loss, _parts(loss, own, seen)

@@ -33,7 +33,7 @@ _BF, _GBD = sharding.spec("rows", "features"), sharding.spec(None, "rows_at_rest
 
 
 def tile_width(rows: int, features: int, chip: Chip) -> int:
-    """Features of a tile, by the rows of a device (of all SAEs of the program) and the features of a shard."""
+    """Features of a tile, by the rows of a device and the features of a shard."""
     if 4 * rows * features <= WHOLE * chip.memory:
         return features
     least = -(-features // max(FEATURES, int(TILE * chip.memory) // (4 * rows)))  # number of tiles
@@ -72,7 +72,7 @@ def several(spec: SAESpec, read_BD: jax.Array) -> bool:
 
 def _tile_here(spec: SAESpec, read_BD: jax.Array) -> int:
     rows = len(read_BD) // jax.sharding.get_abstract_mesh().shape.get("data", 1)
-    return tile_width(rows * sharding.members(), spec.d_sae // sharding.shards(), sharding.chip())
+    return tile_width(rows, spec.d_sae // sharding.shards(), sharding.chip())
 
 
 @dataclasses.dataclass(frozen=True)

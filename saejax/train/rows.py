@@ -1,7 +1,7 @@
 """The row pass: Adam and the constraints, dictionary row by dictionary row, over all rows or over those that have a gradient.
 
-A step's gradient is a list of pieces (`sae.row_gradients`), each of some rows or of all. The pass reads a row's parameters,
-moments and gradient once, and writes parameters and moments once, in place; on CPUs some rows at a time, which stay in the cache.
+A step's gradient is that of all rows, or of some sets of rows (`sae.row_gradients`). The pass reads a row's parameters, moments
+and gradient once, and writes parameters and moments once, in place; on CPUs some rows at a time, which stay in the cache.
 
 Lazy rows (`train.lazy`, beta1 = 0): only rows with a gradient are read and written, and that is exact. A row without one is not
 moved by Adam; its second moment only decays, v beta2^n over n updates, which is made up for when the row has a gradient again:
@@ -24,7 +24,7 @@ from saejax.config import Config, TrainOptions
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse
 from saejax.sae.losses import LossInputs, LossParts
 from saejax.sae.products import product
-from saejax.sae.row_gradients import Piece
+from saejax.sae.row_gradients import RowGradients
 from saejax.train import moments, optim
 from saejax.train.moments import Moments
 
@@ -41,6 +41,22 @@ class Step:
     inputs: LossInputs
     lr: jax.Array
     allowed: jax.Array
+
+
+class Gradient(NamedTuple):
+    """Of the means over a batch. by_row: of what is stored by feature, of all rows; or of sets of rows without a common one: then
+    that of b_dec in `shared` (b_dec and W_skip) lacks its share through the encoder, -(gradient of b_enc) W_enc.
+    """
+
+    shared: SAEParams
+    by_row: "SAEParams | Sequence[RowGradients]"
+
+
+class _Piece(NamedTuple):
+    """The gradient of some rows, or of all (None)."""
+
+    rows: sparse.Rows | None
+    gradient: SAEParams
 
 
 class Updated(NamedTuple):
@@ -63,26 +79,28 @@ class _Scalars:
 
 def updated(step: Step, params: SAEParams, opt_state: Moments, rows_BW: jax.Array) -> Updated:
     """A step on the sparse path."""
-    spec, options = step.spec, step.config.sae
-    batch = row_gradients.parts_of(spec, params, rows_BW, step.config.train.accumulate)
-    piece, parts, errors = row_gradients.of_fired(spec, options, params, batch, step.inputs)
-    dead_F = losses.dead_features(step.inputs, parts.fired_F)
+    spec, options, train = step.spec, step.config.sae, step.config.train
+    batch = row_gradients.parts_of(spec, params, rows_BW, train.accumulate)
+    room = functools.partial(row_gradients.room_for, spec, lazy=train.lazy)
+    found = row_gradients.of_fired(spec, options, params, batch, step.inputs, room(batch.size * spec.k))
+    parts, dead = found.seen, row_gradients.Dead(losses.dead_features(step.inputs, found.seen.fired_F), found.errors)
 
     def fired_only(params: SAEParams, opt_state: Moments) -> Updated:
-        return applied(step, params, opt_state, [piece], parts)
+        return applied(step, params, opt_state, Gradient(found.shared, [found.gradients]), parts)
 
-    def with_dead(of: Callable) -> Callable:
+    def with_dead(of: Callable, room: int) -> Callable:
         def case(params: SAEParams, opt_state: Moments) -> Updated:
-            aux, second = of(spec, options, params, batch, row_gradients.Dead(dead_F, errors))
+            aux, second = of(spec, options, params, batch, dead, room)
             seen = parts.replace(own={"aux": aux}, loss=parts.loss + options.aux_coef * aux)
-            return applied(step, params, opt_state, [piece, second], seen)
+            return applied(step, params, opt_state, Gradient(found.shared, [found.gradients, second]), seen)
         return case
 
     cases, which = [fired_only], jnp.int32(0)
     if options.aux_k:
-        parts = parts.replace(own={"aux": jnp.float32(0)})
-        cases += [with_dead(row_gradients.of_few_dead), with_dead(row_gradients.of_many_dead)]
-        which = losses.level(dead_F)
+        parts, rooms = parts.replace(own={"aux": jnp.float32(0)}), losses.rooms_of_dead(spec)
+        cases += [with_dead(row_gradients.of_dead_in_room, size) for size in rooms]
+        cases.append(with_dead(row_gradients.of_many_dead, room(batch.size * options.aux_k)))
+        which = losses.level(dead.dead_F, rooms)
     return _one_of(cases, which, Updated(params, opt_state, parts, jnp.float32(0), jnp.bool_(False)))
 
 
@@ -99,55 +117,71 @@ def _one_of(cases: Sequence[Callable], which: jax.Array, start: Updated) -> Upda
     return kept[1]
 
 
-def applied(step: Step, params: SAEParams, opt_state: Moments, pieces: Sequence[Piece], parts: LossParts) -> Updated:
-    """Clipping by the norm of all pieces, Adam and the constraints."""
-    shared = pieces[0].gradient
-    squares = jnp.zeros((), shared.b_dec.dtype)
-    for piece in pieces:
-        of_rows, through_D = _measured(step, params, piece)
-        squares = squares + of_rows
-        shared = shared.replace(b_dec=shared.b_dec - through_D)
-    norm = jnp.sqrt(squares + sum(jnp.square(g).sum() for g in (shared.b_dec, shared.W_skip) if g is not None))
+def applied(step: Step, params: SAEParams, opt_state: Moments, gradient: Gradient, parts: LossParts) -> Updated:
+    """Clipping by the norm of the whole gradient, Adam and the constraints."""
+    shared, by_row, train = gradient.shared, gradient.by_row, step.config.train
+    if isinstance(by_row, SAEParams):
+        pieces, squares = [_Piece(None, by_row)], _squares(optim.projected(step.config.sae, by_row, params))
+    else:
+        pieces, of_rows, through = zip(*(_measured_in_turns(step, params, some) for some in by_row), strict=True)
+        shared, squares = shared.replace(b_dec=shared.b_dec - sum(through)) if step.spec.pre_bias else shared, sum(of_rows)
+    squares += sum(jnp.square(g).sum() for g in (shared.b_dec, shared.W_skip) if g is not None)
+    norm = jnp.sqrt(squares)
     good = jnp.isfinite(parts.loss) & jnp.isfinite(norm) & step.allowed
-    clip = step.config.train.clip
-    scale = jnp.where(norm < clip, 1.0, clip / norm) if clip else jnp.ones_like(norm)
+    scale = jnp.where(norm < train.clip, 1.0, train.clip / norm) if train.clip else jnp.ones_like(norm)
     scalars = _Scalars(opt_state.count + 1, step.lr, scale, good)
-    params, opt_state = _shared_moved(step.config.train, params, opt_state, shared, scalars)
-    if step.config.train.lazy:
-        for piece in pieces:
-            params, opt_state = _rows_moved(step, params, opt_state, piece, scalars)
+    params, opt_state = _shared_moved(train, params, opt_state, shared, scalars)
+    if train.lazy:
+        for some, last in zip(by_row, pieces, strict=True):
+            params, opt_state = _rows_moved(step, params, opt_state, last, scalars)
+            if some.most > some.room:  # the gradients of the other turns are made again
+                params, opt_state = lax.fori_loop(0, some.turns() - 1, lambda turn, kept, some=some: _rows_moved(
+                    step, *kept, _Piece(*some.turn(turn)), scalars), (params, opt_state))
     else:
         params, opt_state = _every_row_moved(step, params, opt_state, pieces, scalars)
     return Updated(params, opt_state.replace(count=opt_state.count + good), parts, norm, good)
 
 
-def _measured(step: Step, params: SAEParams, piece: Piece) -> tuple[jax.Array, jax.Array | float]:
-    """(squared norm of the gradient after projection, what the gradient of b_dec lacks through the encoder: (gradient of b_enc)
-    W_enc). One all-reduce of [D] along `dict`.
-    """
-    if piece.rows is None:
-        projected = optim.projected(step.config.sae, piece.gradient, params)
-        return sum(jnp.square(g).sum() for g in jax.tree.leaves(_by_feature(projected))), 0.0
+def _squares(tree: SAEParams) -> jax.Array:
+    return sum(jnp.square(g).sum() for g in jax.tree.leaves(_by_feature(tree)))
 
+
+def _measured_in_turns(step: Step, params: SAEParams, some: RowGradients) -> tuple[_Piece, jax.Array, jax.Array]:
+    """(piece of the last turn, and of all turns what `_measured` says)."""
+    def measured(turn):
+        piece = _Piece(*some.turn(turn))
+        return (piece, *_measured(step, params, piece))
+
+    def another(turn, found):
+        piece, squares, through_D = measured(turn)
+        return piece, found[1] + squares, found[2] + through_D
+
+    found = measured(0)
+    return found if some.most <= some.room else lax.fori_loop(1, some.turns(), another, found)
+
+
+def _measured(step: Step, params: SAEParams, piece: _Piece) -> tuple[jax.Array, jax.Array]:
+    """(squared norm of the gradient after projection, (gradient of b_enc) W_enc: what the gradient of b_dec lacks through the
+    encoder). One all-reduce of [D] along `dict`.
+    """
     def local(rows, gradient, params, shards):
         turns, of = _turns(step.spec, rows)
 
         def add(i, total):
             index, g = of(rows.index_C, i), jax.tree.map(lambda value: of(value, i), gradient)
             p = jax.tree.map(lambda value: value.at[index].get(mode="clip"), params)
-            squares = sum(jnp.square(value).sum() for value in jax.tree.leaves(optim.projected(step.config.sae, g, p)))
+            squares = _squares(optim.projected(step.config.sae, g, p))
             return total[0] + squares, total[1] + product("f,fd->d", g.b_enc, p.W_enc, step.spec.compute_dtype)
 
         zero = jnp.zeros((), gradient.W_enc.dtype), jnp.zeros(params.W_enc.shape[1], gradient.W_enc.dtype)
         return sharding.over(lax.psum, lax.fori_loop(0, turns, add, zero), "dict")
 
     gradient, of_rows = _by_feature(piece.gradient), _by_feature(params)
-    squares, through_D = sharding.on_shards(local, (sparse.ROWS, _placed(gradient), _placed(of_rows)), (_ONE, _ONE))(
+    return sharding.on_shards(local, (sparse.ROWS, _placed(gradient), _placed(of_rows)), (_ONE, _ONE))(
         piece.rows, gradient, of_rows)
-    return squares, through_D if step.spec.pre_bias else 0.0
 
 
-def _every_row_moved(step: Step, params: SAEParams, state: Moments, pieces: Sequence[Piece],
+def _every_row_moved(step: Step, params: SAEParams, state: Moments, pieces: Sequence[_Piece],
                      scalars: _Scalars) -> tuple[SAEParams, Moments]:
     """Parameters and moments after Adam's update of all rows; where not `good`, as they were."""
     kept = tuple(None if tree is None else _by_feature(tree) for tree in (params, state.first, state.second))
@@ -188,7 +222,7 @@ def _blocks_moved(step: Step, size: int, given, kept, scalars: _Scalars):
         if size == F:
             return _moved(step.config, old, g, scalars, rows)
         # A branch, so that everything is read before anything is written: else XLA copies whole arrays at every turn.
-        new = lax.cond(sharding.any_member(scalars.good), lambda: _moved(step.config, old, g, scalars, rows), lambda: old)
+        new = lax.cond(scalars.good, lambda: _moved(step.config, old, g, scalars, rows), lambda: old)
         return jax.tree.map(lambda all_, rows: lax.dynamic_update_slice_in_dim(all_, rows, first, 0), kept, new)
 
     size = min(size, F)
@@ -220,7 +254,7 @@ def _adam(options: TrainOptions, kept, gradient: SAEParams, scalars: _Scalars, r
     return p, None if first is None else moments.kept(m, first, count, 1, rows), moments.kept(v, second, count, 0, rows)
 
 
-def _rows_moved(step: Step, params: SAEParams, state: Moments, piece: Piece, scalars: _Scalars) -> tuple[SAEParams, Moments]:
+def _rows_moved(step: Step, params: SAEParams, state: Moments, piece: _Piece, scalars: _Scalars) -> tuple[SAEParams, Moments]:
     """The same of the rows of a piece only, in place."""
     def local(rows, gradient, params, second, seen_F, scalars, shards):
         turns, of = _turns(step.spec, rows)
@@ -285,5 +319,5 @@ def _turns(spec: SAESpec, rows: sparse.Rows):
     room = len(rows.index_C)
     n = row_gradients.turns_of(spec, room)
     size = room // n
-    return (sharding.most_of_members(-(-rows.count[0] // size)),
+    return (-(-rows.count[0] // size),
             lambda value, i: lax.dynamic_slice_in_dim(value, i * size, size))

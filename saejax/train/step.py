@@ -12,7 +12,7 @@ from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
 from saejax.sae.params import from_tensors, tensors
-from saejax.sae.row_gradients import Piece, merged, parts_of
+from saejax.sae.row_gradients import merged, parts_of
 from saejax.train import control, determinism, optim, rows
 from saejax.train.moments import Moments
 from saejax.train.state import TrainState
@@ -111,7 +111,7 @@ def _updated(step: rows.Step, params: SAEParams, opt_state: Moments, rows_BW: ja
         _, fired_nF = batch.over(lambda i: ((), objective(spec, alone, params, batch.rows(i), inputs)[1].fired_F))
         inputs = inputs.replace(tokens_since_fired_F=jnp.where(fired_nF.any(0), 0, inputs.tokens_since_fired_F))
     gradient, seen = batch.over(of_part)
-    return rows.applied(step, params, opt_state, [Piece(None, gradient)], merged(seen))
+    return rows.applied(step, params, opt_state, rows.Gradient(gradient, gradient), merged(seen))
 
 
 def _where(condition: jax.Array, after, before):

@@ -61,40 +61,44 @@ def loss_and_gradients(options, spec, mesh_shape, as_pairs, params, x, *long_sil
 
 
 def of_pieces(spec, options, params, x, inputs):
-    """The same from the sparse path's pieces."""
+    """The same from the sparse path's gradients of rows."""
     batch = row_gradients.parts_of(spec, params, x, 1)
-    piece, parts, errors = row_gradients.of_fired(spec, options, params, batch, inputs)
-    dead_F = losses.dead_features(inputs, parts.fired_F)
+    found = row_gradients.of_fired(spec, options, params, batch, inputs, row_gradients.room_for(spec, B * K))
+    dead = row_gradients.Dead(losses.dead_features(inputs, found.seen.fired_F), found.errors)
 
     def none():
         return jnp.float32(0), jax.tree.map(jnp.zeros_like, params)
 
-    def with_dead(of):
+    def with_dead(of, room):
         def case():
-            aux, second = of(spec, options, params, batch, row_gradients.Dead(dead_F, errors))
-            more = whole(spec, params, second)
-            return aux, more.replace(W_skip=jax.tree.map(jnp.zeros_like, params.W_skip))
+            aux, second = of(spec, options, params, batch, dead, room)
+            zero = found.shared.replace(**{name: None if value is None else jnp.zeros_like(value) for name, value in (
+                ("b_dec", found.shared.b_dec), ("W_skip", found.shared.W_skip))})
+            return aux, whole(spec, params, second, zero)
         return case
 
-    cases = [none, with_dead(row_gradients.of_few_dead), with_dead(row_gradients.of_many_dead)]
-    aux, more = lax.switch(losses.level(dead_F), cases)
-    loss = parts.loss + options.aux_coef * aux
-    return (loss, parts.replace(own={"aux": aux}, loss=loss)), jax.tree.map(jnp.add, whole(spec, params, piece), more)
+    rooms = losses.rooms_of_dead(spec)
+    cases = [none, *(with_dead(row_gradients.of_dead_in_room, room) for room in rooms),
+             with_dead(row_gradients.of_many_dead, row_gradients.room_for(spec, B * options.aux_k))]
+    aux, more = lax.switch(losses.level(dead.dead_F, rooms), cases)
+    loss = found.seen.loss + options.aux_coef * aux
+    first = whole(spec, params, found.gradients, found.shared)
+    return (loss, found.seen.replace(own={"aux": aux}, loss=loss)), jax.tree.map(jnp.add, first, more)
 
 
-def whole(spec, params, piece):
-    """The gradient of all parameters that a piece stands for."""
+def whole(spec, params, some, shared):
+    """The gradient of all parameters that those of some rows and of the shared parameters stand for."""
     def local(place_F, *values, shards):
         here = place_F < len(values[0])
         return tuple(jnp.where(here.reshape(-1, *[1] * (value.ndim - 1)), value[jnp.minimum(place_F, len(value) - 1)], 0)
                      for value in values)
 
-    g = piece.gradient
+    rows, g = some.turn()
     row, matrix = sharding.spec("features"), sharding.spec("features", None)
     W_enc, b_enc, W_dec = sharding.on_shards(local, (row, matrix, row, matrix), (matrix, row, matrix))(
-        piece.rows.place_F, g.W_enc, g.b_enc, g.W_dec)
+        rows.place_F, g.W_enc, g.b_enc, g.W_dec)
     through_D = product("f,fd->d", b_enc, params.W_enc, spec.compute_dtype, sharding.out(None)) if spec.pre_bias else 0.0
-    return g.replace(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=g.b_dec - through_D)
+    return shared.replace(W_enc=W_enc, b_enc=b_enc, W_dec=W_dec, b_dec=shared.b_dec - through_D)
 
 
 CASES = {
@@ -161,13 +165,14 @@ def test_a_few_rows_that_keep_many_are_done_again(monkeypatch, mesh_shape):
     with jax.set_mesh(mesh):
         given = (jax.tree.map(sharding.place, params, param_shardings(mesh, tensors(params))),
                  sharding.place(x, sharding.sharding(mesh, "rows", None)))
-        pairs, missing = jax.device_get(jax.jit(lambda params, x: sparse.selected(spec, params, x, K, over_batch=True))(*given))
+        pairs = jax.device_get(jax.jit(lambda params, x: sparse.selected(spec, params, x, K, over_batch=True))(*given))
     n_data, n_dict = mesh_shape
     got = np.zeros((n_data, B // n_data, n_dict, F // n_dict), np.float32)
-    device = np.repeat(np.arange(n_data * n_dict), len(pairs.values_P) // (n_data * n_dict))
-    np.add.at(got, (device // n_dict, pairs.row_P, device % n_dict, pairs.index_P), pairs.values_P)
+    device = np.repeat(np.arange(n_data * n_dict), len(pairs.row_L) // (n_data * n_dict))
+    at = (device // n_dict, pairs.row_L, device % n_dict)
+    np.add.at(got, (*(value[:, None] for value in at), pairs.index_Ln), pairs.values_Ln)
     np.testing.assert_array_equal(got.reshape(B, F), expected)
-    assert not missing and (expected > 0).sum(1).max() > 5 * K and pairs.count.sum() == B * K
+    assert (expected > 0).sum(1).max() > 5 * K and (pairs.values_Ln > 0).sum() == B * K
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)

@@ -13,7 +13,6 @@ from saejax.config import MeshOptions
 from saejax.errors import CheckpointError, ConfigError
 from saejax.sae import SAEParams, SAESpec, losses
 from saejax.sae.params import param_shardings
-from saejax.sae.row_gradients import Piece
 from saejax.storage import fingerprints
 from saejax.train import loop, moments, rows
 from saejax.train.step_cost import bytes_per_parameter
@@ -54,7 +53,8 @@ def test_the_pass_over_all_rows_is_optax_adam(tmp_path, monkeypatch, state_bytes
 
     @jax.jit
     def step(params, state, gradient):
-        found = rows.applied(rows.Step(config, spec, None, jnp.float32(1), True), params, state, [Piece(None, gradient)], parts)
+        of_all = rows.Gradient(gradient, gradient)
+        found = rows.applied(rows.Step(config, spec, None, jnp.float32(1), True), params, state, of_all, parts)
         return found.params, found.opt_state
 
     params, state, expected = start, moments.initial(config.train, start), theirs.init(start)
