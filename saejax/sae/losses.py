@@ -102,16 +102,14 @@ def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:
 
 
 def unexplained(error_BD: jax.Array, estimate_BD: jax.Array, dead_F: jax.Array) -> jax.Array:
-    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite or nothing is dead (under `vmap` the branch is also
-    taken where only another SAE has dead features).
-    """
+    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite or nothing is dead."""
     ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
     return jnp.where(jnp.isfinite(ratio) & dead_F.any(), ratio, 0.0)
 
 
 def level(dead_F: jax.Array) -> jax.Array:
-    """0: no feature is dead in any SAE of the program, 1: at most `FEW` on every shard, 2: more."""
-    most = sharding.most_of_members(_most_on_a_shard(dead_F))
+    """0: no feature is dead, 1: at most `FEW` on every shard, 2: more."""
+    most = _most_on_a_shard(dead_F)
     return (most > 0).astype(jnp.int32) + (most > FEW)
 
 

@@ -125,7 +125,7 @@ def of_fired(spec: SAESpec, options: SAEOptions, params: SAEParams, batch: Batch
     pairs_n, missing = chosen(counted=False)
     if not over_batch:
         return of(pairs_n)
-    return lax.cond(sharding.any_member(missing.any()), lambda: of(chosen(counted=True)[0]), lambda: of(pairs_n))
+    return lax.cond(missing.any(), lambda: of(chosen(counted=True)[0]), lambda: of(pairs_n))
 
 
 @struct.dataclass

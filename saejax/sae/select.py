@@ -128,7 +128,7 @@ def kept_per_row(values: jax.Array, k: UpTo, shards: int) -> jax.Array:
     # Short: the next one would be among the k, or in place of an equal one of a later shard.
     short = (values[:, n:n + 1] >= threshold) & (values[:, n:n + 1] > -jnp.inf)
     short = lax.pmax(short.any().astype(jnp.int32), ("data", "dict")) > 0
-    return lax.cond(sharding.any_member(short), lambda: _kept(values, k, shards)[1],
+    return lax.cond(short, lambda: _kept(values, k, shards)[1],
                     lambda: jnp.pad(kept, ((0, 0), (0, values.shape[1] - n))))
 
 

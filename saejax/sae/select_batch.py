@@ -153,7 +153,7 @@ def _mask_local(pre_local: jax.Array, k: UpTo, shards: int) -> jax.Array:
     found = candidates(largest, pre_local, k.most, shards, pre_local.shape[1])
     keep = kept_in_all(len(pre_local), k.count)
     at, short = _border_of(found, keep, pre_local.shape[1])
-    at = lax.cond(sharding.any_member(short), lambda: border(lambda parts: _count((ordered(pre_local),), parts), keep),
+    at = lax.cond(short, lambda: border(lambda parts: _count((ordered(pre_local),), parts), keep),
                   lambda: at)
     return _kept((pre_local,), None, at, keep)[0]
 
@@ -181,5 +181,5 @@ def _kept(values: tuple[jax.Array, ...], wide_rows: jax.Array | None, at: Border
                      for table, same, left_B in zip(tables, equal, left, strict=True))
 
     reached = jnp.maximum(at.low, 1)  # what is not positive is never kept
-    return lax.cond(sharding.any_member((at.n_low > keep) & (at.low > 0)), with_ties,
+    return lax.cond((at.n_low > keep) & (at.low > 0), with_ties,
                     lambda: tuple(ordered(table) >= reached for table in values))

@@ -346,4 +346,4 @@ def _added(n: int, to_P: jax.Array, scale_P: jax.Array, rows_RD: jax.Array, from
 
 def _turns(pairs: Pairs, size: int) -> tuple[jax.Array, Callable]:
     """How often to take `size` pairs until all have been taken, and what of a value_P is taken at a turn."""
-    return sharding.most_of_members(-(-pairs.count[0] // size)), lambda value_P, i: value_P.reshape(-1, size)[i]
+    return -(-pairs.count[0] // size), lambda value_P, i: value_P.reshape(-1, size)[i]

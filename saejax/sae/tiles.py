@@ -72,7 +72,7 @@ def several(spec: SAESpec, read_BD: jax.Array) -> bool:
 
 def _tile_here(spec: SAESpec, read_BD: jax.Array) -> int:
     rows = len(read_BD) // jax.sharding.get_abstract_mesh().shape.get("data", 1)
-    return tile_width(rows * sharding.members(), spec.d_sae // sharding.shards(), sharding.chip())
+    return tile_width(rows, spec.d_sae // sharding.shards(), sharding.chip())
 
 
 @dataclasses.dataclass(frozen=True)

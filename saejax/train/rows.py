@@ -188,7 +188,7 @@ def _blocks_moved(step: Step, size: int, given, kept, scalars: _Scalars):
         if size == F:
             return _moved(step.config, old, g, scalars, rows)
         # A branch, so that everything is read before anything is written: else XLA copies whole arrays at every turn.
-        new = lax.cond(sharding.any_member(scalars.good), lambda: _moved(step.config, old, g, scalars, rows), lambda: old)
+        new = lax.cond(scalars.good, lambda: _moved(step.config, old, g, scalars, rows), lambda: old)
         return jax.tree.map(lambda all_, rows: lax.dynamic_update_slice_in_dim(all_, rows, first, 0), kept, new)
 
     size = min(size, F)
@@ -285,5 +285,5 @@ def _turns(spec: SAESpec, rows: sparse.Rows):
     room = len(rows.index_C)
     n = row_gradients.turns_of(spec, room)
     size = room // n
-    return (sharding.most_of_members(-(-rows.count[0] // size)),
+    return (-(-rows.count[0] // size),
             lambda value, i: lax.dynamic_slice_in_dim(value, i * size, size))
