@@ -32,10 +32,10 @@ class Hyperparameters:
 
 
 def alike(config: Config) -> Config:
-    """The config with one value for everything that a compiled step does not hold: equal for SAEs that share one."""
+    """What of a config is part of a compiled step, the defaults for the rest: equal for SAEs that share one."""
     sae, train = config.sae, dataclasses.replace(config.train, lr=1.0)
     sae = dataclasses.replace(sae, sparsity=1.0) if sae.kind == "jumprelu" else dataclasses.replace(sae, l1=1.0)
     if train.target_l0 and sae.kind not in WITH_K:  # whether there is a target is part of the step
         train = dataclasses.replace(train, target_l0=1.0)
     sae = dataclasses.replace(sae, hookpoint="")  # its width is part of the `SAESpec`
-    return dataclasses.replace(config, seed=0, data_seed=None, name="", run_dir="", sae=sae, train=train)
+    return Config(sae=sae, train=train)
