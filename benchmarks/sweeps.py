@@ -1,7 +1,7 @@
-"""Four SAEs over one stream, as one vmapped program and interleaved, against four runs: `python benchmarks/sweeps.py`.
+"""1, 2 and 4 SAEs over one stream, side by side: `python benchmarks/sweeps.py`.
 
-Rows are random, written once to a temporary store; rates are rows per second of all four together, from the metric lines behind
-the first (compilation is not counted), the three ways in turn, medians of `--rounds`.
+Rows are random, written once to a temporary store. Rates are rows per second of all SAEs, from the metric lines behind the first
+(compilation is not counted); times are of the whole call. The numbers of SAEs in turn, medians of `--rounds`.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
 from saejax.logs import read_metrics
-from saejax.scaling.sweep import groups, members
-from saejax.train.loop import train, train_all
+from saejax.scaling.sweep import members
+from saejax.train.loop import train_all
 
-CONTEXT, SHARD_CONTEXTS, RATES = 128, 64, "1e-3,8e-4,6e-4,4e-4"
+CONTEXT, SHARD_CONTEXTS, RATES = 128, 64, ("1e-3", "8e-4", "6e-4", "4e-4")
 
 
 def make_store(path: Path, width: int, shards: int) -> Store:
@@ -39,13 +39,14 @@ def make_store(path: Path, width: int, shards: int) -> Store:
     return writer.finalize(shards * SHARD_CONTEXTS)
 
 
-def make_config(kind: str, run_dir: Path, d_sae: int, batch: int, steps: int, together: int) -> Config:
+def make_config(kind: str, run_dir: Path, n: int, a: argparse.Namespace) -> Config:
+    """A sweep of n learning rates."""
     c = default_config(kind)
     c.lm.model, c.run_dir = "random", str(run_dir)
     c.harvest.hookpoints, c.sae.hookpoint = ("blocks.0.hook_resid_post",), "blocks.0.hook_resid_post"
-    c.sae.d_sae, c.train.batch, c.train.tokens, c.sae.aux_k = d_sae, batch, batch * steps, 0
-    c.log.progress, c.log.tensorboard, c.log.every_steps, c.checkpoint.every_tokens = False, False, 2, batch * steps
-    c.sweep.product, c.sweep.together = (f"train.lr={RATES}",), together
+    c.sae.d_sae, c.train.batch, c.train.tokens, c.sae.aux_k = a.d_sae, a.batch, a.batch * a.steps, 0
+    c.log.progress, c.log.tensorboard, c.log.every_steps, c.checkpoint.every_tokens = False, False, 2, a.batch * a.steps
+    c.sweep.product = (f"train.lr={','.join(RATES[:n])}",)
     return resolve(c)
 
 
@@ -59,28 +60,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("width", 576), ("d_sae", 4608), ("batch", 1024), ("steps", 12), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--kinds", default="relu,topk,batchtopk", help="recipes, with commas between")
+    parser.add_argument("--kinds", default="relu,topk", help="recipes, with commas between")
+    parser.add_argument("--saes", default="1,2,4", help="how many SAEs, at most 4, with commas between")
     a = parser.parse_args()
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, width {a.width}, {a.d_sae} features, batch {a.batch}")
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder) / "store", a.width, 4)
         for kind in a.kinds.split(","):
-            found: dict[str, list[tuple[float, float]]] = {}
-            for n in range(a.rounds):
-                for way, together in (("one program", 0), ("interleaved", 1), ("four runs", 1)):
-                    config = make_config(kind, Path(folder) / f"{kind}-{n}-{way}", a.d_sae, a.batch, a.steps, together)
-                    configs, began = members(config), time.monotonic()
-                    if way == "four runs":
-                        for member in configs:
-                            train(member, store)
-                        rows = 4 / sum(1 / rate(member) for member in configs)
-                    else:
-                        train_all(groups(configs, together), store)
-                        rows = 4 * rate(configs[0])
-                    found.setdefault(way, []).append((rows, time.monotonic() - began))
-            for way, results in found.items():
+            found: dict[int, list[tuple[float, float]]] = {}
+            for turn in range(a.rounds):
+                for n in map(int, a.saes.split(",")):
+                    configs = members(make_config(kind, Path(folder) / f"{kind}-{turn}-{n}", n, a))
+                    began = time.monotonic()
+                    train_all(configs, store)
+                    found.setdefault(n, []).append((n * rate(configs[0]), time.monotonic() - began))
+            for n, results in found.items():
                 rows, seconds = (statistics.median(column) for column in zip(*results, strict=True))
-                print(f"{kind:<10} {way:<12} {rows:>9,.0f} rows/s in all, {seconds:6.1f} s with compilation and checkpoints")
+                print(f"{kind:<10} {n} SAEs {rows:>9,.0f} rows/s in all, {seconds:6.1f} s with compilation and checkpoints")
 
 
 if __name__ == "__main__":

@@ -256,7 +256,6 @@ class SweepOptions:
     product: tuple[str, ...] = opt((), "keys and their values, as `sae.k=16,32,64`: one SAE for every combination", empty=True)
     variations: tuple[str, ...] = opt((), "one SAE each, as `recipe=relu sae.l1=3`; with `product` each of them in every "
                                       "combination", empty=True)
-    together: int = opt(0, "most SAEs of equal shape in one vmapped program; 1: each by itself; 0: no limit", ge=0)
 
 
 @dataclass(frozen=True)
@@ -286,7 +285,7 @@ class Config:
 
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "sweep.together", "train.profile",
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "train.profile",
            "train.compilation_cache")
 
 

@@ -29,7 +29,7 @@ from saejax.logs import say
 from saejax.records import RunPaths, read_config
 from saejax.report.report import write_report
 from saejax.report.summary import Rates, Result, table, training_rate
-from saejax.scaling.sweep import groups, is_sweep, members
+from saejax.scaling.sweep import is_sweep, members
 from saejax.storage import is_writer, read_json, text_sha256, write_json
 from saejax.train.checkpoint import is_step, machine_of, read_meta
 from saejax.train.compilation_cache import kept, trusted
@@ -144,10 +144,8 @@ def _trained(config: Config, configs: list[Config], store: Store) -> list[Outcom
         step = train(config, store, load).step
         return [Outcome(configs[0], RunPaths(Path(config.run_dir)), step, "")]
     claim_run_dir(settled(config))
-    programs = groups(configs, config.sweep.together)
-    say(f"{len(configs)} SAEs in {len(programs)} program{'s' if len(programs) > 1 else ''}")
-    found = {outcome.config: outcome for outcome in train_all(programs, store, load)}
-    return [found[member] for member in configs]
+    say(f"{len(configs)} SAEs side by side")
+    return train_all(configs, store, load)
 
 
 def _raise_troubles(outcomes: list[Outcome]) -> None:

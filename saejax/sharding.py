@@ -76,33 +76,6 @@ def over(reduce: Callable, value: jax.Array, *axes: str) -> jax.Array:
     return reduce(value, axes) if mesh_is_set() else value
 
 
-MEMBERS = "members"  # the vmapped axis of SAEs that train as one program
-
-
-def members() -> int:
-    """How many SAEs train in the same program."""
-    try:
-        return jax.lax.axis_size(MEMBERS)
-    except NameError:  # no such axis: one SAE
-        return 1
-
-
-def most_of_members(value: jax.Array) -> jax.Array:
-    """The largest `value` of all SAEs that train in the same program: under `vmap` a loop whose length depends on its own SAE
-    only would select between old and new in every round.
-    """
-    if members() == 1:
-        return value
-    return jax.lax.all_gather(value, MEMBERS).max(0)  # `pmax` over such an axis fails in jax 0.12 where a mesh is set
-
-
-def any_member(condition: jax.Array) -> jax.Array:
-    """`condition` of any SAE that trains in the same program: under `vmap` a `cond` that depends on its own SAE only would become
-    a select, which computes both branches.
-    """
-    return most_of_members(condition.astype(np.int32)) > 0
-
-
 def mesh_sizes(options: MeshOptions, n: int) -> tuple[int, int]:
     """(data, dict) on n devices. Raises `ConfigError` when the sizes do not use all of them."""
     data, dict_ = options.data, options.dict

@@ -156,7 +156,7 @@ def test_a_second_call_measures_nothing_again(finished, monkeypatch, capsys):
         raise AssertionError("measured again")
 
     monkeypatch.setattr("saejax.jobs.evaluate", refuse)
-    monkeypatch.setattr("saejax.train.loop.make_step", refuse)
+    monkeypatch.setattr("saejax.train.loop.shared_step", refuse)
     assert main(["run", f"--config={config}"]) == 0 and main(["eval", str(run)]) == 0
     assert (run / "eval.json").read_bytes() == before
 

@@ -1,4 +1,4 @@
-"""A config with a sweep -> the configs of its members, and which of them train as one program."""
+"""A config with a sweep -> the configs of its members."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ from saejax import config as config_lib
 from saejax.config import Config, SweepOptions
 from saejax.config_values import from_text, leaf, nearest
 from saejax.errors import ConfigError
-from saejax.recipes import RECIPES, WITH_K
+from saejax.recipes import RECIPES
 from saejax.storage import text_sha256
 
 _STREAM, _SHOWN = "all SAEs of a sweep read one stream of the same rows", "it changes nothing of an SAE"
@@ -53,27 +53,6 @@ def members(config: Config) -> list[Config]:
 def is_sweep(config: Config) -> bool:
     """True where a config describes several SAEs."""
     return bool(config.sweep.product or config.sweep.variations)
-
-
-def groups(configs: list[Config], together: int = 0) -> list[list[Config]]:
-    """Members by program, in order: equal but for seed, name, directory and what `saejax.train.step.Hyperparameters` holds.
-
-    together: most members of a program (`sweep.together`).
-    """
-    found: dict[Config, list[Config]] = {}
-    for config in configs:
-        found.setdefault(_program(config), []).append(config)
-    most = together or len(configs)
-    return [group[i:i + most] for group in found.values() for i in range(0, len(group), most)]
-
-
-def _program(config: Config) -> Config:
-    """The config with one value for everything that may differ between SAEs of a program."""
-    sae, train = config.sae, dataclasses.replace(config.train, lr=1.0)
-    sae = dataclasses.replace(sae, sparsity=1.0) if sae.kind == "jumprelu" else dataclasses.replace(sae, l1=1.0)
-    if train.target_l0 and sae.kind not in WITH_K:  # whether there is a target is part of the program
-        train = dataclasses.replace(train, target_l0=1.0)
-    return dataclasses.replace(config, seed=0, data_seed=config.seed_of_data, name="", run_dir="", sae=sae, train=train)
 
 
 def _assignments(sweep: SweepOptions, problems: list[str]) -> Iterator[dict[str, object]]:

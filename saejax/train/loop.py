@@ -1,10 +1,12 @@
 """Training, read from top to bottom: claim the directories, resume or start, step, log one step late, checkpoint.
 
-A run drives programs over one stream of rows. A program is one SAE or several of equal shape; one SAE is a sweep of one.
+A run drives its members side by side over one stream of rows. Members of equal shape share a compiled step; one SAE is a sweep of
+one.
 """
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +29,11 @@ from saejax.train import compilation_cache, determinism
 from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
 from saejax.train.preemption import Preempted, Preemption
 from saejax.train.profile import Profile, window
-from saejax.train.programs import Program, make_joint_step
 from saejax.train.rates import Rates, flops_of_step, on_bar
 from saejax.train.resample import due, resample
 from saejax.train.start_from import Load, started_from
 from saejax.train.state import TrainState, initial_state, measured
-from saejax.train.step import make_step
+from saejax.train.step import shared_step
 from saejax.train.step_cost import mesh_options
 
 
@@ -54,22 +55,21 @@ def train(config: Config, store: Store, load: Load | None = None) -> Trained:
     Raises `ConfigError` / `StoreError` when config, mesh and store do not fit, `NonFiniteError` when the loss or a batch is
     not finite, `Preempted` after SIGTERM or Ctrl-C (state saved).
     """
-    run = _Run([[config]], store, load)
+    run = _Run([config], store, load)
     run.go()
-    [program], [member] = run.programs, run.members
+    [member] = run.members
     if member.trouble:
         raise NonFiniteError(member.trouble)
-    return Trained(state=program.state_of(0), spec=member.spec, mesh=run.mesh, step=member.total)
+    return Trained(state=member.state, spec=member.spec, mesh=run.mesh, step=member.total)
 
 
-def train_all(groups: Sequence[Sequence[Config]], store: Store, load: Load | None = None) -> list[Outcome]:
-    """Trains many SAEs on the same rows, each group in one program, and says how each ended, in the order given.
+def train_all(configs: Sequence[Config], store: Store, load: Load | None = None) -> list[Outcome]:
+    """Trains many SAEs side by side on the same rows, and says how each ended, in the order given.
 
-    The configs of a group differ in seed, name, directory and `Hyperparameters` only; all have the same mesh, batch, data seed
-    and checkpoint steps. They resume at the newest step that all unfinished ones have. One whose steps are not finite is stopped
-    by itself. Raises what `train` raises but for that.
+    All configs have the same mesh, batch, data seed and checkpoint steps. They resume at the newest step that all unfinished ones
+    have. One whose steps are not finite is stopped by itself. Raises what `train` raises but for that.
     """
-    run = _Run(groups, store, load)
+    run = _Run(configs, store, load)
     run.go()
     return [member.outcome for member in run.members]
 
@@ -77,15 +77,13 @@ def train_all(groups: Sequence[Sequence[Config]], store: Store, load: Load | Non
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, groups: Sequence[Sequence[Config]], store: Store, load: Load | None):
-        groups = [list(map(settled, group)) for group in groups]
-        configs = [config for group in groups for config in group]
+    def __init__(self, configs: Sequence[Config], store: Store, load: Load | None):
+        configs = list(map(settled, configs))
         self.store, self.load, self.alone = store, load, len(configs) == 1
         self.mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
         check_all(configs, self.mesh, store)
-        self.programs = [Program([Member(config, store, self.mesh, alone=self.alone) for config in group],
-                                 make_step if len(group) == 1 else make_joint_step) for group in groups]
-        self.members = [member for program in self.programs for member in program.members]
+        compiled = functools.cache(shared_step)  # once for all members of a shape
+        self.members = [Member(config, store, self.mesh, compiled, alone=self.alone) for config in configs]
         self.flops = {member: flops_of_step(member, self.mesh) for member in self.members}  # of a step, on one device
         self.batch, self.every, self.log_options = configs[0].train.batch, checkpoint_steps(configs[0]), configs[0].log
         self.hookpoints = tuple(dict.fromkeys(name for config in configs for name in config.sae.hookpoints))
@@ -120,8 +118,8 @@ class _Run:
         start, states = self.restored()
         if self.training and not start:
             states = self.initial()
-        for program in self.programs:
-            program.load({member: state for member, state in (states | ended).items() if member in program.members})
+        for member, state in (states | ended).items():
+            member.state = state
         total = max(member.total for member in self.members)
         self.say_what_bits_depend_on()
         if start:
@@ -167,20 +165,18 @@ class _Run:
         """States of step 0; members that read the same rows share the sample."""
         samples: dict[tuple, np.ndarray] = {}
         states, origin = {}, self.training[0].counters.stream
-        for program in self.programs:
-            for _, member in program.training:
-                config = member.config
-                if config.sae.aux_k and config.sae.dead_tokens >= config.train.tokens:
-                    say(f"config.sae.dead_tokens = {config.sae.dead_tokens:,} is not less than config.train.tokens = "
-                        f"{config.train.tokens:,}: no feature can count as dead, and AuxK has nothing to do")
-                key = (config.sae.hookpoints, min(config.train.init_rows, self.store.kept_rows))
-                if key not in samples:
-                    samples[key] = self.sample(*key, origin)
-                like = dataclasses.replace(program.members[0].config, seed=config.seed)
-                stats = measured(samples[key], member.stats) if config.stream.mask_outliers else member.stats
-                states[member] = initial_state(like, member.spec, stats, samples[key], self.mesh)
-                if config.train.init_from:
-                    states[member] = started_from(states[member], config, member.spec, self.mesh, self.load)
+        for member in self.training:
+            config = member.config
+            if config.sae.aux_k and config.sae.dead_tokens >= config.train.tokens:
+                say(f"config.sae.dead_tokens = {config.sae.dead_tokens:,} is not less than config.train.tokens = "
+                    f"{config.train.tokens:,}: no feature can count as dead, and AuxK has nothing to do")
+            key = (config.sae.hookpoints, min(config.train.init_rows, self.store.kept_rows))
+            if key not in samples:
+                samples[key] = self.sample(*key, origin)
+            stats = measured(samples[key], member.stats) if config.stream.mask_outliers else member.stats
+            states[member] = initial_state(config, member.spec, stats, samples[key], self.mesh)
+            if config.train.init_from:
+                states[member] = started_from(states[member], config, member.spec, self.mesh, self.load)
         return states
 
     def sample(self, hookpoints: tuple[str, ...], rows: int, origin: StreamState) -> np.ndarray:
@@ -216,28 +212,26 @@ class _Run:
 
     def profile(self, start: int, last: int) -> Profile:
         def settle() -> None:
-            for program in self.programs:
-                program.wait()
+            jax.block_until_ready([member.state for member in self.members])
 
         steps = window(self.members[0].config.train.profile, start, last, self.every)
         return Profile(RunPaths(self.where).profile, steps, settle)
 
     def step(self, number: int, rows: ActivationBatch, place: StreamState, logs: dict[Member, "_Log"], bar: Progress) -> None:
-        """One step of every program that trains, then whatever is due for single members."""
+        """Dispatches one step of every member that trains, then does whatever is due for single ones."""
         placed: dict[tuple[str, ...], jax.Array] = {}
-        for program in self.programs:
-            if not program.training:
-                continue
-            hookpoints = program.members[0].config.sae.hookpoints
+        dispatched: dict[Member, dict[str, jax.Array]] = {}
+        for member in self.training:
+            hookpoints = member.config.sae.hookpoints
             if hookpoints not in placed:
                 placed[hookpoints] = sharding.place(self.columns(rows.x_BW, hookpoints), self.rest)
-            metrics = program.step(number, placed[hookpoints])
-            for lane, member in program.training:
-                member.counters = dataclasses.replace(member.counters, stream=place, tokens_seen=number * self.batch)
-                if logs[member].step(number, metrics):
-                    self.stop_broken(program, lane, number, bar)
-                elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch) and number < member.total:
-                    self.resample(program, lane, logs[member], number)
+            dispatched[member] = member.step(number, placed[hookpoints])
+        for member, metrics in dispatched.items():
+            member.counters = dataclasses.replace(member.counters, stream=place, tokens_seen=number * self.batch)
+            if logs[member].step(number, metrics):
+                self.stop_broken(member, number, bar)
+            elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch) and number < member.total:
+                self.resample(member, logs[member])
 
     def columns(self, x_BW: np.ndarray, hookpoints: tuple[str, ...]) -> np.ndarray:
         """The columns of these hookpoints, of rows of all of them."""
@@ -249,31 +243,29 @@ class _Run:
 
     def save(self, number: int, logs: dict[Member, "_Log"], leaving: bool) -> None:
         """Checkpoints of the members that are due; none begins before those of the step before are on every disk."""
-        due_now = [(program, lane, member) for program in self.programs for lane, member in program.training
-                   if leaving or number % self.every == 0 or number == member.total]
+        due_now = [member for member in self.training if leaving or number % self.every == 0 or number == member.total]
         if due_now and not self.alone:
             self.wait()
-        for program, lane, member in due_now:
+        for member in due_now:
             logs[member].flush()
-            member.save(number, program.state_of(lane))
-        for program, _, member in due_now:
+            member.save(number)
+        for member in due_now:
             member.training = number < member.total
-            if not (self.alone or program.training):
-                program.load({})  # nobody reads its state any more
+            if not (self.alone or member.training):
+                member.state = None  # nobody reads it any more
 
-    def stop_broken(self, program: Program, lane: int, number: int, bar: Progress) -> None:
+    def stop_broken(self, member: Member, number: int, bar: Progress) -> None:
         """Too many steps in a row were left out: the last good parameters are saved, and the member ends."""
-        member = program.members[lane]
-        member.save(number, program.state_of(lane))
+        member.save(number)
         member.checkpoints.wait()
         member.stop(number)
+        member.state = None
         bar.shorten((member.total - number) * self.batch)
         if not self.alone:
             say(member.trouble)
 
-    def resample(self, program: Program, lane: int, log: "_Log", number: int) -> None:
+    def resample(self, member: Member, log: "_Log") -> None:
         """Candidates come from a second, differently seeded stream over the same store: the training order is not touched."""
-        member = program.members[lane]
         config, occasion = member.config, member.counters.resamples
         n = max(1, config.train.resample.sample_rows // self.batch)
         n = min(n, max(1, self.store.kept_rows // self.batch))
@@ -284,9 +276,7 @@ class _Run:
                 for rows in itertools.islice(stream, n):
                     yield sharding.place(rows.x_BW, self.rest)
 
-        state, replaced = resample(config, member.spec, program.state_of(lane), (batches(), batches()), occasion)
-        if replaced or len(program.members) == 1:
-            program.put(lane, state)
+        member.state, replaced = resample(config, member.spec, member.state, (batches(), batches()), occasion)
         log.note(resampled=replaced)
         member.counters = dataclasses.replace(member.counters, resamples=occasion + 1)
 
@@ -296,16 +286,14 @@ class _Run:
         shown = _Shown(bar, len(self.training))
         with contextlib.ExitStack() as stack:
             logs = {}
-            for program in self.programs:
-                for lane, member in program.training:
-                    config, paths = member.config, member.paths
-                    tensorboard = paths.tensorboard if config.log.tensorboard else None
-                    writer = MetricWriter(paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
-                                          name=config.name, config=config_lib.to_json(config), resume_step=start)
-                    rates = Rates(self.batch, lambda: sum(self.flops[member] for member in self.training),
-                                  lambda: stream.wait_seconds, self.mesh.devices.flat[0])
-                    logs[member] = stack.enter_context(_Log(config, writer, rates, shown.of(len(logs)),
-                                                            lane if len(program.members) > 1 else None))
+            for member in self.training:
+                config, paths = member.config, member.paths
+                tensorboard = paths.tensorboard if config.log.tensorboard else None
+                writer = MetricWriter(paths.metrics, tensorboard=tensorboard, wandb_project=config.log.wandb,
+                                      name=config.name, config=config_lib.to_json(config), resume_step=start)
+                rates = Rates(self.batch, lambda: sum(self.flops[member] for member in self.training),
+                              lambda: stream.wait_seconds, self.mesh.devices.flat[0])
+                logs[member] = stack.enter_context(_Log(config, writer, rates, shown.of(len(logs))))
             yield logs
 
 
@@ -331,8 +319,8 @@ class _Shown:
 class _Log:
     """Metrics of step n are read after step n + 1 was dispatched, so that the devices never wait for the host."""
 
-    def __init__(self, config: Config, writer: MetricWriter, rates: Rates, advance: Callable, lane: int | None):
-        self.config, self.writer, self.rates, self.advance, self.lane = config, writer, rates, advance, lane
+    def __init__(self, config: Config, writer: MetricWriter, rates: Rates, advance: Callable):
+        self.config, self.writer, self.rates, self.advance = config, writer, rates, advance
         self.pending: tuple[int, dict] | None = None
         self.extra: dict[str, float] = {}
 
@@ -353,7 +341,7 @@ class _Log:
             return False
         with jax.profiler.TraceAnnotation("wait for the step before"):
             self._read(*previous)
-        broken = int(self._mine(previous[1]["skipped_in_row"])) >= self.config.train.max_skipped
+        broken = int(np.asarray(previous[1]["skipped_in_row"])) >= self.config.train.max_skipped
         self.pending = None if broken else self.pending
         return broken
 
@@ -366,10 +354,6 @@ class _Log:
         if previous is not None:
             self._read(*previous)
 
-    def _mine(self, value: jax.Array):
-        """This SAE's own value of a metric; the others of its program read the same host copy."""
-        return np.asarray(value) if self.lane is None else np.asarray(value)[self.lane]
-
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
         jax.block_until_ready(metrics["loss"])
         if self.rates.before is None:  # rates count from the end of the first step: compilation is not throughput
@@ -379,7 +363,7 @@ class _Log:
             self.advance(batch)
             return
         jax.block_until_ready(metrics)
-        values = {k: float(self._mine(v)) for k, v in metrics.items()}
+        values = {k: float(np.asarray(v)) for k, v in metrics.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # those of a step that was left out
         rates = self.rates.at(step)
         self.writer.write(step, {"tokens_seen": step * batch, **values, **rates, **self.extra})

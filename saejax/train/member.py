@@ -1,11 +1,13 @@
-"""One SAE of a run: its config, run directory, checkpoints and counters, and whether it still trains."""
+"""One SAE of a run: its config, state, run directory, checkpoints and counters, and whether it still trains."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 from jax.sharding import Mesh
 
 from saejax import config as config_lib
@@ -17,7 +19,9 @@ from saejax.errors import CheckpointCorruptError, CheckpointError, SaejaxError
 from saejax.records import RunPaths, StreamState, read_config
 from saejax.sae import SAESpec
 from saejax.storage import barrier, is_writer, write_json
+from saejax.train import optim
 from saejax.train.checkpoint import Checkpoints, RunCounters, restore_scalar, steps_in
+from saejax.train.hyperparameters import Hyperparameters, alike
 from saejax.train.state import TrainState, abstract_state
 
 
@@ -95,14 +99,21 @@ def check_all(configs: Sequence[Config], mesh: Mesh, store: Store | None = None)
 
 
 class Member:
-    """`training` until its last step or until it is stopped; then `trouble` says why. `counters` are those of its newest step."""
+    """`training` until its last step or until it is stopped; then `trouble` says why. `counters` are those of its newest step,
+    `state` is there while it trains, and at the end of one that is alone.
+    """
 
-    def __init__(self, config: Config, store: Store, mesh: Mesh, *, alone: bool):
+    def __init__(self, config: Config, store: Store, mesh: Mesh, compiled: Callable, *, alone: bool):
+        """compiled: `shared_step`, the same function for the same arguments in all members of a run."""
         self.config, self.mesh, self.alone = config, mesh, alone
+        self._compiled, self._own = compiled, Hyperparameters.of(config).on(mesh)
+        self.state: TrainState | None = None
         self.paths = claim_run_dir(config)
         widths = {hookpoint: store.width(hookpoint) for hookpoint in config.sae.hookpoints}
         self.spec = SAESpec.from_options(config.sae, widths, config.train.compute_dtype)
         self.total, self.every = total_steps(config), checkpoint_steps(config)
+        self._annealing = optim.annealing_steps(config.sae, config.train, self.total)
+        self._step_fn = functools.cache(self._compiled_step)
         keep_every = -(-config.checkpoint.keep_every_tokens // config.train.batch)
         # Several SAEs resume where all of them can: one may have saved a step more than another when they are killed.
         self.checkpoints = Checkpoints(self.paths.checkpoints, strict=config.checkpoint.strict,
@@ -114,6 +125,16 @@ class Member:
         self.counters = RunCounters(stream=StreamState(seed=config.seed_of_data, epoch=0, position=0), tokens_seen=0, resamples=0)
         self.training, self.trouble = True, ""
         self.saved_on: dict[str, str] = {}  # the machine of the checkpoint that was restored
+
+    def step(self, number: int, rows_BW: jax.Array) -> dict[str, jax.Array]:
+        """Dispatches a step and returns its metrics."""
+        self.state, metrics = self._step_fn(number <= self._annealing)(self.state, rows_BW, self._own)
+        return metrics
+
+    def _compiled_step(self, annealing: bool) -> Callable:
+        """While k falls a step with room for `sae.k_start`, in which k is a value, then one of k features."""
+        spec = dataclasses.replace(self.spec, k=self.config.sae.k_start) if annealing else self.spec
+        return self._compiled(alike(self.config), spec, self.total)
 
     def restore(self, step: int) -> tuple[TrainState, RunCounters] | None:
         """State and counters of a step; None when it does not verify. Raises `CheckpointError` for other data."""
@@ -155,9 +176,9 @@ class Member:
                         f"step {step}; the parameters from before them are saved. Lower config.train.lr, or look for outlier "
                         f"tokens (config.stream.mask_outliers){again}")
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int) -> None:
         """Starts to write a checkpoint."""
-        self.checkpoints.save(step, state, self.spec, self.data, self.counters)
+        self.checkpoints.save(step, self.state, self.spec, self.data, self.counters)
 
     @property
     def outcome(self) -> Outcome:

@@ -18,6 +18,7 @@ from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns
 from saejax.sae.params import entry_scale
 from saejax.train import control, determinism, moments
+from saejax.train.hyperparameters import alike
 from saejax.train.moments import Moments
 
 _BIAS_ROWS = 4096  # rows that initial biases are taken from
@@ -121,7 +122,7 @@ def initial_state(config: Config, spec: SAESpec, stats: Sequence[ActivationStats
     n = max(1, min(len(rows_NW), _BIAS_ROWS) // mesh.size) * mesh.size
     rows_NW = sharding.place(np.resize(rows_NW, (n, rows_NW.shape[1])), sharding.sharding(mesh, "rows_at_rest", None))
     with jax.set_mesh(mesh):
-        return _jitted(spec, dataclasses.replace(config, seed=0, data_seed=None, name="", run_dir=""))(
+        return _jitted(spec, alike(config))(
             jax.random.key(config.seed), b_dec, normalization, np.float32(1 / sum(written)), rows_NW)
 
 
@@ -139,9 +140,9 @@ def abstract_state(config: Config, spec: SAESpec, mesh: Mesh | AbstractMesh):
         mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def _jitted(spec: SAESpec, config: Config):
-    """One compilation for all SAEs that differ in their seed only."""
+    """One compilation for all SAEs whose configs are `alike`."""
     return jax.jit(functools.partial(_make, spec, config), compiler_options=determinism.compiler_options(config.train))
 
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from saejax.config import Config, SAEOptions
 from saejax.recipes import WITH_K
@@ -14,38 +13,49 @@ from saejax.sae.objectives import objective
 from saejax.sae.params import from_tensors, tensors
 from saejax.sae.row_gradients import merged, parts_of
 from saejax.train import control, determinism, optim, rows
+from saejax.train.hyperparameters import Hyperparameters, alike
 from saejax.train.moments import Moments
 from saejax.train.state import TrainState
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
 
 
-@struct.dataclass
-class Hyperparameters:
-    """What may differ between SAEs that train as one program (float32 scalars): peak learning rate, lambda, L0 to aim at."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A `shared_step` with the hyperparameters of one config: `step(state, rows_BW) -> (state, metrics)`."""
 
-    lr: jax.Array
-    penalty: jax.Array
-    target_l0: jax.Array
+    shared: jax.stages.Wrapped
+    own: Hyperparameters
 
-    @classmethod
-    def of(cls, config: Config) -> "Hyperparameters":
-        penalty = config.sae.sparsity if config.sae.kind == "jumprelu" else config.sae.l1
-        return cls(*(jnp.float32(value) for value in (config.train.lr, penalty, config.train.target_l0)))
+    def __call__(self, state: TrainState, rows_BW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
+        return self.shared(state, rows_BW, self.own)
+
+    def trace(self, state: TrainState, rows_BW: jax.Array) -> jax.stages.Traced:
+        return self.shared.trace(state, rows_BW, self.own)
+
+    def lower(self, state: TrainState, rows_BW: jax.Array) -> jax.stages.Lowered:
+        return self.shared.lower(state, rows_BW, self.own)
 
 
-def make_step(config: Config, spec: SAESpec, total_steps: int, platform: str | None = None):
-    """`step(state, rows_BW) -> (state, metrics)`; rows_BW: raw rows of `config.sae.hookpoints` side by side (any float dtype),
-    sharded as `rows_at_rest`.
+def make_step(config: Config, spec: SAESpec, total_steps: int, platform: str | None = None) -> Step:
+    """The step of one SAE, see `shared_step`."""
+    return Step(shared_step(config, spec, total_steps, platform), Hyperparameters.of(config))
+
+
+def shared_step(config: Config, spec: SAESpec, total_steps: int, platform: str | None = None) -> jax.stages.Wrapped:
+    """`step(state, rows_BW, own) -> (state, metrics)` of all SAEs whose configs are `alike`; the state is donated.
+
+    rows_BW: raw rows of `config.sae.hookpoints` side by side (any float dtype), sharded as `rows_at_rest`. own: its
+    `Hyperparameters`.
 
     metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, skipped, skipped_in_row, and the
     terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient. A step whose loss or gradient is not
     finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
     platform: that it is compiled for, where it is not the one that is here.
     """
-    own = Hyperparameters.of(config)
+    config = alike(config)
 
-    def train_step(state: TrainState, rows_BW: jax.Array):
+    def train_step(state: TrainState, rows_BW: jax.Array, own: Hyperparameters):
         return one_step(config, spec, total_steps, own, state, rows_BW)
 
     return jax.jit(train_step, donate_argnums=0, compiler_options=determinism.compiler_options(config.train, platform))
@@ -53,7 +63,7 @@ def make_step(config: Config, spec: SAESpec, total_steps: int, platform: str | N
 
 def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparameters, state: TrainState,
              rows_BW: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-    """See `make_step`; `own` are values of the program, so that it can be mapped over them and over states."""
+    """What `shared_step` compiles."""
     rows_BW = state.normalization.apply(rows_BW)
     lr = own.lr * optim.learning_rate(config.train, total_steps)(state.step)
     penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
@@ -88,7 +98,7 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
 
 
 def _k_now(config: Config, spec: SAESpec, step: jax.Array, total_steps: int) -> jax.Array | None:
-    """k at this step of a program that keeps up to `sae.k_start` (`Program`), else none."""
+    """k at this step of a program that keeps up to `sae.k_start` (`Member.step`), else none."""
     if spec.kind not in WITH_K or spec.k == config.sae.k:
         return None
     return optim.annealed_k(config.sae, optim.annealing_steps(config.sae, config.train, total_steps))(step)

@@ -118,21 +118,6 @@ def test_a_pass_moves_reconstructions_once(monkeypatch):
     assert sorted(moved_shapes(made("relu", (1, 8))[0].as_text())) == expected
 
 
-@pytest.mark.parametrize("name", ["matryoshka", pytest.param("gated", marks=pytest.mark.slow)])
-def test_members_of_a_program_get_what_each_gets_alone(monkeypatch, whole, name):
-    options, spec = of_case(name)
-    params, x = inputs_of(spec)
-    mesh = sharding.make_mesh(MeshOptions(2, 4))
-    in_tiles(monkeypatch)
-    with jax.set_mesh(mesh):
-        where = param_shardings(mesh, tensors(params))
-        joint = jax.tree.map(lambda value, at: sharding.place(np.stack([value, value * 0.5]), jax.NamedSharding(
-            mesh, jax.P(None, *at.spec))), params, where)
-        of = jax.vmap(gradients_of(options, spec), in_axes=(0, None), axis_name=sharding.MEMBERS)
-        got = jax.device_get(jax.jit(of)(joint, sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))))
-    check_equal(whole[name][1], jax.tree.map(lambda value: value[0], got))
-
-
 @pytest.mark.parametrize("rows, features, chip, expected", [
     (4096, 2**17, "v5e", 2**14), (4096, 2**16, "v5e", 2**16), (16_384, 2**17, "v5p", 2**17), (8192, 2**17, "h100", 2**17),
     (2048, 65_536, "cpu", 8192), (2048, 32_768, "cpu", 32_768), (2**20, 2**17, "v5e", 1024), (2**20, 100, "v5e", 100),

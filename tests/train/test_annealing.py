@@ -1,4 +1,4 @@
-"""k falls as a value of one program: each step is that of a program of so many features, on every path."""
+"""k falls as a value of one compiled step: each step is that of a program of so many features, on every path."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
+from saejax import sharding, storage
 from saejax.logs import read_metrics
 from saejax.sae import SAESpec
 from saejax.train import loop, optim
-from saejax.train.programs import make_joint_step, stacked
+from saejax.train.checkpoint import read_meta
 from saejax.train.state import initial_state
 from saejax.train.step import make_step
 
@@ -59,24 +59,30 @@ def test_a_step_is_that_of_a_program_of_so_many_features(store, tmp_path, path):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-6)
 
 
-def test_saes_of_one_program_fall_together(store, tmp_path):
-    config = make_config("topk", tmp_path, sae__k_start=12, train__k_anneal=0.5, mesh__data=2, mesh__dict=4)
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
-        state, rows = state_at(config, store, mesh, 11)
-        both = stacked([state, state])
-        _, alone = make_step(config, spec_of(config, 12), TOTAL)(state, rows)
-        _, metrics = make_joint_step([config, config], spec_of(config, 12), TOTAL)(both, rows)
-    np.testing.assert_allclose(np.asarray(metrics["l0"]), 2 * [float(alone["l0"])])
-    np.testing.assert_allclose(np.asarray(metrics["loss"]), 2 * [float(alone["loss"])], rtol=1e-5)
+def annealed(run_dir, **changes):
+    return make_config("topk", run_dir, sae__k_start=12, train__k_anneal=0.5, sae__aux_k=0, log__every_steps=1, **changes)
+
+
+def counted(monkeypatch):
+    """k of every step that is compiled."""
+    made, make = [], loop.shared_step
+    monkeypatch.setattr(loop, "shared_step", lambda config, spec, total: made.append(spec.k) or make(config, spec, total))
+    return made
 
 
 def test_a_run_falls_step_by_step_in_two_programs(store, tmp_path, monkeypatch):
-    config = make_config("topk", tmp_path, sae__k_start=12, train__k_anneal=0.5, sae__aux_k=0, log__every_steps=1)
-    made, make = [], loop.make_step
-    monkeypatch.setattr(loop, "make_step", lambda config, spec, total: made.append(spec.k) or make(config, spec, total))
+    config, made = annealed(tmp_path), counted(monkeypatch)
     loop.train(config, store)
     l0 = [line["l0"] for line in read_metrics(tmp_path / "metrics.jsonl")]
     ks = [int(optim.annealed_k(config.sae, 25)(step)) for step in range(50)]
     assert made == [12, 4] and ks[0] == 12 and len(set(ks)) == 9
     assert all(k - 1 < found <= k for k, found in zip(ks, l0, strict=True))
+
+
+def test_several_saes_fall_in_the_same_two(store, tmp_path, monkeypatch):
+    made, rates = counted(monkeypatch), (1e-3, 3e-3)
+    outcomes = loop.train_all([annealed(tmp_path / str(lr), train__lr=lr, mesh__data=2, mesh__dict=4) for lr in rates], store)
+    assert made == [12, 4]
+    for lr, outcome in zip(rates, outcomes, strict=True):
+        alone = loop.train(annealed(tmp_path / "alone" / str(lr), train__lr=lr, mesh__data=2, mesh__dict=4), store)
+        assert read_meta(outcome.paths.checkpoints / str(outcome.step)).fingerprints == storage.fingerprints(alone.state)

@@ -15,7 +15,6 @@ from saejax.recipes import WITH_K
 from saejax.sae import SAESpec
 from saejax.train import determinism, loop
 from saejax.train.checkpoint import machine_of
-from saejax.train.programs import make_joint_step, stacked
 from saejax.train.state import initial_state
 from saejax.train.step import make_step, takes_pairs
 
@@ -46,21 +45,21 @@ def state_and_rows(config, store, mesh):
     return spec, state, sharding.place(rows, sharding.sharding(mesh, "rows_at_rest", None))
 
 
-@pytest.mark.parametrize("together", [False, True])
-def test_options_reach_the_compiler_on_a_gpu_only(store, tmp_path, monkeypatch, together):
+@pytest.mark.parametrize("named", [False, True])
+def test_options_reach_the_compiler_on_a_gpu_only(store, tmp_path, monkeypatch, named):
     """The compiler itself writes down the options of a program; those of GPUs are known to every build of jaxlib."""
     config, mesh = deterministic("topk", tmp_path), sharding.single_device_mesh()
     spec, state, rows = state_and_rows(config, store, mesh)
     found = {}
     for platform in ("cpu", "gpu"):
         with monkeypatch.context() as patch, jax.set_mesh(mesh):
-            if together:
-                patch.setattr(jax, "default_backend", lambda name=platform: name)
-                step, given = make_joint_step([config, config], spec, 10), stacked([state, state])
+            if named:
+                step = make_step(config, spec, 10, platform)
             else:
-                step, given = make_step(config, spec, 10, platform), state
+                patch.setattr(jax, "default_backend", lambda name=platform: name)
+                step = make_step(config, spec, 10)
             dump = tmp_path / platform
-            step.lower(given, rows).compile(compiler_options={"xla_dump_to": str(dump)})
+            step.lower(state, rows).compile(compiler_options={"xla_dump_to": str(dump)})
             found[platform] = next(dump.glob("*debug_options")).read_text()
     assert not any(name in found["cpu"] for name in determinism.OPTIONS)
     for name, value in determinism.OPTIONS.items():

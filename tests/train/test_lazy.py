@@ -20,9 +20,9 @@ from saejax.plan.hlo import moved
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, select_batch, tensors
 from saejax.sae.row_gradients import RowGradients
 from saejax.train import loop, moments, optim, rows
-from saejax.train.programs import make_joint_step, stacked
+from saejax.train.hyperparameters import Hyperparameters
 from saejax.train.state import abstract_state, initial_state
-from saejax.train.step import make_step
+from saejax.train.step import make_step, shared_step
 
 from .synthetic import HOOKPOINT, TARGET, WIDTHS, OnDemand, make_config, make_store
 from .test_step import train
@@ -208,22 +208,21 @@ def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("name", ["topk", "few dead"])
-def test_several_saes_in_one_program_are_each_by_itself(store, tmp_path, name):
+def test_several_saes_of_one_step_are_each_by_itself(store, tmp_path, name):
     configs = [config_of(name, tmp_path, train__lazy=True, train__lr=lr, seed=seed) for seed, lr in enumerate((1e-3, 3e-3))]
     spec, mesh = SAESpec.from_options(configs[0].sae, WIDTHS), sharding.single_device_mesh()
     batches = [store.read(HOOKPOINT, 32 * i, 32 * i + 32) for i in range(12)]
     sample = np.concatenate(batches).astype(np.float32)
     states = [[initial_state(c, spec, [store.stats(HOOKPOINT)], sample, mesh) for c in configs] for _ in range(2)]
     with jax.set_mesh(mesh):
-        joint, step, steps = stacked(states[0]), make_joint_step(configs, spec, 12), [make_step(c, spec, 12) for c in configs]
-        alone = states[1]
+        step, steps = shared_step(configs[0], spec, 12), [make_step(c, spec, 12) for c in configs]
+        shared, alone = states
         for x in batches:
             rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))
-            joint, _ = step(joint, rows)
+            shared = [step(state, rows, Hyperparameters.of(c))[0] for c, state in zip(configs, shared, strict=True)]
             alone = [one(state, rows)[0] for one, state in zip(steps, alone, strict=True)]
-    for lane, state in enumerate(alone):
-        for a, b in zip(jax.tree.leaves(joint.params), jax.tree.leaves(state.params), strict=True):
-            np.testing.assert_allclose(np.asarray(a)[lane], np.asarray(b), **CLOSE)
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):

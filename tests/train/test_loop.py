@@ -8,14 +8,14 @@ from .synthetic import make_config, make_store
 
 def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
     dispatched, read = [], []
-    make_step, read_metrics_of = loop.make_step, loop._Log._read
+    shared_step, read_metrics_of = loop.shared_step, loop._Log._read
 
     def counted(*args):
-        step = make_step(*args)
+        step = shared_step(*args)
 
-        def run(state, x):
+        def run(*given):
             dispatched.append(len(dispatched) + 1)
-            return step(state, x)
+            return step(*given)
 
         return run
 
@@ -23,7 +23,7 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
         read.append((step, dispatched[-1]))
         read_metrics_of(self, step, metrics)
 
-    monkeypatch.setattr(loop, "make_step", counted)
+    monkeypatch.setattr(loop, "shared_step", counted)
     monkeypatch.setattr(loop._Log, "_read", late)
     config = make_config("topk", tmp_path / "run", checkpoint__every_tokens=10**6)
     loop.train(config, make_store(tmp_path / "store"))

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,21 @@ def test_the_step_moves_no_dictionary_wide_array(store, tmp_path, kind):
     widest = max(map(math.prod, moved_shapes(hlo)))
     bound = 32 * max(D_IN * max(1, len(config.sae.groups)), 8 * max(config.sae.k, config.sae.aux_k))
     assert widest <= bound < 32 * 1024, "only [B, D] rows and candidate values may travel"
+
+
+@pytest.mark.parametrize("kind, path, least", [("batchtopk", "never", 2), *(
+    pytest.param(*case, marks=pytest.mark.slow) for case in (
+        ("batchtopk", "always", 2), ("topk", "never", 1), ("topk", "always", 0)))])
+def test_conditions_are_branches(store, tmp_path, kind, path, least):
+    """AuxK, on the sparse path loops of one round instead; ties at the threshold of a batch."""
+    config = make_config(kind, tmp_path, train__sparse=path)
+    spec, mesh = SAESpec.from_options(config.sae, WIDTHS), sharding.make_mesh(config.mesh)
+    x = store.read(HOOKPOINT, 0, 32)
+    state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
+    with jax.set_mesh(mesh):
+        rows = sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None))
+        hlo = make_step(config, spec, 50).lower(state, rows).compile().as_text()
+    assert len(re.findall(r" conditional\(", hlo)) >= least
 
 
 def test_normalisation_conventions(store):
