@@ -23,13 +23,13 @@ OPERANDS = re.compile(r"\(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>"
 
 
 def lowered(kind: str, path: str, dtype: str, platform: str) -> str:
-    """The step of a recipe, AuxK included, on a path of `train.sparse` (`lazy`: row-lazy Adam)."""
+    """The step of a recipe, AuxK included, on a path of `train.path` (`lazy`: row-lazy Adam)."""
     c = default_config(kind)
     c.sae.d_sae, c.train.batch, c.train.tokens, c.train.compute_dtype = F, B, 100 * B, dtype
     if path == "lazy":
-        c.train.lazy, c.train.beta1, c.train.state_bytes = True, 0.0, 8
+        c.train.optimizer = "lazy"
     else:
-        c.train.sparse = path
+        c.train.path = path
     config = resolve(c)
     spec, mesh = SAESpec.from_options(config.sae, {config.sae.hookpoint: D}, dtype), sharding.single_device_mesh()
     with jax.set_mesh(mesh):
@@ -54,11 +54,11 @@ def main() -> None:
     print("| kind, path | compute_dtype | CUDA | TPU |\n|---|---|---|---|")
     for kind in KINDS:
         with_k = resolve(default_config(kind)).sae.kind in WITH_K
-        for path in ("never", "always", "lazy") if with_k else ("never",):
+        for path in ("dense", "sparse", "lazy") if with_k else ("dense",):
             for dtype in ("bfloat16", "float32"):
                 cells = [", ".join(f"{n} {what}" for what, n in sorted(counted(lowered(kind, path, dtype, platform)).items()))
                          for platform in ("cuda", "tpu")]
-                name = {"never": "dense", "always": "sparse", "lazy": "lazy rows"}[path]
+                name = {"lazy": "lazy rows"}.get(path, path)
                 on_tpu = "the same" if cells[1] == cells[0] else cells[1]
                 print(f"| {kind}, {name} | {dtype} | {cells[0]} | {on_tpu} |", flush=True)
 

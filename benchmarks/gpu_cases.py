@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 BFLOAT16 = {"train.compute_dtype": "bfloat16"}
-_LAZY = {"train.lazy": True, "train.beta1": 0.0, "train.state_bytes": 8}
+_LAZY = {"train.optimizer": "lazy"}
 
 
 @dataclass(frozen=True)

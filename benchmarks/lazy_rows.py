@@ -20,18 +20,17 @@ from saejax.sae import SAESpec
 from saejax.train.state import initial_state
 from saejax.train.step import make_step
 
-CASES = {"dense gradients, all rows": ("never", 8, False), "sparse path, all rows": ("always", 8, False),
-         "sparse path, all rows, 6 B": ("always", 6, False), "lazy rows": ("always", 8, True),
-         "lazy rows, 6 B": ("always", 6, True)}
+CASES = {"dense gradients, all rows": ("dense", "second"), "sparse path, all rows": ("sparse", "second"),
+         "sparse path, all rows, 6 B": ("sparse", "second_bf16"), "lazy rows": ("sparse", "lazy"),
+         "lazy rows, 6 B": ("sparse", "lazy_bf16")}
 
 
 def timed(case: str, args, batch: int, x: np.ndarray) -> tuple[np.ndarray, float]:
     """(seconds of each step, mean share of the rows that fire in one)."""
-    path, state_bytes, lazy = CASES[case]
+    path, optimizer = CASES[case]
     c = default_config("topk")
     c.lm.model, c.sae.d_sae, c.sae.k, c.sae.dead_tokens = "synthetic", args.features, args.k, 10**9
-    c.train.batch, c.train.tokens, c.train.sparse = batch, batch * 1000, path
-    c.train.beta1, c.train.state_bytes, c.train.lazy = 0.0, state_bytes, lazy
+    c.train.batch, c.train.tokens, c.train.path, c.train.optimizer = batch, batch * 1000, path, optimizer
     config = resolve(c)
     norms = np.linalg.norm(x, axis=1)
     stats = ActivationStats(len(x), x.mean(0).astype(np.float64), norms.mean(), np.square(norms).mean(), np.median(norms))

@@ -58,7 +58,7 @@ def ours(w: dict):
 
     options = BenchOptions(d_in=w["d_in"], d_sae=w["d_sae"], batch=w["batch"], k=w["k"] or 32)
     training = Training(w["kind"], options, sharding.single_device_mesh(),
-                        **{"train.clip": 1.0, "train.beta1": 0.9, "train.beta2": 0.999})
+                        **{"train.clip": 1.0, "train.beta2": 0.999})
     return lambda steps: training.seconds("auto", steps)
 
 

@@ -15,8 +15,7 @@ from saejax.config import default_config, resolve
 from saejax.plan import make_plan
 from saejax.recipes import WITH_K
 
-SIX = {"beta1": 0.0, "state_bytes": 6}
-LAZY = SIX | {"lazy": True}
+SIX, LAZY = {"optimizer": "second_bf16"}, {"optimizer": "lazy_bf16"}
 CASES = {  # name: recipe, features, width, batch, topology, keys of config.train
     "topk-34M-v5p": ("topk", 2**25, 4096, 16_384, "v5p:4x8x8"),
     "relu-34M-v5p": ("relu", 2**25, 4096, 16_384, "v5p:4x8x8"),

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import typing
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import ml_collections
 from ml_collections import config_dict
@@ -172,6 +173,15 @@ class ResampleOptions:
     encoder_scale: float = opt(0.2, "norm of a new encoder row over the mean norm of the alive ones", gt=0.0)
 
 
+class _Adam(NamedTuple):
+    beta1: float
+    bytes: int
+
+
+OPTIMIZERS = {"adam": _Adam(0.9, 4), "adam_bf16": _Adam(0.9, 2), "second": _Adam(0.0, 4), "second_bf16": _Adam(0.0, 2),
+              "lazy": _Adam(0.0, 4), "lazy_bf16": _Adam(0.0, 2)}
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """Optimisation of the SAE."""
@@ -179,14 +189,11 @@ class TrainOptions:
     tokens: int = opt(10_000_000, "rows to train on, repeating epochs of the store as needed", gt=0)
     batch: int = opt(4096, "rows of a step; a multiple of the mesh's device count", gt=0)
     lr: float = opt(1e-4, "peak learning rate", gt=0.0)
-    beta1: float = opt(0.9, "Adam's first-moment decay", ge=0.0, lt=1.0)
+    optimizer: str = opt("adam", "Adam, by what it keeps (docs/optimizer.md). adam: two moments, beta1 0.9; second: the second "
+                         "one only, beta1 0; lazy: as second, and only rows of features that fired are read and written "
+                         "(topk, batchtopk). _bf16: moments of matrices in bfloat16", choices=tuple(OPTIMIZERS))
     beta2: float = opt(0.999, "Adam's second-moment decay", ge=0.0, lt=1.0)
     eps: float = opt(6.25e-10, "Adam's epsilon", gt=0.0)
-    state_bytes: int = opt(12, "bytes kept per parameter, with the float32 parameter itself (docs/optimizer.md): 12: two float32 "
-                           "moments; 8: with `beta1` 0 the second only, else both in bfloat16; 6: the second only, in bfloat16",
-                           choices=(12, 8, 6))
-    lazy: bool = opt(False, "with `beta1` 0, read and write the rows of features that fired only; the result is the same up to "
-                     "rounding (topk, batchtopk; docs/optimizer.md)")
     clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
     lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from `lr_start`", ge=0.0, le=1.0)
     lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls to `lr_end`", ge=0.0, le=1.0)
@@ -206,8 +213,9 @@ class TrainOptions:
     compute_dtype: str = opt("auto", "dtype of both operands of every matrix product, backward ones too; parameters and sums "
                              "are float32. auto: bfloat16 on GPUs and TPUs, else float32",
                              choices=("auto", "float32", "bfloat16"))
-    sparse: str = opt("auto", "decode and gradients from the kept features only (topk): where that is faster, always or never; "
-                      "the result is the same up to rounding", choices=("auto", "always", "never"))
+    path: str = opt("auto", "how a step of kinds with k is computed (docs/concepts.md). sparse: decoding and gradients from the "
+                    "kept features only; dense: from all; auto: as is faster. The result is the same up to rounding",
+                    choices=("auto", "dense", "sparse"))
     deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
                               "(docs/checkpoint_format.md); CPUs and TPUs give them anyway")
     init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
@@ -218,6 +226,21 @@ class TrainOptions:
     init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
                              "(docs/formats.md)")
     resample: ResampleOptions = field(default_factory=ResampleOptions)
+
+    @property
+    def beta1(self) -> float:
+        """Adam's first-moment decay."""
+        return OPTIMIZERS[self.optimizer].beta1
+
+    @property
+    def lazy(self) -> bool:
+        """Whether only rows of features that fired are read and written."""
+        return self.optimizer.startswith("lazy")
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of an entry of a matrix's moments: 2 is bfloat16."""
+        return OPTIMIZERS[self.optimizer].bytes
 
 
 @dataclass(frozen=True)
@@ -285,8 +308,8 @@ class Config:
 
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "train.profile",
-           "train.compilation_cache")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "train.path",
+           "train.profile", "train.compilation_cache")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:

@@ -99,13 +99,10 @@ def _of_run(c) -> list[str]:
 
 
 def _of_optimizer(sae, train) -> list[str]:
-    out = []
-    if train.state_bytes == 6 and train.beta1:
-        out.append(f"config.train.state_bytes: 6 keeps no first moment, but config.train.beta1 = {train.beta1:g}; set it to 0, "
-                   "or state_bytes to 8")
-    if train.lazy:
-        out += [f"config.train.lazy: {problem}; or turn it off" for problem in _against_lazy(sae, train)]
-    return out
+    if not train.lazy:
+        return []
+    other = train.optimizer.replace("lazy", "second")
+    return [f"config.train.optimizer: {train.optimizer}: {problem}; or take {other}" for problem in _against_lazy(sae, train)]
 
 
 def _against_lazy(sae, train) -> list[str]:
@@ -115,16 +112,10 @@ def _against_lazy(sae, train) -> list[str]:
     reasons = {"jumprelu": f"{term} moves features that do not fire"} | dict.fromkeys(
         ("relu", "gated"), f"kind {sae.kind!r} has no sparse path, gradients of every row are computed anyway")
     out = [f"{reasons[sae.kind]}; take kind {' or '.join(WITH_K)}"] if sae.kind in reasons else []
-    if train.beta1:
-        out.append(f"config.train.beta1 = {train.beta1:g} goes on moving features after they have fired; set it to 0")
-    elif train.state_bytes == 12:
-        out.append("config.train.state_bytes = 12 keeps a first moment; set it to 8 or 6")
     if train.ema:
         out.append(f"config.train.ema = {train.ema:g} moves the mean of every row; set it to 0")
-    if train.accumulate > 1:
-        out.append(f"config.train.accumulate = {train.accumulate} parts touch rows of their own; set it to 1")
-    if train.sparse == "never":
-        out.append("config.train.sparse = 'never' computes gradients of every row; set it to 'auto'")
+    if train.path == "dense":
+        out.append("config.train.path = 'dense' computes gradients of every row; set it to 'auto'")
     if sae.multi_topk:
         out.append("config.sae.multi_topk selects again on the dense path; set it to False")
     if sae.align:

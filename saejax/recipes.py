@@ -11,7 +11,7 @@ WITH_AUX = ("topk", "batchtopk", "jumprelu")
 _RELU = {
     "sae.kind": "relu", "sae.unit_decoder": False, "sae.pre_bias": False, "sae.b_dec_init": "zeros",
     "sae.decoder_init_norm": 0.1, "sae.encoder_init": "tied", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_D",
-    "train.lr": 5e-5, "train.beta1": 0.9, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
+    "train.lr": 5e-5, "train.beta2": 0.999, "train.eps": 1e-8, "train.clip": 1.0,
     "train.l1_warmup": 0.05, "train.lr_decay": 0.2,
 }
 
@@ -22,7 +22,7 @@ _TOPK = {"sae.kind": "topk", "sae.normalize": "mean_sq_norm_1"}
 # middle of its grid .012-.06) from the SAEBench suite (Karvonen et al. 2025), which normalises to unit mean squared norm.
 _GATED = {
     "sae.kind": "gated", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_1", "sae.l1": 0.03,
-    "train.lr": 5e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_decay": 0.2,
+    "train.lr": 5e-5, "train.optimizer": "second", "train.beta2": 0.999, "train.eps": 1e-8, "train.lr_decay": 0.2,
 }
 
 # Gemma Scope (Lieberum et al. 2024): optimiser, unit mean squared norm, unit decoder, pre-encoder bias. Its bandwidth and first
@@ -31,7 +31,7 @@ _GATED = {
 # of the run here (1,000 steps of cosine from 0.1 of the rate, and 10,000 steps of lambda there).
 _JUMPRELU = {
     "sae.kind": "jumprelu", "sae.aux_k": 0, "sae.normalize": "mean_sq_norm_1", "sae.objective": "target_l0", "sae.sparsity": 1.0,
-    "train.target_l0": 80.0, "train.lr": 7e-5, "train.beta1": 0.0, "train.beta2": 0.999, "train.eps": 1e-8,
+    "train.target_l0": 80.0, "train.lr": 7e-5, "train.optimizer": "second", "train.beta2": 0.999, "train.eps": 1e-8,
     "train.l1_warmup": 0.1, "train.lr_warmup": 0.01, "train.lr_shape": "cosine", "train.lr_start": 0.1, "train.lr_decay": 0.0,
 }
 _GEMMA_SCOPE = _JUMPRELU | {"sae.bandwidth": 0.001, "sae.threshold_init": 0.001}

@@ -19,7 +19,6 @@ from saejax.train.member import settled
 from saejax.train.state import initial_state
 from saejax.train.step import make_step
 
-PATHS = {"dense": "never", "sparse": "always", "auto": "auto"}
 _STEPS = 1_000_000  # of the schedule: no step that is measured lies at its end
 
 
@@ -52,9 +51,9 @@ class Training:
         self._steps = {}
 
     def seconds(self, path: str, steps: int) -> float:
-        """Of `steps` steps on a path of `PATHS`; waits at the end only. The first call of a path compiles."""
+        """Of `steps` steps on a path of `train.path`; waits at the end only. The first call of a path compiles."""
         if path not in self._steps:
-            train = dataclasses.replace(self.config.train, sparse=PATHS[path])
+            train = dataclasses.replace(self.config.train, path=path)
             self._steps[path] = make_step(dataclasses.replace(self.config, train=train), self.spec, _STEPS)
         step = self._steps[path]
         with jax.set_mesh(self.mesh):

@@ -77,15 +77,15 @@ def slow_scatters(platform: str, version: str) -> str:
     if not is_gpu(platform) or numbers >= NATIVE_SCATTERS:
         return ""
     return (f"jaxlib {version} compiles float scatter-adds on GPUs to compare-and-swap loops, which are many times slower where "
-            "features repeat (the sparse path, train.lazy): use Python 3.12 or newer and jax 0.11.1 or newer "
+            "features repeat (the sparse path): use Python 3.12 or newer and jax 0.11.1 or newer "
             "(pip install 'saejax[cuda]' there takes it)")
 
 
 def looped_scatters(train: TrainOptions, platform: str) -> str:
     """The line to say where `train.deterministic` has scatter-adds to order; empty: there are none, or nothing orders them."""
-    if not compiler_options(train, platform) or not (train.lazy or train.sparse == "always"):
+    if not compiler_options(train, platform) or not (train.lazy or train.path == "sparse"):
         return ""
-    key = "train.lazy" if train.lazy else "train.sparse = 'always'"
+    key = f"train.optimizer = {train.optimizer!r}" if train.lazy else "train.path = 'sparse'"
     return (f"config.train.deterministic with {key}: on a GPU each scatter-add becomes a loop of one update at a time, which is "
             "slow; without it the dense path adds in matrix products")
 

@@ -29,19 +29,18 @@ class Moments:
 
 
 def initial(options: TrainOptions, params: SAEParams) -> Moments:
-    """The state of Adam at step 0, `options.state_bytes` per parameter; 12 keeps a first moment whatever beta1 is."""
+    """The state of Adam at step 0, see `train.optimizer`."""
     def zeros():
         return jax.tree.map(lambda p: jnp.zeros_like(p, kept_dtype(options, p)), params)
 
     seen_F = jnp.zeros_like(params.b_enc, jnp.int32) if options.lazy else None
-    first = zeros() if options.beta1 or options.state_bytes == 12 else None
+    first = zeros() if options.beta1 else None
     return Moments(jnp.zeros((), jnp.int32), zeros(), first, seen_F)
 
 
 def kept_dtype(options: TrainOptions, parameter: jax.Array):
     """Of a parameter's moments: bfloat16 for matrices where bytes are to be saved; vectors are not worth it."""
-    halved = options.state_bytes == 6 or (options.state_bytes == 8 and options.beta1)
-    return jnp.bfloat16 if halved and parameter.ndim == 2 else parameter.dtype
+    return jnp.bfloat16 if options.moment_bytes == 2 and parameter.ndim == 2 else parameter.dtype
 
 
 def direction(options: TrainOptions, first: jax.Array, second: jax.Array, count: jax.Array) -> jax.Array:

@@ -3,8 +3,8 @@
 A step's gradient is that of all rows, or of some sets of rows (`sae.row_gradients`). The pass reads a row's parameters, moments
 and gradient once, and writes parameters and moments once, in place; on CPUs some rows at a time, which stay in the cache.
 
-Lazy rows (`train.lazy`, beta1 = 0): only rows with a gradient are read and written, and that is exact. A row without one is not
-moved by Adam; its second moment only decays, v beta2^n over n updates, which is made up for when the row has a gradient again:
+Lazy rows (`train.optimizer` lazy, beta1 = 0): only rows with a gradient are read and written, and that is exact. A row without
+one is not moved by Adam; its second moment only decays, v beta2^n over n updates, which is made up for when it has one again:
 `Moments.seen_F` remembers at which update that was. Its decoder row keeps its norm.
 """
 

@@ -129,13 +129,13 @@ def _where(condition: jax.Array, after, before):
 
 
 def takes_pairs(config: Config, spec: SAESpec | SAEOptions, platform: str | None = None) -> bool:
-    """Whether the step takes the sparse path (`train.sparse`), on the hardware that is here, or on that which is named.
+    """Whether the step takes the sparse path (`train.path`), on the hardware that is here, or on that which is named.
 
     Its sums are scatter-adds: not by choice where a GPU is to be deterministic.
     """
-    if config.train.sparse == "never" or spec.kind not in WITH_K or config.sae.multi_topk:
+    if config.train.path == "dense" or spec.kind not in WITH_K or config.sae.multi_topk:
         return False
-    if config.train.sparse == "always" or config.train.lazy:
+    if config.train.path == "sparse" or config.train.lazy:
         return True
     ordered = determinism.compiler_options(config.train, platform) is not None
     return not ordered and sparse.pays(spec, platform)

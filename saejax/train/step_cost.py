@@ -104,8 +104,11 @@ class Work:
 
     @property
     def room(self) -> int:
-        """Rows of a shard that gradients have room for; with lazy rows as many as can fire."""
-        return min(self.rows * self.k, self.features) if self.lazy else self.features
+        """Rows of a shard that gradients have room for, see `row_gradients.room_for`."""
+        if not self.pairs:
+            return self.features
+        few = self.lazy and 4 * self.rows * self.k <= self.d_sae
+        return min(self.rows * self.k, -(-self.features // row_gradients.LAZY_SHARE) if few else self.features)
 
     @property
     def gradients(self) -> int:
@@ -160,7 +163,7 @@ def collectives(w: Work, platform: str) -> list[Collective]:
             add("thresholds", "all-gather", "dict", 4 * local * len(numbers))
             add("ties", "all-to-all", "dict", 4 * local * len(numbers))
     if w.data > 1:
-        add("gradients", "all-reduce", "data", 4 * w.accumulate * (w.gradients + w.room))
+        add("gradients", "all-reduce", "data", 4 * (1 if w.pairs else w.accumulate) * (w.gradients + w.room))
         if w.pairs:
             add("which fired", "all-reduce", "data", 4 * w.accumulate * w.features)
     return out
@@ -294,5 +297,5 @@ def bytes_per_parameter(config: Config, spec: SAESpec) -> float:
 
 
 def with_path(config: Config, pairs: bool) -> Config:
-    """The config with the sparse path taken always or never, so that it is the same wherever the step is compiled."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, sparse="always" if pairs else "never"))
+    """The config with one path, so that it is the same wherever the step is compiled."""
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, path="sparse" if pairs else "dense"))

@@ -39,15 +39,15 @@ def compiled(config, data):
 
 def rows_of(*core):
     """(recipe, path, data axis, parts) with those not in `core` in the slow tier."""
-    cases = [("topk", "always", 1, 1), ("topk", "always", 2, 1), ("topk", "always", 2, 4), ("topk", "never", 2, 1),
-             ("topk", "never", 8, 1), ("relu", "auto", 4, 1), ("gated", "auto", 2, 1), ("jumprelu", "auto", 2, 1),
-             ("batchtopk", "never", 2, 1), ("matryoshka", "never", 2, 1)]
+    cases = [("topk", "sparse", 1, 1), ("topk", "sparse", 2, 1), ("topk", "sparse", 2, 4), ("topk", "dense", 2, 1),
+             ("topk", "dense", 8, 1), ("relu", "auto", 4, 1), ("gated", "auto", 2, 1), ("jumprelu", "auto", 2, 1),
+             ("batchtopk", "dense", 2, 1), ("matryoshka", "dense", 2, 1)]
     return [pytest.param(*case, marks=() if case in core else pytest.mark.slow) for case in cases]
 
 
-@pytest.mark.parametrize("kind, path, data, parts", rows_of(("topk", "always", 2, 1), ("relu", "auto", 4, 1)))
+@pytest.mark.parametrize("kind, path, data, parts", rows_of(("topk", "sparse", 2, 1), ("relu", "auto", 4, 1)))
 def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
-    config = make_config(kind, train__sparse=path, train__accumulate=parts)
+    config = make_config(kind, train__path=path, train__accumulate=parts)
     program, spec = compiled(config, data)
     found, expected = moved(program.as_text(), data, 8 // data), make_plan(
         dataclasses.replace(config, mesh=MeshOptions(data, 8 // data)), "cpu:8")
@@ -66,8 +66,8 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
 @pytest.mark.parametrize("data", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
     """The gradients that move along `data` are those of the rows that can fire, fewer than a shard has."""
-    options = {"train__beta1": 0.0, "train__state_bytes": 6, "train__sparse": "always"}
-    config = make_config(sae__d_sae=65_536, sae__k=4, train__lazy=True, **options)
+    options = {"train__path": "sparse"}
+    config = make_config(sae__d_sae=65_536, sae__k=4, train__optimizer="lazy_bf16", **options)
     program, spec = compiled(config, data)
     expected = make_plan(dataclasses.replace(config, mesh=MeshOptions(data, 8 // data)), "cpu:8")
     found = moved(program.as_text(), data, 8 // data)
@@ -86,16 +86,16 @@ def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
 
 def test_thirty_four_million_features_are_refused_with_twelve_bytes_and_planned_with_six():
     options = {"sae__d_in": 4096, "sae__d_sae": 2**25, "sae__k": 64, "train__batch": 4096, "train__compute_dtype": "bfloat16"}
-    with pytest.raises(ConfigError, match=r"each chip of v5e:16x16 .*config.train.state_bytes = 6 with config.train.beta1 = 0,"):
+    with pytest.raises(ConfigError, match=r"each chip of v5e:16x16 .*config.train.optimizer = second_bf16,"):
         make_plan(make_config(**options), "v5e:16x16")
-    plan = make_plan(make_config(**options, train__beta1=0.0, train__state_bytes=6, train__lazy=True), "v5e:16x16")
+    plan = make_plan(make_config(**options, train__optimizer="lazy_bf16"), "v5e:16x16")
     memory = plan["memory"]["by_kind"]
     assert plan["memory"]["fits"] and memory["optimizer bfloat16"] == 2 * 2 * 4096 * 2**25 // 256
     assert plan["sae"]["state_bytes_per_parameter"] == pytest.approx(6, rel=1e-3)
 
 
 def test_collectives_of_topk_are_three_arrays_of_rows_and_the_candidates():
-    config = make_config(sae__d_in=1024, train__batch=512, train__sparse="always", sae__d_sae=4096)
+    config = make_config(sae__d_in=1024, train__batch=512, train__path="sparse", sae__d_sae=4096)
     found = [m for m in moved(compiled(config, 1)[0].as_text(), 1, 8) if not m.branch]
     assert sum(m.bytes for m in found) == pytest.approx(3 * 4 * 512 * 1024 + 4 * 8 * 512 * sent(16, 512, 8, 512), rel=0.05)
     assert {m.axis for m in found} == {"dict"}
@@ -329,7 +329,7 @@ def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
 def test_the_step_compiles_for_a_tpu_slice():
     pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
     config = make_config(sae__d_in=256, sae__d_sae=16_384, train__batch=1024, train__compute_dtype="bfloat16",
-                         train__sparse="always", mesh__data=2, mesh__dict=4)
+                         train__path="sparse", mesh__data=2, mesh__dict=4)
     plan = make_plan(config, "v5e:2x4", compiled=True)
     found, memory = plan["compiled"], plan["memory"]["by_kind"]
     state = sum(size for name, size in memory.items() if name.startswith(("parameters", "optimizer", "counters")))

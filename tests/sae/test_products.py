@@ -20,7 +20,7 @@ from saejax.train.state import abstract_state
 from saejax.train.step import make_step
 from tests.train.synthetic import HOOKPOINT, VARIANTS, WIDTHS, make_config, make_store
 
-LAZY = {"train__lazy": True, "train__beta1": 0.0, "train__state_bytes": 8}
+LAZY = {"train__optimizer": "lazy"}
 DOT = re.compile(r"\(tensor<([^>]*)>, tensor<([^>]*)>\) -> tensor<([^>]*)>")
 
 
@@ -51,12 +51,12 @@ def lowered(kind: str, dtype: str, platform: str, tmp_path, **changes) -> str:
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 @pytest.mark.parametrize("dtype, operands, precision", [("bfloat16", "bf16", "DEFAULT"), ("float32", "f32", "HIGHEST")])
 @pytest.mark.parametrize("kind, changes", [
-    ("relu", {}), ("topk", {"train__sparse": "never"}), ("topk", {"train__sparse": "always"}), *(
+    ("relu", {}), ("topk", {"train__path": "dense"}), ("topk", {"train__path": "sparse"}), *(
         pytest.param(kind, {}, marks=pytest.mark.slow)
         for kind in (*(k for k in VARIANTS), "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka_jumprelu")),
-    pytest.param("topk", {"train__sparse": "never", "sae__multi_topk": True}, marks=pytest.mark.slow),
+    pytest.param("topk", {"train__path": "dense", "sae__multi_topk": True}, marks=pytest.mark.slow),
     pytest.param("topk", LAZY, marks=pytest.mark.slow),
-    pytest.param("matryoshka", {"train__sparse": "never"}, marks=pytest.mark.slow),
+    pytest.param("matryoshka", {"train__path": "dense"}, marks=pytest.mark.slow),
     pytest.param("matryoshka", LAZY, marks=pytest.mark.slow)])
 def test_every_product_of_a_step_has_the_dtype_that_is_asked_for(tmp_path, kind, changes, dtype, operands, precision, platform):
     """Both operands; sums in float32. What is as large as the dictionary is a product of matrices, but for one mat-vec."""

@@ -221,10 +221,10 @@ def test_bfloat16_products_agree():
         assert np.linalg.norm(np.float64(a) - np.float64(b)) <= 1e-2 * np.linalg.norm(np.float64(a))
 
 
-@pytest.mark.parametrize("kind, d_sae, sparse_option, multi_topk, expected", [
-    ("topk", 65_536, "auto", False, True), ("topk", 64, "auto", False, False), ("topk", 64, "always", False, True),
-    ("topk", 65_536, "never", False, False), ("relu", 65_536, "always", False, False), ("topk", 65_536, "always", True, False),
+@pytest.mark.parametrize("kind, d_sae, path, multi_topk, expected", [
+    ("topk", 65_536, "auto", False, True), ("topk", 64, "auto", False, False), ("topk", 64, "sparse", False, True),
+    ("topk", 65_536, "dense", False, False), ("relu", 65_536, "sparse", False, False), ("topk", 65_536, "sparse", True, False),
 ])
-def test_which_path_is_taken(kind, d_sae, sparse_option, multi_topk, expected):
-    config = SimpleNamespace(train=TrainOptions(sparse=sparse_option), sae=SAEOptions(multi_topk=multi_topk))
+def test_which_path_is_taken(kind, d_sae, path, multi_topk, expected):
+    config = SimpleNamespace(train=TrainOptions(path=path), sae=SAEOptions(multi_topk=multi_topk))
     assert takes_pairs(config, SAESpec(kind, 8, d_sae, k=32)) == expected

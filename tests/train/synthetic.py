@@ -23,8 +23,8 @@ VARIANTS = SHAPES | {
     "steered": ("relu", {"train__target_l0": 6.0}),
     "options": ("batchtopk", {"train__ema": 0.9, "train__accumulate": 2, "sae__k_start": 16, "train__k_anneal": 0.3,
                               "sae__align": True, "train__lr_shape": "cosine", "train__lr_warmup": 0.2}),
-    "pairs": ("topk", {"train__sparse": "always", "train__accumulate": 2}),
-    "pairs_of_batch": ("matryoshka", {"train__sparse": "always"}),
+    "pairs": ("topk", {"train__path": "sparse", "train__accumulate": 2}),
+    "pairs_of_batch": ("matryoshka", {"train__path": "sparse"}),
 }
 
 

@@ -18,9 +18,9 @@ from saejax.train.step import make_step
 from .synthetic import HOOKPOINT, WIDTHS, make_config, make_store
 
 TOTAL = 50
-LAZY = {"train__lazy": True, "train__beta1": 0.0, "train__state_bytes": 8}
-PATHS = {"dense": ("topk", {}), "multi": ("topk", {"sae__multi_topk": True}), "pairs": ("topk", {"train__sparse": "always"}),
-         "lazy": ("topk", LAZY), "batch": ("batchtopk", {}), "pairs of batch": ("batchtopk", {"train__sparse": "always"}),
+LAZY = {"train__optimizer": "lazy"}
+PATHS = {"dense": ("topk", {}), "multi": ("topk", {"sae__multi_topk": True}), "pairs": ("topk", {"train__path": "sparse"}),
+         "lazy": ("topk", LAZY), "batch": ("batchtopk", {}), "pairs of batch": ("batchtopk", {"train__path": "sparse"}),
          "lazy batch": ("batchtopk", LAZY)}
 
 

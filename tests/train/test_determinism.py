@@ -76,7 +76,7 @@ def test_changes_nothing_on_a_cpu(store, tmp_path):
 @pytest.mark.parametrize("kind", (*KINDS, *VARIANTS))
 def test_a_deterministic_step_has_no_unordered_additions_on_a_gpu(tmp_path, kind):
     """And no operation that the compiler would refuse."""
-    config = deterministic(kind, tmp_path, sae__d_sae=256, **({"train__sparse": "auto"} if kind.startswith("pairs") else {}))
+    config = deterministic(kind, tmp_path, sae__d_sae=256, **({"train__path": "auto"} if kind.startswith("pairs") else {}))
     spec = SAESpec.from_options(config.sae, WIDTHS)
     text = lowered(config, spec, sharding.make_mesh(MeshOptions(1, 4), jax.devices()[:4]), "cuda").as_text()
     assert "select_and_scatter" not in text and not unordered(text)
@@ -85,7 +85,7 @@ def test_a_deterministic_step_has_no_unordered_additions_on_a_gpu(tmp_path, kind
 
 
 def test_the_sparse_path_has_unordered_additions(tmp_path):
-    config = make_config("topk", tmp_path, train__sparse="always")
+    config = make_config("topk", tmp_path, train__path="sparse")
     text = lowered(config, SAESpec.from_options(config.sae, WIDTHS), sharding.single_device_mesh(), "cuda").as_text()
     assert len(unordered(text)) >= 3
 
@@ -95,7 +95,7 @@ def test_takes_the_dense_path_on_a_gpu_unless_told(tmp_path, platform):
     for on in (False, True):
         wide = make_config("topk", tmp_path, train__deterministic=on, sae__d_sae=2**20)
         assert takes_pairs(wide, wide.sae, platform) == (not on or platform == "cpu")
-        always = dataclasses.replace(wide, train=dataclasses.replace(wide.train, sparse="always"))
+        always = dataclasses.replace(wide, train=dataclasses.replace(wide.train, path="sparse"))
         assert takes_pairs(always, always.sae, platform)
 
 
@@ -109,11 +109,11 @@ def test_slow_scatters_are_named(platform, version, slow):
 
 
 def test_loops_are_named_where_there_are_any():
-    asked = TrainOptions(deterministic=True, sparse="always")
-    assert "train.sparse" in determinism.looped_scatters(asked, "gpu")
-    assert "train.lazy" in determinism.looped_scatters(TrainOptions(deterministic=True, lazy=True), "gpu")
+    asked = TrainOptions(deterministic=True, path="sparse")
+    assert "train.path" in determinism.looped_scatters(asked, "gpu")
+    assert "train.optimizer" in determinism.looped_scatters(TrainOptions(deterministic=True, optimizer="lazy"), "gpu")
     assert not determinism.looped_scatters(asked, "cpu")
-    assert not determinism.looped_scatters(TrainOptions(sparse="always"), "gpu")
+    assert not determinism.looped_scatters(TrainOptions(path="sparse"), "gpu")
     assert not determinism.looped_scatters(TrainOptions(deterministic=True), "gpu")
 
 

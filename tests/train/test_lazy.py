@@ -28,7 +28,8 @@ from .synthetic import HOOKPOINT, TARGET, WIDTHS, OnDemand, make_config, make_st
 from .test_step import train
 
 F, D, ROOM, PLACES = 24, 3, 12, 4
-LAZY = {"train__beta1": 0.0, "train__state_bytes": 8, "train__sparse": "always", "sae__d_sae": 512}
+SECOND = {"train__optimizer": "second", "train__path": "sparse", "sae__d_sae": 512}
+LAZY = SECOND | {"train__optimizer": "lazy"}
 
 # Two programs round differently, and Adam with beta1 = 0 divides a small gradient by a small mean of its square.
 CLOSE = {"rtol": 5e-4, "atol": 5e-5}
@@ -78,7 +79,7 @@ def test_lazy_rows_are_dense_adam_in_float64(tmp_path, monkeypatch, unit, clip, 
     those of optax, and so do second moments once they are brought up to date.
     """
     monkeypatch.setattr(row_gradients, "CHUNK", at_once * D)
-    config = make_config("topk", tmp_path, **LAZY | {"train__lazy": True, "train__clip": clip, "sae__unit_decoder": unit})
+    config = make_config("topk", tmp_path, **LAZY | {"train__clip": clip, "sae__unit_decoder": unit})
     both = [jax.jit(functools.partial(step, config)) for step in (dense_step, lazy_step)]
     rows_of_a_step = st.lists(st.integers(0, F - 1), max_size=ROOM, unique=True)
     steps = st.lists(st.tuples(rows_of_a_step, st.sampled_from([True, True, True, False])), min_size=1, max_size=12)
@@ -116,12 +117,13 @@ VARIANTS = {
     "crosscoder": ("topk", {"sae__crosscoder": (HOOKPOINT, TARGET)}),
     "batchtopk": ("batchtopk", {}),
     "matryoshka": ("matryoshka", {}),
+    "parts": ("topk", {"train__accumulate": 2}),
 }
 
 
 def config_of(name, path, **overrides):
     kind, extra = VARIANTS[name]
-    return make_config(kind, path, **LAZY | extra | overrides)
+    return make_config(kind, path, **SECOND | extra | overrides)
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +146,13 @@ def test_a_run_is_that_of_the_dense_step(store, eager, monkeypatch, tmp_path, na
         monkeypatch.setattr(select_batch, "ROOM", 1)
     monkeypatch.setattr(row_gradients, "CHUNK", 16 * 48)  # some turns
     expected, expected_history = eager[name]
-    got, history = train(store, config_of(name, tmp_path, train__lazy=True), mesh_shape, 30)
+    got, history = train(store, config_of(name, tmp_path, train__optimizer="lazy"), mesh_shape, 30)
     for key, a in tensors(got.params).items():
         b = tensors(expected.params)[key]
         # Dense transcoders on (1, 1) and (2, 4) are 1.4e-5 apart already.
         assert np.linalg.norm(a - b) <= (2e-5 if name == "transcoder" else 1e-5) * np.linalg.norm(b), key
     np.testing.assert_array_equal(got.tokens_since_fired_F, expected.tokens_since_fired_F)
-    assert name == "topk" or any(line["aux"] > 0 for line in history)
+    assert name in ("topk", "parts") or any(line["aux"] > 0 for line in history)
     for mine, theirs in zip(history, expected_history, strict=True):
         assert mine.keys() == theirs.keys()
         assert mine == pytest.approx(theirs, rel=2e-5, abs=1e-6)
@@ -177,7 +179,7 @@ def made(hlo: str, shape: str) -> set[str]:
 def test_a_step_touches_rows_only(store, tmp_path, aux_k):
     """Of every array as large as the dictionary some rows are written, in place; the dense step makes new ones."""
     options = {"sae__d_sae": 4096, "sae__aux_k": aux_k}
-    program = compiled_step(store, config_of("topk", tmp_path, train__lazy=True, **options), (1, 1))
+    program = compiled_step(store, config_of("topk", tmp_path, train__optimizer="lazy", **options), (1, 1))
     assert made(program.as_text(), "4096,16") == {"scatter"}
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes > 0.99 * memory.output_size_in_bytes - 4096
@@ -187,7 +189,7 @@ def test_a_step_touches_rows_only(store, tmp_path, aux_k):
 
 
 def test_gradients_move_along_data_only_and_only_those_of_touched_rows(store, tmp_path):
-    config = config_of("topk", tmp_path, train__lazy=True, sae__d_sae=4096)
+    config = config_of("topk", tmp_path, train__optimizer="lazy", sae__d_sae=4096)
     found = moved(compiled_step(store, config, (2, 4)).as_text(), 2, 4)
     along = {axis: max(math.prod(map(int, re.findall(r"\d+", shape.split("[")[1]))) for m in found if m.axis == axis
                        for shape in m.shapes) for axis in ("dict", "data")}
@@ -199,9 +201,10 @@ def test_gradients_move_along_data_only_and_only_those_of_touched_rows(store, tm
 @SLOW
 def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
     options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
-    both = [loop.train(config_of("few dead", tmp_path / str(on), train__lazy=on, **options), store) for on in (False, True)]
-    for on in (False, True):
-        assert sum(line.get("resampled", 0) for line in read_metrics(tmp_path / str(on) / "metrics.jsonl")) > 0
+    both = [loop.train(config_of("few dead", tmp_path / name, train__optimizer=name, **options), store)
+            for name in ("second", "lazy")]
+    for name in ("second", "lazy"):
+        assert sum(line.get("resampled", 0) for line in read_metrics(tmp_path / name / "metrics.jsonl")) > 0
     for a, b in zip(*(jax.tree.leaves(trained.state.params) for trained in both), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), **CLOSE)
 
@@ -209,7 +212,8 @@ def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
 @SLOW
 @pytest.mark.parametrize("name", ["topk", "few dead"])
 def test_several_saes_of_one_step_are_each_by_itself(store, tmp_path, name):
-    configs = [config_of(name, tmp_path, train__lazy=True, train__lr=lr, seed=seed) for seed, lr in enumerate((1e-3, 3e-3))]
+    configs = [config_of(name, tmp_path, train__optimizer="lazy", train__lr=lr, seed=seed)
+               for seed, lr in enumerate((1e-3, 3e-3))]
     spec, mesh = SAESpec.from_options(configs[0].sae, WIDTHS), sharding.single_device_mesh()
     batches = [store.read(HOOKPOINT, 32 * i, 32 * i + 32) for i in range(12)]
     sample = np.concatenate(batches).astype(np.float32)
@@ -226,7 +230,7 @@ def test_several_saes_of_one_step_are_each_by_itself(store, tmp_path, name):
 
 
 def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):
-    config = config_of("topk", tmp_path, train__lazy=True)
+    config = config_of("topk", tmp_path, train__optimizer="lazy")
     spec, mesh = SAESpec.from_options(config.sae, WIDTHS), sharding.single_device_mesh()
     state = initial_state(config, spec, [store.stats(HOOKPOINT)], store.read(HOOKPOINT, 0, 32).astype(np.float32), mesh)
     before = jax.device_get(state)
@@ -244,15 +248,12 @@ def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):
     ("gated", {}, "kind 'gated' has no sparse path"),
     ("jumprelu", {}, "the sparsity term (config.sae.objective = 'target_l0') moves features that do not fire; take kind topk"),
     ("jumprelu_tanh", {}, "the pre-activation loss (config.sae.pre_act_coef) moves features that do not fire"),
-    ("topk", {"train__beta1": 0.9}, "config.train.beta1 = 0.9 goes on moving features after they have fired; set it to 0"),
-    ("topk", {"train__state_bytes": 12}, "config.train.state_bytes = 12 keeps a first moment; set it to 8 or 6"),
     ("topk", {"train__ema": 0.9}, "config.train.ema = 0.9 moves the mean of every row; set it to 0"),
-    ("topk", {"train__accumulate": 2}, "config.train.accumulate = 2 parts touch rows of their own; set it to 1"),
-    ("topk", {"train__sparse": "never"}, "config.train.sparse = 'never' computes gradients of every row; set it to 'auto'"),
+    ("topk", {"train__path": "dense"}, "config.train.path = 'dense' computes gradients of every row; set it to 'auto'"),
     ("topk", {"sae__multi_topk": True}, "config.sae.multi_topk selects again on the dense path; set it to False"),
     ("topk", {"sae__align": True}, "config.sae.align moves the encoder row of every feature; set it to False"),
 ])
 def test_what_would_move_idle_rows_is_refused(tmp_path, kind, overrides, message):
     with pytest.raises(ConfigError) as error:
-        make_config(kind, tmp_path, **LAZY | {"train__lazy": True} | overrides)
-    assert f"config.train.lazy: {message}" in str(error.value) and "\n" not in str(error.value)
+        make_config(kind, tmp_path, **LAZY | overrides)
+    assert f"config.train.optimizer: lazy: {message}" in str(error.value) and "\n" not in str(error.value)

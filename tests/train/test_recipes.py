@@ -122,7 +122,7 @@ STEERED = [("relu", {}), ("jumprelu", {}), ("topk", {}), ("gated", {}), ("relu",
                  marks=() if i < 1 else pytest.mark.slow) for i, (kind, changes) in enumerate(STEERED)])
 def test_target_l0_is_met(store, tmp_path, kind, changes):
     steps = 2000
-    options = {"train__lr": 1e-3, "train__beta1": 0.9, "sae__dead_tokens": 5000, "log__every_steps": 10} | changes
+    options = {"train__lr": 1e-3, "sae__dead_tokens": 5000, "log__every_steps": 10} | changes
     config = make_config(kind, tmp_path, train__target_l0=6.0, train__tokens=32 * steps, checkpoint__every_tokens=32 * steps,
                          **options)
     loop.train(config, store)

@@ -133,12 +133,12 @@ def test_the_step_moves_no_dictionary_wide_array(store, tmp_path, kind):
     assert widest <= bound < 32 * 1024, "only [B, D] rows and candidate values may travel"
 
 
-@pytest.mark.parametrize("kind, path, least", [("batchtopk", "never", 2), *(
+@pytest.mark.parametrize("kind, path, least", [("batchtopk", "dense", 2), *(
     pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ("batchtopk", "always", 2), ("topk", "never", 1), ("topk", "always", 0)))])
+        ("batchtopk", "sparse", 2), ("topk", "dense", 1), ("topk", "sparse", 0)))])
 def test_conditions_are_branches(store, tmp_path, kind, path, least):
     """AuxK, on the sparse path loops of one round instead; ties at the threshold of a batch."""
-    config = make_config(kind, tmp_path, train__sparse=path)
+    config = make_config(kind, tmp_path, train__path=path)
     spec, mesh = SAESpec.from_options(config.sae, WIDTHS), sharding.make_mesh(config.mesh)
     x = store.read(HOOKPOINT, 0, 32)
     state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
@@ -185,8 +185,8 @@ def test_total_steps_cover_the_tokens(tmp_path):
 def test_parts_of_a_batch_have_the_same_dead_features_on_both_paths(store, tmp_path):
     """A feature that fires in any part is not dead in the others, dense or sparse; AuxK has something to do."""
     found = {}
-    for path in ("never", "always"):
-        config = make_config("topk", tmp_path / path, train__sparse=path, train__accumulate=4, sae__dead_tokens=40)
+    for path in ("dense", "sparse"):
+        config = make_config("topk", tmp_path / path, train__path=path, train__accumulate=4, sae__dead_tokens=40)
         spec, mesh = SAESpec.from_options(config.sae, WIDTHS), sharding.make_mesh(MeshOptions(1, 2), jax.devices()[:2])
         x = store.read(HOOKPOINT, 0, 32)
         state = initial_state(config, spec, [store.stats(HOOKPOINT)], x.astype(np.float32), mesh)
@@ -197,7 +197,7 @@ def test_parts_of_a_batch_have_the_same_dead_features_on_both_paths(store, tmp_p
                 state, metrics = step(state, rows)
                 seen.append(float(metrics["aux"]))
         found[path] = np.array(seen), np.asarray(state.params.W_enc)
-    (dense, W_dense), (pairs, W_pairs) = found["never"], found["always"]
+    (dense, W_dense), (pairs, W_pairs) = found["dense"], found["sparse"]
     assert dense[-3:].max() > 0
     np.testing.assert_allclose(pairs, dense, rtol=1e-3, atol=1e-6)
     assert np.linalg.norm(W_pairs - W_dense) <= 1e-4 * np.linalg.norm(W_dense)
