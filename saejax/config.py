@@ -173,13 +173,16 @@ class ResampleOptions:
     encoder_scale: float = opt(0.2, "norm of a new encoder row over the mean norm of the alive ones", gt=0.0)
 
 
-class _Adam(NamedTuple):
+class Optimizer(NamedTuple):
+    """What a value of `train.optimizer` stands for, see `TrainOptions`."""
+
     beta1: float
-    bytes: int
+    state_bytes: int
+    lazy: bool
 
 
-OPTIMIZERS = {"adam": _Adam(0.9, 4), "adam_bf16": _Adam(0.9, 2), "second": _Adam(0.0, 4), "second_bf16": _Adam(0.0, 2),
-              "lazy": _Adam(0.0, 4), "lazy_bf16": _Adam(0.0, 2)}
+OPTIMIZERS = {"adam": Optimizer(0.9, 12, False), "adam_bf16": Optimizer(0.9, 8, False), "second": Optimizer(0.0, 8, False),
+              "second_bf16": Optimizer(0.0, 6, False), "lazy": Optimizer(0.0, 8, True), "lazy_bf16": Optimizer(0.0, 6, True)}
 
 
 @dataclass(frozen=True)
@@ -229,18 +232,18 @@ class TrainOptions:
 
     @property
     def beta1(self) -> float:
-        """Adam's first-moment decay."""
+        """Adam's first-moment decay; 0: no first moment is kept."""
         return OPTIMIZERS[self.optimizer].beta1
 
     @property
-    def lazy(self) -> bool:
-        """Whether only rows of features that fired are read and written."""
-        return self.optimizer.startswith("lazy")
+    def state_bytes(self) -> int:
+        """Bytes kept per parameter of a matrix, with the float32 parameter itself."""
+        return OPTIMIZERS[self.optimizer].state_bytes
 
     @property
-    def moment_bytes(self) -> int:
-        """Of an entry of a matrix's moments: 2 is bfloat16."""
-        return OPTIMIZERS[self.optimizer].bytes
+    def lazy(self) -> bool:
+        """Whether the rows of features that fired are the only ones read and written."""
+        return OPTIMIZERS[self.optimizer].lazy
 
 
 @dataclass(frozen=True)
@@ -307,7 +310,8 @@ class Config:
         return self.seed if self.data_seed is None else self.data_seed
 
 
-# Keys that may differ between two starts of the same run: they change what is shown or kept, never what is computed.
+# Keys that may differ between two starts of the same run: they change what is shown or kept, or which way to the same result is
+# taken, never what is learned.
 NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "train.path",
            "train.profile", "train.compilation_cache")
 

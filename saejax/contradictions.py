@@ -99,10 +99,16 @@ def _of_run(c) -> list[str]:
 
 
 def _of_optimizer(sae, train) -> list[str]:
-    if not train.lazy:
-        return []
-    other = train.optimizer.replace("lazy", "second")
-    return [f"config.train.optimizer: {train.optimizer}: {problem}; or take {other}" for problem in _against_lazy(sae, train)]
+    out = []
+    if train.path == "sparse" and sae.kind not in WITH_K:
+        out.append(f"config.train.path: 'sparse', but kind {sae.kind!r} has no sparse path; set it to 'auto'")
+    if train.path == "sparse" and sae.multi_topk:
+        out.append("config.train.path: 'sparse', but config.sae.multi_topk selects again on the dense path; set it to 'auto'")
+    if train.lazy:
+        every_row = train.optimizer.replace("lazy", "second")
+        out += [f"config.train.optimizer: {train.optimizer!r}, but {problem}; or take {every_row!r}"
+                for problem in _against_lazy(sae, train)]
+    return out
 
 
 def _against_lazy(sae, train) -> list[str]:

@@ -106,6 +106,22 @@ def test_differences_leave_out_what_changes_nothing():
     assert differences(a, b) == ["seed: 0 -> 1"]
 
 
+def test_a_run_may_go_on_on_another_path_and_not_with_another_optimizer():
+    a = resolve(default_config())
+    b = dataclasses.replace(a, train=dataclasses.replace(a.train, path="sparse", optimizer="lazy"))
+    assert differences(a, b) == ["train.optimizer: 'adam' -> 'lazy'"]
+
+
+@pytest.mark.parametrize("optimizer, beta1, state_bytes, lazy", [
+    ("adam", 0.9, 12, False), ("adam_bf16", 0.9, 8, False), ("second", 0.0, 8, False), ("second_bf16", 0.0, 6, False),
+    ("lazy", 0.0, 8, True), ("lazy_bf16", 0.0, 6, True)])
+def test_what_an_optimizer_stands_for(optimizer, beta1, state_bytes, lazy):
+    config = default_config()
+    config.train.optimizer = optimizer
+    train = resolve(config).train
+    assert (train.beta1, train.state_bytes, train.lazy) == (beta1, state_bytes, lazy)
+
+
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=4)))
 def test_any_json_is_a_config_or_a_config_error(values):

@@ -163,8 +163,8 @@ def _largest(config: Config, spec: SAESpec, topology: Topology, mesh: dict) -> i
 
 def _advice(config: Config) -> str:
     own = "config.train.accumulate" if config.train.accumulate == 1 and not config.train.lazy else "a smaller config.train.batch"
-    smallest = {"lazy": "lazy_bf16"}.get(config.train.optimizer, "second_bf16")
-    state = "" if config.train.optimizer.endswith(("second_bf16", "lazy_bf16")) else f" config.train.optimizer = {smallest},"
+    smallest = "lazy_bf16" if config.train.lazy else "second_bf16"
+    state = f" config.train.optimizer = {smallest!r}," if config.train.state_bytes > 6 else ""
     return f"or take more chips, fewer features,{state} or {own} for less working memory"
 
 

@@ -1,4 +1,4 @@
-"""Adam's moments: in 12 bytes with the parameter or fewer, without the first one where beta1 = 0, matrices in bfloat16.
+"""Adam's moments, as `train.optimizer` has them: without the first one where beta1 = 0, those of matrices in float32 or bfloat16.
 
 One step changes a second moment by about a thousandth, and bfloat16's values lie 1/256 to 1/128 apart: rounded to the nearest it
 would stand still. Rounded up or down with the probability that makes the mean right, it moves as it should.
@@ -40,7 +40,7 @@ def initial(options: TrainOptions, params: SAEParams) -> Moments:
 
 def kept_dtype(options: TrainOptions, parameter: jax.Array):
     """Of a parameter's moments: bfloat16 for matrices where bytes are to be saved; vectors are not worth it."""
-    return jnp.bfloat16 if options.moment_bytes == 2 and parameter.ndim == 2 else parameter.dtype
+    return jnp.bfloat16 if options.optimizer.endswith("_bf16") and parameter.ndim == 2 else parameter.dtype
 
 
 def direction(options: TrainOptions, first: jax.Array, second: jax.Array, count: jax.Array) -> jax.Array:

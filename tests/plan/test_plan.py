@@ -86,7 +86,7 @@ def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
 
 def test_thirty_four_million_features_are_refused_with_twelve_bytes_and_planned_with_six():
     options = {"sae__d_in": 4096, "sae__d_sae": 2**25, "sae__k": 64, "train__batch": 4096, "train__compute_dtype": "bfloat16"}
-    with pytest.raises(ConfigError, match=r"each chip of v5e:16x16 .*config.train.optimizer = second_bf16,"):
+    with pytest.raises(ConfigError, match=r"each chip of v5e:16x16 .*config.train.optimizer = 'second_bf16',"):
         make_plan(make_config(**options), "v5e:16x16")
     plan = make_plan(make_config(**options, train__optimizer="lazy_bf16"), "v5e:16x16")
     memory = plan["memory"]["by_kind"]

@@ -256,4 +256,14 @@ def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):
 def test_what_would_move_idle_rows_is_refused(tmp_path, kind, overrides, message):
     with pytest.raises(ConfigError) as error:
         make_config(kind, tmp_path, **LAZY | overrides)
-    assert f"config.train.optimizer: lazy: {message}" in str(error.value) and "\n" not in str(error.value)
+    assert f"config.train.optimizer: 'lazy', but {message}" in str(error.value) and "\n" not in str(error.value)
+    assert "or take 'second'" in str(error.value)
+
+
+@pytest.mark.parametrize("kind, overrides, message", [
+    ("relu", {}, "kind 'relu' has no sparse path"), ("jumprelu", {}, "kind 'jumprelu' has no sparse path"),
+    ("topk", {"sae__multi_topk": True}, "config.sae.multi_topk selects again on the dense path")])
+def test_the_sparse_path_is_refused_where_there_is_none(tmp_path, kind, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        make_config(kind, tmp_path, train__path="sparse", **overrides)
+    assert str(error.value) == f"config.train.path: 'sparse', but {message}; set it to 'auto'"

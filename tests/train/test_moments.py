@@ -35,7 +35,9 @@ def dtypes(tree) -> set[str]:
     ("second_bf16", 6, {"bfloat16"}), ("lazy_bf16", 6, {"bfloat16"})])
 def test_the_state_has_the_bytes_that_were_asked_for(tmp_path, optimizer, state_bytes, kept):
     config = make_config("topk", tmp_path, train__optimizer=optimizer, sae__d_sae=1024)
-    assert dtypes(moments.initial(config.train, params_of(np.random.default_rng(0)))) == kept
+    state = moments.initial(config.train, params_of(np.random.default_rng(0)))
+    assert dtypes(state) == kept and (state.first is None) == ("adam" not in optimizer)
+    assert (state.seen_F is None) == ("lazy" not in optimizer) and config.train.state_bytes == state_bytes
     spec = dataclasses.replace(SAESpec.from_options(config.sae, WIDTHS), d_in=512)
     assert bytes_per_parameter(config, spec) == pytest.approx(state_bytes, rel=0.02)  # vectors and counters are not halved
 

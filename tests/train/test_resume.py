@@ -56,6 +56,19 @@ def straight(store, tmp_path_factory):
     return OnDemand(make)
 
 
+def test_a_run_goes_on_on_the_other_path(store, tmp_path, monkeypatch):
+    paths = [make_config("topk", tmp_path / "run", train__path=path) for path in ("dense", "sparse")]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Preemption, "requested", lambda self, step: step == 20)
+        with pytest.raises(Preempted):
+            loop.train(paths[0], store)
+    resumed = loop.train(paths[1], store).state
+    expected = loop.train(make_config("topk", tmp_path / "straight", train__path="dense"), store).state
+    assert int(resumed.step) == int(expected.step) == 50
+    for a, b in zip(jax.tree.leaves(resumed.params), jax.tree.leaves(expected.params), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
+
+
 def finish(config, store):
     return storage.fingerprints(loop.train(config, store).state)
 
