@@ -61,7 +61,7 @@ def test_a_trace_that_is_cut_short_is_whole(store, tmp_path, monkeypatch):
 
 def test_saes_of_a_sweep_share_one_trace_and_the_devices(store, tmp_path):
     configs = [make_config(kind, tmp_path / kind, train__profile=2) for kind in ("relu", "topk")]
-    loop.train_all([[config] for config in configs], store)
+    loop.train_all(configs, store)
     assert len(traces(tmp_path / "profile")) == 1 and not (tmp_path / "relu" / "profile").exists()
     for kind in ("relu", "topk"):
         line = read_metrics(tmp_path / kind / "metrics.jsonl")[-2]
