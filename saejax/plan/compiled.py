@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,17 @@ from saejax.train.member import total_steps
 from saejax.train.state import abstract_state
 from saejax.train.step import make_step, takes_pairs
 
+# libtpu would ask the network what machine this is, say so when it is none, and refuse a second process beside it.
+_COMPILER_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
+                  "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
 
 def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int) -> dict:
     """What the compiler reserves and moves. `refused`: its reason, where the step does not fit.
 
     Raises `ConfigError` where there is no compiler for this topology.
     """
-    mesh = Mesh(_devices(topology).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = mesh_for(topology, data, dict_)
     clock = time.monotonic()
     try:
         compiled = lowered(config, spec, mesh, topology.chip.platform).compile()
@@ -41,6 +46,11 @@ def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, d
             raise
         return {"refused": _reason(str(error)), "seconds_to_compile": round(time.monotonic() - clock, 1)}
     return read(compiled, data, dict_) | {"seconds_to_compile": round(time.monotonic() - clock, 1)}
+
+
+def mesh_for(topology: Topology, data: int, dict_: int) -> Mesh:
+    """The mesh of devices that need not be here. Raises `ConfigError` where there is no compiler for this topology."""
+    return Mesh(_devices(topology).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
 
 
 def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
@@ -96,15 +106,24 @@ def _devices(topology: Topology) -> np.ndarray:
     except ImportError:
         raise ConfigError(f"--compile for {topology.name} needs the TPU compiler: pip install 'saejax[tpu-plan]', or leave "
                           "--compile out") from None
-    # libtpu would ask the network what machine this is, and say so when it is none.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
-                        "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}.items():
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies
     try:
-        return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        with _as_compiler_only():
+            return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
     except Exception as error:  # the compiler's own list of shapes may differ from ours
         raise ConfigError(f"--compile for {topology.name}: the TPU compiler refuses it ({_reason(str(error))})") from error
+
+
+@contextlib.contextmanager
+def _as_compiler_only() -> Iterator[None]:
+    """The environment that libtpu is loaded in; what it does not name already is taken back, for those who use a real TPU."""
+    added = {name: value for name, value in _COMPILER_ONLY.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _reason(message: str) -> str:
