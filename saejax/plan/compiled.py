@@ -66,7 +66,10 @@ def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
 
 
 def read(compiled, data: int, dict_: int) -> dict:
-    """Bytes on each chip, FLOPs, the compiler's estimate of the time (None where it has none), collectives."""
+    """Bytes on each chip, FLOPs, the compiler's estimate of the time (None where it has none), collectives.
+
+    The peak can be less than the sum of the kinds: of the TPU compiler's temporaries some lie where others were.
+    """
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
     try:
         found, unknown = moved(compiled.as_text(), data, dict_), {}
@@ -81,6 +84,7 @@ def read(compiled, data: int, dict_: int) -> dict:
         "memory": {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
                    "outputs beside arguments": memory.output_size_in_bytes - memory.alias_size_in_bytes,
                    "program": memory.generated_code_size_in_bytes},
+        "peak_bytes": memory.peak_memory_in_bytes,
         "flops_per_step_per_chip": round(cost.get("flops", 0)), "bytes_accessed": round(cost.get("bytes accessed", 0)),
         "step_seconds": estimate if estimate > 0 else None,
         "collective_bytes": dict(sorted(total.items())),

@@ -28,7 +28,7 @@ MILLION, MILLIONS, MANY = 2**20, 2**22, 2**25  # features: 1, 4.2 and 34 million
 
 @dataclass(frozen=True)
 class Case:
-    """factor: between the compiler's bytes on a device and the plan's, at most, either way. alternatives: branches that decode,
+    """factor: between the compiler's peak of a device's bytes and the plan's total, at most, either way. alternatives: branches that decode,
     of which a step takes one.
     """
 
@@ -53,7 +53,6 @@ CASES = {
     "topk on v5p": Case("topk", "v5p:4x8x8", 4096, MANY, 2048),
     "topk with a data axis": Case("topk", "v5e:2x4", 256, 2**14, 1024, SPARSE | {"mesh__data": 2, "mesh__dict": 4}, factor=2),
     # Room for a batch with more pairs than expected is reserved, and not planned.
-    "batchtopk": Case("batchtopk", "v5e:4x4", 1024, MILLION // 4, 2048, factor=2, alternatives=2),
     "matryoshka": Case("matryoshka", "v5e:4x4", 1024, MILLION // 4, 2048, factor=2, alternatives=2),
     "lazy": Case("topk", "v5e:8x8", 4096, MILLIONS, 1024, LAZY),
     "relu": Case("relu", "v5e:4x4", 2304, MILLION, 4096),
@@ -100,16 +99,16 @@ def test_it_compiles_fits_and_takes_the_memory_that_is_planned(name):
     planned = it.plan["memory"]
     state = sum(size for kind, size in planned["by_kind"].items() if kind.startswith(("parameters", "optimizer", "counters")))
     assert it.found["memory"]["arguments"] == pytest.approx(state, rel=0.01)
-    on_a_device = sum(it.found["memory"].values())
-    assert on_a_device < parse(case.topology).chip.memory
-    assert 1 / case.factor < on_a_device / planned["total"] < case.factor, (on_a_device, planned)
+    peak = it.found["peak_bytes"]
+    assert state < peak < parse(case.topology).chip.memory
+    assert 1 / case.factor < peak / planned["total"] < case.factor, (it.found["memory"], planned)
 
 
 @every_case
 def test_it_moves_what_is_planned(name):
     """The compiler makes all-reduces, which move twice as much, of reduce-scatters, and on many chips of gathers too."""
     case, it = CASES[name], compiled(name)
-    it.text  # noqa: B018  (skips where there is none)
+    assert it.text
     got, planned = it.found["collective_bytes"], it.plan["collectives"]
     along = {axis: [c for c in planned if c["axis"] == axis] for axis in ("dict", "data")}
     least = sum(c["bytes"] for c in along["dict"])
@@ -124,7 +123,7 @@ def test_nothing_as_wide_as_the_dictionary_is_gathered(name):
     """No device has an array of all rows and all features, no gradient and no parameter travels along `dict`."""
     case, it = CASES[name], compiled(name)
     assert max(math.prod(shape) for _, shape, _ in arrays(it.text)) < case.batch * case.d_sae
-    groups = len(case.config.sae.matryoshka) or 1
+    groups = len(case.config.sae.groups) or 1
     for m in moved(it.text, **_sizes(it.plan["topology"]["mesh"])):
         for shape in m.shapes if m.axis != "data" else ():
             sizes = [int(n) for n in shape.split("[")[1].rstrip("]").split(",") if n]
@@ -147,7 +146,7 @@ def test_lazy_rows_make_no_gradient_of_the_dictionary():
     assert made("lazy") <= IN_PLACE
     assert {"add", "multiply"} < made("topk")
     case, it = CASES["lazy"], compiled("lazy")
-    assert it.found["memory"]["temporaries"] < 2 * 4 * it.features * case.d_in
+    assert it.found["peak_bytes"] - it.found["memory"]["arguments"] < 2 * 4 * it.features * case.d_in
 
 
 def test_in_tiles_no_device_has_its_features_of_all_rows():
