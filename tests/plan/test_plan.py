@@ -306,7 +306,7 @@ def test_the_command(model_and_text, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     found = plan["compiled"]
     assert set(found["memory"]) == {"arguments", "temporaries", "outputs beside arguments", "program"}
-    assert found["memory"]["arguments"] > 0 and found["flops_per_step_per_chip"] > 0
+    assert found["peak_bytes"] == sum(found["memory"].values()) > 0 and found["flops_per_step_per_chip"] > 0
     assert found["collectives"][0]["bytes"] >= found["collectives"][-1]["bytes"]
     assert plan["compiled"]["collective_bytes"]["dict"] == pytest.approx(plan["collective_bytes"]["dict"], rel=0.1)
     assert main(["plan", f"--config={config}"]) == 0 and "smallest that fit" in capsys.readouterr().out

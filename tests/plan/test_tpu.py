@@ -50,7 +50,7 @@ class Case:
 
 CASES = {
     "topk": Case("topk", "v5e:4x4", 1024, MILLION, 2048),
-    "topk on v5p": Case("topk", "v5p:4x8x8", 4096, MANY, 2048),
+    "topk on v5p": Case("topk", "v5p:4x8x8", 4096, MANY, 1024),
     "topk with a data axis": Case("topk", "v5e:2x4", 256, 2**14, 1024, SPARSE | {"mesh__data": 2, "mesh__dict": 4}, factor=2),
     # Room for a batch with more pairs than expected is reserved, and not planned.
     "matryoshka": Case("matryoshka", "v5e:4x4", 1024, MILLION // 4, 2048, factor=2, alternatives=2),
