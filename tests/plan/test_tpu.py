@@ -28,8 +28,8 @@ MILLION, MILLIONS, MANY = 2**20, 2**22, 2**25  # features: 1, 4.2 and 34 million
 
 @dataclass(frozen=True)
 class Case:
-    """factor: between the compiler's peak of a device's bytes and the plan's total, at most, either way. alternatives: branches that decode,
-    of which a step takes one.
+    """factor: between the compiler's peak of a device's bytes and the plan's total, at most, either way. alternatives: branches
+    that decode, of which a step takes one.
     """
 
     kind: str
