@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-all lint clean
+.PHONY: demo test test-slow test-all tpu-compiler lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m saejax.assets
@@ -18,6 +18,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow -m slow
+
+# The TPU compiler, which the slow tests of tests/plan/test_tpu.py need; no TPU is needed.
+tpu-compiler: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu-plan]'
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow

@@ -57,10 +57,10 @@ def row(name: str, plan: dict) -> str:
     if "refused" in found:
         sizes = re.findall(r"\(([\d.]+G)\)", found["refused"])
         return f"{head}| refused: {sizes[0]}, there are {sizes[1]} | {planned:.1f} | | | {tail}"
-    memory, estimate = found["memory"], found["step_seconds"]
+    state, estimate = found["memory"]["arguments"], found["step_seconds"]
     moved = sum(size for axis, size in found["collective_bytes"].items() if "branches" not in axis) / 1e9
     moved = "-" if "collectives_unknown" in found else f"{moved:.2f}"
-    return (f"{head}| {memory['arguments'] / 1e9:.1f} + {memory['temporaries'] / 1e9:.1f} | {planned:.1f} "
+    return (f"{head}| {state / 1e9:.1f} + {(found['peak_bytes'] - state) / 1e9:.1f} | {planned:.1f} "
             f"| {f'{estimate * 1e3:.0f}' if estimate else '-'} | {plan['time']['step_seconds'] * 1e3:.0f} "
             f"({plan['time']['step_seconds_at_peak'] * 1e3:.0f}) "
             f"| {moved} / {sum(plan['collective_bytes'].values()) / 1e9:.2f} {tail}")

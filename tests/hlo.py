@@ -1,8 +1,19 @@
-"""Everything that the collectives of a compiled program return, whether the program can reach them or not."""
+"""What a compiled program makes, and what its collectives return, whether the program can reach them or not."""
 
 import re
+from collections.abc import Iterator
 
 from saejax.plan.hlo import COLLECTIVE, SHAPE, group_of
+
+_MADE = re.compile(r"\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([\w\-]+)\(")
+
+
+def arrays(hlo: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """(dtype, shape, instruction) of all that the instructions give, tuples taken apart; inside fusions nothing is in memory."""
+    for line in hlo.splitlines():
+        if found := _MADE.match(line):
+            for dtype, shape in SHAPE.findall(found[1]):
+                yield dtype, tuple(int(n) for n in shape.split(",") if n), found[2]
 
 
 def widest_sort(hlo: str) -> int:

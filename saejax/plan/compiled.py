@@ -9,6 +9,7 @@ import os
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,17 @@ from saejax.train.member import total_steps
 from saejax.train.state import abstract_state
 from saejax.train.step import make_step, takes_pairs
 
+# libtpu would ask the network what machine this is, say so when it is none, and refuse a second process beside it.
+_COMPILER_ONLY = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
+                  "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
 
 def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, dict_: int) -> dict:
     """What the compiler reserves and moves. `refused`: its reason, where the step does not fit.
 
     Raises `ConfigError` where there is no compiler for this topology.
     """
-    mesh = Mesh(_devices(topology).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
+    mesh = mesh_for(topology, data, dict_)
     clock = time.monotonic()
     try:
         compiled = lowered(config, spec, mesh, topology.chip.platform).compile()
@@ -41,6 +46,11 @@ def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, d
             raise
         return {"refused": _reason(str(error)), "seconds_to_compile": round(time.monotonic() - clock, 1)}
     return read(compiled, data, dict_) | {"seconds_to_compile": round(time.monotonic() - clock, 1)}
+
+
+def mesh_for(topology: Topology, data: int, dict_: int) -> Mesh:
+    """The mesh of devices that need not be here. Raises `ConfigError` where there is no compiler for this topology."""
+    return Mesh(_devices(topology).reshape(data, dict_), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2)
 
 
 def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
@@ -56,8 +66,15 @@ def lowered(config: Config, spec: SAESpec, mesh: Mesh, platform: str):
 
 
 def read(compiled, data: int, dict_: int) -> dict:
-    """Bytes on each chip, FLOPs, the compiler's estimate of the time (None where it has none), collectives."""
-    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    """Bytes on each chip, FLOPs, the compiler's estimate of the time (None where it has none), collectives.
+
+    The peak on a TPU can be less than the sum of the kinds: some temporaries lie where others were.
+    """
+    stats, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    memory = {"arguments": stats.argument_size_in_bytes, "temporaries": stats.temp_size_in_bytes,
+              "outputs beside arguments": stats.output_size_in_bytes - stats.alias_size_in_bytes,
+              "program": stats.generated_code_size_in_bytes}
+    on_cpu = any(device.platform == "cpu" for device in jax.tree.leaves(compiled.input_shardings)[0].device_set)
     try:
         found, unknown = moved(compiled.as_text(), data, dict_), {}
     except jax.errors.JaxRuntimeError as error:  # some versions of the TPU compiler cannot print some of their programs
@@ -68,9 +85,8 @@ def read(compiled, data: int, dict_: int) -> dict:
         total[f"{m.axis}{' in branches' if m.branch else ''}"] += m.bytes
     largest = sorted(found, key=lambda m: -m.bytes)[:12]
     return {
-        "memory": {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes,
-                   "outputs beside arguments": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-                   "program": memory.generated_code_size_in_bytes},
+        "memory": memory,
+        "peak_bytes": sum(memory.values()) if on_cpu else stats.peak_memory_in_bytes,  # the CPU's leaves temporaries out
         "flops_per_step_per_chip": round(cost.get("flops", 0)), "bytes_accessed": round(cost.get("bytes accessed", 0)),
         "step_seconds": estimate if estimate > 0 else None,
         "collective_bytes": dict(sorted(total.items())),
@@ -96,15 +112,24 @@ def _devices(topology: Topology) -> np.ndarray:
     except ImportError:
         raise ConfigError(f"--compile for {topology.name} needs the TPU compiler: pip install 'saejax[tpu-plan]', or leave "
                           "--compile out") from None
-    # libtpu would ask the network what machine this is, and say so when it is none.
-    for name, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost",
-                        "TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}.items():
-        os.environ.setdefault(name, value)
     from jax.experimental import topologies
     try:
-        return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
+        with _as_compiler_only():
+            return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
     except Exception as error:  # the compiler's own list of shapes may differ from ours
         raise ConfigError(f"--compile for {topology.name}: the TPU compiler refuses it ({_reason(str(error))})") from error
+
+
+@contextlib.contextmanager
+def _as_compiler_only() -> Iterator[None]:
+    """The environment that libtpu is loaded in; what it does not name already is taken back, for those who use a real TPU."""
+    added = {name: value for name, value in _COMPILER_ONLY.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
 
 
 def _reason(message: str) -> str:

@@ -88,9 +88,9 @@ def _compiled(plan: dict) -> list[tuple[str, str]]:
     if "refused" in found:
         return [("compiled", f"refused: {found['refused']} ({found['seconds_to_compile']:.0f} s)")]
     memory, estimate = found["memory"], found["step_seconds"]
-    kept, total = sum(memory.values()), plan["memory"]["total"]
+    peak, total = found["peak_bytes"], plan["memory"]["total"]
     return [("compiled", f"in {found['seconds_to_compile']:.0f} s"),
-            ("  bytes per chip", f"{number(kept, 'B')} (analytic {number(total, 'B')})"),
+            ("  bytes per chip, at the peak", f"{number(peak, 'B')} (analytic {number(total, 'B')})"),
             *((f"    {name}", number(size, "B")) for name, size in memory.items()),
             ("  step, compiler's estimate", _duration(estimate) if estimate else "none (the program has loops)"),
             *((f"  moved along {axis}", f"{number(size, 'B')}{_beside(plan, axis)}")

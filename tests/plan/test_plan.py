@@ -306,7 +306,7 @@ def test_the_command(model_and_text, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out)
     found = plan["compiled"]
     assert set(found["memory"]) == {"arguments", "temporaries", "outputs beside arguments", "program"}
-    assert found["memory"]["arguments"] > 0 and found["flops_per_step_per_chip"] > 0
+    assert found["peak_bytes"] == sum(found["memory"].values()) > 0 and found["flops_per_step_per_chip"] > 0
     assert found["collectives"][0]["bytes"] >= found["collectives"][-1]["bytes"]
     assert plan["compiled"]["collective_bytes"]["dict"] == pytest.approx(plan["collective_bytes"]["dict"], rel=0.1)
     assert main(["plan", f"--config={config}"]) == 0 and "smallest that fit" in capsys.readouterr().out
@@ -323,49 +323,6 @@ def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "libtpu", None)
     with pytest.raises(ConfigError, match=r"needs the TPU compiler: pip install 'saejax\[tpu-plan\]'"):
         make_plan(make_config(), "v5e:2x4", compiled=True)
-
-
-@pytest.mark.slow
-def test_the_step_compiles_for_a_tpu_slice():
-    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
-    config = make_config(sae__d_in=256, sae__d_sae=16_384, train__batch=1024, train__compute_dtype="bfloat16",
-                         train__path="sparse", mesh__data=2, mesh__dict=4)
-    plan = make_plan(config, "v5e:2x4", compiled=True)
-    found, memory = plan["compiled"], plan["memory"]["by_kind"]
-    state = sum(size for name, size in memory.items() if name.startswith(("parameters", "optimizer", "counters")))
-    assert found["memory"]["arguments"] == pytest.approx(state, rel=0.05)
-    for axis in ("dict", "data"):
-        assert found["collective_bytes"][axis] == pytest.approx(plan["collective_bytes"][axis], rel=0.05)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind, features, width, batch, topology", [
-    ("topk", 2**25, 4096, 16_384, "v5p:4x8x8"), ("relu", 2**25, 4096, 16_384, "v5p:4x8x8"),
-    ("topk", 2**22, 4096, 16_384, "v5e:8x8"), ("topk", 2**20, 2304, 4096, "v5e:4x4")])
-def test_wide_dictionaries_compile_for_pods(kind, features, width, batch, topology):
-    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
-    config = make_config(kind, sae__d_in=width, sae__d_sae=features, train__batch=batch, train__compute_dtype="bfloat16")
-    if config.sae.kind == "topk":
-        config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=64))
-    plan = make_plan(config, topology, compiled=True)
-    assert "refused" not in plan["compiled"], plan["compiled"]
-    kept = plan["compiled"]["memory"]
-    assert kept["arguments"] == pytest.approx(12 * plan["sae"]["parameters"] / plan["topology"]["chips"], rel=0.01)
-    assert 0.5 < (kept["arguments"] + kept["temporaries"]) / plan["memory"]["total"] < 2
-    # No gradient and no parameter travels along dict, and nothing as wide as the dictionary.
-    assert set(plan["compiled"]["collective_bytes"]) <= {"dict", "dict in branches"}
-    assert plan["compiled"]["collective_bytes"]["dict"] < 2.1 * plan["collective_bytes"]["dict"]
-
-
-@pytest.mark.slow
-def test_the_compilers_estimate_of_a_dense_step_is_the_sum_of_rooflines():
-    pytest.importorskip("libtpu", reason="needs the extra tpu-plan")
-    config = make_config("relu", sae__d_in=2304, sae__d_sae=2**20, train__batch=4096, train__compute_dtype="bfloat16")
-    plan = make_plan(config, "v5e:4x4", compiled=True)
-    ratio = plan["compiled"]["step_seconds"] / plan["time"]["step_seconds_at_peak"]
-    assert 1 / 1.3 < ratio < 1.3, ratio
-    kept, total = plan["compiled"]["memory"], plan["memory"]["total"]
-    assert 0.5 < (kept["arguments"] + kept["temporaries"]) / total < 2
 
 
 def test_the_example_in_the_docs_is_current(capsys):
