@@ -106,7 +106,7 @@ def _time(config: Config, work: Work, topology: Topology) -> dict:
     parts, row = step_cost.seconds(work, topology), 2 * work.row_width
     fed = work.rows * row / topology.size / topology.chip.host
     step = max(sum(parts.values()), fed)
-    sources, rate = parts | {"input": fed}, work.rows / step
+    sources, rate = parts | {"rows from the host": fed}, work.rows / step
     return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
             "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()),
             "tokens_per_second": rate, "store_bytes_per_second": rate * row,
