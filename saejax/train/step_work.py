@@ -163,24 +163,47 @@ def working(w: Work, platform: str) -> dict[str, float]:
     """
     sort = platform if platform == "cpu" else "else"
     gradients = 4.0 * w.gradients
-    tile = 4.0 * w.part * w.features
+    listed = 0.0
     if w.pairs:
         width = (select_batch.ROOM if w.kind == "batchtopk" else 1) * w.k
-        listed = 4.0 * w.part * (6 * width + (w.k if w.kind == "topk" and w.dict > 1 else 0))
-        tile = (3.0 if platform == "cpu" else 1.5) * min(4.0 * sparse.tile_size(w.features, platform), tile)
-    else:
-        listed, tile = 0.0, _dense_arrays(w, sort) * 4.0 * w.part * w.tile
+        listed = 4.0 * w.part * (6 * width + (w.k if w.kind == "topk" and w.dict > 1 else 0)) + _of_parts(w)
     # Rows, and of reconstructions what a shard adds (float32, then rounded) and the error that comes back.
     gathered = w.part * (w.compute_bytes * w.d_in + (4.0 + 2 * w.compute_bytes) * w.d_out * w.groups)
-    # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
-    of_dead = 4.0 * w.matrices if w.lazy else 2 * gradients
-    aux = of_dead + 8.0 * w.part * w.d_out if w.aux_k else 0.0
     update = gradients * UPDATE[sort][2 if w.lazy else w.pairs]
     if w.lazy:
         update += 32.0 * min(row_gradients.CHUNK, w.gradients / 2)
-    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": update, "AuxK": aux,
+    # Of parts on the dense path a sum and what is added to it.
+    return {"gradients": gradients * (2 if w.accumulate > 1 and not w.pairs else 1), "update": update,
+            "AuxK": _of_aux(w, sort),
             "rows and reconstructions": gathered + 4.0 * w.rows / w.chips * (w.row_width + w.d_out * (2 + w.groups)),
-            "pairs": listed, "pre-activations": tile}
+            "pairs": listed, "pre-activations": _pre_activations(w, sort)}
+
+
+def _pre_activations(w: Work, sort: str) -> float:
+    if not w.pairs:
+        return _dense_arrays(w, sort) * 4.0 * w.part * w.tile
+    whole = 4.0 * w.part * w.features
+    return (3.0 if sort == "cpu" else 1.5) * min(4.0 * sparse.tile_size(w.features, w.chip.platform), whole)
+
+
+def _of_parts(w: Work) -> float:
+    """What is kept of parts until gradients are made of all: pairs, slopes, rows and errors at rest."""
+    if w.accumulate == 1:
+        return 0.0
+    at_rest = w.rows / w.chips * (w.compute_bytes * (w.d_in + w.groups * w.d_out) + 4.0 * w.d_out)
+    return 12.0 * w.local * w.slots + at_rest
+
+
+def _of_aux(w: Work, sort: str) -> float:
+    """The largest of AuxK's branches, which have their memory whether a feature is dead or not: gradients, two reconstructions,
+    and of a room a copy of its rows and its pre-activations.
+    """
+    if not w.aux_k:
+        return 0.0
+    some, many = w.of_dead(w.rooms_of_dead[-1]), w.of_many_dead()
+    in_room = 3 * 4.0 * some.gradients + _dense_arrays(some, sort) * 4.0 * some.part * some.features
+    any_ = 4.0 * many.gradients + (24.0 * many.part * many.slots if w.pairs else _dense_arrays(many, sort) * 4.0 * w.part * w.tile)
+    return max(in_room, any_) + 8.0 * w.part * w.d_out
 
 
 def _dense_arrays(w: Work, sort: str) -> float:
