@@ -14,10 +14,10 @@ class Chip:
     """What one chip can do, as its vendor states it.
 
     flops: dense bfloat16 FLOP/s; float32: what part of it float32 products reach, which are six of bfloat16 on a TPU
-    and take no tensor core on a GPU. bandwidth: of its memory,
-    B/s; memory: bytes. link: B/s to its neighbours, of a TPU along one axis of the torus in both directions, of a GPU inside its
-    node; across: B/s of a GPU to other nodes. host: B/s from the host. Source: TPU figures from "How to Scale Your Model" (Austin et al. 2025), GPU figures from their data sheets; `cpu` is
-    one nominal core.
+    and take no tensor core on a GPU. bandwidth: of its memory, B/s; memory: bytes. link: B/s to its neighbours, of a TPU along
+    one axis of the torus in both directions, of a GPU inside its node; across: B/s of a GPU to other nodes. host: B/s from the
+    host. Source: TPU figures from "How to Scale Your Model" (Austin et al. 2025), GPU figures from their data sheets; `cpu` is
+    two cores of a server, as products and gathers of rows that fit its caches reach them.
     """
 
     name: str

@@ -86,7 +86,8 @@ def _time(plan: dict) -> list[tuple[str, str]]:
 
 def _dead(seconds: dict[str, float]) -> str:
     *rooms, last = seconds.items()
-    return ", ".join([*(f"{_duration(value)} up to {int(most):,} dead" for most, value in rooms), f"{_duration(last[1])} with more"])
+    parts = [f"{_duration(value)} up to {int(most):,} dead" for most, value in rooms]
+    return ", ".join([*parts, f"{_duration(last[1])} with more"])
 
 
 def _compiled(plan: dict) -> list[tuple[str, str]]:

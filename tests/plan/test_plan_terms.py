@@ -87,7 +87,8 @@ def test_w_enc_is_read_for_every_tile_of_rows_on_a_cpu():
 
 
 def test_aux_is_told_apart_and_grows_with_its_room():
-    config = step_cost.with_path(make_config(sae__d_in=2304, sae__d_sae=131_072, sae__aux_k=256, sae__k=64, train__batch=4096), True)
+    config = make_config(sae__d_in=2304, sae__d_sae=131_072, sae__aux_k=256, sae__k=64, train__batch=4096)
+    config = step_cost.with_path(config, True)
     work = Work.of(config, spec_of(config), 1, 1, hardware.CHIPS["h200"])
     found = step_cost.aux_seconds(work, parse("h200:1"))
     assert list(found) == [1024, 131_072 // 8, 131_072] and list(found.values()) == sorted(found.values())
