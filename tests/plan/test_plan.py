@@ -66,7 +66,7 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
 @pytest.mark.parametrize("data, changes", [(1, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
     (2, {}), (2, {"train__accumulate": 4}), (1, {"train__batch": 2048, "sae__aux_k": 0})))])
 def test_memory_of_the_sparse_path_with_aux_is_what_the_plan_says(data, changes):
-    config = make_config(**({"sae__d_sae": 65_536, "sae__aux_k": 64, "train__sparse": "always"} | changes))
+    config = make_config(**({"sae__d_sae": 65_536, "sae__aux_k": 64, "train__path": "sparse"} | changes))
     program, spec = compiled(config, data)
     work = Work.of(config, spec, data, 8 // data, hardware.CHIPS["cpu"])
     assert 0.5 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2
@@ -90,7 +90,7 @@ def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
     assert 0.4 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2.5
     eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, hardware.CHIPS["cpu"])
     many, eager_many = (dataclasses.replace(w, rows=4 * w.rows) for w in (work, eager))
-    assert work.gradients == eager.gradients and many.gradients <= eager_many.gradients / 2, "1/8 of a shard has room"
+    assert work.gradients <= eager.gradients and many.gradients <= eager_many.gradients / 2, "1/8 of a shard has room"
     assert step_cost.seconds(work, parse("cpu:8"))["optimizer"] < 0.3 * step_cost.seconds(eager, parse("cpu:8"))["optimizer"]
 
 
