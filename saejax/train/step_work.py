@@ -145,8 +145,7 @@ class Work:
     @property
     def rooms_of_dead(self) -> tuple[int, ...]:
         """Features of a shard that AuxK takes for an SAE of their own (`losses.rooms_of_dead`)."""
-        few, share = min(losses.FEW, self.features), self.features // losses.SHARE
-        return (few, share) if share > few else (few,)
+        return losses.rooms_of_dead(self.part, self.features, self.chip.memory)
 
     def of_dead(self, room: int) -> "Work":
         """That SAE's: dense products of so many features of a shard."""

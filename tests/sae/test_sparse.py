@@ -77,7 +77,7 @@ def of_pieces(spec, options, params, x, inputs):
             return aux, whole(spec, params, second, zero)
         return case
 
-    rooms = losses.rooms_of_dead(spec)
+    rooms = losses.rooms_here(spec, B)
     cases = [none, *(with_dead(row_gradients.of_dead_in_room, room) for room in rooms),
              with_dead(row_gradients.of_many_dead, row_gradients.room_for(spec, B * options.aux_k))]
     aux, more = lax.switch(losses.level(dead.dead_F, rooms), cases)
