@@ -90,13 +90,23 @@ def set_up(optimizer, w: dict) -> None:
 
 
 def sparsify(w: dict, x):
-    """On the device of x. dead: the share of the features that are held dead, so that its AuxK (1/32) has work."""
+    """seconds(steps) on the device of x."""
+    import torch
+
+    step = sparsify_step(w, x)
+    return timed(lambda number: step(x), torch.cuda.synchronize if x.is_cuda else lambda: None)
+
+
+def sparsify_step(w: dict, x):
+    """step(rows) -> FVU before it. x: rows whose mean b_dec starts from. w may say `lr`, else the library's own, and `dead`: the
+    share of the features that are held dead, so that its AuxK (1/32) has work.
+    """
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(w["d_in"], SparseCoderConfig(num_latents=w["d_sae"], k=w["k"]), device=x.device)
     sae.b_dec.data = x.mean(0)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (w["d_sae"] / 2**14) ** 0.5)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=w.get("lr") or 2e-4 / (w["d_sae"] / 2**14) ** 0.5)
     since, dead = torch.zeros(w["d_sae"], dtype=torch.long, device=x.device), None
     if w.get("dead"):
         dead = torch.arange(w["d_sae"], device=x.device) < w["dead"] * w["d_sae"]
@@ -104,12 +114,12 @@ def sparsify(w: dict, x):
     forward = torch.compile(sae) if w["variant"] == "compiled" else sae
     set_up(optimizer, w)
 
-    def step(number: int) -> None:
+    def step(x) -> float:
         sae.set_decoder_norm_to_unit_norm()
         did_fire = torch.zeros_like(since, dtype=torch.bool)
         out = forward(x=x, y=x, dead_mask=dead, total_variance=(x - x.mean(0)).pow(2).sum())
         did_fire[out.latent_indices.flatten()] = True
-        float(out.fvu.detach())
+        fvu = float(out.fvu.detach())
         (out.fvu + out.multi_topk_fvu / 8 + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
@@ -117,8 +127,9 @@ def sparsify(w: dict, x):
         optimizer.zero_grad()
         since.add_(len(x))
         since[did_fire] = 0
+        return fvu
 
-    return timed(step, torch.cuda.synchronize if x.is_cuda else lambda: None)
+    return step
 
 
 def sae_lens(w: dict, x):
