@@ -114,9 +114,10 @@ def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:
 
 
 def unexplained(error_BD: jax.Array, estimate_BD: jax.Array) -> jax.Array:
-    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite."""
-    ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
-    return jnp.where(jnp.isfinite(ratio), ratio, 0.0)
+    """||e - e^||^2 / ||e - mean e||^2 of a batch; 0 where all errors are equal (a batch of one row), or it is not finite."""
+    total = variance_total(error_BD)
+    ratio = squared_error(error_BD, estimate_BD).sum() / jnp.where(total > 0, total, 1.0)  # else its gradient would not be finite
+    return jnp.where(jnp.isfinite(ratio) & (total > 0), ratio, 0.0)
 
 
 def rooms_of_dead(rows: int, features: int, memory: float) -> tuple[int, ...]:

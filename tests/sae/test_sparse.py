@@ -151,6 +151,18 @@ def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, me
         check_equal(expected, got)
 
 
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_batch_of_one_row(name):
+    """Its variance is 0, so there is no FVU and no AuxK; the loss and all gradients are there."""
+    params, x = inputs_of(name)
+    (expected,), (got,) = (loss_and_gradients(*of_case(name), (1, 1), as_pairs, params, x[:1], 100)[1]
+                           for as_pairs in (False, True))
+    (loss, parts), gradient = got
+    assert np.isfinite(loss) and parts.own["aux"] == 0 and parts.l0 == K and np.linalg.norm(gradient.W_dec) > 0
+    check_equal(expected[0][0], loss)
+    check_equal(expected[1], gradient)
+
+
 @pytest.mark.parametrize("mesh_shape", MESHES)
 def test_a_few_rows_that_keep_many_are_done_again(monkeypatch, mesh_shape):
     """One row in eight keeps nearly everything, among values that tie all over the batch (small integers, so exact)."""
