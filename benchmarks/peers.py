@@ -5,7 +5,8 @@
 PYTHON: an interpreter with torch and the peers (sae-lens, dictionary-learning, eai-sparsify); DIR: where further packages of it
 lie. For every pair (saejax, a peer in a variant) two processes are started on the same processors; they take turns, one
 measurement each a round, and the other one waits. A step is all that training does with a batch: gradients, clipping to norm 1,
-Adam with beta 0.9 and 0.999, constraints of the decoder, dead counters. float32, the same random rows in memory. Variants:
+Adam with beta 0.9 and 0.999 (0 and 0.999 on both sides where ours has lazy rows), constraints of the decoder, dead counters.
+float32, the same random rows in memory. Variants:
 
     shipped   the peer's own trainer, or its training loop's calls one by one where the loop wants a language model
     fused     with torch's fused Adam
@@ -26,12 +27,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WORKLOADS = {  # kind, d_in, d_sae, batch, k
-    "topk": ("topk", 768, 16_384, 1024, 32),
-    "topk-2048": ("topk", 768, 16_384, 2048, 32),
-    "topk-64k": ("topk", 768, 65_536, 512, 32),
-    "relu": ("relu", 768, 16_384, 1024, 0),
-    "jumprelu": ("jumprelu", 768, 16_384, 1024, 0),
+WORKLOADS = {  # kind, d_in, d_sae, batch, k, train.optimizer
+    "topk": ("topk", 768, 16_384, 1024, 32, "adam"),
+    "topk-2048": ("topk", 768, 16_384, 2048, 32, "adam"),
+    "topk-64k": ("topk", 768, 65_536, 512, 32, "adam"),
+    "topk-lazy": ("topk", 768, 16_384, 1024, 32, "lazy"),
+    "topk-64k-lazy": ("topk", 768, 65_536, 512, 32, "lazy"),
+    "relu": ("relu", 768, 16_384, 1024, 0, "adam"),
+    "jumprelu": ("jumprelu", 768, 16_384, 1024, 0, "adam"),
 }
 PEERS = {  # variants
     "eai-sparsify": ("shipped", "fused", "compiled"),
@@ -58,7 +61,7 @@ def ours(w: dict):
 
     options = BenchOptions(d_in=w["d_in"], d_sae=w["d_sae"], batch=w["batch"], k=w["k"] or 32)
     training = Training(w["kind"], options, sharding.single_device_mesh(),
-                        **{"train.clip": 1.0, "train.beta2": 0.999})
+                        **{"train.clip": 1.0, "train.beta2": 0.999, "train.optimizer": w["optimizer"]})
     return lambda steps: training.seconds("auto", steps)
 
 
@@ -78,33 +81,45 @@ def timed(step, wait=lambda: None):
     return seconds
 
 
-def fuse(optimizer) -> None:
+def set_up(optimizer, w: dict) -> None:
+    """Betas and variant of a peer's Adam."""
     for group in optimizer.param_groups:
-        group["fused"], group["foreach"] = True, False
+        group["betas"] = (0.0 if w.get("optimizer") == "lazy" else 0.9, 0.999)
+        if w["variant"] != "shipped":
+            group["fused"], group["foreach"] = True, False
 
 
 def sparsify(w: dict, x):
-    """On the device of x. dead: the share of the features that are held dead, so that its AuxK (1/32) has work."""
+    """seconds(steps) on the device of x."""
+    import torch
+
+    step = sparsify_step(w, x)
+    return timed(lambda number: step(x), torch.cuda.synchronize if x.is_cuda else lambda: None)
+
+
+def sparsify_step(w: dict, x):
+    """step(rows) -> FVU before it. x: rows whose mean b_dec starts from. w may say `lr`, else the library's own, and `dead`: the
+    share of the features that are held dead, so that its AuxK (1/32) has work.
+    """
     import torch
     from sparsify import SparseCoder, SparseCoderConfig
 
     sae = SparseCoder(w["d_in"], SparseCoderConfig(num_latents=w["d_sae"], k=w["k"]), device=x.device)
     sae.b_dec.data = x.mean(0)
-    optimizer = torch.optim.Adam(sae.parameters(), lr=2e-4 / (w["d_sae"] / 2**14) ** 0.5)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=w.get("lr") or 2e-4 / (w["d_sae"] / 2**14) ** 0.5)
     since, dead = torch.zeros(w["d_sae"], dtype=torch.long, device=x.device), None
     if w.get("dead"):
         dead = torch.arange(w["d_sae"], device=x.device) < w["dead"] * w["d_sae"]
         sae.encoder.bias.data[dead] -= 1.5 * sae.encoder(x[:64] - sae.b_dec).std().detach()
     forward = torch.compile(sae) if w["variant"] == "compiled" else sae
-    if w["variant"] != "shipped":
-        fuse(optimizer)
+    set_up(optimizer, w)
 
-    def step(number: int) -> None:
+    def step(x) -> float:
         sae.set_decoder_norm_to_unit_norm()
         did_fire = torch.zeros_like(since, dtype=torch.bool)
         out = forward(x=x, y=x, dead_mask=dead, total_variance=(x - x.mean(0)).pow(2).sum())
         did_fire[out.latent_indices.flatten()] = True
-        float(out.fvu.detach())
+        fvu = float(out.fvu.detach())
         (out.fvu + out.multi_topk_fvu / 8 + out.auxk_loss / 32).backward()
         sae.remove_gradient_parallel_to_decoder_directions()
         torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
@@ -112,8 +127,9 @@ def sparsify(w: dict, x):
         optimizer.zero_grad()
         since.add_(len(x))
         since[did_fire] = 0
+        return fvu
 
-    return timed(step, torch.cuda.synchronize if x.is_cuda else lambda: None)
+    return step
 
 
 def sae_lens(w: dict, x):
@@ -128,8 +144,7 @@ def sae_lens(w: dict, x):
     sae = getattr(saes, f"{name}TrainingSAE")(config)
     options = SAETrainerConfig(total_training_samples=_STEPS * w["batch"], train_batch_size_samples=w["batch"], lr_end=3e-5)
     trainer = SAETrainer(options, sae, iter(()))
-    if w["variant"] != "shipped":
-        fuse(trainer.optimizer)
+    set_up(trainer.optimizer, w)
     if w["variant"] == "compiled":  # what its option compile_sae does
         sae.training_forward_pass = torch.compile(sae.training_forward_pass)
 
@@ -147,10 +162,7 @@ def dictionary_learning(w: dict, x):
                          "jumprelu": ("jumprelu", "JumpReluTrainer", {})}[w["kind"]]
     make = getattr(import_module(f"dictionary_learning.trainers.{module}"), name)
     trainer = make(steps=_STEPS, activation_dim=w["d_in"], dict_size=w["d_sae"], layer=0, lm_name="none", device="cpu", **own)
-    for group in trainer.optimizer.param_groups:
-        group["betas"] = (0.9, 0.999)
-    if w["variant"] != "shipped":
-        fuse(trainer.optimizer)
+    set_up(trainer.optimizer, w)
     return timed(lambda number: trainer.update(number, x))
 
 
@@ -239,7 +251,8 @@ def pair(args, w: dict, peer: str, variant: str) -> dict:
 
 def shown(result: dict) -> str:
     w = result["workload"]
-    head = f"| {w['kind']}, {w['d_in']:,} to {w['d_sae']:,}, batch {w['batch']:,} | {result['peer']}, {result['variant']} | "
+    kind = w["kind"] + (", lazy rows" if w["optimizer"] == "lazy" else "")
+    head = f"| {kind}, {w['d_in']:,} to {w['d_sae']:,}, batch {w['batch']:,} | {result['peer']}, {result['variant']} | "
     if "failed" in result:
         return head + f"failed: {result['failed'].replace('|', '/')} | | | |"
     medians, cells = [], []
@@ -279,7 +292,7 @@ def main() -> None:
           "rows/s | ratio | peak GiB, saejax / peer |\n|---|---|---|---|---|---|")
     results = []
     for name in args.workloads:
-        w = dict(zip(("kind", "d_in", "d_sae", "batch", "k"), WORKLOADS[name], strict=True))
+        w = dict(zip(("kind", "d_in", "d_sae", "batch", "k", "optimizer"), WORKLOADS[name], strict=True))
         w |= {key: getattr(args, key) for key in ("d_in", "d_sae", "batch", "k") if getattr(args, key) and w[key]}
         w["processors"] = processors
         for peer in (peer for peer in LIBRARIES[w["kind"]] if peer in args.peers):

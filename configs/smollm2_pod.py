@@ -1,6 +1,6 @@
 """TopK SAE with 1,048,576 features on SmolLM2-1.7B, layer 12: an example for a pod or a multi-GPU cluster.
 
-Hardware: a mesh of 4 x 16 devices. `saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4` puts it at 8.5 GB on each
+Hardware: a mesh of 4 x 16 devices. `saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4` puts it at 7.7 GB on each
           chip; the TPU compiler reserves 3.2 GB for the state and 7.0 GB beside it (--compile). Without --topology it lists what
           it fits. Other device counts: --config.mesh.data=... --config.mesh.dict=..., or -1 for both.
           Not yet run at this size, so no time and no metrics are given.

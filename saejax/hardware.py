@@ -14,11 +14,10 @@ class Chip:
     """What one chip can do, as its vendor states it.
 
     flops: dense bfloat16 FLOP/s; float32: what part of it float32 products reach, which are six of bfloat16 on a TPU
-    and take no tensor core on a GPU. bandwidth: of its memory,
-    B/s; memory: bytes. link: B/s to its neighbours, of a TPU along one axis of the torus in both directions, of a GPU inside its
-    node; across: B/s of a GPU to other nodes. host: B/s from the host. gather: share of the bandwidth that gathers of rows
-    reach. Source: TPU figures from "How to Scale Your Model" (Austin et al. 2025), GPU figures from their data sheets; `cpu` is
-    one nominal core.
+    and take no tensor core on a GPU. bandwidth: of its memory, B/s; memory: bytes. link: B/s to its neighbours, of a TPU along
+    one axis of the torus in both directions, of a GPU inside its node; across: B/s of a GPU to other nodes. host: B/s from the
+    host. Source: TPU figures from "How to Scale Your Model" (Austin et al. 2025), GPU figures from their data sheets; `cpu` is
+    two cores of a server, as products and gathers of rows that fit its caches reach them.
     """
 
     name: str
@@ -30,16 +29,15 @@ class Chip:
     link: float
     across: float
     host: float
-    gather: float
 
 
 CHIPS = {chip.name: chip for chip in (
-    Chip("v5e", "tpu", 1.97e14, 1 / 6, 8.1e11, 16e9, 9e10, 9e10, 1.5e10, 0.2),
-    Chip("v5p", "tpu", 4.59e14, 1 / 6, 2.8e12, 96e9, 1.8e11, 1.8e11, 1.5e10, 0.2),
-    Chip("v6e", "tpu", 9.2e14, 1 / 6, 1.6e12, 32e9, 1.8e11, 1.8e11, 3.2e10, 0.2),
-    Chip("h100", "gpu", 9.89e14, 0.068, 3.35e12, 80e9, 4.5e11, 5e10, 6.4e10, 0.5),
-    Chip("h200", "gpu", 9.89e14, 0.068, 4.8e12, 141e9, 4.5e11, 5e10, 6.4e10, 0.5),
-    Chip("cpu", "cpu", 1e11, 1.0, 1e10, 4e9, 1e10, 1e10, 1e10, 0.5),
+    Chip("v5e", "tpu", 1.97e14, 1 / 6, 8.1e11, 16e9, 9e10, 9e10, 1.5e10),
+    Chip("v5p", "tpu", 4.59e14, 1 / 6, 2.8e12, 96e9, 1.8e11, 1.8e11, 1.5e10),
+    Chip("v6e", "tpu", 9.2e14, 1 / 6, 1.6e12, 32e9, 1.8e11, 1.8e11, 3.2e10),
+    Chip("h100", "gpu", 9.89e14, 0.068, 3.35e12, 80e9, 4.5e11, 5e10, 6.4e10),
+    Chip("h200", "gpu", 9.89e14, 0.068, 4.8e12, 141e9, 4.5e11, 5e10, 6.4e10),
+    Chip("cpu", "cpu", 2.5e11, 1.0, 2.5e10, 4e9, 1e10, 1e10, 1e10),
 )}
 NODE = 8  # GPUs that share a node's fast links, at most
 

@@ -106,8 +106,10 @@ def _time(config: Config, work: Work, topology: Topology) -> dict:
     parts, row = step_cost.seconds(work, topology), 2 * work.row_width
     fed = work.rows * row / topology.size / topology.chip.host
     step = max(sum(parts.values()), fed)
-    sources, rate = parts | {"input": fed}, work.rows / step
-    return {"seconds": parts, "step_seconds": step, "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
+    sources, rate = parts | {"rows from the host": fed}, work.rows / step
+    dead = step_cost.aux_seconds(work, topology)
+    return {"seconds": parts, "aux_seconds": {str(most): value for most, value in dead.items()}, "step_seconds": step,
+            "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
             "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()),
             "tokens_per_second": rate, "store_bytes_per_second": rate * row,
             "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}

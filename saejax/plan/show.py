@@ -78,9 +78,16 @@ def _time(plan: dict) -> list[tuple[str, str]]:
     peak = _duration(time["step_seconds_at_peak"])
     return [("step, roofline", f"{_duration(time['step_seconds'])}, most of it {time['bound']}; {peak} at the vendor's peak"),
             *((f"  {name}", _duration(value)) for name, value in time["seconds"].items() if value),
+            *((("  AuxK, not in the sum", _dead(time["aux_seconds"])),) if time["aux_seconds"] else ()),
             ("tokens/s", number(time["tokens_per_second"])),
             ("store is read at", f"{number(time['store_bytes_per_second'], 'B')}/s"),
             ("training takes", f"{_duration(time['days'] * 86_400)} ({time['steps']:,} steps)")]
+
+
+def _dead(seconds: dict[str, float]) -> str:
+    *rooms, last = seconds.items()
+    parts = [f"{_duration(value)} up to {int(most):,} dead" for most, value in rooms]
+    return ", ".join([*parts, f"{_duration(last[1])} with more"])
 
 
 def _compiled(plan: dict) -> list[tuple[str, str]]:

@@ -66,7 +66,7 @@ def variance_total(x_BD: jax.Array) -> jax.Array:
 
 
 FEW = 1024  # dead features of a shard up to which the smaller room is enough (`rooms_of_dead`)
-SHARE = 8   # the larger room: 1 / SHARE of a shard's features
+SHARE, MEMORY = 8, 1 / 50  # the larger one: 1 / SHARE of a shard, and pre-activations of so much of a chip's memory at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ def aux_loss(spec: SAESpec, aux: AuxK, params: SAEParams, x_BD: jax.Array, error
         return unexplained(error_BD, estimate_BD)
 
     # Recomputed in the backward pass: residuals of a branch that is not taken would still be written out as zeros.
-    rooms = rooms_of_dead(spec)
+    rooms = rooms_here(spec, len(x_BD))
     return lax.switch(level(dead_F, rooms), [lambda params, x_BD: jnp.zeros((), jnp.float32), *map(in_room, rooms),
                                              jax.checkpoint(of_many)], params, x_BD)
 
@@ -114,16 +114,25 @@ def dead_features(inputs: LossInputs, fired_F: jax.Array) -> jax.Array:
 
 
 def unexplained(error_BD: jax.Array, estimate_BD: jax.Array) -> jax.Array:
-    """||e - e^||^2 / ||e - mean e||^2 of a batch, 0 where it is not finite."""
-    ratio = squared_error(error_BD, estimate_BD).sum() / variance_total(error_BD)
-    return jnp.where(jnp.isfinite(ratio), ratio, 0.0)
+    """||e - e^||^2 / ||e - mean e||^2 of a batch; 0 where all errors are equal (a batch of one row), or it is not finite."""
+    total = variance_total(error_BD)
+    ratio = squared_error(error_BD, estimate_BD).sum() / jnp.where(total > 0, total, 1.0)  # else its gradient would not be finite
+    return jnp.where(jnp.isfinite(ratio) & (total > 0), ratio, 0.0)
 
 
-def rooms_of_dead(spec: SAESpec) -> tuple[int, ...]:
-    """Numbers of features of a shard that AuxK takes for an SAE of their own, rising: `FEW`, and 1 / `SHARE` of the shard."""
-    features = spec.d_sae // sharding.shards()
-    few = min(FEW, features)
-    return (few, features // SHARE) if features // SHARE > few else (few,)
+def rooms_of_dead(rows: int, features: int, memory: float) -> tuple[int, ...]:
+    """How many of a shard's features AuxK takes for an SAE of their own, rising: `FEW`, and what `SHARE` and `MEMORY` allow.
+
+    rows: of a device at once; memory: bytes of a chip.
+    """
+    few, many = min(FEW, features), min(features // SHARE, int(MEMORY * memory) // (4 * rows))
+    return (few, many) if many > few else (few,)
+
+
+def rooms_here(spec: SAESpec, rows: int) -> tuple[int, ...]:
+    """`rooms_of_dead` on the mesh that is set; rows: of all devices at once."""
+    rows = rows // jax.sharding.get_abstract_mesh().shape.get("data", 1)
+    return rooms_of_dead(rows, spec.d_sae // sharding.shards(), sharding.chip().memory)
 
 
 def level(dead_F: jax.Array, rooms: tuple[int, ...]) -> jax.Array:

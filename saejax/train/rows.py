@@ -97,7 +97,7 @@ def updated(step: Step, params: SAEParams, opt_state: Moments, rows_BW: jax.Arra
 
     cases, which = [fired_only], jnp.int32(0)
     if options.aux_k:
-        parts, rooms = parts.replace(own={"aux": jnp.float32(0)}), losses.rooms_of_dead(spec)
+        parts, rooms = parts.replace(own={"aux": jnp.float32(0)}), losses.rooms_here(spec, batch.size // batch.n)
         cases += [with_dead(row_gradients.of_dead_in_room, size) for size in rooms]
         cases.append(with_dead(row_gradients.of_many_dead, room(batch.size * options.aux_k)))
         which = losses.level(dead.dead_F, rooms)

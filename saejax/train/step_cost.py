@@ -1,119 +1,45 @@
 """What a training step costs on one chip: FLOPs, collectives, seconds; and which mesh shape is the cheapest.
 
-The model is a sum of rooflines, nothing of it overlapped; docs/plan.md has the formulas. It describes the step of
-`saejax.train.step` as it is: AuxK and resampling, which run only while features are dead, are not counted.
+Seconds are a sum of terms, nothing of it overlapped, each of bytes or FLOPs over what a platform reaches; docs/plan.md has the
+formulas and what they were measured against. They describe the step of `saejax.train.step` as it is while nothing is dead; what
+AuxK adds is told apart (`aux_seconds`), resampling is not counted.
 """
 
 import dataclasses
-import functools
-import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import jax
-from jax.sharding import AbstractMesh, AxisType
-
 from saejax.config import Config, MeshOptions
 from saejax.errors import ConfigError
-from saejax.hardware import Chip, Topology, compute_dtype, present
-from saejax.recipes import WITH_K
-from saejax.sae import SAESpec, row_gradients, select_batch, sparse, tiles
-from saejax.sae.select import sent
-from saejax.train.state import TrainState, abstract_state
-from saejax.train.step import takes_pairs
+from saejax.hardware import Chip, Topology, present
+from saejax.sae import SAESpec, select_batch
+from saejax.sae.select import GROUPS, sent
+from saejax.train.step_work import USABLE, Work, bytes_per_parameter, state_bytes, working
 
-MATMUL = 0.65      # share of the peak that large matrix products reach
-STREAMED = 0.8     # share of the bandwidth that passes over parameters reach
-USABLE = 0.92      # share of the memory that arrays can have: the rest is the program's, and what falls between arrays
-# float32 arrays of [rows, features of a shard] alive at once on the dense path, by what the compilers reserved
-DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7},
-         "else": {"relu": 1.3, "jumprelu": 1.8, "gated": 1.8, "topk": 1.3, "batchtopk": 1.3}}
-TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's objective tanh
-# What casts, clipping and the update hold beside the gradients, in multiples of these: dense path, sparse path, lazy rows
-UPDATE = {"cpu": (3.0, 3.5, 0.0), "else": (0.3, 0.8, 0.4)}
+__all__ = ["USABLE", "Collective", "Reached", "Work", "aux_seconds", "best_mesh", "bytes_per_parameter", "collectives", "fits",
+           "flops", "mesh_options", "seconds", "shapes", "state_bytes", "state_size", "with_path", "working"]
 
 
 @dataclass(frozen=True)
-class Work:
-    """A step's sizes: batch rows, widths, features, the mesh, and the path (`pairs`: the sparse one)."""
+class Reached:
+    """Shares of a chip's peak and bandwidth that the pieces of a step reach. product: large matrix products. streamed: passes
+    over what is there, filled: zeros in new memory. maxima: of groups. decoded, gathered: rows of pairs for a product, added: to
+    gradients. sort: bytes that an entry that is sorted counts for.
+    """
 
-    kind: str
-    rows: int
-    d_in: int
-    d_out: int
-    d_sae: int
-    k: int
-    data: int
-    dict: int
-    pairs: bool
-    row_width: int      # columns of a row of the stream
-    accumulate: int
-    groups: int
-    decodes: int        # reconstructions whose products are done: gated and multi_topk have two
-    compute_bytes: int
-    state_bytes: float  # parameters and optimiser state, per parameter
-    lazy: bool
-    clip: bool
-    unit_decoder: bool
-    tanh: bool
-    aux: bool
-    chip: Chip
+    product: float = 1.0
+    streamed: float = 1.0
+    filled: float = 1.0
+    maxima: float = 1.0
+    decoded: float = 1.0
+    gathered: float = 1.0
+    added: float = 1.0
+    sort: float = 12.0
 
-    @classmethod
-    def of(cls, config: Config, spec: SAESpec, data: int, dict_: int, chip: Chip) -> "Work":
-        """The work of a config on a mesh data x dict."""
-        sae, train, platform = config.sae, config.train, chip.platform
-        return cls(
-            kind=sae.kind, rows=train.batch, d_in=spec.d_in, d_out=spec.width_out, d_sae=sae.d_sae,
-            k=sae.k if sae.kind in WITH_K else 0, data=data, dict=dict_, pairs=takes_pairs(config, sae, platform),
-            row_width=spec.d_in + (spec.d_out or 0), accumulate=train.accumulate, groups=max(1, len(sae.groups)),
-            decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
-            compute_bytes=2 if compute_dtype(train.compute_dtype, platform) == "bfloat16" else 4,
-            state_bytes=bytes_per_parameter(config, spec), lazy=train.lazy, clip=bool(train.clip),
-            unit_decoder=sae.unit_decoder, tanh=sae.kind == "jumprelu" and sae.objective == "tanh",
-            aux=bool(sae.aux_k), chip=chip)
 
-    @property
-    def chips(self) -> int:
-        return self.data * self.dict
-
-    @property
-    def features(self) -> int:
-        """Of a shard."""
-        return self.d_sae // self.dict
-
-    @property
-    def part(self) -> int:
-        """Rows that a chip works on at once."""
-        return self.rows // self.data // self.accumulate
-
-    @property
-    def matrices(self) -> int:
-        """Entries of a chip's two matrices."""
-        return self.features * (self.d_in + self.d_out)
-
-    @property
-    def tile(self) -> int:
-        """Features whose pre-activations are there at once, on the dense path. Fewer than `features`: they are made twice."""
-        return self.features if self.k else tiles.tile_width(self.part, self.features, self.chip)
-
-    @property
-    def tiled(self) -> bool:
-        return self.tile < self.features
-
-    @property
-    def room(self) -> int:
-        """Rows of a shard that gradients have room for, see `row_gradients.room_for`."""
-        if not self.pairs:
-            return self.features
-        few = self.lazy and 4 * self.rows * self.k <= self.d_sae
-        return min(self.rows * self.k, -(-self.features // row_gradients.LAZY_SHARE) if few else self.features)
-
-    @property
-    def gradients(self) -> int:
-        """Entries of the gradients of a chip's two matrices."""
-        return self.room * (self.d_in + self.d_out)
+# GPU: measured on an H200, CPU: on two cores of a server (docs/plan.md). TPU: not measured.
+REACHED = {"gpu": Reached(0.69, 0.9, 0.9, 0.63, 0.3, 0.3, 0.4, 270.0), "tpu": Reached(0.65, 0.8, 0.8, 0.8, 0.2, 0.2, 0.2, 12.0),
+           "cpu": Reached(0.95, 0.4, 0.17, 0.25, 1.0, 1.0, 0.62, 450.0)}
 
 
 @dataclass(frozen=True)
@@ -133,12 +59,10 @@ def flops(w: Work) -> float:
     2 D_in F + 2 (D_in + 3 D_out) k; in tiles of features 2 D_in F more than dense. Source: Gao et al. 2024, appendix D, without
     the gradient of the input.
     """
-    rows = w.rows / w.data
     if w.pairs:
-        again = 1 + select_batch.WIDE_SHARE if w.kind == "batchtopk" else 1
-        return rows * (2 * again * w.d_in * w.features + 2 * (w.d_in + 3 * w.d_out) * w.k / w.dict)
+        return w.local * (2 * _encoders(w) * w.d_in * w.features + 2 * (w.d_in + 3 * w.d_out) * w.k / w.dict)
     encodes = 2 if w.tiled else 1
-    return rows * w.features * (2 * (encodes + 1) * w.d_in + 6 * w.d_out + 4 * w.d_out * (w.decodes - 1))
+    return w.local * w.features * (2 * (encodes + 1) * w.d_in + 6 * w.d_out + 4 * w.d_out * (w.decodes - 1))
 
 
 def collectives(w: Work, platform: str) -> list[Collective]:
@@ -149,79 +73,167 @@ def collectives(w: Work, platform: str) -> list[Collective]:
     def add(what: str, kind: str, axis: str, size: float) -> None:
         out.append(Collective(what, kind, axis, round(size * (2 if kind == "all-reduce" else 1))))
 
-    local = w.rows // w.data
     if w.dict > 1:
         bytes_ = 4 if platform == "cpu" else w.compute_bytes  # CPU collectives promote bfloat16
-        # In parts they are gathered once to select and once for the gradients.
-        add("rows", "all-gather", "dict", bytes_ * local * w.d_in * (2 if w.pairs and w.accumulate > 1 else 1))
-        for what, kind in (("reconstruction", "reduce-scatter"), ("error", "all-gather")):
-            add(what, kind, "dict", bytes_ * w.groups * w.decodes * local * w.d_out)
+        # On the sparse path in parts rows and errors are gathered for the pairs, and again whenever gradients are made of them.
+        times = 1 + w.made if w.pairs and w.accumulate > 1 else 1
+        add("rows", "all-gather", "dict", bytes_ * w.local * w.d_in * times)
+        for what, kind, n in (("reconstruction", "reduce-scatter", 1), ("error", "all-gather", times)):
+            add(what, kind, "dict", bytes_ * w.groups * w.decodes * w.local * w.d_out * n)
         if w.kind == "topk":
             numbers = (w.k, 4 * w.k) if w.decodes > 1 else (w.k,)
-            add("candidate values", "all-to-all", "dict", 4 * local * sum(
+            add("candidate values", "all-to-all", "dict", 4 * w.local * sum(
                 sent(k, w.rows // w.accumulate, w.dict, w.features) for k in numbers))
-            add("thresholds", "all-gather", "dict", 4 * local * len(numbers))
-            add("ties", "all-to-all", "dict", 4 * local * len(numbers))
+            add("thresholds", "all-gather", "dict", 4 * w.local * len(numbers))
+            add("ties", "all-to-all", "dict", 4 * w.local * len(numbers))
     if w.data > 1:
-        add("gradients", "all-reduce", "data", 4 * (1 if w.pairs else w.accumulate) * (w.gradients + w.room))
+        # Once for all parts of a step on the sparse path, on the dense path after each part.
+        add("gradients", "all-reduce", "data", 4 * (w.made if w.pairs else w.accumulate) * (w.gradients + w.room))
         if w.pairs:
             add("which fired", "all-reduce", "data", 4 * w.accumulate * w.features)
     return out
-
-
-def working(w: Work, platform: str) -> dict[str, float]:
-    """Bytes on one chip besides the state: gradients, copies while updating, rows and reconstructions, pairs, and the
-    pre-activations (of one tile, where there are several). An estimate: compilers decide what lives at the same time.
-    """
-    sort = platform if platform == "cpu" else "else"
-    gradients = 4.0 * w.gradients
-    tile = 4.0 * w.part * w.features
-    if w.pairs:
-        width = (select_batch.ROOM if w.kind == "batchtopk" else 1) * w.k
-        pairs = 4.0 * w.part * (6 * width + (w.k if w.kind == "topk" and w.dict > 1 else 0))
-        tile = (3.0 if platform == "cpu" else 1.5) * min(4.0 * sparse.tile_size(w.features, platform), tile)
-    else:
-        pairs, tile = 0.0, _dense_arrays(w, sort) * 4.0 * w.part * w.tile
-    # Rows, and of reconstructions what a shard adds (float32, then rounded) and the error that comes back.
-    gathered = w.part * (w.compute_bytes * w.d_in + (4.0 + 2 * w.compute_bytes) * w.d_out * w.groups)
-    # AuxK's branch has its memory whether a feature is dead or not: gradients of its own, and two more reconstructions.
-    of_dead = 4.0 * w.matrices if w.lazy else 2 * gradients
-    aux = of_dead + 8.0 * w.part * w.d_out if w.aux else 0.0
-    update = gradients * UPDATE[sort][2 if w.lazy else w.pairs]
-    if w.lazy:
-        update += 32.0 * min(row_gradients.CHUNK, w.gradients / 2)
-    return {"gradients": gradients * (2 if w.accumulate > 1 else 1), "update": update, "AuxK": aux,
-            "rows and reconstructions": gathered + 4.0 * w.rows / w.chips * (w.row_width + w.d_out * (2 + w.groups)),
-            "pairs": pairs, "pre-activations": tile}
-
-
-def _dense_arrays(w: Work, sort: str) -> float:
-    return DENSE[sort][w.kind] * (TANH[sort] if w.tanh else 1.0)
 
 
 def seconds(w: Work, topology: Topology, *, at_peak: bool = False) -> dict[str, float]:
     """Seconds of a step by what takes them, one after the other. at_peak: if products and memory ran at what the vendor states,
     which is what a compiler's estimate supposes.
     """
-    chip = topology.chip
-    matmul, streamed, gather = (1.0, 1.0, 1.0) if at_peak else (MATMUL, STREAMED, chip.gather)
-    peak = chip.flops * (chip.float32 if w.compute_bytes == 4 else 1.0)
-    local, s = w.rows / w.data, w.compute_bytes
-    # Unfused: written, and read twice to select. Dense besides: activations and their gradients, for three products each.
-    passes = 12.0 if w.pairs or w.k else 0.0
-    passes += 0.0 if w.pairs else 8.0 + 6.0 * s + (4.0 + s if w.tiled else 0.0)
-    # Sparse, for each pair: four rows gathered, three added to what is there (read and written), all float32.
-    touched = local * w.k / w.dict * (4 * 4 + 3 * 8) * (w.d_in + w.d_out) / 2 if w.pairs else 0.0
-    # State read and written, gradient written and read; once more read for the norm, and decoder rows for theirs.
-    moved = (2 * w.state_bytes + 8 + 4 * w.clip + 10 * w.unit_decoder) * w.matrices
-    if w.lazy:  # of the rows that fire, were all equally likely to: more than do; besides the gradients' first zeros
-        fired = -math.expm1(-w.rows * w.k / w.d_sae)
-        moved = (2 * w.state_bytes + 12) * fired * w.matrices + 4 * w.gradients
     groups = {"dict": (w.dict, 1), "data": (w.data, w.dict)}
-    out = {"products": flops(w) / (matmul * peak), "selection": passes * local * w.features / chip.bandwidth,
-           "gathers": touched / (gather * chip.bandwidth),
-           "optimizer": moved / (streamed * chip.bandwidth)}
-    return out | {"collectives": sum(c.bytes / topology.ring(*groups[c.axis]) for c in collectives(w, topology.chip.platform))}
+    moved = sum(c.bytes / topology.ring(*groups[c.axis]) for c in collectives(w, topology.chip.platform))
+    return _Terms(w, topology.chip, at_peak).all() | {"collectives": moved}
+
+
+def aux_seconds(w: Work, topology: Topology) -> dict[int, float]:
+    """What AuxK adds to a step by how many features of a shard are dead at most; the last one: any number."""
+    if not w.aux_k:
+        return {}
+    out = {room: _Terms(w.of_dead(room), topology.chip).forward_and_back()
+           + 12 * room * (w.d_in + w.d_out) / (REACHED[topology.chip.platform].streamed * topology.chip.bandwidth)
+           for room in w.rooms_of_dead}
+    many = w.of_many_dead() if w.pairs else w.of_dead(w.features)
+    return out | {w.features: _Terms(many, topology.chip).forward_and_back()}
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """The terms of a step but for its collectives, in seconds."""
+
+    w: Work
+    chip: Chip
+    at_peak: bool = False
+
+    def all(self) -> dict[str, float]:
+        return self.pieces() | {"optimizer": self.optimizer(), "input": self.input()}
+
+    def forward_and_back(self) -> float:
+        return sum(self.pieces().values())
+
+    def pieces(self) -> dict[str, float]:
+        w, out = self.w, {"product": self.product(), "selection": self.selection() if self.w.k else 0.0}
+        if not w.pairs:
+            return out | {"activations": self.activations()}
+        return out | {"decode": self.decode(), "value gradients": self.value_gradients(),
+                      "two weight gradients": self.weight_gradients(), "tile re-reads": self.tile_rereads()}
+
+    @property
+    def reached(self) -> Reached:
+        return Reached(sort=REACHED[self.chip.platform].sort) if self.at_peak else REACHED[self.chip.platform]
+
+    def moved(self, size: float, share: float) -> float:
+        return size / (share * self.chip.bandwidth)
+
+    def product(self) -> float:
+        """Of the encoder; on the dense path of all products."""
+        w = self.w
+        of_encoder = 2 * w.local * w.d_in * w.features * _encoders(w)
+        peak = self.chip.flops * (self.chip.float32 if w.compute_bytes == 4 else 1.0)
+        return (of_encoder if w.pairs else flops(w)) / (self.reached.product * peak)
+
+    def selection(self) -> float:
+        """Maxima of groups read all pre-activations; what they leave is gathered and sorted."""
+        w, reached = self.w, self.reached
+        sizes = GROUPS.get({"gpu": "cuda"}.get(self.chip.platform, self.chip.platform), ())
+        read = ordered = 0.0
+        for share, n in _looked_for(w):
+            found = by_levels(w.features, min(n, w.features), sizes)
+            read, ordered = read + share * found[0], ordered + share * found[1]
+        return w.local * (self.moved(4 * read, reached.maxima) + self.moved(reached.sort * ordered, 1.0))
+
+    def activations(self) -> float:
+        """Dense path: activations and their gradients, unfused; in tiles of features some of it twice."""
+        s = self.w.compute_bytes
+        passes = 8.0 + 6.0 * s + (4.0 + s if self.w.tiled else 0.0)
+        return self.moved(passes * self.w.local * self.w.features, self.reached.streamed)
+
+    def decode(self) -> float:
+        """Rows of W_dec gathered (written and read again but on CPUs), and on a mesh a row added for each line."""
+        w = self.w
+        lines = w.slots / w.line if w.dict > 1 else 0.0
+        passes = 1 if self.chip.platform == "cpu" else 3
+        return (self.moved(passes * w.local * w.slots * w.d_out * self._row_bytes(), self.reached.decoded)
+                + self.moved(8 * w.local * lines * w.groups * w.d_out, self.reached.added))
+
+    def value_gradients(self) -> float:
+        """The same rows once more, for a product with the gradient of the reconstruction."""
+        w = self.w
+        return self.moved(3 * w.local * w.slots * w.d_out * self._row_bytes(), self.reached.gathered)
+
+    def _row_bytes(self) -> int:
+        return 2 if self.w.decoder_copied else 4
+
+    def weight_gradients(self) -> float:
+        """Zeros, and a float32 row read and written for each slot, of both matrices."""
+        w = self.w
+        added = 8 * w.local * w.slots * (w.d_in + w.d_out)
+        return w.made * (self.moved(4 * w.gradients, self.reached.filled) + self.moved(added, self.reached.added))
+
+    def tile_rereads(self) -> float:
+        """W_enc for every tile of rows but the first."""
+        w = self.w
+        return self.moved((w.row_tiles - 1) * w.compute_bytes * w.features * w.d_in, self.reached.streamed)
+
+    def optimizer(self) -> float:
+        """State read and written, gradients read; before that gradients and what they are projected on for the norm. Off CPUs,
+        which work in the cache, decoder rows are read twice more for inner products and norms.
+        """
+        w = self.w
+        each = 2 * w.state_bytes + 4 + 4 + 2 * w.unit_decoder + 2 * (w.pairs and w.pre_bias)
+        if w.unit_decoder and not w.lazy and self.chip.platform != "cpu":
+            each += (8 + w.state_bytes + 4) / 2
+        rows = w.fired if w.lazy else w.features
+        return self.moved(each * rows * (w.d_in + w.d_out), self.reached.streamed)
+
+    def input(self) -> float:
+        """Rows, reconstructions and errors in float32, two passes; matrices rounded to `train.compute_dtype`."""
+        w = self.w
+        rows = 8 * w.rows / w.chips * (w.d_in + w.d_out)
+        of_encoder, of_decoder = (w.accumulate, w.accumulate * w.decoder_copied) if w.pairs else (1, 1)
+        copied = w.features * (w.d_in * of_encoder + w.d_out * of_decoder)
+        return self.moved(rows + (6 * copied if w.compute_bytes == 2 else 0), self.reached.streamed)
+
+
+def _encoders(w: Work) -> float:
+    """Encoder products; `batchtopk` makes one more of its widest rows."""
+    return 1 + select_batch.WIDE_SHARE if w.pairs and w.kind == "batchtopk" else 1
+
+
+def _looked_for(w: Work) -> list[tuple[float, int]]:
+    """(share of the rows, how many of their largest values are looked for)."""
+    if w.kind == "batchtopk":
+        rows = w.rows // w.accumulate
+        return [(1.0, sent(select_batch.ROOM * w.k, rows, w.dict, w.features)),
+                (select_batch.WIDE_SHARE, sent(select_batch.WIDE * w.k, rows, w.dict, w.features))]
+    return [(1.0, w.k), (1.0, 4 * w.k)] if w.decodes > 1 else [(1.0, w.k)]
+
+
+def by_levels(width: int, k: int, sizes: tuple[int, ...]) -> tuple[int, int]:
+    """(values read, values sorted) of a row in `select.largest`."""
+    for size in sizes:
+        n = -(-width // size)
+        if 2 * (n + k * size) <= width:
+            groups, members = by_levels(n, k, sizes), by_levels(k * size, k, sizes)
+            return width + 2 * k * size + groups[0] + members[0], groups[1] + members[1]
+    return 0, width
 
 
 def state_size(w: Work) -> float:
@@ -270,30 +282,6 @@ def mesh_options(config: Config, devices, width_of: Callable[[str], int] | None 
     widths = {name: width_of(name) if width_of else config.sae.d_in or 2048 for name in config.sae.hookpoints}
     spec = SAESpec.from_options(config.sae, widths, config.train.compute_dtype)
     return MeshOptions(*best_mesh(config, spec, present(devices)))
-
-
-def state_bytes(state: TrainState) -> dict[str, int]:
-    """Bytes of the state on one chip by kind; optimiser moments by dtype. state: shapes with shardings (`abstract_state`)."""
-    def size(leaf) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    out: Counter = Counter()
-    for leaf in jax.tree.leaves(state.params):
-        out["parameters"] += size(leaf)
-    for leaf in jax.tree.leaves(state.opt_state):
-        out[f"optimizer {leaf.dtype}" if leaf.ndim else "counters and scalars"] += size(leaf)
-    for leaf in jax.tree.leaves(state.ema):
-        out["mean of the parameters"] += size(leaf)
-    rest = state.replace(params=None, opt_state=None, ema=None)
-    out["counters and scalars"] += sum(map(size, jax.tree.leaves(rest)))
-    return dict(out)
-
-
-@functools.lru_cache(maxsize=64)
-def bytes_per_parameter(config: Config, spec: SAESpec) -> float:
-    """Bytes of state for each parameter."""
-    state = abstract_state(config, spec, AbstractMesh((1, 1), ("data", "dict"), axis_types=(AxisType.Explicit,) * 2))
-    return sum(state_bytes(state).values()) / sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def with_path(config: Config, pairs: bool) -> Config:

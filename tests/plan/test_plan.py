@@ -63,6 +63,15 @@ def test_the_compiled_step_has_what_the_plan_says(kind, path, data, parts):
     assert 0.4 < sum(working(work, "cpu").values()) / measured < 2.5
 
 
+@pytest.mark.parametrize("data, changes", [(1, {}), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+    (2, {}), (2, {"train__accumulate": 4}), (1, {"train__batch": 2048, "sae__aux_k": 0})))])
+def test_memory_of_the_sparse_path_with_aux_is_what_the_plan_says(data, changes):
+    config = make_config(**({"sae__d_sae": 65_536, "sae__aux_k": 64, "train__path": "sparse"} | changes))
+    program, spec = compiled(config, data)
+    work = Work.of(config, spec, data, 8 // data, hardware.CHIPS["cpu"])
+    assert 0.5 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2
+
+
 @pytest.mark.parametrize("data", [2, pytest.param(1, marks=pytest.mark.slow)])
 def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
     """The gradients that move along `data` are those of the rows that can fire, fewer than a shard has."""
@@ -80,7 +89,8 @@ def test_lazy_rows_in_six_bytes_are_what_the_plan_says(data):
     assert state == pytest.approx(6 * work.matrices, rel=0.02)
     assert 0.4 < sum(working(work, "cpu").values()) / program.memory_analysis().temp_size_in_bytes < 2.5
     eager = Work.of(make_config(sae__d_sae=65_536, sae__k=4, **options), spec, data, 8 // data, hardware.CHIPS["cpu"])
-    assert work.gradients <= eager.gradients < work.matrices
+    many, eager_many = (dataclasses.replace(w, rows=4 * w.rows) for w in (work, eager))
+    assert work.gradients <= eager.gradients and many.gradients <= eager_many.gradients / 2, "1/8 of a shard has room"
     assert step_cost.seconds(work, parse("cpu:8"))["optimizer"] < 0.3 * step_cost.seconds(eager, parse("cpu:8"))["optimizer"]
 
 

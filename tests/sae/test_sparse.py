@@ -77,7 +77,7 @@ def of_pieces(spec, options, params, x, inputs):
             return aux, whole(spec, params, second, zero)
         return case
 
-    rooms = losses.rooms_of_dead(spec)
+    rooms = losses.rooms_here(spec, B)
     cases = [none, *(with_dead(row_gradients.of_dead_in_room, room) for room in rooms),
              with_dead(row_gradients.of_many_dead, row_gradients.room_for(spec, B * options.aux_k))]
     aux, more = lax.switch(losses.level(dead.dead_F, rooms), cases)
@@ -149,6 +149,18 @@ def test_pairs_give_what_the_dense_path_gives(monkeypatch, dense, name, room, me
     assert (dense[name][0][0][1].own["aux"], dense[name][1][0][1].own["aux"] > 0) == (0, True)
     for expected, got in zip(dense[name], results, strict=True):
         check_equal(expected, got)
+
+
+@pytest.mark.parametrize("name", ["topk", "batchtopk"])
+def test_a_batch_of_one_row(name):
+    """Its variance is 0, so there is no FVU and no AuxK; the loss and all gradients are there."""
+    params, x = inputs_of(name)
+    (expected,), (got,) = (loss_and_gradients(*of_case(name), (1, 1), as_pairs, params, x[:1], 100)[1]
+                           for as_pairs in (False, True))
+    (loss, parts), gradient = got
+    assert np.isfinite(loss) and parts.own["aux"] == 0 and parts.l0 == K and np.linalg.norm(gradient.W_dec) > 0
+    check_equal(expected[0][0], loss)
+    check_equal(expected[1], gradient)
 
 
 @pytest.mark.parametrize("mesh_shape", MESHES)
