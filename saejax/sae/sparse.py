@@ -26,7 +26,7 @@ from saejax.sae.select_batch import border, candidates, check_counts, kept_candi
 
 # Pre-activations in memory at once: 64 MB on CPUs, elsewhere 256 MB and those of so many rows: W_enc is read once for a tile.
 TILE, TILE_ELSEWHERE, ROWS_AT_ONCE = 2**24, 2**26, 1024
-WORTH = {"cpu": 64}  # features for each pair of a row from which on this path is the faster one
+WORTH = {"cpu": 32}  # features for each pair of a row from which on this path is the faster one
 WORTH_ELSEWHERE = 800
 
 

@@ -39,7 +39,7 @@ class Reached:
 
 # GPU: measured on an H200, CPU: on two cores of a server (docs/plan.md). TPU: not measured.
 REACHED = {"gpu": Reached(0.69, 0.9, 0.9, 0.63, 0.3, 0.3, 0.4, 270.0), "tpu": Reached(0.65, 0.8, 0.8, 0.8, 0.2, 0.2, 0.2, 12.0),
-           "cpu": Reached(0.95, 0.4, 0.17, 0.25, 1.0, 1.0, 0.62, 450.0)}
+           "cpu": Reached(0.75, 0.64, 0.14, 0.18, 1.36, 1.4, 0.5, 620.0)}
 
 
 @dataclass(frozen=True)
