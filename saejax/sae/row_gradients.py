@@ -93,14 +93,17 @@ def merged(seen: LossParts) -> LossParts:
     return means.replace(fired_F=fired_F, least=least)
 
 
-def room_for(spec: SAESpec, pairs: int, *, lazy: bool = False) -> int:
-    """Rows of a shard that gradients have room for where a batch has so many pairs: as many as can fire; with lazy rows fewer
-    where few of these will. Rounded up to whole turns of `turns_of`.
+def rows_with_room(pairs: int, features: int, shards: int, lazy: bool) -> int:
+    """Rows of a shard that gradients have room for where a batch has so many pairs: as many as can fire; with lazy rows fewer,
+    where few of these will. features: of a shard.
     """
-    features = spec.d_sae // sharding.shards()
-    n = min(pairs, features)
-    if lazy and 4 * pairs <= spec.d_sae:
-        n = min(n, -(-features // LAZY_SHARE))
+    few = lazy and 4 * pairs <= features * shards
+    return min(pairs, -(-features // LAZY_SHARE) if few else features)
+
+
+def room_for(spec: SAESpec, pairs: int, *, lazy: bool = False) -> int:
+    """`rows_with_room` on the mesh that is set, rounded up to whole turns of `turns_of`."""
+    n = rows_with_room(pairs, spec.d_sae // sharding.shards(), sharding.shards(), lazy)
     turns = -(-n // _at_once(spec))
     return turns * -(-n // turns)
 

@@ -121,11 +121,10 @@ class Work:
 
     @property
     def room(self) -> int:
-        """Rows of a shard that gradients have room for: as many as can fire; with lazy rows fewer, where few of these will."""
+        """Rows of a shard that gradients have room for."""
         if not self.pairs:
             return self.features
-        n, found = min(self.rows * self.k, self.features), self.rows * self.k
-        return min(n, -(-self.features // row_gradients.LAZY_SHARE)) if self.lazy and 4 * found <= self.d_sae else n
+        return row_gradients.rows_with_room(self.rows * self.k, self.features, self.dict, self.lazy)
 
     @property
     def fired(self) -> float:
