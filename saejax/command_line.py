@@ -24,12 +24,12 @@ SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "c
 NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "how many tokens",
            "verify": "examples to run again", "pairs": "pairs to ablate", "sample": "how many features", "d_sae": "features",
            "batch": "rows of a step", "k": "active features", "steps": "steps of a repeat", "repeats": "how often",
-           "devices": "most devices", "threads": "processors", "megabytes": "size of the store",
+           "threads": "processors", "megabytes": "size of the store",
            "draw": "activations of each feature", "concurrency": "requests at a time", "timeout": "seconds of a request"}
 CHOICES = {"text": ["train", "heldout"], "export": ["neuronpedia"], "baseline": ["neurons", "directions", "random_sae"]}
 TEXTS = {"compute_dtype": "dtype of the products", "out": "output directory", "topology": "chips, as v5p:4x8x8",
          "to": "format to write", "rows": "activations (.npy)",
-         "repo": "repository", "license": "licence", "only": "benchmarks", "kind": "recipes", "model": "language model",
+         "repo": "repository", "license": "licence", "only": "benchmarks", "devices": "numbers of devices", "kind": "recipes", "model": "language model",
          "source": "text", "hookpoint": "hookpoint", "feature": "number of a feature", "scale": "multiples of its maximum",
          "vector_scale": "multiples of a vector", "max": "its maximum", "positions": "all, last or numbers",
          "add-direction": "vector (.npy)", "temperature": "of sampling", "token": "next token", "html": "page to write",

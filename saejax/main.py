@@ -273,7 +273,7 @@ JOBS = {
         "                           sizes of the training steps; d_in of the reader, too\n"
         "  --steps=5 --repeats=5    steps of a repeat, and how many repeats\n"
         "  --compute_dtype=auto     of the products: float32, bfloat16, or auto (bfloat16 on GPUs and TPUs)\n"
-        "  --devices=8              at most; on a CPU simulated ones\n"
+        "  --devices=1,2,4,8        numbers of devices, one after the other; on a CPU simulated ones\n"
         "  --threads=N              processors to use (default: all that this process may use)\n"
         "  --megabytes=1000         of the store that the reader reads\n"
         "  --model=M --source=TEXT --hookpoint=NAME --tokens=32768\n"

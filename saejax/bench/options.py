@@ -15,7 +15,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """kind: recipes of `saejax.config`, with commas between; devices: how many at most, counted 1, 2, 4, ...
+    """kind: recipes of `saejax.config`, with commas between; devices: how many, several numbers with commas between.
 
     steps: in a repeat, dispatched one after the other. compute_dtype: `train.compute_dtype`. tokens: of a repeat of `harvest`.
     """
@@ -28,7 +28,7 @@ class BenchOptions:
     k: int = 32
     steps: int = 5
     repeats: int = 5
-    devices: int = 8
+    devices: str = "1,2,4,8"
     compute_dtype: str = "auto"
     megabytes: int = 1000
     tokens: int = 32_768
@@ -39,6 +39,10 @@ class BenchOptions:
     @property
     def kinds(self) -> list[str]:
         return self.kind.split(",")
+
+    @property
+    def device_counts(self) -> list[int]:
+        return [int(n) for n in self.devices.split(",")]
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -37,6 +37,8 @@ def run(given: dict, threads: int | None, out: Path | None) -> dict:
                 near = nearest(value, known)
                 hint = f"did you mean {near!r}?" if near else f"choose of {', '.join(known)}"
                 raise ConfigError(f"--{key}={getattr(options, key)}: there is no {value!r}; {hint}")
+    if not all(n.isdecimal() and int(n) for n in options.devices.split(",")):
+        raise ConfigError(f"--devices={options.devices}: expected numbers of devices, as 1,2,4,8")
     page = None if out is None else _page(out)
     processors = _processors(threads)
     results = {name: _measured(name, options, processors) for name in names}
@@ -62,7 +64,7 @@ def _measured(name: str, options: BenchOptions, processors: list[int]) -> dict:
     # This saejax, whatever lies in the directory from which the command is called.
     env["PYTHONPATH"] = os.pathsep.join([str(Path(saejax.__file__).parents[1]), env.get("PYTHONPATH", "")])
     if name == "devices" and _DEVICES not in env.get("XLA_FLAGS", ""):  # of no effect where there are real ones
-        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {_DEVICES}={options.devices}".strip()
+        env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {_DEVICES}={max(options.device_counts)}".strip()
     command = [sys.executable, "-P", "-m", "saejax.bench", name, json.dumps(options.to_json()), json.dumps(processors)]
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True)
     if done.returncode:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from saejax import sharding
 from saejax.bench.options import BenchOptions, figure
 from saejax.config import MeshOptions, default_config, resolve
+from saejax.errors import ConfigError
 from saejax.recipes import WITH_K
 from saejax.records import ActivationStats
 from saejax.sae import SAESpec
@@ -99,13 +100,16 @@ def step(options: BenchOptions) -> Iterator[dict]:
 
 
 def devices(options: BenchOptions) -> Iterator[dict]:
-    """The first kind, on the path that training takes by itself; as long as the devices divide batch and features."""
-    n, kind = 1, options.kinds[0]
-    while n <= min(options.devices, len(jax.devices())) and options.batch % n == options.d_sae % n == 0:
+    """The first kind, on the path that training takes by itself; numbers of devices that there are and that divide the features."""
+    kind = options.kinds[0]
+    counts = [n for n in options.device_counts if n <= len(jax.devices()) and options.batch % n == options.d_sae % n == 0]
+    if not counts:
+        raise ConfigError(f"--devices={options.devices}: none of them is at most the {len(jax.devices())} here and "
+                          "divides batch and d_sae")
+    for n in counts:
         training = Training(kind, options, sharding.make_mesh(MeshOptions(1, n), jax.devices()[:n]))
         yield from _figures(training, {f"{kind}, {n} device{'s' if n > 1 else ''}": "auto"}, options)
         del training
-        n *= 2
 
 
 def _figures(training: Training | Selection, paths: dict[str, str], options: BenchOptions) -> Iterator[dict]:
