@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 .PHONY: demo test test-slow test-all tpu-compiler lint clean
 
 demo: $(STAMP)
-	@$(BIN)/python -m saejax.assets
+	@$(BIN)/python -m saejax.base.assets
 	@$(BIN)/saejax run --config=configs/demo.py
 
 # The core tier compiles quickly; the slow tier compiles as users do.

@@ -13,9 +13,9 @@ import numpy as np
 
 import saejax
 from saejax import lm
-from saejax.features.attribution import ablate, agreement, attribute
-from saejax.features.prompt_sets import choices
-from saejax.logs import Progress
+from saejax.base.logs import Progress
+from saejax.features.effects.attribution import ablate, agreement, attribute
+from saejax.features.search.sets import choices
 
 
 def main() -> None:

@@ -15,9 +15,10 @@ from pathlib import Path
 import numpy as np
 
 import saejax
+from saejax.base.logs import Progress
+from saejax.base.records import RunPaths
+from saejax.config import read_config
 from saejax.data.store import Store
-from saejax.logs import Progress
-from saejax.records import RunPaths, read_config
 from saejax.sae.inference import SAE
 from saejax.train.checkpoint import steps_in
 

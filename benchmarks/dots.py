@@ -10,9 +10,9 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import default_config, resolve
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 from saejax.sae import SAESpec
 from saejax.train.state import abstract_state
 from saejax.train.step import make_step

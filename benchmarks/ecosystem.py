@@ -74,7 +74,7 @@ def saebench() -> bool:
     import torch
 
     import saejax
-    from saejax.errors import FormatError
+    from saejax.base.errors import FormatError
 
     model, text = model_and_text()
     good = True

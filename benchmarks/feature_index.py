@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.features import accumulate
-from saejax.features.examples import Examples
-from saejax.features.state import BYTES_PER_FEATURE
-from saejax.features.windows import Windows
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
+from saejax.features.index import accumulate
+from saejax.features.index.examples import Examples
+from saejax.features.index.state import BYTES_PER_FEATURE
+from saejax.features.index.windows import Windows
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.model import encode

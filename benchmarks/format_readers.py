@@ -24,7 +24,7 @@ OUTPUTS = "reader_check.npz"
 
 def write(out: Path) -> None:
     import saejax
-    from saejax.errors import FormatError
+    from saejax.base.errors import FormatError
     from saejax.formats.convert import convert
     from saejax.formats.loading import FORMATS
 

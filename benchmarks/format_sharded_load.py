@@ -49,8 +49,8 @@ def write(directory: Path, sizes: dict) -> Path:
 
 def load(directory: Path) -> None:
     import saejax
-    from saejax import sharding
-    from saejax.config import MeshOptions
+    from saejax.base import sharding
+    from saejax.base.records import MeshOptions
 
     mesh = sharding.make_mesh(MeshOptions(1, 8))
     before = peak()

@@ -13,8 +13,9 @@ import csv
 import json
 from pathlib import Path
 
-from saejax.logs import read_metrics
-from saejax.records import RunPaths, read_config
+from saejax.base.logs import read_metrics
+from saejax.base.records import RunPaths
+from saejax.config import read_config
 
 FIGURES = ("l0_mean", "fvu", "fvu_no_outliers", "ce_recovered", "dead_fraction")
 

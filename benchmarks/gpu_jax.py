@@ -10,7 +10,7 @@ import jaxlib
 from gpu_cases import BFLOAT16, CASES, Case, attempt, emitter, measured
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 
 LAYOUTS = {"NN": "ij,jk->ik", "NT": "ij,kj->ik", "TN": "ji,jk->ik"}  # which operand is transposed
 _DEAD_BELOW = 1.5  # standard deviations of the pre-activations by which those of dead features lie lower

@@ -15,10 +15,10 @@ import numpy as np
 from jax import lax
 from synthetic_quality import FIGURES, PUBLISHED, SIZES, Size, recipe
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.records import ActivationStats
 from saejax.config import Config
 from saejax.evals.synthetic import World, WorldOptions, score
-from saejax.records import ActivationStats
 from saejax.sae import SAESpec
 from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
 from saejax.train.member import settled

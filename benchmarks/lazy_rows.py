@@ -13,9 +13,9 @@ import time
 import jax
 import numpy as np
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.records import ActivationStats
 from saejax.config import default_config, resolve
-from saejax.records import ActivationStats
 from saejax.sae import SAESpec
 from saejax.train.state import initial_state
 from saejax.train.step import make_step

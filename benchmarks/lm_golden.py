@@ -1,6 +1,6 @@
 """Writes the golden files of tests/lm with transformers + torch (never needed to run or to test saejax).
 
-    python -m saejax.assets                                     # fetches the model
+    python -m saejax.base.assets                                     # fetches the model
     python -m venv torchvenv && torchvenv/bin/pip install torch==2.13.0 transformers gguf numpy accelerate safetensors jax flax
     torchvenv/bin/python benchmarks/lm_golden.py
 
@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaF
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from saejax import assets  # noqa: E402
+from saejax.base import assets  # noqa: E402
 from saejax.lm.hf_config import from_hf  # noqa: E402
 from tests.lm import families, tiny_llama  # noqa: E402
 

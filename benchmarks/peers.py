@@ -55,7 +55,7 @@ def rows(batch: int, width: int):
 
 def ours(w: dict):
     """seconds(steps) of saejax, on the path that training takes by itself."""
-    from saejax import sharding
+    from saejax.base import sharding
     from saejax.bench.options import BenchOptions
     from saejax.bench.training import Training
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax import hardware, sharding
+from saejax.base import hardware, sharding
 from saejax.bench.options import BenchOptions
 from saejax.bench.training import Training
 from saejax.sae import losses, pairs, row_gradients, sparse

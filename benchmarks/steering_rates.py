@@ -22,12 +22,12 @@ import numpy as np
 
 import saejax
 from saejax import lm
-from saejax.features import steering
-from saejax.features.index import FeatureIndex
-from saejax.features.prompting import encoded
-from saejax.features.steering import Change
+from saejax.base.logs import Progress
+from saejax.features.effects import steering
+from saejax.features.effects.prompting import encoded
+from saejax.features.effects.steering import Change
+from saejax.features.index.reader import FeatureIndex
 from saejax.lm import generate
-from saejax.logs import Progress
 
 PROMPTS = ("I think that", "The story begins when", "Yesterday we went to", "It is important to", "In the middle of the",
            "She said that", "There are many", "The first thing to know about")

@@ -14,11 +14,11 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from saejax.base.logs import read_metrics
 from saejax.config import Config, default_config, resolve
 from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.writer import StoreWriter
-from saejax.logs import read_metrics
 from saejax.scaling.sweep import members
 from saejax.train.loop import train_all
 

@@ -129,8 +129,8 @@ def recipe(kind: str, size: Size, run: Path, args):
 
 def measured(sae, directory: Path) -> dict:
     """Scores of an SAE on the held-out set, with a progress bar."""
+    from saejax.base.logs import Progress
     from saejax.evals.synthetic import score
-    from saejax.logs import Progress
 
     def batches():
         for x, true in held_out(directory):

@@ -42,9 +42,9 @@ def ours(path: str):
     import numpy as np
 
     from configs.demo import get_config
-    from saejax import sharding
+    from saejax.base import sharding
+    from saejax.base.records import ActivationStats
     from saejax.config import resolve
-    from saejax.records import ActivationStats
     from saejax.sae import SAESpec
     from saejax.train.state import initial_state
     from saejax.train.step import make_step

@@ -12,8 +12,8 @@ import subprocess
 import sys
 
 from saejax.config import default_config, resolve
+from saejax.config.recipes import WITH_K
 from saejax.plan import make_plan
-from saejax.recipes import WITH_K
 
 SIX, LAZY = {"optimizer": "second_bf16"}, {"optimizer": "lazy_bf16"}
 CASES = {  # name: recipe, features, width, batch, topology, keys of config.train

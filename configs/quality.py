@@ -10,7 +10,7 @@ of training: each of them moves every feature (docs/quality.md).
 """
 
 from saejax.config import default_config
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 
 
 def get_config(choice: str = "topk"):

@@ -5,7 +5,7 @@
     acts = sae.encode(x)                  # x: [..., d_in] raw activations, numpy or jax
 """
 
-__version__ = "0.1.0"
+from saejax.base.version import __version__ as __version__
 
 __all__ = ["load"]
 

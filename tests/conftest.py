@@ -48,7 +48,7 @@ def model_and_text(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(model_and_text, tmp_path_factory):
     """(config file, run directory) of a finished run, made once by the command itself; copy it before changing it."""
-    from saejax.main import main
+    from saejax.cli.main import main
     from tests import tiny_experiment
     folder = tmp_path_factory.mktemp("finished")
     config = tiny_experiment.write_config(folder / "config.py", *model_and_text, folder / "run")

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from saejax import assets
-from saejax.errors import AssetError
+from saejax.base import assets
+from saejax.base.errors import AssetError
 
 
 @pytest.fixture

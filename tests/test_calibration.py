@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import jobs, sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.errors import StoreError
+from saejax.base.records import MeshOptions, RunPaths
+from saejax.cli.jobs import jobs
+from saejax.cli.main import main
 from saejax.data.store import Store
-from saejax.errors import StoreError
 from saejax.formats.loading import newest_step
 from saejax.formats.release import release
-from saejax.main import main
-from saejax.records import RunPaths
 from saejax.train import loop
 from saejax.train.checkpoint import read_meta
 from tests.train.synthetic import HOOKPOINT, make_config, make_store

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from saejax import config as config_lib
+from saejax.base.errors import ConfigError
 from saejax.config import Config, default_config, differences, from_json, resolve, to_json
-from saejax.config_reference import reference
-from saejax.errors import ConfigError
+from saejax.config.reference import reference
 
 
 @pytest.mark.parametrize("name", config_lib.RECIPES)
@@ -135,4 +135,4 @@ def test_any_json_is_a_config_or_a_config_error(values):
 
 def test_reference_is_current():
     path = Path(__file__).parent.parent / "docs" / "config.md"
-    assert path.read_text() == reference() + "\n", "run: python -m saejax.config_reference > docs/config.md"
+    assert path.read_text() == reference() + "\n", "run: python -m saejax.config.reference > docs/config.md"

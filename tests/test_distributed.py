@@ -7,9 +7,9 @@ import time
 import numpy as np
 import pytest
 
-from saejax.command_line import parse
-from saejax.distributed import _raise_unless_equal, announced, check_agreement
-from saejax.errors import ConfigError
+from saejax.base.distributed import _raise_unless_equal, announced, check_agreement
+from saejax.base.errors import ConfigError
+from saejax.cli.arguments import parse
 from tests import tiny_experiment as tiny
 from tests.processes import environment, free_port
 
@@ -22,7 +22,7 @@ def config_file(model_and_text, tmp_path):
 def processes(config_file, port, number, *, of=2, each=lambda i: (), flags=("--start_timeout=60",)):
     """Starts the processes that are numbered so, and returns (exit code, last line on stderr, seconds) of each."""
     clock = time.monotonic()
-    command = [sys.executable, "-m", "saejax.main", "train", f"--config={config_file}", "--distributed",
+    command = [sys.executable, "-m", "saejax.cli.main", "train", f"--config={config_file}", "--distributed",
                f"--coordinator=127.0.0.1:{port}", f"--num_processes={of}", *flags]
     jobs = [subprocess.Popen([*command, f"--process_id={i}", *each(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                              env=environment(1)) for i in number]
@@ -66,13 +66,13 @@ def test_flags_and_environment_decide_together(config_file, monkeypatch):
     (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "are numbered from 0 to 1"),
 ])
 def test_addresses_and_numbers_are_checked_first(flags, message, config_file, capsys):
-    from saejax.main import main
+    from saejax.cli.main import main
     assert main(["train", f"--config={config_file}", "--distributed", *flags]) == 2
     assert message in capsys.readouterr().err
 
 
 def test_the_environment_must_say_which_process_this_is(monkeypatch):
-    from saejax import distributed
+    from saejax.base import distributed
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
     monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
     with pytest.raises(ConfigError, match="neither JAX_PROCESS_ID nor JOB_COMPLETION_INDEX says which"):
@@ -119,7 +119,7 @@ def test_processes_with_different_configs_refuse_to_start(config_file, tmp_path)
 def test_a_process_that_dies_ends_the_others_within_the_heartbeat(model_and_text, tmp_path):
     run = tmp_path / "run"
     config = tiny.write_config(tmp_path / "config.py", *model_and_text, run, "c.mesh.data = 2\nc.train.tokens = 64_000_000")
-    command = [sys.executable, "-m", "saejax.main", "run", f"--config={config}", "--distributed",
+    command = [sys.executable, "-m", "saejax.cli.main", "run", f"--config={config}", "--distributed",
                f"--coordinator=127.0.0.1:{free_port()}", "--num_processes=2", "--heartbeat=10"]
     jobs = [subprocess.Popen([*command, f"--process_id={i}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                              env=environment(1)) for i in range(2)]

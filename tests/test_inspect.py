@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from saejax.errors import FormatError
-from saejax.inspect import inspect_path
-from saejax.main import main
+from saejax.base.errors import FormatError
+from saejax.cli.main import main
+from saejax.runs.inspect import inspect_path
 from tests import tiny_experiment as tiny
 
 

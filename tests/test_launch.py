@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saejax.main import JOBS
+from saejax.cli.main import JOBS
 from tests import tiny_experiment as tiny
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def test_jobset_is_a_job_set():
     assert container["args"] == ["run", "--config=configs/smollm2_pod.py", "--config.run_dir=/shared/runs/my pod",
                                  "--config.train.lr=1e-4"] and container["args"][0] in JOBS
     env = {item["name"]: item["value"] for item in container["env"]}
-    from saejax.distributed import announced
+    from saejax.base.distributed import announced
     assert announced(env | {"JOB_COMPLETION_INDEX": "1"}) == "environment"
     assert env["JAX_COORDINATOR_ADDRESS"] == "job-workers-0-0.job:29500"
     assert not re.search(r"\{\{[A-Z]+\}\}", done.stdout)
@@ -179,9 +179,9 @@ def test_local_processes_says_what_it_would_start():
 
 @pytest.mark.slow
 def test_local_processes_make_one_run(model_and_text, tmp_path):
-    from saejax.main import main
+    from saejax.cli.main import main
     config = tiny.write_config(tmp_path / "config.py", *model_and_text, tmp_path / "run", "c.mesh.data = 2")
-    env = {"SAEJAX": f"{sys.executable} -m saejax.main"}
+    env = {"SAEJAX": f"{sys.executable} -m saejax.cli.main"}
     done = script("local_processes.sh", "2", "2", "run", f"--config={config}", env=env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("CE recovered") == 1

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from saejax.errors import ConfigError, DiskError
-from saejax.logs import MetricWriter, read_metrics
+from saejax.base.errors import ConfigError, DiskError
+from saejax.base.logs import MetricWriter, read_metrics
 
 
 def test_resume_cuts_what_came_after_and_torn_lines(tmp_path):

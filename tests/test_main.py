@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.main import JOBS, main
-from saejax.records import RunPaths
+from saejax.base.records import RunPaths
+from saejax.cli.main import JOBS, main
 from tests import tiny_experiment as tiny
 
 
@@ -24,7 +24,7 @@ def config_file(model_and_text, tmp_path):
 
 def command(*arguments, devices=1, **options):
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    return subprocess.run([sys.executable, "-m", "saejax.main", *map(str, arguments)], capture_output=True, text=True,
+    return subprocess.run([sys.executable, "-m", "saejax.cli.main", *map(str, arguments)], capture_output=True, text=True,
                           timeout=240, env=env, **options)
 
 
@@ -42,7 +42,7 @@ def test_help_lists_every_job_without_waiting_for_jax():
     assert done.returncode == 0 and done.stderr == ""
     for name, job in JOBS.items():
         assert re.search(rf"^  {name} +{re.escape(job.summary)}$", done.stdout, re.MULTILINE)
-    loads = "import sys, saejax.main as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
+    loads = "import sys, saejax.cli.main as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loads], capture_output=True).returncode == 0
 
 
@@ -128,7 +128,7 @@ def test_exit_codes_and_streams_of_the_real_command(config_file):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("saejax.main._help", lambda: 1 / 0)
+    monkeypatch.setattr("saejax.cli.main._help", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["--help"])
 
@@ -155,7 +155,7 @@ def test_a_second_call_measures_nothing_again(finished, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("saejax.jobs.evaluate", refuse)
+    monkeypatch.setattr("saejax.cli.jobs.jobs.evaluate", refuse)
     monkeypatch.setattr("saejax.train.loop.shared_step", refuse)
     assert main(["run", f"--config={config}"]) == 0 and main(["eval", str(run)]) == 0
     assert (run / "eval.json").read_bytes() == before
@@ -218,7 +218,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(model_and_text, tmp_path):
     run = tmp_path / "run"
     config = tiny.write_config(tmp_path / "config.py", *model_and_text, run,
                                extra="c.train.tokens, c.checkpoint.every_tokens = 640_000, 160_000")
-    arguments = [sys.executable, "-m", "saejax.main", "run", f"--config={config}"]
+    arguments = [sys.executable, "-m", "saejax.cli.main", "run", f"--config={config}"]
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"}
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     deadline = time.monotonic() + 120

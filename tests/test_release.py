@@ -9,9 +9,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import saejax
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.records import MeshOptions
 from saejax.formats.release import release
 from saejax.sae import tensors
 from saejax.train import loop

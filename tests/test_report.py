@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from saejax.base.records import RunPaths
 from saejax.config import default_config, resolve
-from saejax.recipes import RECIPES
-from saejax.records import RunPaths
-from saejax.report.plots import curves
-from saejax.report.report import render, write_report
-from saejax.report.summary import Rates, Result, described, table
+from saejax.config.recipes import RECIPES
+from saejax.pages.plots import curves
+from saejax.pages.report import render, write_report
+from saejax.pages.summary import Rates, Result, described, table
 
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
 

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saejax import sharding, storage
-from saejax.config import MeshOptions
-from saejax.errors import DiskError, SaejaxError
+from saejax.base import sharding, storage
+from saejax.base.errors import DiskError, SaejaxError
+from saejax.base.fingerprints import fingerprints
+from saejax.base.records import MeshOptions
 
 MESHES = [(1, 1), (1, 8), (8, 1), (2, 4)]
 
@@ -24,7 +25,7 @@ def test_fingerprint_is_the_same_on_every_mesh(dtype):
     values = set()
     for shape in MESHES:
         mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[: shape[0] * shape[1]])
-        values.add(storage.fingerprints({"x": sharding.place(x, sharding.sharding(mesh, "rows", "features"))})["x"])
+        values.add(fingerprints({"x": sharding.place(x, sharding.sharding(mesh, "rows", "features"))})["x"])
     assert len(values) == 1
 
 
@@ -35,12 +36,12 @@ def test_fingerprint_sees_every_bit(bit):
     y = np.frombuffer(x.tobytes(), np.uint32).copy()
     y[bit // 32] ^= np.uint32(1) << np.uint32(bit % 32)
     y = y.view(np.float32).reshape(x.shape)
-    assert storage.fingerprints({"x": jnp.asarray(x)}) != storage.fingerprints({"x": jnp.asarray(y)})
+    assert fingerprints({"x": jnp.asarray(x)}) != storage.fingerprints({"x": jnp.asarray(y)})
 
 
 def test_fingerprint_sees_swapped_rows():
     x = np.arange(24, dtype=np.float32).reshape(6, 4)
-    assert storage.fingerprints({"x": jnp.asarray(x)}) != storage.fingerprints({"x": jnp.asarray(x[[1, 0, 2, 3, 4, 5]])})
+    assert fingerprints({"x": jnp.asarray(x)}) != storage.fingerprints({"x": jnp.asarray(x[[1, 0, 2, 3, 4, 5]])})
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
@@ -54,7 +55,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_disk_full_is_one_line_and_leaves_nothing(tmp_path):
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
             "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "from saejax import storage\nfrom saejax.errors import DiskError\n"
+            "from saejax import storage\nfrom saejax.base.errors import DiskError\n"
             f"try: storage.write_bytes({str(tmp_path / 'big')!r}, b'x' * 5000)\n"
             "except DiskError as e: print(e); sys.exit(7)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -13,8 +13,8 @@ def main(name: str, options: str, processors: str) -> None:
         os.sched_setaffinity(0, own)
     import jax
 
+    from saejax.base.errors import SaejaxError
     from saejax.bench.options import BenchOptions
-    from saejax.errors import SaejaxError
 
     if name in ("selection", "step", "devices"):
         from saejax.bench import training as room

@@ -12,6 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from saejax import lm
+from saejax.base.records import StreamState
 from saejax.bench.options import BenchOptions, figure
 from saejax.config import StreamOptions, default_config, resolve
 from saejax.data.harvest import harvest as run_harvest
@@ -19,7 +20,6 @@ from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.stream import Stream
 from saejax.data.writer import StoreWriter
-from saejax.records import StreamState
 
 HOOK, CONTEXT, SHARD_CONTEXTS, PIECE, BATCH = "blocks.0.hook_resid_post", 128, 512, 16_384, 4096
 _SHARD = 16  # contexts of a shard of `harvest`

@@ -12,12 +12,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-import saejax
+from saejax.base.errors import ConfigError
+from saejax.base.storage import write_bytes
 from saejax.bench.options import BENCHMARKS, BenchOptions
-from saejax.config_values import nearest
-from saejax.errors import ConfigError
-from saejax.recipes import RECIPES
-from saejax.storage import write_bytes
+from saejax.config.recipes import RECIPES
+from saejax.config.values import nearest
 
 BEGIN, END = "<!-- saejax bench: begin -->", "<!-- saejax bench: end -->"
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -62,7 +61,7 @@ def _processors(threads: int | None) -> list[int]:
 def _measured(name: str, options: BenchOptions, processors: list[int]) -> dict:
     env = dict(os.environ)
     # This saejax, whatever lies in the directory from which the command is called.
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(saejax.__file__).parents[1]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), env.get("PYTHONPATH", "")])
     if name == "devices" and _DEVICES not in env.get("XLA_FLAGS", ""):  # of no effect where there are real ones
         env["XLA_FLAGS"] = f"{env.get('XLA_FLAGS', '')} {_DEVICES}={max(options.device_counts)}".strip()
     command = [sys.executable, "-P", "-m", "saejax.bench", name, json.dumps(options.to_json()), json.dumps(processors)]

@@ -8,12 +8,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.errors import ConfigError
+from saejax.base.records import ActivationStats, MeshOptions
 from saejax.bench.options import BenchOptions, figure
-from saejax.config import MeshOptions, default_config, resolve
-from saejax.errors import ConfigError
-from saejax.recipes import WITH_K
-from saejax.records import ActivationStats
+from saejax.config import default_config, resolve
+from saejax.config.recipes import WITH_K
 from saejax.sae import SAESpec
 from saejax.sae.activations import batchtopk, topk
 from saejax.train.member import settled

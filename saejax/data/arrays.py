@@ -7,11 +7,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
+from saejax.base.errors import StoreError
+from saejax.base.storage import text_sha256
 from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store, is_complete
 from saejax.data.writer import StoreWriter
-from saejax.errors import StoreError
-from saejax.storage import text_sha256
 
 MODEL = "rows"
 

@@ -20,7 +20,11 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from saejax import assets, lm
+from saejax import lm
+from saejax.base import assets
+from saejax.base.errors import StoreError
+from saejax.base.logs import Progress, say
+from saejax.base.storage import barrier, is_writer
 from saejax.config import Config
 from saejax.data import sources as src
 from saejax.data import text
@@ -29,10 +33,7 @@ from saejax.data.sources import Sources
 from saejax.data.store import Store, is_complete, model_name
 from saejax.data.text import PackedText, TextState
 from saejax.data.writer import StoreWriter
-from saejax.errors import StoreError
 from saejax.lm import LM
-from saejax.logs import Progress, say
-from saejax.storage import barrier, is_writer
 
 
 def harvest(config: Config, lm_: LM | None = None) -> Store:

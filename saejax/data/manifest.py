@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from saejax.base.errors import StoreCorruptError, StoreError
+from saejax.base.storage import read_json, safe_name
 from saejax.data.shards import AGAIN, ArraySpec, side_chunk_rows
-from saejax.errors import StoreCorruptError, StoreError
-from saejax.storage import read_json, safe_name
 
 SCHEMA_VERSION = 1
 KIND = "saejax-activation-store"

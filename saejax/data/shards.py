@@ -19,8 +19,8 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
-from saejax.errors import StoreCorruptError
-from saejax.storage import disk_errors, file_sha256
+from saejax.base.errors import StoreCorruptError
+from saejax.base.storage import disk_errors, file_sha256
 
 _CRC = 4
 _INDEX_ENTRY = 16

@@ -1,7 +1,7 @@
 """Where documents come from: presets, local files and hub datasets, all read through the `datasets` library.
 
 A source is one of
-- a preset of `saejax.assets` ("shakespeare"),
+- a preset of `saejax.base.assets` ("shakespeare"),
 - a file, directory or glob: `.jsonl .json .parquet .arrow` with a text column, or plain text, one document per file,
 - a hub dataset `owner/name`, `owner/name:config`, `owner/name@revision` or `owner/name:config@revision`.
 """
@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax import assets
+from saejax.base import assets
+from saejax.base.errors import TextError
+from saejax.base.storage import file_sha256, text_sha256
 from saejax.config import TextOptions
 from saejax.data.permutation import Permutation, derive_key
-from saejax.errors import TextError
-from saejax.storage import file_sha256, text_sha256
 
 _BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 _PLAIN = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".js", ".java", ".rs", ".go")

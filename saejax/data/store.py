@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.base.errors import StoreCorruptError, StoreError
+from saejax.base.records import OUTLIER_FACTOR, ActivationStats
+from saejax.base.storage import file_sha256, inside, read_json, text_sha256
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import AGAIN, ArrayReader, ShardTruth, Span, check_layout
-from saejax.errors import StoreCorruptError, StoreError
-from saejax.records import OUTLIER_FACTOR, ActivationStats
-from saejax.storage import file_sha256, inside, read_json, text_sha256
 
 MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
 _READ_THREADS = 2  # one is enough for the page cache, two keep a disk busy

@@ -16,12 +16,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from saejax.base.errors import TextError
+from saejax.base.records import TokenBatch
 from saejax.config import TextOptions
 from saejax.data import sources as src
 from saejax.data.sources import Reader, Sources
-from saejax.errors import TextError
 from saejax.lm import Tokenizer
-from saejax.records import TokenBatch
 
 
 @dataclass(frozen=True)

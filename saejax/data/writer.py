@@ -6,23 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.base.errors import NonFiniteError, StoreCorruptError, StoreError
+from saejax.base.records import OUTLIER_FACTOR
+from saejax.base.storage import disk_errors, file_sha256, write_json
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import check_layout, write_shard_files
-from saejax.data.store import (
-    MANIFEST,
-    RECORDS,
-    SPEC,
-    Store,
-    read_record,
-    read_spec,
-    record_file,
-    spec_digest,
-    spec_file,
-)
-from saejax.errors import NonFiniteError, StoreCorruptError, StoreError
-from saejax.records import OUTLIER_FACTOR
-from saejax.storage import disk_errors, file_sha256, write_json
+from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, read_record, read_spec, record_file, spec_digest, spec_file
 
 _F32_MAX = float(np.finfo(np.float32).max)
 _ROWS_AT_ONCE = 256

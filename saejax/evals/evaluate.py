@@ -7,17 +7,17 @@ from dataclasses import asdict
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.errors import FormatError, SaejaxError
+from saejax.base.logs import Progress
+from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
+from saejax.base.storage import is_writer, read_json, text_sha256, write_json
 from saejax.config import Config
 from saejax.data.text import token_batches
-from saejax.errors import FormatError, SaejaxError
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
 from saejax.lm import LM, width_of
-from saejax.logs import Progress
-from saejax.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
 from saejax.sae.inference import SAE
-from saejax.storage import is_writer, read_json, text_sha256, write_json
 
 SCHEMA_VERSION = 1
 KIND = "saejax-evaluation"

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from saejax import sharding
-from saejax.errors import NonFiniteError
+from saejax.base import sharding
+from saejax.base.errors import NonFiniteError
 
 LOG10_EDGES = tuple(-7 + 0.5 * i for i in range(15))  # firing density from 1e-7 to 1, two bins per decade
 

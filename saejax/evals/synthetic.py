@@ -19,9 +19,9 @@ from flax import struct
 from scipy.optimize import linear_sum_assignment
 from scipy.special import ndtri
 
+from saejax.base.errors import SaejaxError
 from saejax.data.arrays import write_rows
 from saejax.data.store import Store
-from saejax.errors import SaejaxError
 from saejax.evals.reconstruction import Reconstruction
 from saejax.sae.inference import SAE
 

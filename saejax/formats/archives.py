@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats.arrays import DTYPES, ArrayFile, Entry
 from saejax.formats.pickled import SIZE_CAP, StoredTensor, extent, read_pickle
 

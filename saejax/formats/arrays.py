@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 
 # Name as safetensors spells it -> numpy dtype of the bytes. BF16 is read as uint16 and widened.
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.formats.arrays import FLOATS, ArrayFile
 from saejax.sae import SAEParams, SAESpec, from_tensors, param_shapes, param_shardings, tensors
 

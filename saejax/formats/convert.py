@@ -6,7 +6,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats import saelens
 from saejax.formats.loading import FORMATS, load
 from saejax.sae.calibrate import calibrate, scaled

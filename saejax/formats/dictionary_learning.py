@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import sharding
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.formats.archives import open_torch
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
@@ -25,7 +26,6 @@ from saejax.formats.torch_write import torch_file
 from saejax.sae import tensors
 from saejax.sae.folding import to_raw_units, with_pre_bias
 from saejax.sae.inference import SAE, SAEConfig
-from saejax.storage import is_writer, write_bytes, write_json
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 NEEDS = f"{CONFIG} + {WEIGHTS}, or a .pt file of one of its classes"

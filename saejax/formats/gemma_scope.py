@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import sharding
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.storage import is_writer, write_bytes
 from saejax.formats.archives import open_npz
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
@@ -24,7 +25,6 @@ from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams, tensors
 from saejax.sae.folding import fold_input_scale, with_pre_bias
 from saejax.sae.inference import SAE, SAEConfig
-from saejax.storage import is_writer, write_bytes
 
 NPZ, CONFIG, WEIGHTS = "params.npz", "config.json", "params.safetensors"
 NEEDS = f"{NPZ}, or {CONFIG} + {WEIGHTS}"

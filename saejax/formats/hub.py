@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from saejax.errors import FormatError
-from saejax.storage import safe_name
+from saejax.base.errors import FormatError
+from saejax.base.storage import safe_name
 
 _SOURCE = re.compile(r"(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?:(?P<path>[^:]*)")
 # The only files that are fetched from a folder: those that some format consists of.

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from saejax.errors import FormatError
-from saejax.storage import read_json
+from saejax.base.errors import FormatError
+from saejax.base.storage import read_json
 
 SIZE_CAP = 16 << 20
 UNKNOWN = "unknown"  # a model or hookpoint that the source does not name

@@ -8,16 +8,16 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from saejax import sharding
-from saejax.config import Config
-from saejax.errors import CheckpointCorruptError, CheckpointError, FormatError
+from saejax.base import sharding
+from saejax.base.errors import CheckpointCorruptError, CheckpointError, FormatError
+from saejax.base.logs import say
+from saejax.base.records import RunPaths
+from saejax.config import Config, read_config
+from saejax.config.recipes import WITH_K
 from saejax.formats import dictionary_learning, gemma_scope, goodfire, hub, openai, openmoss, saelens, saelens_read, sparsify
 from saejax.formats.archives import open_torch
 from saejax.formats.keys import json_object
 from saejax.formats.torch_files import torch_files
-from saejax.logs import say
-from saejax.recipes import WITH_K
-from saejax.records import RunPaths, read_config
 from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
 from saejax.sae.normalization import Normalization
 from saejax.train.checkpoint import CheckpointMeta, is_step, restore_params, steps_in

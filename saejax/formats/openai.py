@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats.archives import open_torch
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params

@@ -20,7 +20,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
 from saejax.formats.keys import UNKNOWN, Keys, json_object

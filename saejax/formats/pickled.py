@@ -9,7 +9,7 @@ import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 
 SIZE_CAP = 64 << 20  # of the pickle, which holds no tensor bytes
 STORAGES = {"DoubleStorage": "F64", "FloatStorage": "F32", "HalfStorage": "F16", "BFloat16Storage": "BF16", "LongStorage": "I64",

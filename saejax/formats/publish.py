@@ -4,10 +4,10 @@ import json
 import re
 from pathlib import Path
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
+from saejax.base.storage import is_writer
 from saejax.formats import saelens, saelens_read
 from saejax.sae.inference import SAE
-from saejax.storage import is_writer
 
 FILES = (saelens.CONFIG, saelens.WEIGHTS, "metrics.json", "README.md")  # the only ones that are uploaded
 _REPO = re.compile(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*")

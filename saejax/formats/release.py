@@ -5,14 +5,15 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.errors import CheckpointError
+from saejax.base.errors import CheckpointError
+from saejax.base.logs import Progress, say
+from saejax.base.records import RunPaths
+from saejax.base.storage import is_writer, write_bytes, write_json
+from saejax.config import read_config
 from saejax.formats import saelens
 from saejax.formats.loading import from_checkpoint, newest_step
-from saejax.logs import Progress, say
-from saejax.records import RunPaths, read_config
 from saejax.sae.calibrate import calibrate, passes, scaled
 from saejax.sae.inference import SAE
-from saejax.storage import is_writer, write_bytes, write_json
 from saejax.train.checkpoint import is_step
 
 # What of an evaluation is a measurement, and belongs into the README of a release.

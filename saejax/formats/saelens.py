@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-import saejax
-from saejax import sharding
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.storage import is_writer, write_bytes, write_json
+from saejax.base.version import __version__
 from saejax.sae import tensors
 from saejax.sae.inference import SAE, SAEConfig
-from saejax.storage import is_writer, write_bytes, write_json
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -76,7 +76,7 @@ def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
         "reshape_activations": cfg.metadata.get("reshape", "none"),
         "metadata": {**theirs, "sae_lens_version": SAELENS_VERSION, "model_name": cfg.model, "hook_name": cfg.hookpoint,
                      "hook_head_index": None, "context_size": text.get("context"), "prepend_bos": text.get("bos") == "row",
-                     "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": saejax.__version__,
+                     "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": __version__,
                                 "weights_sha256": weights_sha256}},
     }
     if cfg.kind == "topk":

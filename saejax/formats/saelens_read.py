@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
+from saejax.base.storage import file_sha256
 from saejax.formats.arrays import FLOATS, ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
 from saejax.formats.keys import UNKNOWN, Keys
@@ -18,7 +19,6 @@ from saejax.sae import SAEParams
 from saejax.sae.folding import decoder_norms, fold_input_scale, scale_features
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.row_norm import ROW_NORMS
-from saejax.storage import file_sha256
 
 SCALER = "activation_scaler.json"
 AVERAGE = "expected_average_only_in"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats.arrays import DTYPES, ArrayFile, Entry
 
 HEADER_CAP = 16 << 20

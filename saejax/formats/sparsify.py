@@ -12,15 +12,15 @@ import numpy as np
 from jax.sharding import Mesh
 from safetensors.numpy import save
 
-from saejax import sharding
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.formats.assembling import parts_of, read_params
 from saejax.formats.keys import UNKNOWN, Keys, json_object
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import tensors
 from saejax.sae.folding import with_pre_bias
 from saejax.sae.inference import SAE, SAEConfig
-from saejax.storage import is_writer, write_bytes, write_json
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 NEEDS = f"{CONFIG} + {WEIGHTS}"

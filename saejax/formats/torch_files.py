@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats.archives import open_torch
 
 SUFFIXES = (".pt", ".pth")

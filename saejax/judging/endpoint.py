@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
-from saejax.errors import JudgeError
+from saejax.base.errors import JudgeError
+from saejax.base.logs import say
 from saejax.judging.questions import Question, Reply
-from saejax.logs import say
 
 KEY = "SAEJAX_JUDGE_KEY"
 MOST_BYTES = 4 << 20          # of a response

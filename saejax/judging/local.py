@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax import lm
-from saejax.errors import JudgeError, LMError, TokenizerError
+from saejax.base.errors import JudgeError, LMError, TokenizerError
 from saejax.judging.questions import LEVELS, Question, Reply
 from saejax.lm import LM
 

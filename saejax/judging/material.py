@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from saejax import sharding
-from saejax.errors import JudgeError
-from saejax.features import bits
-from saejax.features.corpus import Corpus
-from saejax.features.examples import BEFORE, INTERVALS
-from saejax.features.index import FeatureIndex
-from saejax.logs import Progress
+from saejax.base import sharding
+from saejax.base.errors import JudgeError
+from saejax.base.logs import Progress
+from saejax.features.index import bits
+from saejax.features.index.corpus import Corpus
+from saejax.features.index.examples import BEFORE, INTERVALS
+from saejax.features.index.reader import FeatureIndex
 from saejax.sae.inference import SAE
 
 BLOCKS, BLOCK = 32, 8  # silent windows are looked for in so many blocks of so many contexts, spread over the corpus

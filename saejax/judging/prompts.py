@@ -6,10 +6,10 @@ Text of the corpus stands between two lines of dashes. It has gone through `visi
 import re
 from collections.abc import Sequence
 
-from saejax.features.visible import visible
+from saejax.base.storage import text_sha256
+from saejax.base.text import visible
 from saejax.judging.material import Window
 from saejax.judging.questions import LEVELS, RULES, Question
-from saejax.storage import text_sha256
 
 OPEN, CLOSE = "\u27e6", "\u27e7"  # around what is highlighted; the text's own ones become brackets
 

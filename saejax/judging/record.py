@@ -10,12 +10,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from saejax.errors import JudgeError
-from saejax.features.visible import visible
+from saejax.base.errors import JudgeError
+from saejax.base.logs import Progress
+from saejax.base.storage import disk_errors, read_json, write_json
+from saejax.base.text import visible
 from saejax.judging import prompts
 from saejax.judging.questions import RULES, Judge, Question, Reply, understood
-from saejax.logs import Progress
-from saejax.storage import disk_errors, read_json, write_json
 
 ANSWERS, JUDGE = "answers.jsonl", "judge.json"
 SCHEMA_VERSION = 1

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from scipy import stats
 
-from saejax.features.examples import INTERVALS
+from saejax.features.index.examples import INTERVALS
 
 SCORES = 4  # of the rubric: 0 .. 3
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 
 SCALINGS = ("none", "linear", "llama3", "longrope")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 
 REQUIRED = object()
 

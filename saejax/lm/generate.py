@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 from saejax.lm.model import Cache, Decoder, Pass, Tap
 from saejax.lm.rope import Rope, tables
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 from saejax.lm.arch import LMConfig, RopeConfig
 from saejax.lm.fields import Fields
 

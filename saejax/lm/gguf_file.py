@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from saejax.errors import WeightsError
+from saejax.base.errors import WeightsError
 
 
 class GGUFFile:

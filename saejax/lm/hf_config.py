@@ -7,7 +7,7 @@ alone moves SmolLM2's logits by 7.4, and no test with default values can see it.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 from saejax.lm.arch import LMConfig
 from saejax.lm.fields import Fields
 from saejax.lm.hf_rope import rope

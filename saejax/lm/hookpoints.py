@@ -25,7 +25,7 @@ that is to read exactly what the MLP reads), multiply by it. OLMo 2 has no norm 
 import difflib
 import re
 
-from saejax.errors import HookpointError
+from saejax.base.errors import HookpointError
 from saejax.lm.arch import LMConfig
 
 EMBED = "hook_embed"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from saejax import assets
-from saejax.errors import LMError
+from saejax.base import assets
+from saejax.base.errors import LMError
 from saejax.lm import tokenizer, weights
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_config import from_gguf
@@ -51,7 +51,7 @@ class LM:
 
 
 def load(model: str, *, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> LM:
-    """Loads `model`: a preset of `saejax.assets`, a `.gguf` file, a Hugging Face directory, or a hub id `owner/name`.
+    """Loads `model`: a preset of `saejax.base.assets`, a `.gguf` file, a Hugging Face directory, or a hub id `owner/name`.
 
     `dtype` is "float32" or "bfloat16". With a `mesh`, weights are replicated over it, or split over its "model" axis
     if it has one. Raises LMError (unknown model, config not computed), WeightsError (all tensor problems at once),

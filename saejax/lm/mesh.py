@@ -4,7 +4,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 from saejax.lm.leaves import Leaf, leaves
 from saejax.lm.model import Decoder
 

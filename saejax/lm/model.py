@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from saejax.errors import HookpointError, LMError
+from saejax.base.errors import HookpointError, LMError
 from saejax.lm import attention, layers
 from saejax.lm.arch import LMConfig
 from saejax.lm.hookpoints import EMBED, FINAL, check_hookpoint, hookpoints, layer_of

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from saejax.errors import WeightsError
+from saejax.base.errors import WeightsError
 from saejax.lm.arch import LMConfig
 from saejax.lm.leaves import leaves
 from saejax.lm.names import FUSED_BY_HEAD, GGUF_NAMES, GGUF_PERMUTED, HF_NAMES, TRANSPOSED

@@ -10,7 +10,7 @@ from pathlib import Path
 from tokenizers import Tokenizer as Backend
 from tokenizers import pre_tokenizers
 
-from saejax.errors import TokenizerError
+from saejax.base.errors import TokenizerError
 from saejax.lm.gguf_file import GGUFFile
 
 # GGUF pre-tokenizers that transformers leaves at GPT-2's split: rightly for the first set; for the second every digit

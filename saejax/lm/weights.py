@@ -17,7 +17,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from saejax.errors import WeightsError
+from saejax.base.errors import WeightsError
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.leaves import Leaf, leaves

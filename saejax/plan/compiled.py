@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.errors import ConfigError
+from saejax.base.hardware import Topology
 from saejax.config import Config
-from saejax.errors import ConfigError
-from saejax.hardware import Topology
 from saejax.plan.hlo import moved
 from saejax.sae import SAESpec
 from saejax.train import step_cost

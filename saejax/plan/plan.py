@@ -7,11 +7,12 @@ from collections import Counter
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from saejax import hardware, sharding
-from saejax.config import Config, MeshOptions
+from saejax.base import hardware, sharding
+from saejax.base.errors import ConfigError
+from saejax.base.hardware import Topology
+from saejax.base.records import MeshOptions
+from saejax.config import Config
 from saejax.data.store import model_name
-from saejax.errors import ConfigError
-from saejax.hardware import Topology
 from saejax.plan.compiled import compile_step
 from saejax.plan.source import Source, find
 from saejax.sae import SAESpec

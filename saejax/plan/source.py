@@ -5,10 +5,11 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax import assets, lm
+from saejax import lm
+from saejax.base import assets
+from saejax.base.errors import ConfigError, LMError
 from saejax.config import Config
 from saejax.data.store import Store, is_complete
-from saejax.errors import ConfigError, LMError
 from saejax.lm.gguf_config import from_gguf
 from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.hf_config import from_hf

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.select import UpTo, topk_mask
 from saejax.sae.select_batch import batch_topk_mask

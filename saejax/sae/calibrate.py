@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.inference import SAE
 from saejax.sae.model import pre_activations
 from saejax.sae.params import SAEParams, SAESpec

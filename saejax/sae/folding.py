@@ -9,7 +9,7 @@ from dataclasses import replace
 import jax
 import jax.numpy as jnp
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.sae.params import SAEParams
 from saejax.sae.products import product
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax import sharding
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
 from saejax.sae.activations import thresholds
 from saejax.sae.folding import decoder_norms, scale_features
 from saejax.sae.model import decode, encode, skipped

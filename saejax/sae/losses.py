@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae import sparse
 from saejax.sae.activations import topk
 from saejax.sae.model import bias, pre_activations_of

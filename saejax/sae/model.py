@@ -5,7 +5,7 @@ import functools
 import jax
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.activations import activate
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.products import product

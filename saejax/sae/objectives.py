@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import SAEOptions
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 from saejax.sae import featurewise, losses, sparse, tiles
 from saejax.sae.activations import activate, topk
 from saejax.sae.losses import LossInputs, LossParts, dead_features, squared_error, variance_total

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.products import product
 
 CHUNK, CHUNK_OF_CPU = 2**26, 2**20  # entries of rows that are gathered at once

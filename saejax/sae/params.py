@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from saejax import hardware, sharding
+from saejax.base import hardware, sharding
 from saejax.config import SAEOptions
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 
 SHARED = ("b_dec", "W_skip")  # what is not stored by feature
 # What a kind keeps per feature besides the four common arrays.

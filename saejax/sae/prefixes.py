@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.params import SAEParams, SAESpec
 from saejax.sae.products import product
 

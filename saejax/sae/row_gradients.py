@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import SAEOptions
 from saejax.sae import losses, sparse
 from saejax.sae.losses import LossInputs, LossParts

@@ -3,7 +3,7 @@
 import re
 from dataclasses import asdict, dataclass, field
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.sae.row_norm import NONE
 
 ARCHITECTURES = {"relu": "standard", "topk": "topk", "groupmax": "groupmax", "jumprelu": "jumprelu", "gated": "gated"}

@@ -6,7 +6,7 @@ from flax import struct
 from jax import lax
 from scipy.stats import binom
 
-from saejax import sharding
+from saejax.base import sharding
 
 OVERFLOW = 1e-3  # share of the batches of evenly spread winners in which some row has more of them on a shard than are sent
 # Sizes of the groups that `largest` takes maxima of, by platform. On a TPU `lax.top_k` moves less memory.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.select import UpTo, largest, sent
 
 # Where rows keep k on average: candidates of a row and of the widest rows, as multiples of k; the share of those.

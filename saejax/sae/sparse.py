@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import SAEOptions
 from saejax.sae import pairs as lists
 from saejax.sae.pairs import Backward, Pairs

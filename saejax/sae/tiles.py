@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.hardware import Chip
 from saejax.config import SAEOptions
-from saejax.hardware import Chip
 from saejax.sae.featurewise import decoded, of_features
 from saejax.sae.model import bias
 from saejax.sae.params import SAEParams, SAESpec

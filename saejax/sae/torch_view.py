@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.sae.params import SAEParams
 from saejax.sae.saebench import SAEBenchConfig
 

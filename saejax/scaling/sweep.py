@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from saejax import config as config_lib
+from saejax.base.errors import ConfigError
+from saejax.base.storage import text_sha256
 from saejax.config import Config, SweepOptions
-from saejax.config_values import from_text, leaf, nearest
-from saejax.errors import ConfigError
-from saejax.recipes import RECIPES
-from saejax.storage import text_sha256
+from saejax.config.recipes import RECIPES
+from saejax.config.values import from_text, leaf, nearest
 
 _STREAM, _SHOWN = "all SAEs of a sweep read one stream of the same rows", "it changes nothing of an SAE"
 # Keys, or sections with a dot behind, that all members have in common, and why.

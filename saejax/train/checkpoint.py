@@ -16,13 +16,14 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from saejax import sharding
-from saejax.errors import CheckpointCorruptError, CheckpointError
-from saejax.logs import say
-from saejax.records import StreamState
+from saejax.base import sharding
+from saejax.base.errors import CheckpointCorruptError, CheckpointError
+from saejax.base.fingerprints import fingerprints
+from saejax.base.logs import say
+from saejax.base.records import StreamState
+from saejax.base.storage import barrier, disk_errors, is_writer, text_sha256
 from saejax.sae import SAEParams, SAESpec, from_tensors, param_shapes, param_shardings, tensors
 from saejax.sae.normalization import Normalization
-from saejax.storage import barrier, disk_errors, fingerprints, is_writer, text_sha256
 from saejax.train import determinism
 
 SCHEMA_VERSION = 1

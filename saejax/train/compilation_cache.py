@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from saejax.base.logs import say
+from saejax.base.storage import disk_errors
 from saejax.config import Config
-from saejax.logs import say
-from saejax.storage import disk_errors
 
 WORDS = ("auto", "on", "off")
 NAME = ".compilation_cache"  # beside the run directory

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 from saejax.sae.params import SAESpec
 
 PROPORTIONAL, INTEGRAL, FASTEST, AHEAD, APPROACH = 0.5, 10.0, 0.04, 0.1, 0.5

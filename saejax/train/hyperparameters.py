@@ -7,9 +7,9 @@ import numpy as np
 from flax import struct
 from jax.sharding import Mesh
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import Config
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 
 
 @struct.dataclass

@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax import config as config_lib
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.errors import CheckpointError, NonFiniteError
+from saejax.base.logs import MetricWriter, Progress, say
+from saejax.base.records import ActivationBatch, RunPaths, StreamState
 from saejax.config import Config
 from saejax.data.store import Store
 from saejax.data.stream import Stream
-from saejax.errors import CheckpointError, NonFiniteError
-from saejax.logs import MetricWriter, Progress, say
-from saejax.records import ActivationBatch, RunPaths, StreamState
 from saejax.sae import SAESpec
 from saejax.train import compilation_cache, determinism
 from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled

@@ -11,14 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from saejax import config as config_lib
-from saejax import hardware, sharding
-from saejax.config import Config
+from saejax.base import hardware, sharding
+from saejax.base.errors import CheckpointCorruptError, CheckpointError, SaejaxError
+from saejax.base.records import RunPaths, StreamState
+from saejax.base.storage import barrier, is_writer, write_json
+from saejax.config import Config, read_config
 from saejax.data.store import Store, check_matches
 from saejax.data.stream import ORDER_VERSION
-from saejax.errors import CheckpointCorruptError, CheckpointError, SaejaxError
-from saejax.records import RunPaths, StreamState, read_config
 from saejax.sae import SAESpec
-from saejax.storage import barrier, is_writer, write_json
 from saejax.train import optim
 from saejax.train.checkpoint import Checkpoints, RunCounters, restore_scalar, steps_in
 from saejax.train.hyperparameters import Hyperparameters, alike

@@ -10,10 +10,10 @@ import optax
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.fingerprints import mix
 from saejax.config import TrainOptions
 from saejax.sae import SAEParams
-from saejax.storage import mixed
 
 
 @struct.dataclass
@@ -66,7 +66,7 @@ def rounded(value: jax.Array, dtype, count: jax.Array, which: int, rows: jax.Arr
     where = jax.typeof(value).sharding if sharding.mesh_is_set() and rows is None else None
     row, column = (lax.broadcasted_iota(jnp.uint32, value.shape, d, out_sharding=where) for d in (0, 1))
     row = row if rows is None else rows.astype(jnp.uint32)[:, None]
-    seed = mixed(count.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(which))
-    noise = mixed(mixed(row ^ seed) + column * jnp.uint32(0x85EBCA77))
+    seed = mix(count.astype(jnp.uint32) * jnp.uint32(0x9E3779B1) + jnp.uint32(which))
+    noise = mix(mix(row ^ seed) + column * jnp.uint32(0x85EBCA77))
     bits = lax.bitcast_convert_type(value.astype(jnp.float32), jnp.uint32) + (noise >> 16)
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -4,7 +4,7 @@ import signal
 
 import jax
 
-from saejax.errors import SaejaxError
+from saejax.base.errors import SaejaxError
 
 EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, start the same command again
 

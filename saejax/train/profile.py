@@ -6,8 +6,8 @@ from pathlib import Path
 
 import jax
 
-from saejax.logs import say
-from saejax.storage import is_writer
+from saejax.base.logs import say
+from saejax.base.storage import is_writer
 
 SETTLED = 10  # steps after a start until those that are traced: compilation and first reads are over
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jax.sharding import Mesh
 
-from saejax import hardware
+from saejax.base import hardware
 from saejax.train.member import Member
 from saejax.train.step_cost import Work, flops
 

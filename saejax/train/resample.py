@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import Config, ResampleOptions, SAEOptions
 from saejax.sae import SAESpec, reconstruct
 from saejax.sae.losses import squared_error

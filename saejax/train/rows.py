@@ -19,7 +19,7 @@ import optax
 from flax import struct
 from jax import lax
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.config import Config, TrainOptions
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, sparse
 from saejax.sae.losses import LossInputs, LossParts

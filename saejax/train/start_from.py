@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from saejax.base.errors import ConfigError
 from saejax.config import Config
-from saejax.errors import ConfigError
 from saejax.sae import SAEParams, SAESpec
 from saejax.sae.folding import decoder_norms, with_pre_bias
 from saejax.sae.inference import SAE, unfold

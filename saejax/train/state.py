@@ -10,9 +10,9 @@ import numpy as np
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from saejax import sharding
+from saejax.base import sharding
+from saejax.base.records import ActivationStats
 from saejax.config import Config, SAEOptions
-from saejax.records import ActivationStats
 from saejax.sae import SAEParams, SAESpec, decode, init_params, pre_activations, reconstruct
 from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns

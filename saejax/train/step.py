@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from saejax.config import Config, SAEOptions
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective

@@ -9,9 +9,10 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from saejax.config import Config, MeshOptions
-from saejax.errors import ConfigError
-from saejax.hardware import Chip, Topology, present
+from saejax.base.errors import ConfigError
+from saejax.base.hardware import Chip, Topology, present
+from saejax.base.records import MeshOptions
+from saejax.config import Config
 from saejax.sae import SAESpec, select_batch
 from saejax.sae.select import GROUPS, sent
 from saejax.train.step_work import USABLE, Work, bytes_per_parameter, state_bytes, working

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
+from saejax.base.hardware import Chip, compute_dtype
 from saejax.config import Config
-from saejax.hardware import Chip, compute_dtype
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 from saejax.sae import SAESpec, losses, pairs, row_gradients, select_batch, sparse, tiles
 from saejax.train.state import TrainState, abstract_state
 from saejax.train.step import takes_pairs

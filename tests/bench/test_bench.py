@@ -6,7 +6,7 @@ import pytest
 
 from saejax.bench.options import figure
 from saejax.bench.run import BEGIN, END
-from saejax.main import main
+from saejax.cli.main import main
 from tests import tiny_experiment as tiny
 
 TINY = ["--d_in=8", "--d_sae=64", "--batch=8", "--k=2", "--steps=2", "--repeats=2", "--megabytes=1"]

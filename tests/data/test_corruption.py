@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 
+from saejax.base.errors import StoreCorruptError, StoreError
+from saejax.base.records import StreamState
 from saejax.config import StreamOptions
 from saejax.data.manifest import self_digest
 from saejax.data.store import Store
 from saejax.data.stream import Stream
-from saejax.errors import StoreCorruptError, StoreError
-from saejax.records import StreamState
 from tests.data.making import HOOK, HOOKS, bits, make_store
 
 ROWS = 37 * 16

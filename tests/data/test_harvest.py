@@ -12,12 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from saejax import config as C
 from saejax import lm
+from saejax.base.errors import AssetError, HookpointError, NonFiniteError, StoreError, TextError
 from saejax.data import harvest as harvest_module
 from saejax.data.harvest import harvest
 from saejax.data.store import Store
 from saejax.data.text import token_batches
 from saejax.data.writer import StoreWriter
-from saejax.errors import AssetError, HookpointError, NonFiniteError, StoreError, TextError
 from tests.data.making import bits, directory, sentences, tiny_config, tiny_model, write_jsonl
 from tests.processes import environment, free_port
 

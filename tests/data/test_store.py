@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
+from saejax.base.errors import DiskError, NonFiniteError, StoreCorruptError, StoreError
+from saejax.base.records import OUTLIER_FACTOR
+from saejax.base.storage import write_json
 from saejax.data.shards import ArrayReader, ArraySpec, ShardTruth, write_shard_files
 from saejax.data.store import Store, check_matches
 from saejax.data.writer import StoreWriter, exact_median
-from saejax.errors import DiskError, NonFiniteError, StoreCorruptError, StoreError
-from saejax.records import OUTLIER_FACTOR
-from saejax.storage import write_json
 from tests.data.making import CONTEXT, HOOK, HOOKS, Rows, bits, directory, make_store, spec
 
 

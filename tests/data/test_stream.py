@@ -9,13 +9,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from saejax.base.errors import NonFiniteError, StoreError
+from saejax.base.records import StreamState
 from saejax.config import StreamOptions
 from saejax.data import stream as stream_module
 from saejax.data.shards import ArrayReader
 from saejax.data.stream import Stream, _Recycled
 from saejax.data.writer import StoreWriter
-from saejax.errors import NonFiniteError, StoreError
-from saejax.records import StreamState
 from tests.data.making import CONTEXT, HOOK, Rows, bits, make_store, spec
 
 START = StreamState(0, 0, 0)

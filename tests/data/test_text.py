@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from saejax.base.errors import TextError
 from saejax.config import TextOptions
 from saejax.data import sources as src
 from saejax.data.text import PackedText, TextState, is_held_out, token_batches
-from saejax.errors import TextError
 from tests.data.making import documents, loaded, sentences, word_tokenizer, write_jsonl
 
 word = st.integers(2, 49)

@@ -9,15 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.errors import FormatError, NonFiniteError, SaejaxError
+from saejax.base.records import ActivationStats, MeshOptions, RunPaths
 from saejax.data.text import token_batches
-from saejax.errors import FormatError, NonFiniteError, SaejaxError
 from saejax.evals import splice
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.evals.reconstruction import Reconstruction, density_histogram
 from saejax.lm import capture, cross_entropy
-from saejax.records import ActivationStats, RunPaths
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import saejax
+from saejax.base.errors import SaejaxError, StoreError
 from saejax.config import default_config, resolve
 from saejax.data.arrays import write_rows
 from saejax.data.store import Store
-from saejax.errors import SaejaxError, StoreError
 from saejax.evals import synthetic
 from saejax.evals.synthetic import Recovery, World, WorldOptions
 from saejax.sae.inference import SAE, SAEConfig

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
+from saejax.base import sharding
 from saejax.data.harvest import harvest
-from saejax.features import corpus
-from saejax.features.build import BuildOptions, build
+from saejax.features.index import corpus
+from saejax.features.index.build import BuildOptions, build
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 from tests import tiny_experiment as tiny

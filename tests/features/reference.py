@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from saejax.features import bits
-from saejax.features import state as st
+from saejax.features.index import bits
+from saejax.features.index import state as st
 
 
 def state_of(acts_NF: np.ndarray, context: int, rows_N: np.ndarray | None = None) -> dict[str, np.ndarray]:

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.errors import FeatureIndexError, SteeringError
-from saejax.features import attribution
-from saejax.features.attribution import ablate, agreement, attribute
+from saejax.base.errors import FeatureIndexError, SteeringError
+from saejax.features.effects import attribution
+from saejax.features.effects.attribution import ablate, agreement, attribute
 from tests import tiny_experiment as tiny
 from tests.features.conftest import make_sae
 from tests.features.test_steering import random_sae

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from saejax.errors import FeatureIndexError
-from saejax.features import dashboard
-from saejax.features.dashboard import write_dashboard
-from saejax.features.index import FeatureIndex
-from saejax.features.visible import LONGEST, script_json, visible
+from saejax.base.errors import FeatureIndexError
+from saejax.base.text import LONGEST, script_json, visible
+from saejax.features.index.reader import FeatureIndex
+from saejax.pages import dashboard
+from saejax.pages.dashboard import write_dashboard
 from tests.features.browser import CHROMIUM, Browser
 from tests.features.conftest import DEAD, FEATURES
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.features.index import FeatureIndex
-from saejax.main import main
+from saejax.cli.main import main
+from saejax.features.index.reader import FeatureIndex
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import FeatureIndexError, FormatError
-from saejax.features import bits, corpus, examples, fidelity
-from saejax.features import build as building
-from saejax.features.build import BuildOptions, build
-from saejax.features.index import FILES, MANIFEST, FeatureIndex, manifest_digest, sae_fingerprint
-from saejax.features.neighbours import Coactivation, nearest
-from saejax.features.state import FIELDS, FeatureState
+from saejax.base import sharding
+from saejax.base.errors import FeatureIndexError, FormatError
+from saejax.base.records import MeshOptions
+from saejax.features.index import bits, corpus, examples, fidelity
+from saejax.features.index import build as building
+from saejax.features.index.build import BuildOptions, build
+from saejax.features.index.neighbours import Coactivation, nearest
+from saejax.features.index.reader import FILES, MANIFEST, FeatureIndex, manifest_digest, sae_fingerprint
+from saejax.features.index.state import FIELDS, FeatureState
 from saejax.lm import capture
 from saejax.sae.inference import SAE
 from tests import tiny_experiment as tiny

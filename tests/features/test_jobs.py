@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.features.index import FeatureIndex
-from saejax.main import main
+from saejax.cli.main import main
+from saejax.features.index.reader import FeatureIndex
 from tests.judging.server import serving
 from tests.processes import environment, free_port
 
@@ -66,7 +66,7 @@ def test_mistakes_end_in_one_line(run, arguments, message, capsys):
 @pytest.mark.slow
 def test_two_processes_build_the_same_index(run, tmp_path):
     port, out = free_port(), tmp_path / "features"
-    jobs = [subprocess.Popen([sys.executable, "-m", "saejax.main", "features", str(run), f"--out={out}", "--distributed",
+    jobs = [subprocess.Popen([sys.executable, "-m", "saejax.cli.main", "features", str(run), f"--out={out}", "--distributed",
                               f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"], env=environment(2),
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
     try:

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from saejax.errors import FeatureIndexError
-from saejax.features import neuronpedia
-from saejax.features.index import FeatureIndex
+from saejax.base.errors import FeatureIndexError
+from saejax.features.index import neuronpedia
+from saejax.features.index.reader import FeatureIndex
 from tests.features.conftest import DEAD, FEATURES
 
 LISTS = {f"{name}_{part}" for name, part in (

@@ -4,11 +4,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from saejax.errors import FeatureIndexError, SteeringError
-from saejax.features import neurons
-from saejax.features.corpus import from_text
-from saejax.features.neurons import Options, correlate, preceding, shares
-from saejax.features.prompting import values
+from saejax.base.errors import FeatureIndexError, SteeringError
+from saejax.features.compare import neurons
+from saejax.features.compare.neurons import Options, correlate, preceding, shares
+from saejax.features.effects.prompting import values
+from saejax.features.index.corpus import from_text
 from tests import tiny_experiment as tiny
 from tests.features.conftest import DEAD, FEATURES, make_sae
 from tests.features.test_steering import random_sae

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from saejax.errors import FeatureIndexError
-from saejax.features import picture
+from saejax.base.errors import FeatureIndexError
+from saejax.features.compare import picture
 
 
 class Neighbours:

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.errors import FeatureIndexError
-from saejax.features import prompt_sets, search
+from saejax.base.errors import FeatureIndexError
+from saejax.features.search import sets as prompt_sets
+from saejax.features.search import text as search
 from saejax.lm import capture
 from tests import tiny_experiment as tiny
 from tests.features.conftest import FEATURES, make_sae

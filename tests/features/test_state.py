@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.features import accumulate, bits
-from saejax.features import state as st
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
+from saejax.features.index import accumulate, bits
+from saejax.features.index import state as st
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 from tests.features.reference import assert_equal, random_acts, state_of

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import FeatureIndexError, HookpointError, LMError, SaejaxError, SteeringError
-from saejax.features import steering
-from saejax.features.prompting import encoded, padded, values
-from saejax.features.steering import Change
+from saejax.base import sharding
+from saejax.base.errors import FeatureIndexError, HookpointError, LMError, SaejaxError, SteeringError
+from saejax.base.records import MeshOptions
+from saejax.features.effects import steering
+from saejax.features.effects.prompting import encoded, padded, values
+from saejax.features.effects.steering import Change
 from saejax.formats import saelens
 from saejax.lm import capture, generate
 from saejax.sae import SAEParams

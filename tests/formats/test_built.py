@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
 from tests.formats.building import (
     D,
     F,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
+from saejax.cli.main import main
 from saejax.formats.convert import Agreement, agreement, convert
-from saejax.main import main
 from tests.formats.building import check
 
 ROOT = Path(__file__).parent / "fixtures"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.records import MeshOptions
 from saejax.formats.convert import convert
 from saejax.formats.loading import FORMATS, recognise
 from saejax.sae import tensors

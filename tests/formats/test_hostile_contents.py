@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from tests.formats.building import (
     D,
     F,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats.archives import open_torch
 from saejax.formats.safetensors_file import open_safetensors
 from tests.formats.building import (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.formats import hub
 from tests.formats.building import f32, weights
 

@@ -8,8 +8,8 @@ import huggingface_hub
 import pytest
 
 import saejax
+from saejax.cli.main import main
 from saejax.formats import saelens
-from saejax.main import main
 
 FIXTURE = Path(__file__).parent / "fixtures" / "saelens" / "topk"
 

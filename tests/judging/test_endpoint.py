@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from saejax.errors import JudgeError
+from saejax.base.errors import JudgeError
 from saejax.judging.endpoint import KEY, Endpoint, Patience
 from saejax.judging.questions import Question
 from tests.judging.server import completion, serving

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax import lm
-from saejax.errors import JudgeError
+from saejax.base.errors import JudgeError
 from saejax.judging.local import LocalJudge
 from saejax.judging.questions import Question, understood
 from tests.lm import tiny_llama

@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from saejax.errors import FeatureIndexError, JudgeError
-from saejax.features import bits
+from saejax.base.errors import FeatureIndexError, JudgeError
+from saejax.features.index import bits
 from saejax.judging import material, prompts, tasks
 from saejax.judging.material import Window
 from saejax.judging.questions import Question, understood

@@ -8,13 +8,14 @@ import re
 import numpy as np
 import pytest
 
-from saejax.errors import JudgeError
-from saejax.judging import report, sheets
+from saejax.base.errors import JudgeError
 from saejax.judging.endpoint import Endpoint, Patience
 from saejax.judging.questions import Question
 from saejax.judging.record import ANSWERS, Record, put, read_answers
 from saejax.judging.scores import results
-from saejax.judging.sheets import Sheets
+from saejax.pages import judged as report
+from saejax.pages import sheets
+from saejax.pages.sheets import Sheets
 from tests.judging.server import serving
 
 QUICK = Patience(timeout=0.5, tries=2, wait=0.01)

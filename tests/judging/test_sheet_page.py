@@ -3,7 +3,7 @@
 import pytest
 
 from saejax.judging.questions import Question
-from saejax.judging.sheets import Sheets
+from saejax.pages.sheets import Sheets
 from tests.features.browser import CHROMIUM, Browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt install chromium)")]

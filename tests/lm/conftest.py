@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import pytest
 
 from saejax import lm
-from saejax.errors import AssetError
+from saejax.base.errors import AssetError
 from saejax.lm import hf_config, weights
 from tests.lm import families, tiny_llama
 

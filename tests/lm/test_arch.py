@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 from saejax.lm import arch, gguf_config, hf_config
 from saejax.lm.rope import frequencies
 from tests.lm import tiny_llama

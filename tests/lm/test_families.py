@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from saejax import lm
-from saejax.errors import LMError, WeightsError
+from saejax.base.errors import LMError, WeightsError
 from saejax.lm import weights
 from saejax.lm.arch import RopeConfig
 from saejax.lm.hf_config import READERS, from_hf

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from saejax import lm
-from saejax.errors import HookpointError, LMError
+from saejax.base.errors import HookpointError, LMError
 from saejax.lm.generate import Sampling, _nucleus, generate
 
 PROMPTS = [[5, 9, 2, 41, 7, 30, 11, 8, 19, 20, 21], [3], [17, 4, 44, 1, 0, 52]]

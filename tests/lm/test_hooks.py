@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from saejax import lm
-from saejax.errors import HookpointError
+from saejax.base.errors import HookpointError
 from saejax.lm.hookpoints import block_hooks
 from tests.lm import families
 

@@ -8,7 +8,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from saejax import lm
-from saejax.errors import LMError, TokenizerError
+from saejax.base.errors import LMError, TokenizerError
 from saejax.lm.load import _HUB_FILES, _NOT_HUB_FILES
 from tests.lm import tiny_llama
 

@@ -6,7 +6,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saejax import lm
-from saejax.errors import LMError
+from saejax.base.errors import LMError
 from saejax.lm import weights
 from saejax.lm.hf_config import from_hf
 from tests.lm import families

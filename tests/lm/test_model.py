@@ -6,7 +6,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from saejax import lm
-from saejax.errors import HookpointError, LMError
+from saejax.base.errors import HookpointError, LMError
 from saejax.lm import hf_config, weights
 from saejax.lm.leaves import leaves
 from tests.lm import tiny_llama

@@ -5,7 +5,7 @@ from pathlib import Path
 import gguf
 import pytest
 
-from saejax.errors import TokenizerError
+from saejax.base.errors import TokenizerError
 from saejax.lm import tokenizer
 from saejax.lm.gguf_file import GGUFFile
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from saejax.errors import SaejaxError, WeightsError
+from saejax.base.errors import SaejaxError, WeightsError
 from saejax.lm import gguf_config, hf_config, weights
 from saejax.lm.gguf_file import GGUFFile
 from tests.lm import families, gguf_writer, tiny_llama

@@ -1,7 +1,7 @@
 """Configs to plan for, without store and language model: the width is given."""
 
 from saejax.config import Config, default_config, resolve
-from saejax.recipes import WITH_K
+from saejax.config.recipes import WITH_K
 
 
 def make_config(kind: str = "topk", **overrides) -> Config:

@@ -10,11 +10,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from saejax import hardware, sharding
-from saejax.config import MeshOptions
-from saejax.errors import ConfigError
-from saejax.hardware import parse
-from saejax.main import main
+from saejax.base import hardware, sharding
+from saejax.base.errors import ConfigError
+from saejax.base.hardware import parse
+from saejax.base.records import MeshOptions
+from saejax.cli.main import main
 from saejax.plan import as_json, as_table, make_plan
 from saejax.plan.compiled import lowered
 from saejax.plan.hlo import moved

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from saejax import hardware
-from saejax.hardware import parse
+from saejax.base import hardware
+from saejax.base.hardware import parse
 from saejax.plan import as_table, make_plan
 from saejax.train import step_cost
 from saejax.train.step_work import Work

@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from saejax import hardware
-from saejax.config import MeshOptions
+from saejax.base import hardware
+from saejax.base.records import MeshOptions
 from saejax.plan import make_plan
 from saejax.plan.hlo import moved
 from saejax.sae import tiles

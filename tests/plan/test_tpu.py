@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from saejax.errors import ConfigError
-from saejax.hardware import parse
+from saejax.base.errors import ConfigError
+from saejax.base.hardware import parse
 from saejax.plan import make_plan
 from saejax.plan.compiled import lowered, mesh_for, read
 from saejax.plan.hlo import moved

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
 from saejax.sae import SAEParams
 from saejax.sae import calibrate as module
 from saejax.sae.calibrate import calibrate, passes, scaled

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.sae import SAEParams, tensors
 from saejax.sae.folding import (
     decoder_norms,

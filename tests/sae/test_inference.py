@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import FormatError
+from saejax.base import sharding
+from saejax.base.errors import FormatError
+from saejax.base.records import MeshOptions
 from saejax.sae import SAEParams, SAESpec, reconstruct
 from saejax.sae.inference import SAE, SAEConfig, fold
 from saejax.sae.normalization import Normalization

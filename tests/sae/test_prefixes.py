@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
 from saejax.sae import SAEParams, SAESpec, param_shardings, tensors
 from saejax.sae.prefixes import borders, prefix_reconstructions
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import hardware, sharding
-from saejax.config import MeshOptions
-from saejax.errors import ConfigError
+from saejax.base import hardware, sharding
+from saejax.base.errors import ConfigError
+from saejax.base.records import MeshOptions
 from saejax.sae import SAEParams, SAESpec, pre_activations
 from saejax.sae.inference import fold, unfold
 from saejax.sae.normalization import Normalization

@@ -6,7 +6,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from saejax.errors import FormatError
+from saejax.base.errors import FormatError
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.saebench import config_for

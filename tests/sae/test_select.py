@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from saejax import sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
 from saejax.sae import select, select_batch
 from saejax.sae.activations import batchtopk, topk
 from saejax.sae.select import UpTo, sent, topk_mask

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from jax import lax
 
-from saejax import sharding
-from saejax.config import MeshOptions, SAEOptions, TrainOptions
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
+from saejax.config import SAEOptions, TrainOptions
 from saejax.sae import SAEParams, SAESpec, losses, param_shardings, row_gradients, select_batch, sparse, tensors
 from saejax.sae.activations import batchtopk
 from saejax.sae.losses import LossInputs

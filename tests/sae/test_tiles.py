@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import hardware, sharding
-from saejax.config import MeshOptions, SAEOptions
+from saejax.base import hardware, sharding
+from saejax.base.records import MeshOptions
+from saejax.config import SAEOptions
 from saejax.sae import SAEParams, SAESpec, losses, param_shardings, sparse, tensors, tiles
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective

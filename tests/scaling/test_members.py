@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saejax import config as config_lib
+from saejax.base.errors import ConfigError
 from saejax.config import Config, default_config, from_json, resolve, to_json
-from saejax.errors import ConfigError
-from saejax.recipes import RECIPES
+from saejax.config.recipes import RECIPES
 from saejax.scaling.sweep import COMMON, members
 from saejax.train.hyperparameters import alike
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import storage
-from saejax.errors import CheckpointError
-from saejax.logs import read_metrics
-from saejax.main import main
+from saejax.base.errors import CheckpointError
+from saejax.base.fingerprints import fingerprints
+from saejax.base.logs import read_metrics
+from saejax.cli.main import main
 from saejax.sae import SAESpec
 from saejax.scaling.sweep import members
 from saejax.train import loop, step
@@ -97,7 +97,7 @@ def check_against_single_runs(config, store, tmp_path):
         step = checkpoints_of(member) / str(trained.step)
         assert steps_in(step.parent)[-1] == trained.step == (17 if "tokens" in name_of(member) else 30)
         lines, expected = (read_metrics(checkpoints_of(c).parent / "metrics.jsonl") for c in (member, alone))
-        assert read_meta(step).fingerprints == storage.fingerprints(trained.state), name_of(member)
+        assert read_meta(step).fingerprints == fingerprints(trained.state), name_of(member)
         assert [line["step"] for line in lines] == [line["step"] for line in expected]
         for got, want in zip(lines, expected, strict=True):
             assert got.keys() == want.keys()
@@ -199,7 +199,7 @@ def test_a_diverging_member_stops_alone(store, tmp_path, capsys):
     for o in outcomes:
         assert np.isfinite(np.asarray(saejax.load(o.paths.root).W_dec)).all()
     alone = loop.train(dataclasses.replace(members(config)[0], run_dir=str(tmp_path / "alone")), store)
-    assert final(config)[name_of(members(config)[0])] == storage.fingerprints(alone.state) and alone.step == 30
+    assert final(config)[name_of(members(config)[0])] == fingerprints(alone.state) and alone.step == 30
 
 
 @pytest.mark.slow
@@ -277,7 +277,7 @@ NAMES = ["k=4", "k=8"]
 @pytest.mark.slow
 def test_a_run_of_a_sweep(finished, monkeypatch, capsys):
     config, run = finished
-    monkeypatch.setattr("saejax.jobs.evaluate", None)  # nothing is measured again
+    monkeypatch.setattr("saejax.cli.jobs.jobs.evaluate", None)  # nothing is measured again
     assert main(["run", str(run)]) == 0
     out = capsys.readouterr().out
     header = out.splitlines()[0]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from saejax.config import Config, default_config, resolve
+from saejax.config.recipes import WITH_K
 from saejax.data.arrays import write_rows
 from saejax.data.store import Store
-from saejax.recipes import WITH_K
 
 KINDS = ("relu", "topk", "gated", "jumprelu", "jumprelu_tanh", "batchtopk", "matryoshka", "matryoshka_jumprelu")  # recipes
 HOOKPOINT, D_IN, CONTEXT, SHARD_CONTEXTS = "blocks.0.hook_resid_post", 16, 8, 16

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding, storage
-from saejax.logs import read_metrics
+from saejax.base import sharding
+from saejax.base.fingerprints import fingerprints
+from saejax.base.logs import read_metrics
 from saejax.sae import SAESpec
 from saejax.train import loop, optim
 from saejax.train.checkpoint import read_meta
@@ -85,4 +86,4 @@ def test_several_saes_fall_in_the_same_two(store, tmp_path, monkeypatch):
     assert made == [12, 4]
     for lr, outcome in zip(rates, outcomes, strict=True):
         alone = loop.train(annealed(tmp_path / "alone" / str(lr), train__lr=lr, mesh__data=2, mesh__dict=4), store)
-        assert read_meta(outcome.paths.checkpoints / str(outcome.step)).fingerprints == storage.fingerprints(alone.state)
+        assert read_meta(outcome.paths.checkpoints / str(outcome.step)).fingerprints == fingerprints(alone.state)

@@ -7,11 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from saejax import sharding, storage
-from saejax.config import MeshOptions, TrainOptions
-from saejax.inspect import inspect_path
+from saejax.base import sharding
+from saejax.base.fingerprints import fingerprints
+from saejax.base.records import MeshOptions
+from saejax.config import TrainOptions
+from saejax.config.recipes import WITH_K
 from saejax.plan.compiled import lowered
-from saejax.recipes import WITH_K
+from saejax.runs.inspect import inspect_path
 from saejax.sae import SAESpec
 from saejax.train import determinism, loop
 from saejax.train.checkpoint import machine_of
@@ -68,7 +70,7 @@ def test_options_reach_the_compiler_on_a_gpu_only(store, tmp_path, monkeypatch, 
 
 def test_changes_nothing_on_a_cpu(store, tmp_path):
     options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
-    bits = [storage.fingerprints(loop.train(make("topk", tmp_path / make.__name__, **options), store).state)
+    bits = [fingerprints(loop.train(make("topk", tmp_path / make.__name__, **options), store).state)
             for make in (make_config, deterministic)]
     assert bits[0] == bits[1]
 

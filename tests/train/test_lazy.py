@@ -12,10 +12,10 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import ConfigError
-from saejax.logs import read_metrics
+from saejax.base import sharding
+from saejax.base.errors import ConfigError
+from saejax.base.logs import read_metrics
+from saejax.base.records import MeshOptions
 from saejax.plan.hlo import moved
 from saejax.sae import SAEParams, SAESpec, losses, row_gradients, select_batch, tensors
 from saejax.sae.row_gradients import RowGradients

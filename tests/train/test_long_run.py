@@ -11,9 +11,10 @@ import jax
 import pytest
 from jax import monitoring
 
-from saejax import hardware, storage
+from saejax.base import hardware, storage
+from saejax.base.fingerprints import fingerprints
+from saejax.base.logs import read_metrics
 from saejax.config import differences
-from saejax.logs import read_metrics
 from saejax.train import compilation_cache, loop, rates
 from saejax.train.preemption import Preempted
 from saejax.train.profile import SETTLED, traces, window
@@ -71,7 +72,7 @@ def test_saes_of_a_sweep_share_one_trace_and_the_devices(store, tmp_path):
 
 def test_a_profile_changes_no_bit(store, tmp_path):
     runs = [loop.train(make_config("topk", tmp_path / str(n), train__profile=n), store) for n in (0, 3)]
-    assert storage.fingerprints(runs[0].state) == storage.fingerprints(runs[1].state)
+    assert fingerprints(runs[0].state) == storage.fingerprints(runs[1].state)
 
 
 @pytest.mark.parametrize("steps, start, total, every, expected", [
@@ -124,7 +125,7 @@ def asked():
 
 
 def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path, monkeypatch, asked):
-    straight = storage.fingerprints(loop.train(make_config("topk", tmp_path / "straight"), store).state)
+    straight = fingerprints(loop.train(make_config("topk", tmp_path / "straight"), store).state)
     config = make_config("topk", tmp_path / "runs" / "run", train__compilation_cache="on")
     stopped(config, store, monkeypatch, 16)
     [folder] = (tmp_path / "runs" / compilation_cache.NAME).iterdir()
@@ -135,19 +136,19 @@ def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path,
     for run_dir in (config.run_dir, str(tmp_path / "runs" / "again")):
         jax.clear_caches()
         asked.clear()
-        assert storage.fingerprints(loop.train(dataclasses.replace(config, run_dir=run_dir), store).state) == straight
+        assert fingerprints(loop.train(dataclasses.replace(config, run_dir=run_dir), store).state) == straight
     assert asked.count("cache_hits") == asked.count("compile_requests_use_cache") >= 1, "nothing was compiled again"
 
 
 def test_half_an_entry_is_compiled_anew(store, tmp_path, asked):
     config = make_config("topk", tmp_path / "a" / "run", train__compilation_cache=str(tmp_path / "programs"))
-    ends = [storage.fingerprints(loop.train(config, store).state)]
+    ends = [fingerprints(loop.train(config, store).state)]
     for file in (tmp_path / "programs").glob("*/jit_train_step*-cache"):
         file.write_bytes(file.read_bytes()[:100])
     jax.clear_caches()
     again = dataclasses.replace(config, run_dir=str(tmp_path / "b" / "run"))
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
-        ends.append(storage.fingerprints(loop.train(again, store).state))
+        ends.append(fingerprints(loop.train(again, store).state))
     assert ends[0] == ends[1]
 
 

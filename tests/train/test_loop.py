@@ -1,6 +1,6 @@
 """The loop never waits for the step it has just dispatched, and logs what the docs promise."""
 
-from saejax.logs import read_metrics
+from saejax.base.logs import read_metrics
 from saejax.train import loop
 
 from .synthetic import make_config, make_store

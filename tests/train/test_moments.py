@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
-from saejax.errors import CheckpointError
+from saejax.base import sharding
+from saejax.base.errors import CheckpointError
+from saejax.base.fingerprints import fingerprints
+from saejax.base.records import MeshOptions
 from saejax.sae import SAEParams, SAESpec, losses
 from saejax.sae.params import param_shardings
-from saejax.storage import fingerprints
 from saejax.train import loop, moments, rows
 from saejax.train.step_cost import bytes_per_parameter
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from saejax.logs import read_metrics
+from saejax.base.logs import read_metrics
 from saejax.train.checkpoint import read_meta, steps_in
 from saejax.train.preemption import EXIT_PREEMPTED
 from saejax.train.profile import traces

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax import sharding
-from saejax.config import MeshOptions, SAEOptions, TrainOptions
+from saejax.base import sharding
+from saejax.base.errors import NonFiniteError
+from saejax.base.logs import read_metrics
+from saejax.base.records import MeshOptions, StreamState
+from saejax.config import SAEOptions, TrainOptions
 from saejax.data.arrays import write_rows
 from saejax.data.stream import Stream
-from saejax.errors import NonFiniteError
-from saejax.logs import read_metrics
-from saejax.records import StreamState
 from saejax.sae import SAESpec, reconstruct, tensors
 from saejax.train import control, loop, optim
 from saejax.train.checkpoint import restore_params, steps_in

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions, ResampleOptions
-from saejax.records import ActivationStats
+from saejax.base import sharding
+from saejax.base.records import ActivationStats, MeshOptions
+from saejax.config import ResampleOptions
 from saejax.sae import SAESpec, tensors
 from saejax.sae.params import initial_per_feature
 from saejax.train.resample import draw, due, resample

@@ -11,10 +11,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 import saejax
-from saejax import sharding, storage
-from saejax.config import MeshOptions
-from saejax.errors import CheckpointCorruptError, CheckpointError, StoreError
-from saejax.logs import read_metrics
+from saejax.base import sharding
+from saejax.base.errors import CheckpointCorruptError, CheckpointError, StoreError
+from saejax.base.fingerprints import fingerprints
+from saejax.base.logs import read_metrics
+from saejax.base.records import MeshOptions
 from saejax.sae import SAESpec
 from saejax.train import loop
 from saejax.train.checkpoint import read_meta, restore_step, steps_in
@@ -51,7 +52,7 @@ def straight(store, tmp_path_factory):
     def make(kind):
         run_dir = tmp_path_factory.mktemp("straight") / kind
         trained = loop.train(make_config(kind, run_dir, **options(kind)), store)
-        return storage.fingerprints(trained.state), run_dir
+        return fingerprints(trained.state), run_dir
 
     return OnDemand(make)
 
@@ -70,7 +71,7 @@ def test_a_run_goes_on_on_the_other_path(store, tmp_path, monkeypatch):
 
 
 def finish(config, store):
-    return storage.fingerprints(loop.train(config, store).state)
+    return fingerprints(loop.train(config, store).state)
 
 
 @pytest.mark.parametrize("kind", kinds("relu", "topk", "batchtopk"))
@@ -121,7 +122,7 @@ def test_every_mesh_restores_the_same_bits(straight):
     for shape in ((1, 1), (1, 8), (8, 1), (2, 4)):
         mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[: shape[0] * shape[1]])
         state, _ = restore_step(straight["topk"][1] / "checkpoints" / "50", abstract_state(config, spec, mesh))
-        assert storage.fingerprints(state) == straight["topk"][0]
+        assert fingerprints(state) == straight["topk"][0]
         assert state.params.W_enc.sharding.mesh.shape == mesh.shape
 
 
@@ -167,7 +168,7 @@ def test_damage_is_equal_or_a_typed_error(straight, tmp_path, damage):
             assert str(step) in str(error) and "\n" not in str(error)
             refused += 1
         else:
-            assert storage.fingerprints(state) == straight["topk"][0], file
+            assert fingerprints(state) == straight["topk"][0], file
             assert meta == read_meta(source)
     assert refused >= 3
 
@@ -296,6 +297,6 @@ def test_a_config_in_a_run_directory_is_never_executed(straight, tmp_path):
     (run / "config.py").write_text("open('pwned', 'w')")
     values = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(values | {"__reduce__": "os.system"}))
-    with pytest.raises(saejax.errors.ConfigError, match="unknown key '__reduce__'"):
+    with pytest.raises(saejax.base.errors.ConfigError, match="unknown key '__reduce__'"):
         saejax.load(run)
     assert not os.path.exists("pwned")

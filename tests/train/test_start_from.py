@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.errors import ConfigError
+from saejax.base.errors import ConfigError
 from saejax.formats.release import release
 from saejax.train import loop
 from tests.train.synthetic import make_config, make_store

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax import sharding
-from saejax.config import MeshOptions
+from saejax.base import sharding
+from saejax.base.errors import ConfigError
+from saejax.base.records import MeshOptions, StreamState
 from saejax.data.stream import Stream
-from saejax.errors import ConfigError
-from saejax.records import StreamState
 from saejax.sae import SAESpec, tensors
 from saejax.train.member import total_steps
 from saejax.train.state import geometric_median, initial_state, normalization_scale

@@ -18,7 +18,6 @@ def main(options: dict) -> None:
         jax.distributed.initialize(f"127.0.0.1:{options['port']}", num_processes=options["processes"],
                                    process_id=options["process"], initialization_timeout=60, heartbeat_timeout_seconds=10,
                                    shutdown_timeout_seconds=15)
-    from saejax import storage
     from saejax.data.store import Store
     from saejax.train import loop
     from saejax.train.preemption import EXIT_PREEMPTED, Preempted
@@ -37,7 +36,7 @@ def main(options: dict) -> None:
         if options["processes"] > 1:
             jax.distributed.shutdown()
         sys.exit(EXIT_PREEMPTED)
-    print("FINGERPRINTS " + json.dumps(storage.fingerprints(trained.state)), flush=True)
+    print("FINGERPRINTS " + json.dumps(fingerprints(trained.state)), flush=True)
 
 
 if __name__ == "__main__":

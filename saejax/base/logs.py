@@ -1,0 +1,127 @@
+"""What a person and a machine see of a run: progress bars, JSONL, TensorBoard, optional Weights & Biases."""
+
+import json
+import secrets
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from saejax.base.errors import ConfigError
+from saejax.base.storage import disk_errors, is_writer, safe_name, write_bytes
+
+
+def say(message: str) -> None:
+    """One line to stderr, from one process, without tearing a progress bar."""
+    if is_writer():
+        tqdm.write(message, file=sys.stderr)
+
+
+class Progress:
+    """A progress bar counted in tokens (or another unit) with rate and ETA; on a non-terminal a line every 15 seconds."""
+
+    def __init__(self, title: str, total: int | None, *, initial: int = 0, unit: str = "tok", enabled: bool = True):
+        show = enabled and is_writer()
+        terminal = sys.stderr.isatty()
+        self._bar = tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=True, disable=not show,
+                         dynamic_ncols=terminal, mininterval=0.5 if terminal else 15.0, smoothing=0.1, file=sys.stderr,
+                         ascii=None if terminal else True)
+
+    def advance(self, n: int, **shown) -> None:
+        """Moves the bar by `n` units; `shown` values appear behind it."""
+        if shown:
+            self._bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
+        self._bar.update(n)
+
+    def shorten(self, n: int) -> None:
+        """`n` units of the total will not come."""
+        if self._bar.total is not None:
+            self._bar.total -= n
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+
+class MetricWriter:
+    """Appends one JSON object per line, and the same scalars to TensorBoard and wandb. Only one process writes.
+
+    A resumed run continues the same file: lines of steps after the resumed one are cut off first, so that `tokens_seen` is
+    strictly increasing whatever happened before. At Weights & Biases it continues the run whose id is kept in `wandb_id` beside
+    the file.
+    """
+
+    def __init__(self, jsonl: Path, *, tensorboard: Path | None = None, wandb_project: str = "", name: str = "",
+                 config: dict | None = None, resume_step: int = 0):
+        self._file = self._board = self._wandb = None
+        self._start = time.monotonic()
+        if not is_writer():
+            return
+        kept = [line for line in _lines(jsonl) if line["step"] <= resume_step] if resume_step else []
+        write_bytes(jsonl, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        with disk_errors(jsonl):
+            self._file = open(jsonl, "a", buffering=1)
+        if tensorboard is not None:
+            from tensorboardX import SummaryWriter
+            self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1 if resume_step else None,
+                                        write_to_disk=True)
+        if wandb_project:
+            self._wandb = _start_wandb(wandb_project, name, config or {}, jsonl.with_name("wandb_id"), resumed=resume_step > 0)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line {"step", **values}. Raises `DiskError` when the disk is full."""
+        if self._file is None:
+            return
+        with disk_errors(self._file.name):
+            self._file.write(json.dumps({"step": step, **{k: _plain(v) for k, v in values.items()}}) + "\n")
+        if self._board is not None:
+            for key, value in values.items():
+                self._board.add_scalar(key, float(value), step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        for sink, close in ((self._file, "close"), (self._board, "close"), (self._wandb, "finish")):
+            if sink is not None:
+                getattr(sink, close)()
+        self._file = self._board = self._wandb = None
+
+
+def _plain(value):
+    value = float(value)
+    return int(value) if value.is_integer() and abs(value) < 2**53 else value
+
+
+def _start_wandb(project: str, name: str, config: dict, id_file: Path, *, resumed: bool):
+    try:
+        import wandb
+    except ImportError as e:
+        raise ConfigError(f"config.log.wandb: {project!r} needs the extra: pip install 'saejax[wandb]'") from e
+    if not (resumed and id_file.is_file()):
+        write_bytes(id_file, secrets.token_hex(8).encode())  # of its own: equal configs may run in many places
+    run_id = safe_name(id_file.read_text(), ConfigError)
+    # What is only shown or kept may differ between two starts of a run: config values are allowed to change.
+    return wandb.init(project=project, name=name, config=config, id=run_id, resume="allow", allow_val_change=True)
+
+
+def _lines(path: Path) -> list[dict]:
+    if not path.exists():
+        return []
+    out = []
+    for line in path.read_text().splitlines():
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            break  # a line torn by a crash: it and what follows are rewritten by the resumed run
+    return out
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The metric lines of a run, oldest first; a torn last line is left out."""
+    return _lines(Path(path))

@@ -1,0 +1,95 @@
+"""The nouns that rooms hand to each other, and the layout of a run directory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+OUTLIER_FACTOR = 10.0  # outlier token: norm > 10 x the median norm
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """The device mesh ("data", "dict"): batch rows are split over `data`, dictionary features over `dict`."""
+
+    data: int = field(default=1, metadata={"ge": -1, "doc": "devices along the batch axis; -1 takes what `dict` leaves; both -1: "
+                                           "the fastest shape by prediction (docs/plan.md)"})
+    dict: int = field(default=-1, metadata={"ge": -1, "doc": "devices along the dictionary axis; -1 takes what `data` leaves"})
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Packed rows of tokens. `context_ids_B` is the row's number in the whole text, the same for every process count."""
+
+    tokens_BT: np.ndarray       # int32
+    keep_BT: np.ndarray         # bool, False at BOS, EOS, pad and other special tokens when these are masked
+    context_ids_B: np.ndarray   # int64
+
+
+@dataclass(frozen=True)
+class ActivationBatch:
+    """Rows of raw language-model activations, the hookpoints side by side, with their place in the text."""
+
+    x_BW: np.ndarray            # bfloat16, as harvested: no normalisation
+    token_ids_B: np.ndarray     # int32
+    contexts_B: np.ndarray      # int64: which row of tokens
+    positions_B: np.ndarray     # int32: which token of that row
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands: `position` rows of epoch `epoch` have been handed out."""
+
+    seed: int
+    epoch: int
+    position: int
+
+
+@dataclass(frozen=True)
+class ActivationStats:
+    """Statistics of the unmasked rows of a store, in raw units (float64 on the host)."""
+
+    rows: int
+    mean_D: np.ndarray          # mean activation
+    mean_norm: float            # E||x||
+    mean_sq_norm: float         # E||x||^2
+    median_norm: float          # of ||x||, sets the outlier bound
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Files of a run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "eval.json"
+
+    @property
+    def release(self) -> Path:
+        return self.root / "release"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"

@@ -1,0 +1,114 @@
+"""Files: atomic JSON, digests, safe paths, who writes, barriers. Importing this module does not import jax."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+from pathlib import Path
+
+from saejax.base.errors import DiskError, SaejaxError
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
+
+
+@contextlib.contextmanager
+def disk_errors(path):
+    """Turns the operating system's and tensorstore's write errors into one-line `DiskError`s that name the path."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.EEXIST):
+            raise DiskError(f"{error.filename or path}: a file or a dangling link lies where a directory is needed; remove it or "
+                            "choose another directory") from error
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR):
+            raise DiskError(f"{error.filename or path}: {error.strerror}; free space or choose another directory") from error
+        raise
+    except ValueError as error:
+        words = ("No space left", "File too large", "Disk quota", "Read-only file system", "Permission denied")
+        if any(w in str(error) for w in words):
+            reason = next(w for w in words if w in str(error))
+            raise DiskError(f"{path}: {reason}; free space or choose another directory") from error
+        raise
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all (temporary file, fsync, rename). Raises `DiskError`."""
+    path = Path(path)
+    # Processes of different hosts may have the same id.
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: str | Path, value) -> None:
+    """`write_bytes` of sorted, indented JSON (NaN and Inf refused): equal values give equal bytes."""
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: str | Path, error: type[SaejaxError] = SaejaxError):
+    """JSON of a file; `error` with the path when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except FileNotFoundError as e:
+        raise error(f"{path}: missing") from e
+    except (ValueError, OSError, RecursionError) as e:
+        raise error(f"{path}: not readable as JSON ({e})") from e
+
+
+def file_sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def text_sha256(*parts: str | bytes) -> str:
+    """SHA-256 over length-prefixed parts: ("ab", "c") and ("a", "bc") differ."""
+    h = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        h.update(len(data).to_bytes(8, "little"))
+        h.update(data)
+    return h.hexdigest()
+
+
+def safe_name(name: str, error: type[SaejaxError] = SaejaxError) -> str:
+    """`name` if it can be one path component (letters, digits, `_ . -`, no leading dot or dash); else `error`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or ".." in name:
+        raise error(f"{name!r} is not a safe file name (letters, digits, '_', '.', '-')")
+    return name
+
+
+def inside(root: str | Path, relative: str, error: type[SaejaxError] = SaejaxError) -> Path:
+    """`root/relative`, refused when any component is unsafe or when a link leads out of `root`."""
+    path = Path(root)
+    for part in Path(relative).parts:
+        path = path / safe_name(part, error)
+    if not path.resolve().is_relative_to(Path(root).resolve()):
+        raise error(f"{path}: leads outside {root}")
+    return path
+
+
+def is_writer() -> bool:
+    """True in the one process that writes shared files."""
+    import jax
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here; nothing in a single process."""
+    import jax
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices(name)

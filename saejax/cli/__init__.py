@@ -1,0 +1,1 @@
+"""The command `saejax`: the only room that knows options by their names and prints results."""

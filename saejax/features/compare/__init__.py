@@ -1,0 +1,1 @@
+"""Features beside something else: neurons, each other in a plane."""

@@ -1,0 +1,35 @@
+"""A dictionary as a picture: every feature a point, near those whose decoder directions are like its own."""
+
+import warnings
+
+import numpy as np
+
+from saejax.base.errors import FeatureIndexError
+from saejax.features.index.reader import FeatureIndex
+
+LEAST = 16  # features below which a picture says nothing
+
+
+def plane(index: FeatureIndex, *, seed: int = 0) -> np.ndarray:
+    """Places [F, 2] float32 in [0, 1] by UMAP (McInnes, Healy & Melville 2018) on the index's cosine neighbours.
+
+    The graph of UMAP is made of the 10 neighbours of each feature that the index holds, at distance 1 - cosine: neither decoder
+    nor F x F cosines are needed. The same seed gives the same picture. Raises `FeatureIndexError` when the package umap-learn
+    is missing, or there are fewer than `LEAST` features.
+    """
+    if index.features < LEAST:
+        raise FeatureIndexError(f"{index.path}: {index.features} features are too few for a picture; {LEAST} are needed")
+    try:
+        from umap import UMAP
+    except ImportError as error:
+        raise FeatureIndexError(f"a picture of the features needs UMAP; run pip install 'saejax[umap]' ({error})") from error
+    own_F = np.arange(index.features)[:, None]
+    ids_FN = np.concatenate([own_F, np.array(index.lists("cosine_ids"))], axis=1)
+    distance_FN = np.concatenate([own_F * 0, 1 - np.array(index.lists("cosine_scores"))], axis=1).clip(0).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="precomputed_knn")  # no new points will be placed
+        umap = UMAP(n_neighbors=ids_FN.shape[1], metric="cosine", min_dist=0.05, random_state=seed, n_jobs=1,
+                    precomputed_knn=(ids_FN, distance_FN))
+        places_F2 = umap.fit_transform(distance_FN)  # of what it is given it uses the number of rows
+    low, high = places_F2.min(0), places_F2.max(0)
+    return ((places_F2 - low) / np.maximum(high - low, 1e-9)).astype(np.float32)

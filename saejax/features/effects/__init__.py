@@ -1,0 +1,1 @@
+"""What features do to a language model: steering and attribution."""

@@ -1,0 +1,85 @@
+"""One prompt for language model and SAE: its tokens, and where in the model the SAE reads and writes."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from saejax.base.errors import FeatureIndexError, SteeringError
+from saejax.lm import LM, capture, check_hookpoint, hookpoints, width_of
+from saejax.sae.inference import SAE
+from saejax.sae.row_norm import NONE, normalise_rows
+
+
+def encoded(lm_: LM, prompt: str) -> np.ndarray:
+    """Token ids [T] of a prompt, BOS before it where the model has one. Raises `FeatureIndexError`: empty, or too long."""
+    if not prompt.strip():
+        raise FeatureIndexError("the prompt is empty; give some text")
+    tokens = [*([lm_.tokenizer.bos_id] if lm_.tokenizer.bos_id is not None else []), *lm_.tokenizer.encode(prompt)]
+    if len(tokens) > lm_.cfg.max_context:
+        raise FeatureIndexError(f"the prompt has {len(tokens)} tokens, the model's context {lm_.cfg.max_context}; shorten it")
+    return np.array(tokens, np.int32)
+
+
+def single_token(lm_: LM, text: str) -> int:
+    """The id of a text that is one token. Raises `FeatureIndexError` where it is none or several."""
+    ids = lm_.tokenizer.encode(text)
+    if len(ids) != 1:
+        raise FeatureIndexError(f"{text!r} is {len(ids)} tokens of this model; give one (a leading blank often matters)")
+    return ids[0]
+
+
+def special(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:
+    """bool [T]: the special tokens, which an SAE has not seen."""
+    return np.isin(tokens_T, sorted(lm_.tokenizer.special_ids))
+
+
+def padded(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:
+    """[1, T'] with 0s behind, T' a multiple of 16 where the context allows: few shapes, few compilations. What follows a token
+    does not change it.
+    """
+    return np.pad(tokens_T, (0, min(-len(tokens_T) % 16, lm_.cfg.max_context - len(tokens_T))))[None]
+
+
+@functools.partial(jax.jit, static_argnames="names")
+def values(model, tokens_BT, names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """float32 values [B, T, D] at hookpoints."""
+    return {name: x_BTD.astype(jnp.float32) for name, x_BTD in capture(model, tokens_BT, names).items()}
+
+
+def check_place(lm_: LM, sae: SAE) -> None:
+    """Raises `HookpointError` for a hookpoint that the model does not have, `SteeringError` where widths or order do not fit."""
+    for names, width in ((sae.cfg.hookpoints, sae.cfg.d_in), (sae.cfg.targets, sae.cfg.spec.width_out)):
+        for name in names:
+            check_hookpoint(lm_.cfg, name)
+        found = [width_of(lm_.cfg, name) for name in names]
+        if sum(found) != width:
+            raise SteeringError(f"the SAE is {width} wide at {', '.join(names)}, this model {' + '.join(map(str, found))}; load "
+                                f"the model that it was trained on ({sae.cfg.model})")
+    order = hookpoints(lm_.cfg)
+    if max(map(order.index, sae.cfg.hookpoints)) > order.index(sae.cfg.targets[0]) and sae.cfg.target:
+        raise SteeringError(f"the transcoder writes to {sae.cfg.target} before it has read {sae.cfg.hookpoint}, which "
+                            "this model has no place for")
+
+
+def check_one_place(sae: SAE) -> None:
+    """Raises `SteeringError` for a crosscoder: a change at its first layer would change what it reads at the others."""
+    if len(sae.cfg.targets) > 1:
+        raise SteeringError(f"a crosscoder ({sae.cfg.hookpoint}) reads above where it first writes, so that its features have no "
+                            "value to set in one pass: it is neither steered nor ablated")
+
+
+def check_feature(sae: SAE, feature: int) -> int:
+    """`feature`, or `SteeringError` when there is no such feature."""
+    if not 0 <= feature < sae.cfg.d_sae:
+        raise SteeringError(f"feature {feature}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
+    return feature
+
+
+def row_scales(sae: SAE, x: jax.Array) -> jax.Array | float:
+    """[..., 1]: what a unit of activation is worth in raw units at each row; 1 but where the SAE normalises rows (`input_norm`).
+    """
+    if sae.cfg.input_norm == NONE or sae.cfg.d_out is not None:
+        return 1.0
+    return normalise_rows(sae.cfg.input_norm, x.reshape(-1, x.shape[-1]))[1].reshape(*x.shape[:-1], 1)

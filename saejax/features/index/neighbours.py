@@ -1,0 +1,117 @@
+"""Features near a feature: by the direction of the decoder, and by firing together."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from saejax.base import sharding
+from saejax.base.errors import FeatureIndexError
+from saejax.features.index.bits import EMPTY
+
+LEAST_SUPPORT = 3  # shared rows in the samples below which two features are not called correlated
+
+
+def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh, *, own: np.ndarray | None = None,
+            block: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """(feature [Q, n], cosine [Q, n]) of the n rows of `directions_FD` nearest to each query [Q, D], nearest first.
+
+    directions_FD: split by feature over `dict`. own: row numbers of the queries, which are left out of their own list.
+    A block of queries meets each shard's rows, [block, F / dict] cosines per device, and only n candidates of each shard are
+    gathered along `dict`: no array of width F moves. Rows of zeros have cosine 0.
+    """
+    F = directions_FD.shape[0]
+    n = min(n, F - 1 if own is not None else F)
+    if n < 1:
+        raise FeatureIndexError(f"{F} features: a feature has no neighbours; use a dictionary of several")
+    queries = np.asarray(queries, np.float32)
+    own = np.full(len(queries), -1) if own is None else np.asarray(own)
+    found = []
+    with jax.set_mesh(mesh):
+        for start in range(0, len(queries), block):
+            part, mine = queries[start:start + block], own[start:start + block]
+            room = block - len(part)
+            where = np.pad(part, ((0, room), (0, 0))), np.pad(mine, (0, room)).astype(np.int32)
+            found.append([np.asarray(x)[:len(part)] for x in jax.device_get(_nearest(directions_FD, *where, n=n))])
+    return tuple(np.concatenate(column) for column in zip(*found, strict=True))
+
+
+@functools.partial(jax.jit, static_argnames="n")
+def _nearest(directions_FD, queries_QD, own_Q, *, n: int):
+    def local(rows_FD, queries_QD, own_Q):
+        F = len(rows_FD)
+        number_F = jnp.arange(F, dtype=jnp.int32) + F * lax.axis_index("dict")
+        cosine_QF = jnp.einsum("qd,fd->qf", _unit(queries_QD), _unit(rows_FD), precision="highest")
+        cosine_QF = jnp.where(number_F == own_Q[:, None], -jnp.inf, cosine_QF)
+        value_QN, index_QN = lax.top_k(cosine_QF, min(n, F))
+        value, index = (lax.all_gather(x, "dict", axis=1, tiled=True) for x in (value_QN, number_F[index_QN]))
+        value, place = lax.top_k(value, n)
+        return jnp.take_along_axis(index, place, axis=1), value
+
+    return jax.shard_map(local, in_specs=(sharding.spec("features", None), sharding.spec(), sharding.spec()),
+                         out_specs=(sharding.spec(), sharding.spec()), check_vma=False)(directions_FD, queries_QD, own_Q)
+
+
+def _unit(rows):
+    rows = rows.astype(jnp.float32)
+    return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+class Coactivation:
+    """Which features fire together, estimated from coordinated samples: the 64 rows with the least hash of each feature.
+
+    As the hash is of the row alone, two features that fire on the same rows sampled the same rows. Of the rarer feature i those
+    sampled rows count that are below the bound up to which the sample of j is complete; the share of them in j's sample
+    estimates P(j | i). phi = (n_ij N - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j)), the Pearson correlation of firing, with
+    exact n_i, n_j. Shared rows below `LEAST_SUPPORT` are no evidence; so j may fire at most some 20 times as often as i, and a
+    phi above 0.22 is within reach of every pair. Memory: 64 rows a feature, whatever F and N.
+    """
+
+    def __init__(self, sketch_FS: np.ndarray, fired_F: np.ndarray, rows: int):
+        self._sketch, self._fired, self._rows = np.asarray(sketch_FS), np.asarray(fired_F, np.float64), float(rows)
+        self._bound = np.where(self._sketch[:, -1] == EMPTY, EMPTY, self._sketch[:, -1])
+        feature, _ = np.nonzero(self._sketch != EMPTY)
+        keys = self._sketch[self._sketch != EMPTY]
+        order = np.lexsort((feature, keys))
+        self._keys, self._features = keys[order], feature[order]
+
+    def of(self, first: int, last: int, n: int) -> list[list[tuple[int, float, int]]]:
+        """Of features first .. last - 1 the (feature, phi, shared sampled rows) with the highest phi > 0, at most n each."""
+        i, slot = np.nonzero(self._sketch[first:last] != EMPTY)
+        keys = self._sketch[first:last][i, slot]
+        begin, end = np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
+        lengths = end - begin
+        source = np.repeat(i + first, lengths)
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        other = self._features[np.repeat(begin, lengths) + within]
+        pairs, shared = np.unique((source * len(self._fired) + other)[source != other], return_counts=True)
+        enough = shared >= LEAST_SUPPORT
+        a, b = np.divmod(pairs[enough], len(self._fired))
+        phi = self._phi(a, b, shared[enough])
+        return self._best(a, b, phi, shared[enough], first, last, n)
+
+    def _phi(self, a: np.ndarray, b: np.ndarray, shared: np.ndarray) -> np.ndarray:
+        rare = np.where(self._bound[a] >= self._bound[b], a, b)
+        bound = np.minimum(self._bound[a], self._bound[b])
+        usable = (self._sketch[rare] <= bound[:, None]).sum(1) - (bound == EMPTY) * (self._sketch[rare] == EMPTY).sum(1)
+        both = np.minimum(shared / np.maximum(usable, 1), 1.0) * self._fired[rare]
+        n_a, n_b, N = self._fired[a], self._fired[b], self._rows
+        spread = np.sqrt(n_a * (N - n_a) * n_b * (N - n_b))
+        return np.divide(both * N - n_a * n_b, spread, out=np.zeros(len(a)), where=spread > 0)
+
+    @staticmethod
+    def _best(a, b, phi, shared, first, last, n):
+        order = np.lexsort((b, -phi, a))
+        a, b, phi, shared = a[order], b[order], phi[order], shared[order]
+        borders = np.searchsorted(a, np.arange(first, last + 1))
+        out = []
+        for begin, end in zip(borders[:-1], borders[1:], strict=True):
+            part = slice(begin, min(end, begin + n))
+            out.append([(int(j), float(min(p, 1.0)), int(s)) for j, p, s in zip(b[part], phi[part], shared[part], strict=True)
+                        if p > 0])
+        return out
+
+

@@ -1,0 +1,160 @@
+"""`FeatureIndex`: what is known of every feature, on disk. docs/features.md describes the directory.
+
+    manifest.json        written last: what it was made from (fingerprints), totals, digests of the files
+    features.parquet     one row a feature: counts, maximum, histograms, top tokens, logit effects, neighbours
+    examples.parquet     one row an example, by feature; a row group holds those of 256 features
+    vocabulary.parquet   the text of every token id
+    tokens.npy keep.npy  [contexts, T] the corpus' tokens, and which of them are unmasked
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from saejax.base import sharding
+from saejax.base.errors import FeatureIndexError
+from saejax.base.fingerprints import fingerprints
+from saejax.base.storage import file_sha256, read_json, text_sha256
+from saejax.features.index.corpus import Tokens
+from saejax.lm import LM
+from saejax.sae import tensors
+from saejax.sae.inference import SAE
+
+KIND, SCHEMA_VERSION = "saejax-feature-index", 1
+MANIFEST, FEATURES, EXAMPLES, VOCABULARY = "manifest.json", "features.parquet", "examples.parquet", "vocabulary.parquet"
+FILES = (FEATURES, EXAMPLES, VOCABULARY, *Tokens.FILES)
+GROUP = 256  # features of a row group of examples
+
+_NEAR = [("ids", pa.list_(pa.int32())), ("scores", pa.list_(pa.float32()))]
+FEATURE_SCHEMA = pa.schema([
+    ("feature", pa.int32()), ("fired", pa.int64()), ("density", pa.float64()), ("mean", pa.float64()), ("max", pa.float32()),
+    ("decoder_norm", pa.float32()), ("encoder_norm", pa.float32()), ("bias", pa.float32()),
+    ("log_edges", pa.list_(pa.float32())), ("log_counts", pa.list_(pa.int64())),
+    ("linear_width", pa.float64()), ("linear_counts", pa.list_(pa.int64())), ("interval_counts", pa.list_(pa.float32())),
+    ("token_ids", pa.list_(pa.int32())), ("token_shares", pa.list_(pa.float32())), ("token_means", pa.list_(pa.float32())),
+    ("logit_ids", pa.list_(pa.int32())), ("logit_effects", pa.list_(pa.float32())),
+    *((f"cosine_{name}", kind) for name, kind in _NEAR), *((f"firing_{name}", kind) for name, kind in _NEAR),
+    ("firing_support", pa.list_(pa.int32()))])
+
+
+def example_schema(window: int) -> pa.Schema:
+    """`acts`: the feature's activations at the `window` tokens from `start` on; 0 at masked ones."""
+    return pa.schema([("feature", pa.int32()), ("interval", pa.int8()), ("value", pa.float32()), ("context", pa.int64()),
+                      ("position", pa.int32()), ("start", pa.int32()), ("acts", pa.list_(pa.float32(), window))])
+
+
+def sae_fingerprint(sae: SAE) -> str:
+    """Digest of an SAE's parameters, the same for every mesh, and for a run and its release."""
+    with jax.set_mesh(sae.mesh or sharding.single_device_mesh()):
+        return text_sha256(json.dumps(fingerprints(tensors(sae.params)), sort_keys=True))
+
+
+class FeatureIndex:
+    """An index that was built to its end."""
+
+    def __init__(self, path: Path, manifest: dict):
+        self.path, self.manifest = path, manifest
+        self.features: int = manifest["sae"]["d_sae"]
+        self.window: int = manifest["settings"]["window"]
+        self._group = functools.lru_cache(maxsize=4)(lambda name, group: self._tables[name].read_row_group(group))
+        self._tables = {name: pq.ParquetFile(path / name) for name in (FEATURES, EXAMPLES)}
+        tokens = Tokens(path)
+        self.tokens_NT, self.keep_NT = tokens.tokens_NT, tokens.keep_NT
+
+    @classmethod
+    def open(cls, path: str | Path, *, sae: SAE | None = None, lm_: LM | None = None, full: bool = False) -> "FeatureIndex":
+        """Opens a finished index; sizes of the files are compared, with `full` their digests.
+
+        sae, lm_: what it is to be used with. Raises `FeatureIndexError` when it is missing, unfinished, altered, of a newer
+        schema, or built for another checkpoint or model.
+        """
+        path = Path(path)
+        manifest = read_manifest(path)
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"] or (full and file_sha256(file) != entry["sha256"]):
+                raise FeatureIndexError(f"{file}: missing or altered since the index was built; build it again (saejax features)")
+        check_belongs(path, manifest, sae, lm_)
+        try:
+            return cls(path, manifest)
+        except pa.ArrowException as error:
+            raise FeatureIndexError(f"{path}: not readable ({' '.join(str(error).split())[:200]}); build it again") from error
+
+    def check_feature(self, feature: int) -> int:
+        """`feature`, or `FeatureIndexError` when there is no such feature."""
+        if not 0 <= feature < self.features:
+            raise FeatureIndexError(f"feature {feature}: {self.path} has features 0 to {self.features - 1}")
+        return feature
+
+    def column(self, name: str) -> np.ndarray:
+        """A number of every feature: `fired`, `density`, `mean`, `max`, `decoder_norm`, `encoder_norm`, `bias`."""
+        return self._tables[FEATURES].read(columns=[name])[name].to_numpy()
+
+    def lists(self, name: str) -> list[list]:
+        """A list of every feature, as `token_ids`."""
+        return self._tables[FEATURES].read(columns=[name])[name].to_pylist()
+
+    @functools.cached_property
+    def vocabulary(self) -> list[str]:
+        """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
+        return pq.read_table(self.path / VOCABULARY)["text"].to_pylist()
+
+    def rows(self, first: int, last: int) -> list[dict]:
+        """What is known of features first .. last - 1, by the names of `FEATURE_SCHEMA`."""
+        return self._of(FEATURES, first, last)
+
+    def examples(self, first: int, last: int | None = None) -> list[dict]:
+        """Examples of features first .. last - 1 (of one feature without `last`), by the names of `example_schema`."""
+        return self._of(EXAMPLES, first, first + 1 if last is None else last)
+
+    def _of(self, name: str, first: int, last: int) -> list[dict]:
+        return self.table(name, first, last).to_pylist()
+
+    def table(self, name: str, first: int, last: int) -> pa.Table:
+        """The part of `FEATURES` or `EXAMPLES` that belongs to features first .. last - 1."""
+        self.check_feature(first), self.check_feature(last - 1)
+        table = pa.concat_tables([self._group(name, g) for g in range(first // GROUP, (last - 1) // GROUP + 1)])
+        begin, end = np.searchsorted(table["feature"].to_numpy(), (first, last))
+        return table.slice(begin, end - begin)
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest of a finished index, its own digest verified."""
+    if not (path / MANIFEST).is_file():
+        raise FeatureIndexError(f"{path / MANIFEST}: missing, so there is no finished index; run `saejax features` (it resumes)")
+    values = read_json(path / MANIFEST, FeatureIndexError)
+    if not isinstance(values, dict) or values.get("kind") != KIND:
+        raise FeatureIndexError(f"{path / MANIFEST}: not the manifest of a feature index")
+    if values.get("schema_version") != SCHEMA_VERSION:
+        raise FeatureIndexError(f"{path / MANIFEST}: schema version {values.get('schema_version')!r}, this saejax reads "
+                                f"{SCHEMA_VERSION}; use the saejax that wrote it, or build the index again")
+    if values.get("sha256") != manifest_digest(values):
+        raise FeatureIndexError(f"{path / MANIFEST}: altered since it was written; build the index again")
+    return values
+
+
+def manifest_digest(values: dict) -> str:
+    """SHA-256 of a manifest without its own digest."""
+    rest = {key: value for key, value in values.items() if key != "sha256"}
+    return text_sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")))
+
+
+def check_belongs(path: Path, manifest: dict, sae: SAE | None, lm_: LM | None) -> None:
+    """Raises one `FeatureIndexError` that lists what an index was not built for."""
+    problems = []
+    if sae is not None and sae_fingerprint(sae) != manifest["sae"]["fingerprint"]:
+        problems.append(f"another checkpoint (fingerprint {manifest['sae']['fingerprint'][:12]}, given "
+                        f"{sae_fingerprint(sae)[:12]})")
+    if lm_ is not None:
+        for what, given in (("model", lm_.digest), ("tokenizer", lm_.tokenizer.digest)):
+            recorded = manifest["corpus"][f"{what}_digest"]
+            if given != recorded:
+                problems.append(f"another {what} (digest {recorded[:12]}, given {given[:12]})")
+    if problems:
+        raise FeatureIndexError(f"{path}: was built for {' and '.join(problems)}; build an index for this one into another "
+                                "directory")

@@ -1,0 +1,1 @@
+"""All that is HTML: reports, the dashboard, pages about one prompt, rating sheets."""

@@ -1,0 +1,56 @@
+"""Pages about one prompt: continuations side by side, attribution. One file each, no script, nothing loaded from elsewhere."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from saejax.base.storage import write_bytes
+from saejax.base.text import visible
+from saejax.features.effects.attribution import Attribution, agreement
+from saejax.lm import LM
+from saejax.pages.templates import render
+
+_ROWS, _POINTS, _LONGEST = 40, 2000, 10_000
+
+
+def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Sequence[tuple[str, str]],
+                   rows: Sequence[tuple[str, str]]) -> None:
+    """rows: (what was done, how the prompt goes on). Raises `DiskError`."""
+    shown = [(visible(label, 200), visible(text, _LONGEST)) for label, text in rows]
+    _write(file, "steering.html", title=title, model=lm_.name, prompt=visible(prompt, _LONGEST), rows=shown,
+           settings=[(label, visible(value, 200)) for label, value in settings])
+
+
+def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, labels: dict[int, str]) -> None:
+    """labels: what is known of features, by number. Raises `DiskError`."""
+    text = [visible(t) for t in lm_.tokenizer.token_strings(found.tokens_T)]
+    total_T = np.bincount(found.position_P, found.attribution_P, minlength=len(text))
+    pairs = [{"token": text[found.position_P[p]], "position": int(found.position_P[p]), "feature": int(found.feature_P[p]),
+              "activation": found.activation_P[p], "attribution": found.attribution_P[p], "ablation": found.ablation_P[p],
+              "label": visible(labels.get(int(found.feature_P[p]), ""), 200)} for p in found.best(_ROWS)]
+    against = "the mean logit" if found.against is None else visible(lm_.tokenizer.decode([found.against]))
+    _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.decode([found.target])),
+           against=against, difference=found.difference, tokens=_tinted(text, total_T), pairs=pairs, said=agreement([found]),
+           points=_points(found))
+
+
+def _tinted(text: list[str], total_T: np.ndarray) -> list[dict]:
+    """Tokens with the sum of their attributions and its share of the largest, 0 to 1."""
+    most = max(float(np.abs(total_T).max()), 1e-30)
+    return [{"text": t, "total": float(v), "share": round(abs(float(v)) / most, 3), "sign": "up" if v > 0 else "down"}
+            for t, v in zip(text, total_T, strict=True)]
+
+
+def _points(found: Attribution) -> list[tuple[float, float]]:
+    """(x, y) in a square of 300: attribution to the right, ablation upwards, the same scale for both."""
+    here = np.flatnonzero(np.isfinite(found.ablation_P))
+    here = here[np.argsort(-np.abs(found.ablation_P[here]), kind="stable")][:_POINTS]
+    xy = np.stack([found.attribution_P[here], -found.ablation_P[here]], axis=1)
+    most = max(float(np.abs(xy).max(initial=0.0)), 1e-30)
+    return [(round(float(x), 1), round(float(y), 1)) for x, y in 150 + 145 * xy / most]
+
+
+def _write(file: Path, template: str, **values) -> None:
+    values["title"] = visible(values["title"], 200)
+    write_bytes(file, render(template, **values).encode())

@@ -1,0 +1,73 @@
+"""`report.html`: one file that opens anywhere, holds no script and loads nothing."""
+
+from pathlib import Path
+
+from saejax import config as config_lib
+from saejax.base.logs import read_metrics
+from saejax.base.records import RunPaths
+from saejax.base.storage import write_bytes
+from saejax.config.recipes import WITH_K
+from saejax.pages.plots import Plot, curves, histogram_plot, line_plot
+from saejax.pages.summary import Result, described, rows
+from saejax.pages.templates import render
+
+
+def write_report(paths: RunPaths, result: Result) -> Path:
+    """Writes the report of a run and returns its path. Raises `DiskError`.
+
+    Everything in it is text or a picture: the page's policy forbids script and any address but data URIs, and every
+    value from config or metrics is escaped.
+    """
+    write_bytes(paths.report, html(result, read_metrics(paths.metrics)).encode())
+    return paths.report
+
+
+def html(result: Result, lines: list[dict]) -> str:
+    """The page as a string."""
+    config = config_lib.flat(result.config)
+    defaults = config_lib.flat(config_lib.Config())
+    return render(
+        "report.html", name=result.config.name, story=_story(result), table=rows(result),
+        plots=plots(result, lines), resamples=_resamples(lines),
+        config=[(key, repr(value), value != defaults[key]) for key, value in config.items()])
+
+
+def plots(result: Result, lines: list[dict]) -> list[Plot]:
+    """Every figure for which there is data."""
+    marks = [tokens for tokens, _ in _resamples(lines)]
+    limit = 1.25 * result.config.sae.k if result.config.sae.kind in WITH_K else None
+    parts = {"loss": "loss", "mse": "mean squared error", "aux": "auxiliary", "l1": "L1 penalty / lambda",
+             "sparsity": "sparsity term / lambda"}
+    wanted = [
+        ("Loss and its parts", parts, {"log": True}),
+        ("L0: active features per token", {"l0": "L0"}, {"top": limit}),
+        ("Fraction of variance", {"explained_variance": "explained", "fvu": "unexplained"}, {"top": 1.0}),
+        ("Dead features (share)", {"dead_fraction": "dead"}, {}),
+        ("Learning rate", {"lr": "learning rate"}, {}),
+        ("Sparsity coefficient lambda", {"l1_coefficient": "lambda", "sparsity_coefficient": "lambda"}, {}),
+        ("Threshold", {"threshold": "running mean of the least kept activation"}, {}),
+        ("Tokens per second", {"tokens_per_second": "tokens/s"}, {}),
+        ("MFU: share of the chips' bfloat16 peak", {"mfu": "MFU"}, {"top": 1.0}),
+        ("FLOP/s of a device", {} if any("mfu" in line for line in lines) else {"flops_per_second": "FLOP/s"}, {}),
+        ("Peak memory of a device (bytes)", {"peak_device_bytes": "bytes"}, {}),
+        ("Share of time spent waiting for data", {"data_wait_share": "waiting"}, {"top": 1.0}),
+    ]
+    out = [line_plot(title, found, marks=marks, **options) for title, labels, options in wanted
+           if (found := curves(lines, labels))]
+    if result.evaluation.get("density_histogram"):
+        out.append(histogram_plot("Firing density of the features", result.evaluation["density_histogram"]))
+    return out
+
+
+def _resamples(lines: list[dict]) -> list[tuple[int, int]]:
+    """(tokens seen, features replaced) of every resampling step."""
+    return [(line["tokens_seen"], int(line["resampled"])) for line in lines
+            if {"resampled", "tokens_seen"} <= line.keys()]
+
+
+def _story(result: Result) -> str:
+    c, e = result.config, result.evaluation
+    return (f"A sparse autoencoder ({described(c)}) with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
+            f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {', '.join(c.sae.hookpoints)}. Text: "
+            f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
+            f"contexts of held-out text. {result.resume}").strip()

@@ -1,0 +1,266 @@
+"""`saejax inspect`: what a directory is, and whether every byte of it verifies."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from saejax.base import sharding
+from saejax.base.records import MeshOptions
+from saejax.config import Config
+from saejax.data import manifest as mf
+from saejax.data.shards import check_layout
+from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_record, read_spec, record_file
+from saejax.base.errors import FormatError, SaejaxError
+from saejax.evals import evaluate as evals
+from saejax.features.index import reader as index
+from saejax.formats import saelens, saelens_read
+from saejax.config.recipes import WITH_K
+from saejax.base.records import RunPaths
+from saejax.config import read_config
+from saejax.sae import SAESpec
+from saejax.scaling.sweep import is_sweep, members
+from saejax.base.storage import file_sha256
+from saejax.train.checkpoint import is_step, machine_of, read_meta, restore_params, restore_step, steps_in
+from saejax.train.determinism import promise
+from saejax.train.member import total_steps
+from saejax.train.state import abstract_state
+
+
+@dataclass
+class Finding:
+    """What was found at a path: its kind, facts in the order to show, and every problem."""
+
+    path: Path
+    kind: str
+    facts: dict = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def attempt(self, check: Callable[[], object]):
+        """The value of a check, or None with its error among the problems."""
+        try:
+            return check()
+        except SaejaxError as error:
+            self.problems.append(" ".join(str(error).split()))
+        except OSError as error:
+            self.problems.append(f"{error.filename or self.path}: {error.strerror}")
+        return None
+
+    def to_json(self) -> dict:
+        return {"path": str(self.path), "kind": self.kind, "verifies": not self.problems,
+                "bytes": size_on_disk(self.path), **self.facts, "problems": self.problems}
+
+
+def inspect_paths(paths: tuple[Path, ...], *, as_json: bool) -> int:
+    """Prints what every path is; 0 when all of it verifies, 2 otherwise."""
+    bad = False
+    for path in paths:
+        finding = inspect_path(path)
+        bad |= bool(finding.problems)
+        print(json.dumps(finding.to_json()) if as_json else _text(finding))
+    return 2 if bad else 0
+
+
+def inspect_path(path: Path) -> Finding:
+    """Recognises and verifies a store (finished or not), run, step, release or feature index; `FormatError` for other paths."""
+    path = Path(path)
+    if (path / index.FEATURES).is_file() and (path / index.MANIFEST).is_file():
+        return _index(path)
+    if (path / MANIFEST).is_file() or (path / SPEC).is_file():
+        return _store(path)
+    if is_step(path):
+        return _checkpoint(path)
+    if (path / saelens.CONFIG).is_file() or (path / saelens.WEIGHTS).is_file():
+        return _release(path)
+    if RunPaths(path).config.is_file():
+        return _run(path)
+    raise FormatError(f"{path}: neither an activation store, nor a run, a checkpoint step, a release or a feature index"
+                      if path.exists() else f"{path}: does not exist")
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of all files below a path; links are not followed."""
+    return sum(f.lstat().st_size for f in Path(path).rglob("*") if f.is_file() and not f.is_symlink())
+
+
+def _store(path: Path) -> Finding:
+    if not is_complete(path):
+        return _unfinished_store(path)
+    found = Finding(path, "activation store")
+    read = found.attempt(lambda: mf.read_manifest(path / MANIFEST))
+    if read is None:
+        return found
+    values, spec = read
+    found.facts = _store_facts(spec) | {"contexts": values["n_contexts"], "rows": values["rows"],
+                                        "unmasked_rows": values["kept_rows"], "shards": len(values["shards"]),
+                                        "schema_version": values["schema_version"], "digest": values["sha256"]}
+    for name, array in spec.arrays().items():
+        _same(found, path / name / "zarr.json", values["arrays"][name]["zarr_json_sha256"])
+        for shard, entry in enumerate(values["shards"]):
+            if _same(found, path / array.shard_file(shard), entry["files"][name]["sha256"]):
+                found.attempt(lambda a=array, s=shard, n=entry["contexts"]: check_layout(path, a, s, n * spec.context))
+    for shard, entry in enumerate(values["shards"]):
+        record = path / record_file(shard)
+        if _same(found, record, entry["record_sha256"]):
+            found.attempt(lambda r=record, n=entry["contexts"]: read_record(r, spec, n))
+    _same(found, path / SPEC, values["spec_file_sha256"])
+    if not found.problems:
+        found.attempt(lambda: Store.open(path))  # sizes; every digest has been compared above
+    return found
+
+
+def _unfinished_store(path: Path) -> Finding:
+    found = Finding(path, "activation store, unfinished")
+    spec = found.attempt(lambda: read_spec(path))
+    if spec is None:
+        return found
+    records = sorted((path / RECORDS).glob("[0-9]*.json"))
+    found.facts = _store_facts(spec) | {"shards": f"{len(records)} of {spec.target_shards}",
+                                        "schema_version": mf.SCHEMA_VERSION}
+    for file in records:
+        record = found.attempt(lambda f=file: read_record(f, spec))
+        for name, array in spec.arrays().items() if record is not None else ():
+            shard = int(file.stem)
+            if _same(found, path / array.shard_file(shard), record["files"][name]["sha256"]):
+                found.attempt(lambda a=array, s=shard, r=record: check_layout(path, a, s, r["contexts"] * spec.context))
+    return found
+
+
+def _store_facts(spec: mf.StoreSpec) -> dict:
+    return {"model": spec.model, "weights": spec.model_digest[:16], "lm_dtype": spec.lm_dtype,
+            "hookpoints": {name: width for name, width in spec.hookpoints}, "context": spec.context,
+            "text": spec.text.get("sources"), "masked": "special tokens" if spec.mask_special else "nothing"}
+
+
+def _same(found: Finding, file: Path, expected: str) -> bool:
+    """True when a file is there with the digest that was recorded; otherwise one problem."""
+    digest = found.attempt(lambda: file_sha256(file)) if file.is_file() else None
+    if digest is None and not file.is_file():
+        found.problems.append(f"{file}: missing")
+    elif digest is not None and digest != expected:
+        found.problems.append(f"{file}: altered (sha256 {digest[:12]}, recorded {expected[:12]})")
+    return digest == expected
+
+
+def _checkpoint(path: Path) -> Finding:
+    found = Finding(path, "checkpoint step")
+    meta = found.attempt(lambda: read_meta(path))
+    if meta is None:
+        return found
+    s = meta.spec
+    found.facts = {"sae": f"{s.kind}{f', k = {s.k}' if s.kind in WITH_K else ''}", "d_in": s.d_in, "d_sae": s.d_sae,
+                   "compute_dtype": s.compute_dtype, **meta.data,
+                   "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
+                   "position": meta.counters.stream.position, "resamples": meta.counters.resamples,
+                   "leaves": len(meta.fingerprints), "written_on": meta.machine or "not recorded"}
+    config = RunPaths(path.absolute().parent.parent).config
+    mesh = _mesh(s.d_sae)
+    if config.is_file():
+        found.attempt(lambda: restore_step(path, _abstract(read_config(config), s, mesh)))
+    else:
+        found.facts["verified"] = "parameters only (no config.json two levels up)"
+        found.attempt(lambda: restore_params(path, mesh))
+    return found
+
+
+def _abstract(config: Config, spec: SAESpec, mesh: Mesh):
+    return abstract_state(config, spec, mesh)
+
+
+def _mesh(d_sae: int) -> Mesh:
+    """All devices along `dict` where the dictionary divides over them: it may not fit one."""
+    if d_sae % jax.device_count() == 0:
+        return sharding.make_mesh(MeshOptions(1, -1))
+    return sharding.single_device_mesh()
+
+
+def _release(path: Path) -> Finding:
+    found = Finding(path, "release")
+    for name in (saelens.CONFIG, saelens.WEIGHTS):
+        if not (path / name).is_file():
+            found.problems.append(f"{path / name}: missing")
+    sae = found.attempt(lambda: saelens_read.read(path)) if not found.problems else None
+    if sae is not None:
+        c = sae.cfg
+        found.facts = {"sae": f"{c.kind}{f', k = {c.k}' if c.kind == 'topk' else ''}", "d_in": c.d_in, "d_sae": c.d_sae,
+                       "hookpoint": c.hookpoint, **({"target": c.target} if c.target else {}), "model": c.model,
+                       "schema_version": c.metadata.get("schema_version"),
+                       "tokens_seen": c.metadata.get("training", {}).get("tokens"),
+                       "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
+    return found
+
+
+def _index(path: Path) -> Finding:
+    found = Finding(path, "feature index")
+    opened = found.attempt(lambda: index.FeatureIndex.open(path, full=True))
+    if opened is not None:
+        sae = opened.manifest["sae"]
+        found.facts = {"sae": sae["kind"], "d_in": sae["d_in"], "d_sae": opened.features, "model": sae["model"],
+                       "hookpoints": sae["hookpoints"], "sae_fingerprint": sae["fingerprint"][:16],
+                       "contexts": len(opened.tokens_NT), "unmasked_tokens": int(opened.keep_NT.sum()),
+                       "never_fired": int((opened.column("fired") == 0).sum())}
+    return found
+
+
+def _run(path: Path) -> Finding:
+    found, paths = Finding(path, "run"), RunPaths(path)
+    config = found.attempt(lambda: read_config(paths.config))
+    if config is None:
+        return found
+    if is_sweep(config):
+        return _sweep(found, dataclasses.replace(config, run_dir=str(path)))
+    steps = steps_in(paths.checkpoints)
+    found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
+                   "sae": f"{config.sae.kind}, {config.sae.d_sae} features",
+                   "compute_dtype": config.train.compute_dtype, "steps": f"{steps[-1] if steps else 0} of "
+                   f"{total_steps(config)}", "checkpoints": steps, "deterministic": config.train.deterministic,
+                   "resume": promise(config.train.deterministic,
+                                     machine_of(paths.checkpoints / str(steps[-1] if steps else 0))) or "not known",
+                   "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
+                   "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}
+    for step in steps:
+        found.problems += _checkpoint(paths.checkpoints / str(step)).problems
+    store = path / "store"
+    for part in (paths.release, store):
+        if part.is_dir():
+            inner = found.attempt(lambda p=part: inspect_path(p))
+            if inner is not None:
+                found.facts[part.name] = inner.kind
+                found.problems += inner.problems
+    return found
+
+
+def _sweep(found: Finding, config: Config) -> Finding:
+    """All members of a sweep, and its store."""
+    runs = [Path(member.run_dir) for member in found.attempt(lambda: members(config)) or ()]
+    found.kind = "sweep"
+    found.facts = {"name": config.name, "model": config.lm.model, "members": [run.name for run in runs]}
+    for part in (*runs, found.path / "store"):
+        if part.is_dir():
+            inner = found.attempt(lambda p=part: inspect_path(p))
+            found.problems += inner.problems if inner is not None else []
+        elif part in runs:
+            found.facts.setdefault("not_begun", []).append(part.name)
+    return found
+
+
+def _text(found: Finding) -> str:
+    facts = {"size": f"{size_on_disk(found.path) / 1e6:,.1f} MB", **found.facts}
+    lines = [f"{found.path}: {found.kind}"]
+    lines += [f"  {key.replace('_', ' '):<16} {_plain(value)}" for key, value in facts.items()]
+    lines += [f"  BAD  {problem}" for problem in found.problems]
+    lines.append("  verifies" if not found.problems else f"  does NOT verify: {len(found.problems)} problem"
+                 f"{'s' if len(found.problems) > 1 else ''}")
+    return "\n".join(lines)
+
+
+def _plain(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} ({v})" for k, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
