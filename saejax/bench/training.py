@@ -100,7 +100,7 @@ def step(options: BenchOptions) -> Iterator[dict]:
 
 
 def devices(options: BenchOptions) -> Iterator[dict]:
-    """The first kind, on the path that training takes by itself; numbers of devices that there are and that divide the features."""
+    """The first kind, on the path that training takes by itself; numbers of devices that divide batch and features."""
     kind = options.kinds[0]
     counts = [n for n in options.device_counts if n <= len(jax.devices()) and options.batch % n == options.d_sae % n == 0]
     if not counts:
