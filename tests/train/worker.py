@@ -18,6 +18,7 @@ def main(options: dict) -> None:
         jax.distributed.initialize(f"127.0.0.1:{options['port']}", num_processes=options["processes"],
                                    process_id=options["process"], initialization_timeout=60, heartbeat_timeout_seconds=10,
                                    shutdown_timeout_seconds=15)
+    from saejax.base.fingerprints import fingerprints
     from saejax.data.store import Store
     from saejax.train import loop
     from saejax.train.preemption import EXIT_PREEMPTED, Preempted
