@@ -7,7 +7,7 @@ text = lm.tokenizer.decode(generate(lm.model, [lm.tokenizer.encode("Once")], 20)
 
 from saejax.lm.arch import LMConfig
 from saejax.lm.generate import Sampling, generate
-from saejax.lm.hookpoints import check_hookpoint, hookpoints, layer_of, width_of
+from saejax.lm.hookpoints import check_hookpoint, hookpoint_of, hookpoints, layer_of, width_of
 from saejax.lm.load import LM, load
 from saejax.lm.mesh import make_mesh, place
 from saejax.lm.model import Decoder, capture, cross_entropy
@@ -23,6 +23,7 @@ __all__ = [
     "check_hookpoint",
     "cross_entropy",
     "generate",
+    "hookpoint_of",
     "hookpoints",
     "layer_of",
     "load",

@@ -20,6 +20,8 @@ RMS norm the value before the gain, for a LayerNorm the value after gain and bia
 that is to read exactly what the MLP reads), multiply by it. OLMo 2 has no norm before attention and MLP, hence no
 `ln1.hook_normalized` and `ln2.hook_normalized`: its MLP reads `hook_mlp_in`. TransformerLens takes OLMo 2's
 `hook_attn_out` and `hook_mlp_out` before their norms, here they are what is added in every family.
+
+`hookpoint_of` reads names of Hugging Face modules (`model.layers.9`, `transformer.h.9.mlp`) as names of this table.
 """
 
 import difflib
@@ -44,6 +46,18 @@ BLOCK_HOOKS = (
 )
 
 _BLOCK = re.compile(r"blocks\.(0|[1-9][0-9]*)\.((?:\w+\.)?\w+)")
+_TRANSFORMER_LENS = re.compile(r"(?:blocks\.\d+\.)?(?:\w+\.)*hook_\w+")
+_MODULE = re.compile(r"(?:(?:model\.|gpt_neox\.|model\.language_model\.|language_model\.model\.|language_model\.)?layers"
+                     r"|(?:transformer\.)?h)\.(0|[1-9][0-9]*)(?:\.(\w+))?")
+# What a module of a layer returns, where the layer adds it to the stream as it is.
+_MODULE_HOOKS = {
+    None: "hook_resid_post",
+    "mlp": "hook_mlp_out",
+    "feed_forward": "hook_mlp_out",
+    "self_attn": "hook_attn_out",
+    "attn": "hook_attn_out",
+    "attention": "hook_attn_out",
+}
 
 
 def block_hooks(cfg: LMConfig) -> tuple[str, ...]:
@@ -80,6 +94,33 @@ def check_hookpoint(cfg: LMConfig, name: str) -> None:
         raise HookpointError(f"hookpoint {name!r}: the model has {cfg.n_layers} layers, use blocks.0 to blocks.{last}")
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3]
     raise HookpointError(f"hookpoint {name!r} does not exist in this model: closest are {', '.join(close)}")
+
+
+def hookpoint_of(name: str, cfg: LMConfig | None = None) -> str:
+    """The hookpoint at the output of the Hugging Face module `name`; a TransformerLens name comes back as it is.
+
+    Understood are a layer (`layers.9`, `model.layers.9`, `h.9`, `transformer.h.9`, `gpt_neox.layers.9`,
+    `model.language_model.layers.9`, `language_model.model.layers.9`) and, after it, `.mlp`, `.feed_forward`,
+    `.self_attn`, `.attn` or `.attention`. Of a module that returns a tuple the first value is meant. Whether the model
+    has that layer, `check_hookpoint` says. Raises HookpointError for any other name and, where `cfg` is given, for an MLP
+    or attention whose output is normed before it is added (Gemma 2 and 3, OLMo 2): no hookpoint has the value before.
+    """
+    if _TRANSFORMER_LENS.fullmatch(name):
+        return name
+    match = _MODULE.fullmatch(name)
+    if not match or match[2] not in _MODULE_HOOKS:
+        raise HookpointError(
+            f"hookpoint {name!r} is not understood: use a TransformerLens name (blocks.9.hook_resid_post) or a Hugging Face "
+            "module (layers.9, model.layers.9, transformer.h.9, gpt_neox.layers.9, or one of these with .mlp, .self_attn, "
+            ".attn or .attention)"
+        )
+    hook = f"blocks.{match[1]}.{_MODULE_HOOKS[match[2]]}"
+    if match[2] and cfg is not None and cfg.norm_places != "pre":
+        raise HookpointError(
+            f"hookpoint {name!r}: a hook on this module of {cfg.family} gives its output before the norm that follows it, "
+            f"{hook} is after that norm: use {hook} only for what was made after the norm"
+        )
+    return hook
 
 
 def layer_of(name: str) -> int | None:
