@@ -1,4 +1,4 @@
-"""`load`: a language model by preset name, GGUF file, Hugging Face directory or hub id."""
+"""`load`: a language model by preset name, GGUF file, Hugging Face directory, hub id or TransformerLens name."""
 
 import hashlib
 import json
@@ -17,6 +17,7 @@ from saejax.lm.gguf_config import from_gguf
 from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.hf_config import from_hf
 from saejax.lm.model import DTYPES, Decoder
+from saejax.lm.model_names import hub_id
 from saejax.lm.tokenizer import Tokenizer
 
 _HUB_FILES = [
@@ -51,7 +52,8 @@ class LM:
 
 
 def load(model: str, *, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> LM:
-    """Loads `model`: a preset of `saejax.base.assets`, a `.gguf` file, a Hugging Face directory, or a hub id `owner/name`.
+    """Loads `model`: a preset of `saejax.base.assets`, a `.gguf` file, a Hugging Face directory, a hub id `owner/name`, or a
+    name that TransformerLens has for a hub id (`gpt2-small`), in this order.
 
     `dtype` is "float32" or "bfloat16". With a `mesh`, weights are replicated over it, or split over its "model" axis
     if it has one. Raises LMError (unknown model, config not computed), WeightsError (all tensor problems at once),
@@ -68,11 +70,15 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
         return _load_gguf(path, path.stem, dtype, mesh)
     if model and path.is_dir():
         return _load_folder(path, path.resolve().name, None, dtype, mesh)
-    if re.fullmatch(r"[\w.\-]+/[\w.\-]+", model):
-        folder = _download(model, revision)
-        return _load_folder(folder, model, folder.name, dtype, mesh)
+    repository = hub_id(model)
+    if re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
+        folder = _download(repository, revision)
+        return _load_folder(folder, repository, folder.name, dtype, mesh)
     presets = ", ".join(assets.MODELS)
-    raise LMError(f"config.lm.model={model!r} is not a preset ({presets}), a .gguf file, a directory or a hub id owner/name")
+    raise LMError(
+        f"config.lm.model={model!r} is not a preset ({presets}), a .gguf file, a directory, a hub id owner/name or a "
+        "TransformerLens name of a model that is computed here"
+    )
 
 
 def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
