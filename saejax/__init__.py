@@ -3,15 +3,24 @@
     import saejax
     sae = saejax.load("runs/demo")        # a run, a checkpoint step, a release, or files of another library
     acts = sae.encode(x)                  # x: [..., d_in] raw activations, numpy or jax
+    s = saejax.open("runs/demo")          # the same with its language model, text and index: s.sae, s.lm, s.index
 """
 
-from saejax.base.version import __version__ as __version__
+from saejax.base.version import __version__
 
-__all__ = ["load"]
+__all__ = ["__version__", "load", "open"]
 
 
 def __getattr__(name: str):
-    if name == "load":  # not imported before it is used: `saejax --help` must not wait for jax
+    # Not imported before they are used: `saejax --help` must not wait for jax.
+    if name == "load":
         from saejax.formats import load
         return load
+    if name == "open":
+        from saejax.runs.subject import open_subject
+        return open_subject
     raise AttributeError(f"module 'saejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -23,7 +23,7 @@ def announced(env: Mapping[str, str] = os.environ) -> str:
     """Who says that this is one of several processes: "Slurm" (a step of several tasks), "TPU workers" (GKE), "environment"
     (JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES, as launch/jobset.yaml sets them), or nobody ("").
 
-    A Cloud TPU VM does not say it without asking the network: there `--distributed` is given.
+    A Cloud TPU VM does not say it without asking the network: there the processes are named by hand (docs/launch.md).
     """
     if env.get("JAX_COORDINATOR_ADDRESS") and _count(env.get("JAX_NUM_PROCESSES")) > 1:
         return "environment"
@@ -49,9 +49,9 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         num_processes = _count(os.environ["JAX_NUM_PROCESSES"])
         process_id = _process_id()
     if coordinator is not None and not re.fullmatch(r"(\[[0-9a-fA-F:]+\]|[\w.\-]+):\d{1,5}", coordinator):
-        raise ConfigError(f"--coordinator={coordinator}: write HOST:PORT, for example localhost:29500")
+        raise ConfigError(f"coordinator={coordinator}: write HOST:PORT, for example localhost:29500")
     if None not in (num_processes, process_id) and not 0 <= process_id < num_processes:
-        raise ConfigError(f"--process_id={process_id}: the processes of --num_processes={num_processes} are numbered from 0 to "
+        raise ConfigError(f"process_id={process_id}: the processes of num_processes={num_processes} are numbered from 0 to "
                           f"{num_processes - 1}")
     watch = threading.Timer(timeout, _give_up, (coordinator, num_processes, process_id, timeout))
     watch.daemon = True
@@ -60,8 +60,8 @@ def start(coordinator: str | None = None, num_processes: int | None = None, proc
         jax.distributed.initialize(coordinator, num_processes, process_id, initialization_timeout=timeout + 60,
                                    heartbeat_timeout_seconds=heartbeat)
     except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--distributed: {' '.join(str(error).split())[:300]}; give --coordinator, --num_processes and "
-                          "--process_id") from error
+        raise ConfigError(f"distributed: {' '.join(str(error).split())[:300]}; give coordinator, num_processes and "
+                          "process_id") from error
     finally:
         watch.cancel()
 
@@ -83,12 +83,12 @@ def _give_up(coordinator: str | None, num_processes: int | None, process_id: int
     """Says why the processes have not met, and ends this one: nothing else interrupts the wait."""
     where = coordinator or "the coordinator"
     if process_id == 0:
-        reason = f"not all {num_processes} processes came to {where}; start the others, or correct --num_processes"
+        reason = f"not all {num_processes} processes came to {where}; start the others, or correct num_processes"
     elif coordinator is not None and not _answers(coordinator):
         reason = f"nothing answers at {coordinator}; is process 0 running there, and may this machine reach that port?"
     else:
         reason = f"{where} answers, but the job is not complete; are all processes running, each with a number of its own?"
-    print(f"saejax: error: --distributed: no job after {timeout} s: {reason}", file=sys.stderr, flush=True)
+    print(f"saejax: error: distributed: no job after {timeout} s: {reason}", file=sys.stderr, flush=True)
     os._exit(EXIT_MISTAKE)
 
 

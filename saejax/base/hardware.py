@@ -92,16 +92,16 @@ def parse(text: str) -> Topology:
     if name not in CHIPS:
         near = difflib.get_close_matches(name, CHIPS, n=1, cutoff=0.7)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(CHIPS)}"
-        raise ConfigError(f"--topology={text}: unknown chip {name!r}; {hint}")
+        raise ConfigError(f"topology={text}: unknown chip {name!r}; {hint}")
     example = "x".join(map(str, SHAPES[name][-3])) if name in SHAPES else "8" if name == "cpu" else "8x4"
     if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", shape):
-        raise ConfigError(f"--topology={text}: the shape is missing or no product of sizes; write for example {name}:{example}")
+        raise ConfigError(f"topology={text}: the shape is missing or no product of sizes; write for example {name}:{example}")
     sizes = tuple(map(int, shape.split("x")))
     if name in SHAPES:
         return Topology(CHIPS[name], _slice(text, name, sizes))
     if len(sizes) > (1 if name == "cpu" else 2) or (name != "cpu" and sizes[0] > NODE):
         what = "a number of devices" if name == "cpu" else f"GPUs per node (at most {NODE}) x nodes"
-        raise ConfigError(f"--topology={text}: the shape of {name} is {what}; write for example {name}:{example}")
+        raise ConfigError(f"topology={text}: the shape of {name} is {what}; write for example {name}:{example}")
     return Topology(CHIPS[name], sizes)
 
 
@@ -112,7 +112,7 @@ def _slice(text: str, name: str, sizes: tuple[int, ...]) -> tuple[int, ...]:
         return same[0]
     nearest = sorted(SHAPES[name], key=lambda shape: abs(math.log(math.prod(shape) / math.prod(sizes))))[:3]
     offered = ", ".join(f"{name}:{'x'.join(map(str, shape))}" for shape in nearest)
-    raise ConfigError(f"--topology={text}: {name} has no slice of that shape; nearest are {offered}")
+    raise ConfigError(f"topology={text}: {name} has no slice of that shape; nearest are {offered}")
 
 
 def every() -> Iterator[Topology]:

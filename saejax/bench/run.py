@@ -37,7 +37,7 @@ def run(given: dict, threads: int | None, out: Path | None) -> dict:
                 hint = f"did you mean {near!r}?" if near else f"choose of {', '.join(known)}"
                 raise ConfigError(f"--{key}={getattr(options, key)}: there is no {value!r}; {hint}")
     if not all(n.isdecimal() and int(n) for n in options.devices.split(",")):
-        raise ConfigError(f"--devices={options.devices}: expected numbers of devices, as 1,2,4,8")
+        raise ConfigError(f"devices={options.devices}: expected numbers of devices, as 1,2,4,8")
     page = None if out is None else _page(out)
     processors = _processors(threads)
     results = {name: _measured(name, options, processors) for name in names}
@@ -54,7 +54,7 @@ def _processors(threads: int | None) -> list[int]:
     """Those that a benchmark may use; empty where the system does not tell."""
     mine = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     if threads is not None and threads > len(mine):
-        raise ConfigError(f"--threads={threads}: a process can be held on {len(mine)} processors here")
+        raise ConfigError(f"threads={threads}: a process can be held on {len(mine)} processors here")
     return mine[:threads]
 
 
@@ -92,7 +92,7 @@ def _page(out: Path) -> tuple[str, str]:
         return "# Benchmarks\n\n", "\n"
     text = out.read_text("utf-8")
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ConfigError(f"--out={out}: has no part between {BEGIN!r} and {END!r} to replace; add these two lines, or choose "
+        raise ConfigError(f"out={out}: has no part between {BEGIN!r} and {END!r} to replace; add these two lines, or choose "
                           "another file")
     return text[:text.index(BEGIN)], text[text.index(END) + len(END):]
 

@@ -104,7 +104,7 @@ def devices(options: BenchOptions) -> Iterator[dict]:
     kind = options.kinds[0]
     counts = [n for n in options.device_counts if n <= len(jax.devices()) and options.batch % n == options.d_sae % n == 0]
     if not counts:
-        raise ConfigError(f"--devices={options.devices}: none of them is at most the {len(jax.devices())} here and "
+        raise ConfigError(f"devices={options.devices}: none of them is at most the {len(jax.devices())} here and "
                           "divides batch and d_sae")
     for n in counts:
         training = Training(kind, options, sharding.make_mesh(MeshOptions(1, n), jax.devices()[:n]))

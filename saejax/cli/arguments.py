@@ -20,15 +20,16 @@ from saejax.config.values import nearest, rounder
 # Options of jobs, by what they take.
 SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "compile the step for the topology",
             "approximate": "topk as one threshold", "yes": "upload", "ablate": "the feature at 0",
-            "map": "a picture of the features"}
+            "map": "a picture of the features", "rebuild": "begin anew"}
 NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "how many tokens",
            "verify": "examples to run again", "pairs": "pairs to ablate", "sample": "how many features", "d_sae": "features",
            "batch": "rows of a step", "k": "active features", "steps": "steps of a repeat", "repeats": "how often",
            "threads": "processors", "megabytes": "size of the store",
            "draw": "activations of each feature", "concurrency": "requests at a time", "timeout": "seconds of a request"}
-CHOICES = {"text": ["train", "heldout"], "export": ["neuronpedia"], "baseline": ["neurons", "directions", "random_sae"]}
+CHOICES = {"split": ["train", "heldout"], "export": ["neuronpedia"], "baseline": ["neurons", "directions", "random_sae"]}
 TEXTS = {"compute_dtype": "dtype of the products", "out": "output directory", "topology": "chips, as v5p:4x8x8",
-         "to": "format to write", "rows": "activations (.npy)",
+         "to": "format to write", "text": "sources of text", "index": "feature index", "store": "activation store",
+         "format": "format of the files", "rows": "activations (.npy)",
          "repo": "repository", "license": "licence", "only": "benchmarks", "devices": "numbers of devices", "kind": "recipes",
          "model": "language model", "source": "text", "hookpoint": "hookpoint", "feature": "number of a feature",
          "scale": "multiples of its maximum",

@@ -18,7 +18,7 @@ import numpy as np
 
 from saejax.base.errors import TextError
 from saejax.base.records import TokenBatch
-from saejax.config import TextOptions
+from saejax.config import Config, TextOptions
 from saejax.data import sources as src
 from saejax.data.sources import Reader, Sources
 from saejax.lm import Tokenizer
@@ -37,6 +37,20 @@ class TextState:
 
     def to_json(self) -> dict:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and how it becomes rows of tokens. mask_special: special tokens are left out of everything that is measured."""
+
+    options: TextOptions
+    seed: int = 0
+    mask_special: bool = True
+
+    @classmethod
+    def of(cls, config: Config) -> "Text":
+        """The text of a config, as it was harvested."""
+        return cls(config.text, config.seed_of_data, config.harvest.mask_special)
 
 
 def is_held_out(text: str, holdout: float) -> bool:

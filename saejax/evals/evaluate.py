@@ -12,8 +12,8 @@ from saejax.base.errors import FormatError, SaejaxError
 from saejax.base.logs import Progress
 from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
 from saejax.base.storage import is_writer, read_json, text_sha256, write_json
-from saejax.config import Config
-from saejax.data.text import token_batches
+from saejax.config import Config, EvalOptions
+from saejax.data.text import Text, token_batches
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
 from saejax.lm import LM, width_of
@@ -25,39 +25,39 @@ PER_LAYER = ("fvu", "explained_variance", "fvu_no_outliers", "explained_variance
 _ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
 
 
-def evaluate(config: Config, sae: SAE, lm_: LM, stats: Mapping[str, ActivationStats]) -> dict:
-    """Everything measured on `eval.contexts` contexts of held-out text, as plain JSON.
+def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats], options: EvalOptions, *,
+             progress: bool = True) -> dict:
+    """Everything measured on `options.contexts` contexts of the held-out part of a text, as plain JSON.
 
     The figures are those of `Reconstruction.result` and `SpliceSums.result`, at the hookpoints that the SAE reconstructs; those
     of a crosscoder are replaced together, its reconstruction figures are means over them and each has its own under `layers`.
-    stats: of these hookpoints in the training store; the mean serves mean ablation, the median norm the outlier bound (10 x).
-    Text is packed and masked as it was for the harvest. Activations are the language model's own, not rounded to bfloat16. Raises
+    stats: of these hookpoints on other text, as the training store's; the mean serves mean ablation, the median norm the outlier
+    bound (10 x). Activations are the language model's own, not rounded to bfloat16. Raises
     `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
     """
     hookpoints, targets = sae.cfg.hookpoints, sae.cfg.targets
     width = sum(width_of(lm_.cfg, hookpoint) for hookpoint in hookpoints)
     if width != sae.cfg.d_in:
         raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {sae.cfg.hookpoint} of {lm_.name} has {width};"
-                          " evaluate it with the model it was trained on (config.lm.model)")
+                          " evaluate it with the model it was trained on")
     measured = {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
                 for name in targets}
     means = {name: stats[name].mean_D for name in targets}
     sums = splice.SpliceSums()
     contexts = masked = 0
-    total = config.eval.contexts * config.text.context
-    with Progress("evaluate", total, enabled=config.log.progress) as bar:
-        for batch in token_batches(config.text, lm_.tokenizer, config.eval.batch_contexts, seed=config.seed_of_data,
-                                   split="heldout", mask_special=config.harvest.mask_special,
-                                   max_contexts=config.eval.contexts):
+    context = text.options.context
+    with Progress("evaluate", options.contexts * context, enabled=progress) as bar:
+        for batch in token_batches(text.options, lm_.tokenizer, options.batch_contexts, seed=text.seed, split="heldout",
+                                   mask_special=text.mask_special, max_contexts=options.contexts):
             rows = len(batch.tokens_BT)
-            tokens_BT, keep_BT = _padded(batch, config.eval.batch_contexts)
+            tokens_BT, keep_BT = _padded(batch, options.batch_contexts)
             clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
             recon = _reconstruct(sae, clean, keep_BT, measured)
             sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, rows)
             contexts, masked = contexts + rows, masked + int((~batch.keep_BT).sum())
-            bar.advance(rows * config.text.context)
+            bar.advance(rows * context)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
-            "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": config.text.context, "masked_tokens": masked,
+            "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": context, "masked_tokens": masked,
             "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured), **sums.result()}
 
 

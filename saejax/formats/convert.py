@@ -45,7 +45,7 @@ def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray
     """
     writable = [name for name, known in FORMATS.items() if known.write]
     if to not in writable:
-        raise FormatError(f"--to={to}: not a format that can be written; choose one of {', '.join(writable)}")
+        raise FormatError(f"to={to}: not a format that can be written; choose one of {', '.join(writable)}")
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FormatError(f"{directory}: is not empty; two formats in one folder cannot be told apart, give another one")
@@ -73,10 +73,10 @@ def _check_saelens(sae: SAE, to: str) -> None:
 def check_rows(rows: np.ndarray, sae: SAE) -> np.ndarray:
     """The rows as float32. Raises `FormatError` unless they are finite and fit the SAE."""
     if rows.ndim != 2 or rows.shape[1] != sae.cfg.d_in or len(rows) == 0 or rows.dtype.kind not in "fiu":
-        raise FormatError(f"--rows: {rows.dtype} {rows.shape}; expected numbers [N, {sae.cfg.d_in}]")
+        raise FormatError(f"rows: {rows.dtype} {rows.shape}; expected numbers [N, {sae.cfg.d_in}]")
     rows = rows.astype(np.float32)
     if not np.isfinite(rows).all():
-        raise FormatError("--rows: hold NaN or Inf")
+        raise FormatError("rows: hold NaN or Inf")
     return rows
 
 

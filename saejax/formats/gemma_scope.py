@@ -129,7 +129,7 @@ def write(directory: Path, sae: SAE) -> None:
     c = sae.cfg
     if c.kind not in ("relu", "jumprelu"):
         raise FormatError(f"a {c.kind} SAE cannot be written for Gemma Scope, which has one threshold per feature"
-                          + ("; --approximate writes a topk SAE with a threshold" if c.kind == "topk" else ""))
+                          + ("; a topk SAE can be written with one threshold (approximate)" if c.kind == "topk" else ""))
     if c.input_norm != "none" or c.skip or c.layers:
         raise FormatError(f"a {c.spec.shape} with input_norm={c.input_norm!r} cannot be written for Gemma Scope 1, which has "
                           "neither row normalisation nor skip connections nor crosscoders")

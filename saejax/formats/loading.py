@@ -80,19 +80,17 @@ def recognise(path: Path) -> str:
     return fits[0]
 
 
-def newest_step(run: Path, mesh: Mesh | None = None) -> Path:
-    """The newest checkpoint step of a run whose parameters verify; nothing is renamed. Raises `CheckpointError` for none."""
-    return _newest(run, mesh)[0]
-
-
-def _newest(run: Path, mesh: Mesh | None) -> tuple[Path, SAE]:
+def newest(run: Path, mesh: Mesh | None = None) -> tuple[Path, SAE]:
+    """The newest checkpoint step of a run whose parameters verify, and its SAE; nothing is renamed. Raises `CheckpointError` for
+    none.
+    """
     directory = RunPaths(Path(run)).checkpoints
     for step in reversed(steps_in(directory)):
         try:
             return directory / str(step), from_checkpoint(directory / str(step), mesh)
         except CheckpointCorruptError as error:
             say(f"{error}; trying an older checkpoint")
-    raise CheckpointError(f"{directory}: no checkpoint that verifies; train first (saejax train --config=...)")
+    raise CheckpointError(f"{directory}: no checkpoint that verifies; train first (saejax train)")
 
 
 def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, threshold: float | None = None) -> SAE:
@@ -138,7 +136,7 @@ def _is_run(path: Path) -> bool:
 
 
 def _read_run(path: Path, mesh: Mesh | None) -> SAE:
-    return _newest(path, mesh)[1]
+    return newest(path, mesh)[1]
 
 
 OURS = ("run", "checkpoint")

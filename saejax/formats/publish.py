@@ -22,9 +22,9 @@ def publish(directory: Path, repo: str, licence: str | None = None, *, upload: b
     """
     directory = Path(directory)
     if not _REPO.fullmatch(repo):
-        raise FormatError(f"--repo={repo}: expected ORG/NAME (letters, digits, '_', '.', '-')")
+        raise FormatError(f"repo={repo}: expected ORG/NAME (letters, digits, '_', '.', '-')")
     if licence is not None and not _LICENCE.fullmatch(licence):
-        raise FormatError(f"--license={licence}: expected an identifier of the hub, such as apache-2.0")
+        raise FormatError(f"license={licence}: expected an identifier of the hub, such as apache-2.0")
     if not saelens.is_release(directory):
         raise FormatError(f"{directory}: not a release; make one with `saejax release RUN`")
     sae = saelens_read.read(directory)
@@ -35,8 +35,8 @@ def publish(directory: Path, repo: str, licence: str | None = None, *, upload: b
     files["README.md"] = _header(sae, licence).encode() + files.get("README.md", b"")
     listed = "\n".join(f"  {name:<26} {len(data):>13,} bytes" for name, data in files.items())
     if not upload:
-        return (f"would write to https://huggingface.co/{repo}:\n{listed}\nlicence: {licence or 'none declared (--license=ID)'}\n"
-                "nothing was uploaded; --yes does it")
+        return (f"would write to https://huggingface.co/{repo}:\n{listed}\nlicence: {licence or 'none declared'}\n"
+                "nothing was uploaded: that wants a yes")
     return f"wrote {_commit(repo, files)}\n{listed}" if is_writer() else ""
 
 

@@ -5,16 +5,14 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from saejax.base.errors import CheckpointError
 from saejax.base.logs import Progress, say
 from saejax.base.records import RunPaths
 from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.config import read_config
 from saejax.formats import saelens
-from saejax.formats.loading import from_checkpoint, newest_step
+from saejax.formats.loading import from_checkpoint
 from saejax.sae.calibrate import calibrate, passes, scaled
 from saejax.sae.inference import SAE
-from saejax.train.checkpoint import is_step
 
 # What of an evaluation is a measurement, and belongs into the README of a release.
 MEASURED = ("tokens", "outlier_tokens", "l0_mean", "l0_median", "fvu", "explained_variance", "fvu_no_outliers",
@@ -22,21 +20,12 @@ MEASURED = ("tokens", "outlier_tokens", "l0_mean", "l0_median", "fvu", "explaine
             "ce_mean", "ce_recovered", "ce_recovered_mean", "kl")
 
 
-def release(path: Path, out: Path | None = None, metrics: dict | None = None, mesh: Mesh | None = None, *,
-            rows: np.ndarray | None = None) -> Path:
-    """Writes the release of a run (its newest checkpoint) or of one checkpoint step, and returns its directory.
+def release(sae: SAE, out: Path, metrics: dict | None = None) -> Path:
+    """Writes the release of an SAE that was trained here, and returns its directory.
 
-    out: default `<run>/release`. metrics: what evaluation measured, written as `metrics.json` and shown in the README.
-    mesh: the dictionary is split over it on the way; None: one device. rows [N, at least d_in]: raw activations; with them a topk
-    SAE becomes a jumprelu SAE, with the one threshold at which k features per row fire on average over them.
+    metrics: what evaluation measured, written as `metrics.json` and shown in the README.
     """
-    path = Path(path).absolute()
-    step = path if is_step(path) else newest_step(path, mesh)
-    run = RunPaths(step.parent.parent)
-    if not run.config.is_file():
-        raise CheckpointError(f"{step}: no config.json two levels up; keep the checkpoint inside its run directory")
-    sae = from_checkpoint(step, mesh) if rows is None else _with_one_threshold(step, mesh, rows)
-    out = Path(out) if out else run.release
+    out = Path(out)
     saelens.write(out, sae)
     if is_writer():
         write_json(out / "metrics.json", metrics or {})
@@ -44,8 +33,10 @@ def release(path: Path, out: Path | None = None, metrics: dict | None = None, me
     return out
 
 
-def _with_one_threshold(step: Path, mesh: Mesh | None, rows: np.ndarray) -> SAE:
-    """A topk SAE as jumprelu, and how it was calibrated in its metadata; other kinds as they are."""
+def with_one_threshold(step: Path, mesh: Mesh | None, rows: np.ndarray) -> SAE:
+    """The topk SAE of a checkpoint step as jumprelu: with the one threshold at which k features per row fire on average over
+    `rows` [N, at least d_in] of raw activations. How it was calibrated is in its metadata. Other kinds come as they are.
+    """
     sae = from_checkpoint(step, mesh, threshold=1.0)
     if sae.cfg.metadata["training"]["kind"] != "topk":
         return sae

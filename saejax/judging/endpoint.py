@@ -54,12 +54,12 @@ class Endpoint:
                  patience: Patience = Patience()):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise JudgeError("--judge: no address of an endpoint; give one as http://localhost:8000/v1")
+            raise JudgeError("judge: no address of an endpoint; give one as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise JudgeError(f"--judge: the address of {parts.hostname} holds more than scheme, host and path; give a "
+            raise JudgeError(f"judge: the address of {parts.hostname} holds more than scheme, host and path; give a "
                              f"key in {KEY}")
         if not model:
-            raise JudgeError(f"--judge={url}: give --judge_model=NAME as the endpoint calls it")
+            raise JudgeError(f"judge={url}: give judge_model=NAME as the endpoint calls it")
         self.name, self._url = model, url.rstrip("/")
         self._key = os.environ.get(KEY, "").strip()
         if self._key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):

@@ -59,7 +59,7 @@ class LocalJudge:
             try:
                 return tokenizer.chat([{"role": "user", "content": question.prompt}])
             except TokenizerError as error:
-                raise JudgeError(f"--judge=local:{self.name}: {error}") from error
+                raise JudgeError(f"judge=local:{self.name}: {error}") from error
         bos = [tokenizer.bos_id] if tokenizer.bos_id is not None else []
         return [*bos, *tokenizer.encode(f"{question.prompt}\n\nAnswer: ")]
 
@@ -72,7 +72,7 @@ class LocalJudge:
         try:
             answers = lm.generate(self._lm.model, prompts, new, stop_ids=stop)
         except LMError as error:
-            raise JudgeError(f"--judge=local:{self.name}: {error}") from error
+            raise JudgeError(f"judge=local:{self.name}: {error}") from error
         for (_, question), ids in zip(batch, answers, strict=False):
             yield question, Reply(self._lm.tokenizer.decode([i for i in ids if i not in stop]))
 
@@ -100,5 +100,5 @@ def _single(lm_: LM, text: str) -> int:
     """The token that this digit is at the end of a text."""
     ids = lm_.tokenizer.encode(f"a {text}")
     if lm_.tokenizer.decode(ids[-1:]).strip() != text:
-        raise JudgeError(f"--judge=local:{lm_.name}: its tokenizer has no token of its own for {text!r}; use another model")
+        raise JudgeError(f"judge=local:{lm_.name}: its tokenizer has no token of its own for {text!r}; use another model")
     return ids[-1]

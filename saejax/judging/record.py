@@ -34,7 +34,7 @@ class Record:
             differs = [key for key in about if not isinstance(found, dict) or found.get(key) != about[key]]
             if differs:
                 raise JudgeError(f"{self.folder / JUDGE}: the answers there have another {', another '.join(differs)}; choose "
-                                 "another --out")
+                                 "another directory")
         else:
             write_json(self.folder / JUDGE, about)
         self.lines = read_answers(self.folder / ANSWERS)

@@ -43,7 +43,7 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     """
     out = Path(out)
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise FeatureIndexError(f"{out}: is not empty and no dashboard; choose another --out")
+        raise FeatureIndexError(f"{out}: is not empty and no dashboard; choose another directory")
     for feature in explanations:
         index.check_feature(feature)
     (out / "index.html").unlink(missing_ok=True)

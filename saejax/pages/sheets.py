@@ -46,7 +46,7 @@ class Sheets:
         """Raises `JudgeError` that lists what is wrong in the sheets; then nothing of them is taken."""
         asked = {question.id: question for question in questions}
         if any(question.task == "simulate" for question in asked.values()):
-            raise JudgeError("--do=simulate: asks for a number of every token, which is for models; leave it out for people")
+            raise JudgeError("do=simulate: asks for a number of every token, which is for models; leave it out for people")
         known = _known(self.folder)
         answers = self._answers(known, asked)
         for id_, text in answers.items():

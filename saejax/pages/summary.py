@@ -47,12 +47,23 @@ def described(config: Config) -> str:
 
 def rows(result: Result) -> list[tuple[str, str]]:
     """(label, value) of every line of the table."""
-    e, sae = result.evaluation, result.config.sae
+    sae = result.config.sae
     return [
         ("SAE", f"{described(result.config)}, {sae.d_sae} features"),
         ("products in", result.config.train.compute_dtype),
-        ("hookpoint", f"{e['hookpoint']} of {result.config.lm.model}"),
         ("step", f"{result.step:,} ({result.step * result.config.train.batch:,} tokens)"),
+        *measured(result.evaluation),
+        (f"dead in {_tokens(sae.dead_tokens)} tokens", _percent(_last(result.paths, "dead_fraction"))),
+        ("tokens/s harvest", _rate(result.rates.harvest)),
+        ("tokens/s training", _rate(result.rates.train)),
+        *_hardware(result.paths),
+    ]
+
+
+def measured(e: dict) -> list[tuple[str, str]]:
+    """(label, value) of the figures of an evaluation."""
+    return [
+        ("hookpoint", f"{e['hookpoint']} of {e['model']}"),
         ("held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),
         ("L0", f"{_number(e['l0_mean'])} (median {_number(e['l0_median'])})"),
         ("FVU", f"{_number(e['fvu'])}, without outliers {_number(e['fvu_no_outliers'])}"),
@@ -63,10 +74,6 @@ def rows(result: Result) -> list[tuple[str, str]]:
         ("CE recovered", f"{_number(e['ce_recovered'])}, against mean {_number(e['ce_recovered_mean'])}"),
         ("KL(clean || spliced)", _number(e["kl"])),
         ("silent on held-out text", _percent(e["dead_fraction"])),
-        (f"dead in {_tokens(sae.dead_tokens)} tokens", _percent(_last(result.paths, "dead_fraction"))),
-        ("tokens/s harvest", _rate(result.rates.harvest)),
-        ("tokens/s training", _rate(result.rates.train)),
-        *_hardware(result.paths),
     ]
 
 
@@ -79,10 +86,14 @@ def _hardware(paths: RunPaths) -> list[tuple[str, str]]:
 
 def table(results: list[Result]) -> str:
     """Plain text, one column per run."""
-    columns = [rows(r) for r in results]
-    labels = list(dict.fromkeys(label for column in columns for label, _ in column))
-    cells = [["", *(str(r.paths.root) for r in results)]]
-    cells += [[label, *(dict(column).get(label, "-") for column in columns)] for label in labels]
+    return columns([(str(r.paths.root), rows(r)) for r in results])
+
+
+def columns(found: list[tuple[str, list[tuple[str, str]]]]) -> str:
+    """Plain text of (title, its lines), one column each."""
+    labels = list(dict.fromkeys(label for _, lines in found for label, _ in lines))
+    cells = [["", *(title for title, _ in found)]]
+    cells += [[label, *(dict(lines).get(label, "-") for _, lines in found)] for label in labels]
     widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     return "\n".join([lines[0], "-" * sum(widths, 2 * len(widths) - 2), *lines[1:]])

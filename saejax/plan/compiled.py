@@ -101,23 +101,23 @@ def _devices(topology: Topology) -> np.ndarray:
         with contextlib.suppress(RuntimeError):  # the devices are there already
             jax.config.update("jax_num_cpu_devices", topology.size)
         if topology.size > jax.device_count("cpu"):
-            raise ConfigError(f"--compile for {topology.name}: there are {jax.device_count('cpu')} CPU devices here; set "
+            raise ConfigError(f"compiling for {topology.name}: there are {jax.device_count('cpu')} CPU devices here; set "
                               f"JAX_NUM_CPU_DEVICES={topology.size}")
         return np.array(jax.devices("cpu")[:topology.size])
     if topology.chip.platform != "tpu":
-        raise ConfigError(f"--compile for {topology.name}: only TPU topologies (with libtpu) and cpu:N can be compiled for while "
-                          "they are not there; leave --compile out")
+        raise ConfigError(f"compiling for {topology.name}: only TPU topologies (with libtpu) and cpu:N can be compiled for while "
+                          "they are not there; do without")
     try:
         import libtpu  # noqa: F401
     except ImportError:
-        raise ConfigError(f"--compile for {topology.name} needs the TPU compiler: pip install 'saejax[tpu-plan]', or leave "
-                          "--compile out") from None
+        raise ConfigError(f"compiling for {topology.name} needs the TPU compiler: pip install 'saejax[tpu-plan]', or do "
+                          "without") from None
     from jax.experimental import topologies
     try:
         with _as_compiler_only():
             return np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices)
     except Exception as error:  # the compiler's own list of shapes may differ from ours
-        raise ConfigError(f"--compile for {topology.name}: the TPU compiler refuses it ({_reason(str(error))})") from error
+        raise ConfigError(f"compiling for {topology.name}: the TPU compiler refuses it ({_reason(str(error))})") from error
 
 
 @contextlib.contextmanager

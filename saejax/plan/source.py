@@ -48,7 +48,7 @@ def find(config: Config, width: int | None = None) -> Source:
     elif cfg is not None:
         widths = {name: lm.width_of(cfg, name) for name in names}
     else:
-        raise ConfigError(f"config.sae.d_in: the width of {', '.join(names)} is not known here ({reason}); give --d_in=WIDTH")
+        raise ConfigError(f"config.sae.d_in: the width of {', '.join(names)} is not known here ({reason}); give d_in=WIDTH")
     return Source(widths, flops, params)
 
 

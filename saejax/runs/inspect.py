@@ -1,7 +1,6 @@
 """`saejax inspect`: what a directory is, and whether every byte of it verifies."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,16 +52,6 @@ class Finding:
     def to_json(self) -> dict:
         return {"path": str(self.path), "kind": self.kind, "verifies": not self.problems,
                 "bytes": size_on_disk(self.path), **self.facts, "problems": self.problems}
-
-
-def inspect_paths(paths: tuple[Path, ...], *, as_json: bool) -> int:
-    """Prints what every path is; 0 when all of it verifies, 2 otherwise."""
-    bad = False
-    for path in paths:
-        finding = inspect_path(path)
-        bad |= bool(finding.problems)
-        print(json.dumps(finding.to_json()) if as_json else _text(finding))
-    return 2 if bad else 0
 
 
 def inspect_path(path: Path) -> Finding:
@@ -248,7 +237,8 @@ def _sweep(found: Finding, config: Config) -> Finding:
     return found
 
 
-def _text(found: Finding) -> str:
+def shown(found: Finding) -> str:
+    """A finding as text, a line a fact."""
     facts = {"size": f"{size_on_disk(found.path) / 1e6:,.1f} MB", **found.facts}
     lines = [f"{found.path}: {found.kind}"]
     lines += [f"  {key.replace('_', ' '):<16} {_plain(value)}" for key, value in facts.items()]

@@ -9,10 +9,7 @@ from saejax.base.errors import ConfigError, JudgeError
 from saejax.base.logs import say
 from saejax.base.storage import file_sha256, text_sha256
 from saejax.cli.arguments import Arguments
-from saejax.cli.jobs import jobs
-from saejax.cli.jobs.feature_jobs import baseline_of, corpus_of, index_home, sae_of
-from saejax.config import Config
-from saejax.features.index.explanations import load_explanations
+from saejax.cli.subjects import explanations, one_subject
 from saejax.features.index.reader import FeatureIndex
 from saejax.judging import material, tasks
 from saejax.judging.endpoint import Endpoint, Patience
@@ -20,44 +17,40 @@ from saejax.judging.local import LocalJudge
 from saejax.judging.questions import TASKS, Judge, Question
 from saejax.judging.record import Record, put
 from saejax.judging.scores import results
-from saejax.lm import LM
-from saejax.pages import judged as report
+from saejax.pages import judged
 from saejax.pages.sheets import Sheets
+from saejax.runs.baseline import baseline_of, home_of
+from saejax.runs.subject import Subject
 
 JUDGING = "judging"
 _DEFAULT = ("explain", "rubric", "detect")
 _PER_TOKEN = 4  # characters, about: for what is said before it starts
 
 
-def judge(arguments: Arguments) -> int:
+def start(arguments: Arguments) -> int:
     """Asks what has no answer yet, and reports on all answers. A judge that gives up ends it, with what there is reported."""
     wanted, numbers = _tasks(arguments), _numbers(arguments)
-    located = jobs.located(arguments)
-    if len(located) != 1:
-        raise ConfigError("saejax judge: give one run")
-    [(config, path)] = located
-    explained = load_explanations(Path(arguments.option("explanations"))) if arguments.option("explanations") else None
-    lm_ = lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype)
-    who = _judge(arguments, config, lm_)
-    baseline = arguments.option("baseline")
-    _, sae = sae_of(config, path)
-    sae = sae if baseline is None else baseline_of(baseline, config, sae, lm_)
-    index = FeatureIndex.open(index_home(config, baseline), sae=sae, lm_=lm_)
-    chosen = material.chosen(index, numbers, arguments.option("sample"), config.seed)
-    subject = index_home(config, baseline).name
-    folder = arguments.out or Path(config.run_dir) / JUDGING / subject / _slug(who)
+    subject, baseline = one_subject(arguments, "judge"), arguments.option("baseline")
+    explained = explanations(arguments) or None
+    lm_ = subject.lm
+    who = _judge(arguments, subject)
+    sae = subject.sae if baseline is None else baseline_of(baseline, subject)
+    index = subject.index if baseline is None else FeatureIndex.open(home_of(subject, baseline), sae=sae, lm_=lm_)
+    chosen = material.chosen(index, numbers, arguments.option("sample"), subject.seed)
+    folder = arguments.out or index.path.parent / JUDGING / index.path.name / _slug(who)
     record = Record(folder, who, index.manifest["sha256"],
                     "own" if explained is None else file_sha256(arguments.option("explanations")))
     text = re.fullmatch(r"text \((\w+)\)", index.manifest["corpus"]["kind"])
-    corpus = corpus_of(config, sae, lm_, text[1] if text else None, index.manifest["totals"]["rows"])
+    corpus = subject.corpus(split=text[1] if text else None, tokens=index.manifest["totals"]["rows"],
+                            hookpoints=sae.cfg.hookpoints)
     found = material.gather(index, sae, corpus, chosen, draw=(arguments.option("draw") or 0) if "rubric" in wanted else 0,
-                            progress=config.log.progress)
+                            progress=subject.progress)
     trouble = None
     try:
-        _ask(who, record, found, wanted, explained, progress=config.log.progress)
+        _ask(who, record, found, wanted, explained, progress=subject.progress)
     except JudgeError as error:
         trouble = error
-    _report(record, subject, who, arguments.json)
+    _report(record, index.path.name, who, arguments.json)
     if trouble is not None:
         raise trouble
     return 0
@@ -92,12 +85,12 @@ def _report(record: Record, subject: str, who: Judge, as_json: bool) -> None:
     if not record.lines:
         return
     values = results(record.lines.values())
-    page = report.write(record.folder, subject, who.name, values)
+    page = judged.write(record.folder, subject, who.name, values)
     if as_json:
         print(json.dumps(values))
         return
-    rows = report.compared(record.folder, subject, values["overall"])
-    for task, (_, label) in enumerate(report.MEASURES, 1):
+    rows = judged.compared(record.folder, subject, values["overall"])
+    for task, (_, label) in enumerate(judged.MEASURES, 1):
         for row in rows:
             if row[task]:
                 print(f"{label:<30}  {row[0]:<20}  {row[task]}")
@@ -127,11 +120,11 @@ def _numbers(arguments: Arguments) -> list[int] | None:
     return [int(part) for part in parts]
 
 
-def _judge(arguments: Arguments, config: Config, lm_: LM) -> Judge:
+def _judge(arguments: Arguments, subject: Subject) -> Judge:
     given = arguments.option("judge") or ""
     kind, _, rest = given.partition(":")
     if kind == "local" and rest:
-        return LocalJudge(lm_ if rest == config.lm.model else lm.load(rest))
+        return LocalJudge(subject.lm if _same_model(rest, subject) else lm.load(rest))
     if kind == "csv" and rest:
         return Sheets(Path(rest))
     if kind in ("http", "https"):
@@ -139,6 +132,10 @@ def _judge(arguments: Arguments, config: Config, lm_: LM) -> Judge:
         return Endpoint(given, arguments.option("judge_model") or "", concurrency=arguments.option("concurrency") or 4,
                         patience=patience)
     raise ConfigError(f"--judge={given}: give an endpoint as http://localhost:8000/v1, local:MODEL, or csv:FOLDER")
+
+
+def _same_model(name: str, subject: Subject) -> bool:
+    return name == (subject.config.lm.model if subject.config is not None else subject.lm.name)
 
 
 def _slug(who: Judge) -> str:

@@ -76,7 +76,7 @@ def correlate(path: str | Path, sae: SAE, lm_: LM, corpus: Corpus, options: Opti
               "schema_version": 1}
     if (path / SOURCE).is_file() and read_json(path / SOURCE, FeatureIndexError) != source:
         raise FeatureIndexError(f"{path}: holds the neurons of another checkpoint, model, text or number of features; choose "
-                                "another --out")
+                                "another directory")
     if (path / TABLE).is_file():
         return pq.read_table(path / TABLE)
     if is_writer():

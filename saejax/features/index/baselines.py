@@ -45,7 +45,7 @@ def neurons(sae: SAE, lm_: LM, seed: int, mesh: Mesh | None) -> SAE:
     """Hidden units as a transcoder from `mlp.hook_post` to `hook_mlp_out`: encoder rows pick units, decoder rows the MLP's."""
     layer = below(sae.cfg.hookpoints[0])
     if layer is None or layer < 0:
-        raise FeatureIndexError(f"--baseline=neurons: there is no MLP below {sae.cfg.hookpoints[0]}; choose directions or "
+        raise FeatureIndexError(f"baseline=neurons: there is no MLP below {sae.cfg.hookpoints[0]}; choose directions or "
                                 "random_sae")
     source, target = f"blocks.{layer}.mlp.hook_post", f"blocks.{layer}.hook_mlp_out"
     check_hookpoint(lm_.cfg, source)

@@ -24,6 +24,7 @@ from saejax.features.index import accumulate, tables
 from saejax.features.index.corpus import Corpus, Tokens
 from saejax.features.index.examples import BEFORE, INTERVALS, WINDOW, Examples, choose
 from saejax.features.index.reader import (
+    FEATURES,
     KIND,
     MANIFEST,
     SCHEMA_VERSION,
@@ -80,6 +81,11 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     return FeatureIndex.open(path, sae=sae, lm_=lm_)
 
 
+def is_index(path: Path) -> bool:
+    """True for the directory of an index, finished or not."""
+    return (Path(path) / MANIFEST).is_file() and (Path(path) / FEATURES).is_file() or (Path(path) / PROGRESS).is_dir()
+
+
 def _describe(sae: SAE) -> dict:
     c = sae.cfg
     return {"fingerprint": sae_fingerprint(sae), "kind": c.kind, "k": c.k, "shape": c.spec.shape, "d_in": c.d_in,
@@ -98,7 +104,8 @@ def _reopened(path: Path, source: dict, sae: SAE, lm_: LM) -> FeatureIndex:
     manifest = read_manifest(path)
     check_belongs(path, manifest, sae, lm_)
     if manifest["corpus"]["digest"] != source["corpus"]["digest"]:
-        raise FeatureIndexError(f"{path}: was built over another corpus ({manifest['corpus']['kind']}); choose another --out")
+        raise FeatureIndexError(f"{path}: was built over another corpus ({manifest['corpus']['kind']}); choose another "
+                                "directory, or build it anew (rebuild)")
     return FeatureIndex.open(path, sae=sae, lm_=lm_)
 
 
@@ -109,10 +116,10 @@ def _claim(path: Path, source: dict) -> None:
     if file.is_file():
         if read_json(file, FeatureIndexError).get("digest") != digest:
             raise FeatureIndexError(f"{path}: holds the unfinished index of another checkpoint, model or corpus; delete it, or "
-                                    "choose another --out")
+                                    "choose another directory")
     elif is_writer():
         if path.is_dir() and any(path.iterdir()):
-            raise FeatureIndexError(f"{path}: is not empty and holds no index; choose another --out")
+            raise FeatureIndexError(f"{path}: is not empty and holds no index; choose another directory")
         write_json(file, {"digest": digest})
     barrier("saejax_index_claimed")
 

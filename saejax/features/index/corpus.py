@@ -12,10 +12,9 @@ import numpy as np
 from saejax import lm
 from saejax.base.errors import FeatureIndexError
 from saejax.base.storage import barrier, is_writer, text_sha256
-from saejax.config import TextOptions
 from saejax.data import sources as src
 from saejax.data.store import Store
-from saejax.data.text import PackedText, describe
+from saejax.data.text import PackedText, Text, describe
 from saejax.features.index.state import MAX_ROWS
 from saejax.lm import LM
 
@@ -67,19 +66,18 @@ def from_store(store: Store, hookpoints: tuple[str, ...], tokens: int | None = N
                   spec.tokenizer_digest, make, activations)
 
 
-def from_text(options: TextOptions, lm_: LM, hookpoints: tuple[str, ...], *, seed: int, split: str, mask_special: bool,
-              tokens: int, batch: int = 8) -> Corpus:
+def from_text(text: Text, lm_: LM, hookpoints: tuple[str, ...], *, split: str, tokens: int, batch: int = 8) -> Corpus:
     """About `tokens` tokens of a split of a text; the language model runs while the index is built, rounding to bfloat16 as a
     store does. Raises `HookpointError` and `TextError`.
     """
     for hookpoint in hookpoints:
         lm.check_hookpoint(lm_.cfg, hookpoint)
-    sources = src.resolve(options)
+    options, sources = text.options, src.resolve(text.options)
     contexts = max(1, tokens // options.context)
     _check_rows(contexts * options.context, "config.text")
 
     def make():
-        packed, left = PackedText(options, lm_.tokenizer, seed=seed, split=split, mask_special=mask_special,
+        packed, left = PackedText(options, lm_.tokenizer, seed=text.seed, split=split, mask_special=text.mask_special,
                                   sources=sources), contexts
         while left > 0:
             tokens_NT = packed.take(min(left, 256))
@@ -99,8 +97,8 @@ def from_text(options: TextOptions, lm_: LM, hookpoints: tuple[str, ...], *, see
         x_NTW = np.concatenate(parts)
         return x_NTW.reshape(-1, x_NTW.shape[-1])
 
-    what = {"text": describe(options, sources, seed), "split": split, "contexts": contexts, "context": options.context,
-            "mask_special": mask_special, "model": lm_.digest, "hookpoints": list(hookpoints)}
+    what = {"text": describe(options, sources, text.seed), "split": split, "contexts": contexts, "context": options.context,
+            "mask_special": text.mask_special, "model": lm_.digest, "hookpoints": list(hookpoints)}
     digest = text_sha256(repr(sorted(what.items())))
     return Corpus(f"text ({split})", digest, options.context, None, lm_.digest, lm_.tokenizer.digest, make, activations)
 
@@ -117,7 +115,7 @@ def forward_of(hookpoints: tuple[str, ...]) -> Callable:
 
 def _check_rows(rows: int, where) -> None:
     if rows > MAX_ROWS:
-        raise FeatureIndexError(f"{where}: {rows} rows, an index holds at most {MAX_ROWS}; give --tokens={MAX_ROWS}")
+        raise FeatureIndexError(f"{where}: {rows} rows, an index holds at most {MAX_ROWS}; ask for at most {MAX_ROWS} tokens")
 
 
 class Tokens:

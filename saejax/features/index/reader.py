@@ -20,6 +20,7 @@ from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError
 from saejax.base.fingerprints import fingerprints
 from saejax.base.storage import file_sha256, read_json, text_sha256
+from saejax.base.text import visible
 from saejax.features.index.corpus import Tokens
 from saejax.lm import LM
 from saejax.sae import tensors
@@ -103,6 +104,14 @@ class FeatureIndex:
     def vocabulary(self) -> list[str]:
         """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
         return pq.read_table(self.path / VOCABULARY)["text"].to_pylist()
+
+    def token(self, number: int) -> str:
+        """The text of a token id; of one that the vocabulary lacks "token N". Not made safe to look at."""
+        return self.vocabulary[number] if 0 <= number < len(self.vocabulary) else f"token {number}"
+
+    def fires_on(self, feature: int, n: int = 5) -> str:
+        """The tokens that a feature fires on most, safe to look at, with blanks between."""
+        return " ".join(visible(self.token(t)) for t in self.rows(feature, feature + 1)[0]["token_ids"][:n])
 
     def rows(self, first: int, last: int) -> list[dict]:
         """What is known of features first .. last - 1, by the names of `FEATURE_SCHEMA`."""

@@ -1,13 +1,20 @@
-"""Prompts that come with saejax: sets of positives with matched negatives, and the same sentences in several languages."""
+"""Features that tell one set of prompts from another, and the prompts that come with saejax: positives with matched negatives,
+and the same sentences in several languages.
+
+Source of the way: Templeton et al. 2024 (prompt sets).
+"""
 
 import functools
 import json
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
 
 from saejax.base.errors import FeatureIndexError
-from saejax.features.search.text import Found, activations, encoded
+from saejax.features.effects.prompting import encoded
+from saejax.features.search.found import Found
+from saejax.features.search.prompt import activations
 from saejax.lm import LM
 from saejax.sae.inference import SAE
 
@@ -37,6 +44,24 @@ def choices() -> list[dict[str, str]]:
 def parallel() -> dict[str, list[str]]:
     """{language: sentences}; sentence i says the same in all of them."""
     return _file("parallel.json")
+
+
+def by_sets(lm_: LM, sae: SAE, positives: Sequence[str], negatives: Sequence[str] = (), n: int = 10) -> list[Found]:
+    """The n features that tell positives from negatives best.
+
+    score = share of positives on which a feature is active somewhere - share of negatives, and as a tie-break below 1 / 1000 the
+    least of its highest activations on the positives, relative to the other features'. Above 1: all positives, no negative.
+    """
+    if not positives:
+        raise FeatureIndexError("search: no positive prompts; give at least one")
+    peaks_PF, peaks_NF = (np.stack([activations(lm_, sae, encoded(lm_, prompt)).max(0) for prompt in prompts])
+                          if prompts else np.zeros((0, sae.cfg.d_sae)) for prompts in (positives, negatives))
+    on, off = (peaks_PF > 0).sum(0), (peaks_NF > 0).sum(0)
+    least = peaks_PF.min(0)
+    score = on / len(positives) - off / max(1, len(negatives)) + least / max(float(least.max()), 1e-30) / 1000
+    best = np.argsort(-score, kind="stable")[:n]
+    return [Found(int(f), float(score[f]), f"active on {on[f]} of {len(positives)} positives, {off[f]} of {len(negatives)} "
+                  f"negatives, mean activation {peaks_PF[:, f].mean():.4g}") for f in best if on[f] > 0]
 
 
 def by_meaning(lm_: LM, sae: SAE, n: int = 10) -> list[Found]:

@@ -1,1 +1,0 @@
-"""What a finished run shows: the short table and `report.html`."""
