@@ -230,8 +230,8 @@ JOBS = {
         "saejax judge SAE --judge=WHO --features=1,2,3 | --sample=N [--do=TASKS] [--draw=N]",
         "Reads an SAE, its index (`saejax features`) and its store or language model; writes prompts, raw answers and\n"
         "scores to judging/ beside the index, as RUN/judging/features/JUDGE (or DIR): answers.jsonl, results.json,\n"
-        "report.html. Says how many questions there are, then asks those that have no answer yet: the same command again goes on, other features\n"
-        "are added. docs/judging.md describes methods and files.\n\n"
+        "report.html. Says how many questions there are, then asks those that have no answer yet: the same command\n"
+        "again goes on, other features are added. docs/judging.md describes methods and files.\n\n"
         "options:\n"
         "  --judge=http://localhost:8000/v1 --judge_model=NAME\n"
         "                           an OpenAI-compatible endpoint; its key, if it needs one, is read from the\n"

@@ -12,9 +12,10 @@ import pytest
 from saejax.base import sharding
 from saejax.base.errors import FormatError, NonFiniteError, SaejaxError
 from saejax.base.records import ActivationStats, MeshOptions, RunPaths
-from saejax.data.text import token_batches
+from saejax.data.text import Text, token_batches
 from saejax.evals import splice
-from saejax.evals.evaluate import cache_key, cached, evaluate, remember
+from saejax.evals.evaluate import cache_key, cached, remember
+from saejax.evals.evaluate import evaluate as evaluated
 from saejax.evals.reconstruction import Reconstruction, density_histogram
 from saejax.lm import capture, cross_entropy
 from saejax.sae import SAEParams
@@ -45,6 +46,10 @@ def random_sae(mesh=None, d_sae=64, k=8, seed=0):
     W = rng.standard_normal((d_sae, D_IN)).astype(np.float32) / D_IN**0.5
     params = SAEParams(W_enc=jnp.asarray(W), b_enc=jnp.zeros(d_sae), W_dec=jnp.asarray(W), b_dec=jnp.zeros(D_IN))
     return SAE(params, SAEConfig("topk", D_IN, d_sae, k, False, (HOOKPOINT,), "tiny"), mesh)
+
+
+def evaluate(config, sae, lm, given):
+    return evaluated(sae, lm, Text.of(config), given, config.eval, progress=False)
 
 
 def held_out(config, lm):

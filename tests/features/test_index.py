@@ -11,6 +11,7 @@ import pytest
 from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError, FormatError
 from saejax.base.records import MeshOptions
+from saejax.data.text import Text
 from saejax.features.index import bits, corpus, examples, fidelity
 from saejax.features.index import build as building
 from saejax.features.index.build import BuildOptions, build
@@ -198,8 +199,8 @@ def test_a_sharded_build_gives_the_same_index(index, words, lm_, tmp_path, shape
 
 
 def test_text_and_its_store_give_the_same_index(index, config, sae, lm_, store, tmp_path):
-    text = corpus.from_text(config.text, lm_, (tiny.HOOKPOINT,), seed=config.seed_of_data, split="train",
-                            mask_special=config.harvest.mask_special, tokens=store.rows, batch=config.harvest.batch_contexts)
+    text = corpus.from_text(Text.of(config), lm_, (tiny.HOOKPOINT,), split="train", tokens=store.rows,
+                            batch=config.harvest.batch_contexts)
     other = build(tmp_path / "features", sae, text, lm_, QUIET)
     np.testing.assert_array_equal(other.tokens_NT, index.tokens_NT)
     np.testing.assert_allclose(other.column("max"), index.column("max"), rtol=0.02)

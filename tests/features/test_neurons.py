@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from saejax.base.errors import FeatureIndexError, SteeringError
+from saejax.data.text import Text
 from saejax.features.compare import neurons
 from saejax.features.compare.neurons import Options, correlate, preceding, shares
 from saejax.features.effects.prompting import values
@@ -18,7 +19,7 @@ TOKENS = 32 * 21  # a last batch that is not full
 
 @pytest.fixture(scope="module")
 def text(config, lm_):
-    return from_text(config.text, lm_, (tiny.HOOKPOINT,), seed=0, split="train", mask_special=True, tokens=TOKENS)
+    return from_text(Text(config.text), lm_, (tiny.HOOKPOINT,), split="train", tokens=TOKENS)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_the_table_is_what_numpy_says_also_after_an_interruption(lm_, text, expe
     again = correlate(tmp_path / "parts", make_sae(), lm_, text, options)
     same(again, table)
     assert len(calls) == 4 and not (tmp_path / "parts" / neurons.PROGRESS).exists()
-    with pytest.raises(FeatureIndexError, match="choose another --out"):
+    with pytest.raises(FeatureIndexError, match="choose another directory"):
         correlate(tmp_path / "parts", make_sae(seed=1), lm_, text, options)
 
 

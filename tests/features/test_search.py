@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from saejax.base.errors import FeatureIndexError
+from saejax.features.effects.prompting import encoded
 from saejax.features.search import sets as prompt_sets
-from saejax.features.search import text as search
+from saejax.features.search.prompt import activations, by_attribution, by_prompt
+from saejax.features.search.sets import by_sets
+from saejax.features.search.text import by_text
 from saejax.lm import capture
 from tests import tiny_experiment as tiny
 from tests.features.conftest import FEATURES, make_sae
@@ -18,7 +21,7 @@ PROMPT = "the quick brown fox"
 @pytest.fixture(scope="module")
 def acts(lm_):
     """[T, F] on the prompt, 0 at BOS."""
-    tokens = search.encoded(lm_, PROMPT)
+    tokens = encoded(lm_, PROMPT)
     assert tokens[0] == lm_.tokenizer.bos_id
     x = jax.jit(lambda model: capture(model, tokens[None], [tiny.HOOKPOINT])[tiny.HOOKPOINT])(lm_.model)[0].astype(jnp.bfloat16)
     return tokens, np.where(np.arange(len(tokens))[:, None] == 0, 0, np.asarray(make_sae().encode(x)))
@@ -26,18 +29,18 @@ def acts(lm_):
 
 def test_the_most_active_features_of_a_prompt(lm_, sae, acts):
     tokens, expected = acts
-    found = search.by_prompt(lm_, sae, PROMPT, 5)
+    found = by_prompt(lm_, sae, PROMPT, 5)
     np.testing.assert_allclose([f.score for f in found], np.sort(expected.max(0))[::-1][:5], rtol=0.02)
     at = int(expected[:, found[0].feature].argmax())
     assert found[0].why == f"token {at} {lm_.tokenizer.decode([tokens[at]])!r}"
-    last = search.by_prompt(lm_, sae, PROMPT, 3, last=1)
+    last = by_prompt(lm_, sae, PROMPT, 3, last=1)
     np.testing.assert_allclose([f.score for f in last], np.sort(expected[-1])[::-1][:3], rtol=0.02)
 
 
 def test_attribution_is_what_a_small_ablation_takes_away(lm_, sae, acts):
     """d (logit difference) / d (share of the feature's contribution), by a central difference through the whole model."""
     tokens, expected = acts
-    [best, *_] = search.by_attribution(lm_, sae, PROMPT, "a", "b")
+    [best, *_] = by_attribution(lm_, sae, PROMPT, "a", "b")
     ids, W = [lm_.tokenizer.encode(t)[0] for t in "ab"], np.asarray(sae.W_dec)
 
     @jax.jit
@@ -54,32 +57,32 @@ def test_attribution_is_what_a_small_ablation_takes_away(lm_, sae, acts):
 
 def test_sets_of_prompts_are_told_apart(lm_, sae):
     positives, negatives = ["zzzz zz", "a zzz", "zz zz"], ["the cat", "a dog sat", "rain"]
-    found = search.by_sets(lm_, sae, positives, negatives, FEATURES)
-    peaks = {p: search.activations(lm_, sae, search.encoded(lm_, p)).max(0) > 0 for p in positives + negatives}
+    found = by_sets(lm_, sae, positives, negatives, FEATURES)
+    peaks = {p: activations(lm_, sae, encoded(lm_, p)).max(0) > 0 for p in positives + negatives}
     for one in found[:5]:
         expected = np.mean([peaks[p][one.feature] for p in positives]) - np.mean([peaks[p][one.feature] for p in negatives])
         assert one.score == pytest.approx(expected, abs=0.0011)
     assert [f.score for f in found] == sorted((f.score for f in found), reverse=True) and found[0].score > 0.3
-    assert all(0 < f.score for f in search.by_sets(lm_, sae, positives, (), 3)), "without negatives"
+    assert all(0 < f.score for f in by_sets(lm_, sae, positives, (), 3)), "without negatives"
 
 
 def test_text_of_examples(index):
-    found = search.by_text(index, "Z", 5)
+    found = by_text(index, "Z", 5)
     for one in found:
         top = [e for e in index.examples(one.feature) if e["interval"] == 0]
         texts = ["".join(index.vocabulary[t] for t in index.tokens_NT[e["context"], max(0, e["position"] - 8):e["position"] + 4])
                  for e in top]
         assert one.score == pytest.approx(np.mean(["z" in text for text in texts]))
     assert found[0].score > found[-1].score or found[0].score == 1
-    assert search.by_text(index, "qqqqqqqqqqqq") == []
+    assert by_text(index, "qqqqqqqqqqqq") == []
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda lm_, sae, index: search.by_prompt(lm_, sae, "  "), "prompt is empty"),
-    (lambda lm_, sae, index: search.by_prompt(lm_, sae, "a" * 10_000), "the model's context"),
-    (lambda lm_, sae, index: search.by_attribution(lm_, sae, "a", "two"), "'two' is 3 tokens"),
-    (lambda lm_, sae, index: search.by_sets(lm_, sae, []), "no positive prompts"),
-    (lambda lm_, sae, index: search.by_text(index, " "), "no text to look for")])
+    (lambda lm_, sae, index: by_prompt(lm_, sae, "  "), "prompt is empty"),
+    (lambda lm_, sae, index: by_prompt(lm_, sae, "a" * 10_000), "the model's context"),
+    (lambda lm_, sae, index: by_attribution(lm_, sae, "a", "two"), "'two' is 3 tokens"),
+    (lambda lm_, sae, index: by_sets(lm_, sae, []), "no positive prompts"),
+    (lambda lm_, sae, index: by_text(index, " "), "no text to look for")])
 def test_empty_and_impossible_searches_are_refused(lm_, sae, index, call, message):
     with pytest.raises(FeatureIndexError, match=message):
         call(lm_, sae, index)

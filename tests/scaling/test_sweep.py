@@ -160,7 +160,7 @@ def test_members_stand_on_their_own(store, straight, tmp_path):
     from saejax.formats.release import release
     for member in members(straight[0]):
         run = checkpoints_of(member).parent
-        sae, out = saejax.load(run), release(run, tmp_path / name_of(member))
+        sae, out = saejax.load(run), release(saejax.load(run), tmp_path / name_of(member))
         width = D_IN if member.sae.hookpoint == HOOKPOINT else WIDTHS[TARGET]
         x = np.random.default_rng(0).standard_normal((5, width)).astype(np.float32)
         np.testing.assert_array_equal(sae.encode(x), saejax.load(out).encode(x))
@@ -277,7 +277,7 @@ NAMES = ["k=4", "k=8"]
 @pytest.mark.slow
 def test_a_run_of_a_sweep(finished, monkeypatch, capsys):
     config, run = finished
-    monkeypatch.setattr("saejax.cli.jobs.jobs.evaluate", None)  # nothing is measured again
+    monkeypatch.setattr("saejax.runs.evaluation.evaluate", None)  # nothing is measured again
     assert main(["run", str(run)]) == 0
     out = capsys.readouterr().out
     header = out.splitlines()[0]

@@ -281,13 +281,13 @@ def test_a_store_of_something_else_is_refused(store, tmp_path, key, value, messa
 def test_release_run_and_checkpoint_are_the_same_sae(straight, kind):
     from saejax.formats.release import release
     run = straight[kind][1]
-    out = release(run)
+    out = release(saejax.load(run), run / "release")
     x = np.random.default_rng(0).standard_normal((5, 3, D_IN)).astype(np.float32)
     values = [np.asarray(saejax.load(p).encode(x)) for p in (run, run / "checkpoints" / "50", out)]
     np.testing.assert_array_equal(values[0], values[1])
     np.testing.assert_array_equal(values[0], values[2])
     assert kind != "topk" or (values[0] > 0).sum(-1).max() <= 4
-    mid = release(run / "checkpoints" / "40", run / "mid")
+    mid = release(saejax.load(run / "checkpoints" / "40"), run / "mid")
     assert np.abs(np.asarray(saejax.load(mid).encode(x)) - values[0]).max() > 0
 
 

@@ -26,7 +26,7 @@ def store(tmp_path_factory):
 def test_goes_on_from_a_release(kind, store, tmp_path):
     """A release of a run, then a run from it under another normalisation: the same function after a step that does not move."""
     loop.train(make_config(kind, tmp_path / "first"), store)
-    first = release(tmp_path / "first")
+    first = release(saejax.load(tmp_path / "first"), tmp_path / "released")
     config = make_config(kind, tmp_path / "second", train__init_from=str(first), sae__center=kind != "topk", **STILL)
     loop.train(config, store, saejax.load)
     a, b = saejax.load(first), saejax.load(tmp_path / "second")

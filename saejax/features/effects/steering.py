@@ -67,7 +67,8 @@ def maximum(index: FeatureIndex, feature: int) -> float:
     largest = float(index.column("max")[index.check_feature(feature)])
     if largest <= 0:
         raise SteeringError(f"feature {feature}: never active on the {index.manifest['totals']['kept_rows']:,} tokens "
-                            f"of {index.path}, so that there is no maximum to multiply; choose another one, or give it by its value")
+                            f"of {index.path}, so that there is no maximum to multiply; choose another one, or give "
+                            "its value")
     return largest
 
 

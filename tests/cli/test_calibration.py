@@ -10,11 +10,10 @@ import saejax
 from saejax.base import sharding
 from saejax.base.errors import StoreError
 from saejax.base.records import MeshOptions, RunPaths
-from saejax.cli.jobs import jobs
+from saejax.cli.jobs import release as release_job
 from saejax.cli.main import main
 from saejax.data.store import Store
-from saejax.formats.loading import newest_step
-from saejax.formats.release import release
+from saejax.formats.release import release, with_one_threshold
 from saejax.train import loop
 from saejax.train.checkpoint import read_meta
 from tests.train.synthetic import HOOKPOINT, make_config, make_store
@@ -32,11 +31,15 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def few_rows(monkeypatch):
-    monkeypatch.setattr(jobs, "CALIBRATION_ROWS", ROWS)
+    monkeypatch.setattr(release_job, "CALIBRATION_ROWS", ROWS)
 
 
 def rows_of(run) -> np.ndarray:
-    return jobs._rows_ahead(jobs.saved_config(run), newest_step(run))
+    return release_job.rows_ahead(saejax.open(run))
+
+
+def step_of(run):
+    return saejax.open(run).step_dir
 
 
 def l0(sae, rows) -> float:
@@ -57,27 +60,29 @@ def test_as_many_features_fire(run, tmp_path):
 
 def test_the_threshold_is_in_units_of_the_normalised_data(run, tmp_path):
     """One number for all features before the scale of the data and the decoder's norms are folded."""
-    sae, rows = saejax.load(release(run, tmp_path / "sae", rows=rows_of(run))), rows_of(run)
+    sae, rows = saejax.load(release(with_one_threshold(step_of(run), None, rows_of(run)), tmp_path / "sae")), rows_of(run)
     scale = sae.cfg.metadata["training"]["scales"][0]
     threshold = np.asarray(sae.params.per_feature["threshold"])
     np.testing.assert_allclose(threshold * scale, sae.cfg.metadata["calibration"]["threshold"], rtol=1e-5)  # unit decoder rows
     mesh = sharding.make_mesh(MeshOptions(2, 4))
-    split = saejax.load(release(run, tmp_path / "split", mesh=mesh, rows=rows))
+    split = saejax.load(release(with_one_threshold(step_of(run), mesh, rows), tmp_path / "split"))
     np.testing.assert_allclose(np.asarray(split.params.per_feature["threshold"]), threshold, rtol=1e-6)
 
 
 def test_rows_are_those_that_come_next(run, tmp_path):
     """In the run's order behind the step; the first ones of another store."""
-    config, step = jobs.saved_config(run), newest_step(run)
-    place = read_meta(step).counters.stream
+    subject = saejax.open(run)
+    config, place = subject.config, read_meta(subject.step_dir).counters.stream
     assert place.position == 32 * 60
     with loop.Stream(Store.open(run / "store"), config.sae.hookpoints, 32, config.stream, place) as stream:
-        np.testing.assert_array_equal(jobs._rows_ahead(config, step)[:32], next(stream).x_BW)
+        np.testing.assert_array_equal(release_job.rows_ahead(subject)[:32], next(stream).x_BW)
     make_store(tmp_path / "other", contexts=16, seed=1)
     other = dataclasses.replace(config, harvest=dataclasses.replace(config.harvest, store=str(tmp_path / "other")))
-    assert jobs._rows_ahead(other, step).shape == (16 * 7, 16), "all that it has"
+    subject.config = other
+    assert release_job.rows_ahead(subject).shape == (16 * 7, 16), "all that it has"
     with pytest.raises(StoreError, match="config.lm.model is 'gpt2'"):
-        jobs._rows_ahead(dataclasses.replace(other, lm=dataclasses.replace(config.lm, model="gpt2")), step)
+        subject.config = dataclasses.replace(other, lm=dataclasses.replace(config.lm, model="gpt2"))
+        release_job.rows_ahead(subject)
 
 
 def test_without_a_store_one_line_says_what_to_do(run, tmp_path, capsys):

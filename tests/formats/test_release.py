@@ -23,7 +23,7 @@ from tests.train.synthetic import kinds, make_config, make_store
 def released(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("release")
     loop.train(make_config(request.param, path / "run"), make_store(path / "store"))
-    return release(path / "run", metrics={"l0": 4.0, "explained_variance": 0.5})
+    return release(saejax.load(path / "run"), path / "run" / "release", {"l0": 4.0, "explained_variance": 0.5})
 
 
 @pytest.fixture

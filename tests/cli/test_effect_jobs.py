@@ -68,7 +68,7 @@ def test_neurons_are_counted(run, capsys):
     assert main(["neurons", str(run), "--tokens=800"]) == 0
     assert "paper" not in (out := capsys.readouterr().out) and "82 %" in out and f"{said['features']} features" in out
     assert main(["neurons", str(run), "--tokens=1600"]) == 2
-    assert "choose another --out" in capsys.readouterr().err
+    assert "choose another directory" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_a
                  "--tokens=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
     assert main(["steer", str(tmp_path / "foreign"), prompt, feature, f"--model={model_and_text[0]}"]) == 2
-    assert "give --max=VALUE" in capsys.readouterr().err
+    assert "give --index=DIR or --max=VALUE" in capsys.readouterr().err
     assert saejax.load(tmp_path / "foreign").cfg.d_sae == 64
 
 
@@ -102,7 +102,7 @@ def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_a
     (["attribute", "RUN", "--prompt=a"], "and --token=TOKEN"),
     (["attribute", "RUN", "--prompt=a", "--token=ab"], "'ab' is 2 tokens"),
     (["attribute", "RUN", "--prompt= ", "--token=a"], "prompt is empty"),
-    (["neurons", "RUN/release"], "give a run or a checkpoint step")])
+    (["neurons", "RUN/release"], "no run with a place")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):
     first = min((step for step in (run / "checkpoints").iterdir() if step.name.isdigit()), key=lambda step: int(step.name))
     capsys.readouterr()

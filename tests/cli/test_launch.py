@@ -15,7 +15,7 @@ import yaml
 from saejax.cli.main import JOBS
 from tests import tiny_experiment as tiny
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 ARGUMENTS = ("configs/smollm2_pod.py", "/shared/runs/my pod", "--config.train.lr=1e-4")

@@ -51,10 +51,10 @@ def test_an_index_is_inspected(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["features"], "saejax features: give"), (["features", "RUN", "--tokens=0"], "tokens"),
-    (["features", "RUN", "--text=x"], "train|heldout"),
-    (["features", "RUN/store"], "not a run directory"), (["dashboard", "RUN", "RUN"], "give one run or one index"),
+    (["features", "RUN", "--split=x"], "train|heldout"),
+    (["features", "RUN/store"], "neither a release nor anything"), (["dashboard", "RUN", "RUN"], "give one SAE or one index"),
     (["features", "RUN/checkpoints/FIRST"], "another checkpoint"), (["features", "RUN", "--tokens=1000"], "another corpus"),
-    (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another --out")])
+    (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):
     first = min(int(step.name) for step in (run / "checkpoints").iterdir() if step.name.isdigit())
     capsys.readouterr()
