@@ -2,9 +2,9 @@
 
 import base64
 import dataclasses
-import html.parser
 import json
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from saejax.base.records import RunPaths
 from saejax.config import default_config, resolve
 from saejax.config.recipes import RECIPES
 from saejax.pages.plots import curves
-from saejax.pages.report import render, write_report
+from saejax.pages.report import html, write_report
 from saejax.pages.summary import Rates, Result, described, table
 
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
@@ -22,7 +22,7 @@ HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'
 @pytest.fixture
 def evaluation():
     edges = [-7 + 0.5 * i for i in range(15)]
-    return {"hookpoint": "blocks.9.hook_resid_post", "tokens": 1000, "outlier_tokens": 3, "contexts": 8,
+    return {"hookpoint": "blocks.9.hook_resid_post", "model": "smollm2-135m", "tokens": 1000, "outlier_tokens": 3, "contexts": 8,
             "l0_mean": 31.9, "l0_median": 32.0, "fvu": 0.2, "fvu_no_outliers": 0.25, "explained_variance": 0.8,
             "explained_variance_no_outliers": 0.75, "ce_clean": 3.0, "ce_spliced": 3.2, "ce_zero": 9.0, "ce_mean": 7.0,
             "ce_recovered": 0.9667, "ce_recovered_mean": None, "kl": 0.2, "dead_fraction": 0.015,
@@ -41,7 +41,7 @@ def result(tmp_path, evaluation, **changes):
     return Result(config, RunPaths(Path(tmp_path)), 100, evaluation, Rates(500.0, 9000.0))
 
 
-class Elements(html.parser.HTMLParser):
+class Elements(HTMLParser):
     def __init__(self, page):
         super().__init__()
         self.tags, self.attributes = [], []
@@ -54,8 +54,8 @@ class Elements(html.parser.HTMLParser):
 
 def test_hostile_text_stays_text(tmp_path, evaluation):
     hostile = dict(evaluation, hookpoint=HOSTILE)
-    page = render(result(tmp_path, hostile, name=HOSTILE), [{**line, HOSTILE: 1.0} for line in lines()])
-    found, clean = Elements(page), Elements(render(result(tmp_path, evaluation), lines()))
+    page = html(result(tmp_path, hostile, name=HOSTILE), [{**line, HOSTILE: 1.0} for line in lines()])
+    found, clean = Elements(page), Elements(html(result(tmp_path, evaluation), lines()))
     assert found.tags.count("script") == 0 and found.tags.count("img") == clean.tags.count("img")
     assert not [name for name, _ in found.attributes if name.startswith("on")]
     assert "{{ 7 * 7 }}" in page and "&lt;script&gt;" in page and ">49<" not in page
@@ -63,7 +63,7 @@ def test_hostile_text_stays_text(tmp_path, evaluation):
 
 def test_metrics_of_the_wrong_type_are_left_out(tmp_path, evaluation):
     broken = [{"step": 1, "tokens_seen": HOSTILE, "loss": HOSTILE}, {"step": 2, "tokens_seen": 2, "loss": float("nan")}]
-    assert "<script" not in render(result(tmp_path, evaluation), broken)
+    assert "<script" not in html(result(tmp_path, evaluation), broken)
 
 
 def test_nothing_is_loaded_and_policy_forbids_it(tmp_path, evaluation):
@@ -78,7 +78,7 @@ def test_nothing_is_loaded_and_policy_forbids_it(tmp_path, evaluation):
 
 
 def test_pictures_hold_no_script_and_no_text(tmp_path, evaluation):
-    page = render(result(tmp_path, evaluation, name=HOSTILE), lines())
+    page = html(result(tmp_path, evaluation, name=HOSTILE), lines())
     pictures = [base64.b64decode(code).decode() for code in re.findall(r"base64,([A-Za-z0-9+/=]+)", page)]
     assert len(pictures) == 2 * 10  # loss, L0, variance, dead, learning rate, rate, MFU, memory, waiting, histogram; two themes
     for svg in pictures:
@@ -93,11 +93,11 @@ def test_curves_are_thinned_and_end_at_the_last_line_once(n):
 
 
 def test_resampling_is_told_and_marked(tmp_path, evaluation):
-    assert "17 at 40,960 tokens" in render(result(tmp_path, evaluation), lines())
+    assert "17 at 40,960 tokens" in html(result(tmp_path, evaluation), lines())
 
 
 def test_changed_options_are_shaded(tmp_path, evaluation):
-    page = render(result(tmp_path, evaluation, seed=5), [])
+    page = html(result(tmp_path, evaluation, seed=5), [])
     assert re.search(r'<tr class="changed"><th scope="row"><code>seed</code></th><td><code>5</code>', page)
 
 
@@ -116,7 +116,7 @@ def test_utilisation_where_the_peak_is_known_else_flops(tmp_path, evaluation):
     for metrics, there, absent in ((known, ("MFU training", "40.00 %", "peak device memory", "31 GB"), ("FLOP/s of a device",)),
                                    (unknown, ("FLOP/s of a device", "4e+14"), ("MFU", "peak device memory"))):
         (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-        page = render(result(tmp_path, evaluation), metrics)
+        page = html(result(tmp_path, evaluation), metrics)
         assert all(word in page for word in there) and not any(word in page for word in absent)
 
 

@@ -74,10 +74,10 @@ JOBS = {
     "eval": Job(
         "measure SAEs on held-out text, side by side",
         "saejax eval SAE [SAE ...] [--contexts=N]\n       saejax eval --config=FILE",
-        "Reads SAEs: runs (or RUN/checkpoints/STEP), releases, files of any format that saejax.load reads, org/repo:path\n"
-        "of the hub; and their stores' statistics, else those of the text. Of runs it writes RUN/eval.json. Prints a\n"
-        "table: L0, FVU and explained variance with and without outlier tokens, cross-entropy clean,\n"
-        "spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint\n"
+        "Reads SAEs: runs (or RUN/checkpoints/STEP), releases, files of any format that saejax.load reads, places on\n"
+        "the hub as org/repo:path; and their stores' statistics, else those of the text. Of runs it writes\n"
+        "RUN/eval.json. Prints a table: L0, FVU and explained variance with and without outlier tokens, cross-entropy\n"
+        "clean, spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint\n"
         "step and options; a second call is instant. The directory of a sweep stands for all its SAEs. --config=FILE\n"
         "means the run at its run_dir, with the eval, log and mesh sections given now; the other keys must be those\n"
         "of the run.\n\n"
@@ -142,8 +142,8 @@ JOBS = {
     "search": Job(
         "features by prompt, answer, sets of prompts, text of examples, or likeness",
         "saejax search SAE --prompt=TEXT | --set=NAME | --positives=FILE | --find=TEXT | --like=FEATURE",
-        "Reads a run or any files of an SAE, the language model (not for --find and --like) and the index, RUN/features or\n"
-        "--index (needed for --find); prints the features that fit best and writes nothing.\n\n"
+        "Reads a run or any files of an SAE, the language model (not for --find and --like) and the index, RUN/features\n"
+        "or --index (needed for --find); prints the features that fit best and writes nothing.\n\n"
         "options:\n  --prompt=TEXT            the most active features on this text\n"
         "  --prompt=TEXT --answer=TOKEN [--against=TOKEN]\n"
         "                           those that speak most for this next token (and against that one)\n"

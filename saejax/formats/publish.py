@@ -36,7 +36,7 @@ def publish(directory: Path, repo: str, licence: str | None = None, *, upload: b
     listed = "\n".join(f"  {name:<26} {len(data):>13,} bytes" for name, data in files.items())
     if not upload:
         return (f"would write to https://huggingface.co/{repo}:\n{listed}\nlicence: {licence or 'none declared'}\n"
-                "nothing was uploaded: that wants a yes")
+                "nothing was uploaded")
     return f"wrote {_commit(repo, files)}\n{listed}" if is_writer() else ""
 
 

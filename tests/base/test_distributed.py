@@ -62,7 +62,7 @@ def test_flags_and_environment_decide_together(config_file, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (("--coordinator=nowhere", "--num_processes=2", "--process_id=0"), "--coordinator=nowhere: write HOST:PORT"),
+    (("--coordinator=nowhere", "--num_processes=2", "--process_id=0"), "coordinator=nowhere: write HOST:PORT"),
     (("--coordinator=a:1", "--num_processes=2", "--process_id=2"), "are numbered from 0 to 1"),
 ])
 def test_addresses_and_numbers_are_checked_first(flags, message, config_file, capsys):

@@ -36,12 +36,12 @@ def test_fingerprint_sees_every_bit(bit):
     y = np.frombuffer(x.tobytes(), np.uint32).copy()
     y[bit // 32] ^= np.uint32(1) << np.uint32(bit % 32)
     y = y.view(np.float32).reshape(x.shape)
-    assert fingerprints({"x": jnp.asarray(x)}) != storage.fingerprints({"x": jnp.asarray(y)})
+    assert fingerprints({"x": jnp.asarray(x)}) != fingerprints({"x": jnp.asarray(y)})
 
 
 def test_fingerprint_sees_swapped_rows():
     x = np.arange(24, dtype=np.float32).reshape(6, 4)
-    assert fingerprints({"x": jnp.asarray(x)}) != storage.fingerprints({"x": jnp.asarray(x[[1, 0, 2, 3, 4, 5]])})
+    assert fingerprints({"x": jnp.asarray(x)}) != fingerprints({"x": jnp.asarray(x[[1, 0, 2, 3, 4, 5]])})
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
@@ -55,7 +55,7 @@ def test_failed_write_leaves_the_old_file(tmp_path):
 def test_disk_full_is_one_line_and_leaves_nothing(tmp_path):
     code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
             "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-            "from saejax import storage\nfrom saejax.base.errors import DiskError\n"
+            "from saejax.base import storage\nfrom saejax.base.errors import DiskError\n"
             f"try: storage.write_bytes({str(tmp_path / 'big')!r}, b'x' * 5000)\n"
             "except DiskError as e: print(e); sys.exit(7)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

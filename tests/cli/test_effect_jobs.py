@@ -101,8 +101,7 @@ def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_a
     (["steer", "RUN/store", "--prompt=a", "--feature=1"], "neither a release"),
     (["attribute", "RUN", "--prompt=a"], "and --token=TOKEN"),
     (["attribute", "RUN", "--prompt=a", "--token=ab"], "'ab' is 2 tokens"),
-    (["attribute", "RUN", "--prompt= ", "--token=a"], "prompt is empty"),
-    (["neurons", "RUN/release"], "no run with a place")])
+    (["attribute", "RUN", "--prompt= ", "--token=a"], "prompt is empty")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):
     first = min((step for step in (run / "checkpoints").iterdir() if step.name.isdigit()), key=lambda step: int(step.name))
     capsys.readouterr()

@@ -196,7 +196,7 @@ def test_people_judge(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sample=3"], "--judge=: give an endpoint"), (["--judge=http://x/v1", "--sample=3"], "--judge_model"),
+    (["--sample=3"], "--judge=: give an endpoint"), (["--judge=http://x/v1", "--sample=3"], "judge_model=NAME"),
     (["--judge=csv:SHEETS"], "--features=1,2,3, or how many"),
     (["--judge=csv:SHEETS", "--features=1", "--sample=3"], "--sample=50"),
     (["--judge=csv:SHEETS", "--features=1,x"], "not a list of feature numbers"),

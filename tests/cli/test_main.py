@@ -128,7 +128,7 @@ def test_exit_codes_and_streams_of_the_real_command(config_file):
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr("saejax.cli.main._help", lambda: 1 / 0)
+    monkeypatch.setattr("saejax.cli.main.overview", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["--help"])
 

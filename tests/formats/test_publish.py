@@ -66,7 +66,7 @@ def test_altered_release_is_not_published(released, hub, capsys):
     [
         (["--repo=sae"], "expected ORG/NAME"),
         (["--repo=a/../b"], "expected ORG/NAME"),
-        (["--repo=a/b", "--license=my: own"], "--license=my: own"),
+        (["--repo=a/b", "--license=my: own"], "license=my: own"),
         ([], "give one release directory and --repo=ORG/NAME"),
     ],
 )

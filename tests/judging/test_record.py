@@ -88,7 +88,7 @@ def test_torn_and_damaged_records(tmp_path):
 def test_answers_of_another_judge_or_index_are_not_mixed(tmp_path):
     with serving() as server:
         record_of(server, tmp_path)
-        with pytest.raises(JudgeError, match="another judge.*--out"):
+        with pytest.raises(JudgeError, match="another judge.*another directory"):
             Record(tmp_path, Endpoint(server.url, "other"), "index", "own")
         with pytest.raises(JudgeError, match="another index, another explanations"):
             Record(tmp_path, Endpoint(server.url, "m"), "index 2", "file")
@@ -162,7 +162,7 @@ def test_no_formula_and_no_script_gets_out(tmp_path):
 
 
 def test_simulation_is_not_for_people(tmp_path):
-    with pytest.raises(JudgeError, match="--do=simulate"):
+    with pytest.raises(JudgeError, match="do=simulate"):
         rounds(tmp_path, [Question("a", "simulate", 0, "?", tokens=("t",))])
 
 

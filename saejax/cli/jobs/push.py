@@ -12,5 +12,5 @@ def start(arguments: Arguments) -> int:
         raise ConfigError("saejax push-to-hub: give one release directory and --repo=ORG/NAME")
     said = publish(arguments.paths[0], arguments.option("repo"), arguments.option("license"), upload=arguments.option("yes"))
     if is_writer():
-        print(said)
+        print(said if arguments.option("yes") else f"{said}; --yes does it")
     return 0
