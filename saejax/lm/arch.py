@@ -9,7 +9,7 @@ from typing import Any
 
 from saejax.base.errors import LMError
 
-SCALINGS = ("none", "linear", "llama3", "longrope")
+SCALINGS = ("none", "linear", "llama3", "longrope", "yarn")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 _CHOICES = {
     "norm": ("rms", "layer"),
@@ -26,8 +26,10 @@ class RopeConfig:
 
     Frequency i is `theta ** (-2 i / dim)`; `scaling` changes it: "linear" divides all by `factor`, "llama3" divides
     low frequencies and blends the middle ones (Llama 3.1), "longrope" divides frequency i by `short_factors[i]`, or by
-    `long_factors[i]` in contexts longer than `original_context` (Ding et al. 2024). Cosine and sine are multiplied by
-    `attention_factor`.
+    `long_factors[i]` in contexts longer than `original_context` (Ding et al. 2024), "yarn" divides by `factor` those that
+    turn less than `beta_slow` times in `original_context`, keeps those that turn more than `beta_fast` times, and blends
+    between them, with the ends of the ramp at whole indices if `truncate` (Peng et al. 2023, section 3.2). Cosine and
+    sine are multiplied by `attention_factor`.
     """
 
     theta: float
@@ -40,6 +42,9 @@ class RopeConfig:
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
     attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
     def problems(self) -> list[str]:
         """What makes this rope impossible, as `name=value (reason)`."""
@@ -48,13 +53,17 @@ class RopeConfig:
             wrong.append(f"rotary dimension {self.dim!r} is odd or not positive, rotary embedding needs pairs")
         if self.scaling not in SCALINGS:
             wrong.append(f"rope scaling {self.scaling!r} (one of {', '.join(SCALINGS)})")
-        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor"):
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"):
             if not _positive(getattr(self, name)):
                 wrong.append(f"rope {name}={getattr(self, name)!r} (not a positive number)")
-        if self.scaling in ("llama3", "longrope") and not _is_size(self.original_context):
+        if self.scaling in ("llama3", "longrope", "yarn") and not _is_size(self.original_context):
             wrong.append(f"rope original_context={self.original_context!r} (not a size)")
         if self.scaling == "llama3" and self.high_freq_factor == self.low_freq_factor:
             wrong.append("rope high_freq_factor equals low_freq_factor")
+        if self.scaling == "yarn" and _positive(self.theta) and self.theta <= 1:
+            wrong.append(f"rope_theta={self.theta!r} (yarn needs more than 1)")
+        if self.scaling == "yarn" and self.beta_fast < self.beta_slow:
+            wrong.append(f"rope beta_fast={self.beta_fast!r} is less than beta_slow={self.beta_slow!r}")
         if self.scaling == "longrope":
             wrong += [
                 f"rope {name} has {len(getattr(self, name))} numbers, not {self.dim // 2} positive ones"

@@ -99,15 +99,18 @@ class Fields:
             return ()
         return tuple(self.as_number(key, item) for item in value)
 
-    def finish(self) -> None:
-        """Raises one LMError with every problem and every key that was not read and is neither null nor false."""
-        self.problems += [
+    def all_problems(self) -> list[str]:
+        """Every problem noted, and every key that was not read and is neither null nor false."""
+        return self.problems + [
             f"{key}={short(value)} (unknown field)"
             for key, value in self.raw.items()
             if value is not None and value is not False and key not in self.seen
         ]
-        if self.problems:
-            raise LMError(f"{self.label} is not computed by the decoder: {'; '.join(self.problems)}")
+
+    def finish(self) -> None:
+        """Raises one LMError with `all_problems`, if there are any."""
+        if problems := self.all_problems():
+            raise LMError(f"{self.label} is not computed by the decoder: {'; '.join(problems)}")
 
 
 def short(value: Any) -> str:

@@ -2,9 +2,11 @@
 
 GGUF leaves to its readers what a family has in common; those values (attention scale, window pattern, local rope base)
 are the ones llama.cpp uses. `rope_freqs.weight` (Llama 3 scaling) is read as divisors of the rope frequencies, on top of
-linear scaling where the file has both; a scaling factor without a type is linear.
+linear scaling where the file has both; a scaling factor without a type is linear. With yarn, cosine and sine are
+multiplied by 1 + ln(factor) / 10.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -72,8 +74,12 @@ def _rope(fields: Fields, dim: int, max_context: int, shapes: Mapping, read: Rea
     factor = fields.number("rope.scaling.factor", 1.0) or 1.0  # llama.cpp reads 0 as not given
     fields.only(**{"rope.scaling.attn_factor": 1.0})
     fields.ignore("rope.scaling.original_context_length", "rope.scaling.finetuned")
+    if kind == "yarn":
+        if "rope_freqs.weight" in shapes:
+            fields.problems.append("rope.scaling.type='yarn' with a tensor rope_freqs.weight")
+        return _yarn(fields, theta, dim, factor, max_context)
     if kind not in ("none", "linear"):
-        fields.problems.append(f"rope.scaling.type={kind!r} (computed are none, linear)")
+        fields.problems.append(f"rope.scaling.type={kind!r} (computed are none, linear, yarn)")
     elif kind == "none" and factor != 1.0:
         fields.problems.append(f"rope.scaling.type='none' with rope.scaling.factor={factor}")
     if "rope_freqs.weight" not in shapes:
@@ -81,6 +87,26 @@ def _rope(fields: Fields, dim: int, max_context: int, shapes: Mapping, read: Rea
     divisors = tuple(factor * float(x) for x in read("rope_freqs.weight").reshape(-1))
     return RopeConfig(
         theta, dim, scaling="longrope", original_context=max_context, short_factors=divisors, long_factors=divisors
+    )
+
+
+def _yarn(fields: Fields, theta: float, dim: int, factor: float, max_context: int) -> RopeConfig:
+    fields.only(
+        **{
+            "rope.scaling.yarn_ext_factor": 1.0,
+            "rope.scaling.yarn_attn_factor": 1.0,
+            "rope.scaling.yarn_log_multiplier": 0.0,
+        }
+    )
+    return RopeConfig(
+        theta,
+        dim,
+        scaling="yarn",
+        factor=factor,
+        original_context=fields.size("rope.scaling.original_context_length", max_context),
+        attention_factor=1 + 0.1 * math.log(max(factor, 1.0)),
+        beta_fast=fields.number("rope.scaling.yarn_beta_fast", 32.0),
+        beta_slow=fields.number("rope.scaling.yarn_beta_slow", 1.0),
     )
 
 

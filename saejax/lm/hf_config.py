@@ -9,7 +9,7 @@ from typing import Any
 
 from saejax.base.errors import LMError
 from saejax.lm.arch import LMConfig
-from saejax.lm.fields import Fields
+from saejax.lm.fields import Fields, short
 from saejax.lm.hf_rope import rope
 
 _ACTIVATIONS = {
@@ -148,8 +148,19 @@ def _gemma2(fields: Fields) -> dict:
     return _gemma(fields, values, [i % 2 == 0 for i in range(values["n_layers"])])
 
 
+_GEMMA3_DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+}
+
+
 def _gemma3(fields: Fields) -> dict:
-    for key, value in (("head_dim", 256), ("num_attention_heads", 8), ("num_key_value_heads", 4), ("vocab_size", 262208)):
+    for key, value in _GEMMA3_DEFAULTS.items():
         fields.raw.setdefault(key, value)
     n_layers, head_dim = fields.size("num_hidden_layers"), fields.size("head_dim")
     context = fields.size("max_position_embeddings", 131072)
@@ -166,6 +177,23 @@ def _gemma3(fields: Fields) -> dict:
     fields.only(attn_logit_softcapping=None)
     values["final_softcap"] = fields.optional("final_logit_softcapping", None) or 0.0
     return _gemma(fields, values, sliding)
+
+
+def _gemma3_text_part(fields: Fields) -> dict:
+    """The text part of a multimodal Gemma 3 (`text_config`); what only concerns images is not read."""
+    fields.ignore("vision_config", "mm_tokens_per_image")
+    fields.ignore(*(f"{token}_token_{key}" for token in ("boi", "eoi", "image") for key in ("index", "id")))
+    block = fields.get("text_config", {})
+    if not isinstance(block, Mapping):
+        fields.problems.append(f"text_config={short(block)} (not an object)")
+        block = {}
+    text = Fields(block, "text_config")
+    text.only(model_type="gemma3_text")
+    # transformers ties by the outer key alone.
+    text.raw["tie_word_embeddings"] = fields.switch("tie_word_embeddings", True)
+    values = _gemma3(text)
+    fields.problems += [f"text_config.{problem}" for problem in text.all_problems()]
+    return values
 
 
 def _smollm3(fields: Fields) -> dict:
@@ -253,6 +281,7 @@ def _gpt_neox(fields: Fields) -> dict:
 
 READERS: dict[str, Callable[[Fields], dict]] = {
     "gemma2": _gemma2,
+    "gemma3": _gemma3_text_part,
     "gemma3_text": _gemma3,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,

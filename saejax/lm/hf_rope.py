@@ -10,7 +10,14 @@ from collections.abc import Mapping
 from saejax.lm.arch import RopeConfig
 from saejax.lm.fields import REQUIRED, Fields, short
 
-_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3", "longrope": "longrope", "su": "longrope"}
+_TYPES = {
+    "default": "none",
+    "linear": "linear",
+    "llama3": "llama3",
+    "longrope": "longrope",
+    "su": "longrope",
+    "yarn": "yarn",
+}
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -120,4 +127,25 @@ def _longrope(inner: Fields, top: int | None, max_context: int) -> dict:
     }
 
 
-_SCALINGS = {"none": _none, "linear": _linear, "llama3": _llama3, "longrope": _longrope}
+def _yarn(inner: Fields, top: int | None, max_context: int) -> dict:
+    """As transformers' `_compute_yarn_parameters`: what is absent, null or 0 has the default of the paper."""
+    inner.ignore("finetuned")
+    original = _original(inner, top, max_context)
+    factor = inner.number("factor", max_context / original)
+    mscale, all_dim = inner.number("mscale", 0.0), inner.number("mscale_all_dim", 0.0)
+    default = _mscale(factor, mscale) / _mscale(factor, all_dim) if mscale and all_dim else _mscale(factor, 1.0)
+    return {
+        "factor": factor,
+        "original_context": original,
+        "beta_fast": inner.number("beta_fast", 32.0) or 32.0,
+        "beta_slow": inner.number("beta_slow", 1.0) or 1.0,
+        "truncate": inner.switch("truncate", True),
+        "attention_factor": inner.number("attention_factor", default),
+    }
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+_SCALINGS = {"none": _none, "linear": _linear, "llama3": _llama3, "longrope": _longrope, "yarn": _yarn}

@@ -99,7 +99,7 @@ def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh
     if not isinstance(raw, dict):
         raise LMError(f"{config}: a model config is a JSON object, this is {type(raw).__name__}")
     cfg = from_hf(raw)
-    tok = tokenizer.from_pretrained(folder)
+    tok = tokenizer.without_image_token(tokenizer.from_pretrained(folder), cfg.vocab_size)
     tokenizer.check_fits(tok, cfg.vocab_size)
     model = weights.from_safetensors(cfg, folder, dtype=DTYPES[dtype], mesh=mesh)
     return LM(model, cfg, tok, name, _digest(cfg, weights.weight_files(folder)), revision)

@@ -25,6 +25,7 @@ _GEMMA = _LLAMA | {
     "ln2": "model.layers.{i}.pre_feedforward_layernorm",
     "ln2_post": "model.layers.{i}.post_feedforward_layernorm",
 }
+_GEMMA3_TEXT_PART = {key: name.replace("model.", "model.language_model.", 1) for key, name in _GEMMA.items()}
 HF_NAMES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -33,6 +34,7 @@ HF_NAMES = {
     "smollm3": _LLAMA,
     "olmo2": _GEMMA,
     "gemma2": _GEMMA,
+    "gemma3": _GEMMA3_TEXT_PART,
     "gemma3_text": _GEMMA,
     "phi3": _LLAMA | {"qkv": "model.layers.{i}.self_attn.qkv_proj", "gate_up": "model.layers.{i}.mlp.gate_up_proj"},
     "gpt2": {
@@ -59,11 +61,15 @@ HF_NAMES = {
         "down": "gpt_neox.layers.{i}.mlp.dense_4h_to_h",
     },
 }
-# (usual prefix, what some files have instead): files of the bare model lack the first part of each name.
+# (usual prefix, what some files have instead): files of the bare model lack the first part of each name, and before
+# transformers 4.52 the text part of a multimodal model was a causal model of its own.
 HF_ALIASES = {
+    "gemma3": (("model.language_model.", "language_model.model."), ("lm_head.", "language_model.lm_head.")),
     "gpt2": (("transformer.", ""),),
     "gpt_neox": (("gpt_neox.", ""), ("embed_out.", "lm_head.")),
 }
+# What a family's files hold beside the text model, which is not read.
+HF_IGNORED = {"gemma3": r"(model\.)?(vision_tower|multi_modal_projector)\..+"}
 
 _GGUF = {
     "embed": "token_embd",

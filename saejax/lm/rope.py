@@ -27,6 +27,8 @@ def frequencies(rope: RopeConfig, length: int) -> np.ndarray:
     plain = np.float32(1) / power
     if rope.scaling == "linear":
         return plain / np.float32(rope.factor)
+    if rope.scaling == "yarn":
+        return _yarn(rope, power)
     return _llama3(rope, plain) if rope.scaling == "llama3" else plain
 
 
@@ -38,6 +40,22 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
     blended = (1 - smooth) * plain / np.float32(rope.factor) + smooth * plain
     stretched = np.where(wavelength > rope.original_context / low, plain / np.float32(rope.factor), blended)
     return np.where(wavelength < rope.original_context / high, plain, stretched).astype(np.float32)
+
+
+def _yarn(rope: RopeConfig, power: np.ndarray) -> np.ndarray:
+    """YaRN (Peng et al. 2023): frequencies that turn often in the original context stay, rare ones are divided by `factor`."""
+    low, high = (
+        rope.dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for turns in (rope.beta_fast, rope.beta_slow)
+    )
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = (np.arange(rope.dim // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+    kept = 1 - np.clip(ramp, 0, 1)
+    stretched = np.float32(1) / (np.float32(rope.factor) * power)
+    return (stretched * (1 - kept) + np.float32(1) / power * kept).astype(np.float32)
 
 
 def tables(cfg: LMConfig, length: int, text: int | None = None) -> Rope | None:

@@ -1,9 +1,10 @@
 """A small face for a fast tokenizer, the same whether it came from a Hugging Face directory or from a GGUF file."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from saejax.lm.gguf_file import GGUFFile
 # must be split off first, which shows on "  1". Its own table covers the others.
 _GPT2_SPLITS = frozenset({"gpt-2", "olmo"})
 _DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact"})
+
+# Placeholder that Gemma 3 gives one id beyond the text-only models' vocabulary; only its image processor writes it.
+_IMAGE_TOKEN = "<image_soft_token>"
 
 # transformers advises on import to install torch, which saejax does not need.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -90,6 +94,21 @@ def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"tokenizer has ids up to {tokenizer.vocab_size - 1} but the model's vocab_size is "
             f"{vocab_size}: use the tokenizer that belongs to the model"
         )
+
+
+def without_image_token(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer without Gemma 3's image placeholder where the model has no embedding for it, else unchanged.
+
+    The tokenizers of Gemma 3 270M and 1B have it although these models read text only
+    (https://github.com/huggingface/transformers/issues/37011). Text that spells it is then encoded like other text.
+    """
+    index = tokenizer.backend.token_to_id(_IMAGE_TOKEN)
+    if index is None or index < vocab_size:
+        return tokenizer
+    rules = json.loads(tokenizer.backend.to_str())
+    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] != _IMAGE_TOKEN]
+    backend = Backend.from_str(json.dumps(rules))
+    return replace(tokenizer, backend=backend, special_ids=tokenizer.special_ids - {index})
 
 
 def from_pretrained(folder: Path) -> Tokenizer:

@@ -23,7 +23,7 @@ from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.leaves import Leaf, leaves
 from saejax.lm.mesh import leaf_sharding
 from saejax.lm.model import Decoder
-from saejax.lm.names import HF_ALIASES, HF_NAMES
+from saejax.lm.names import HF_ALIASES, HF_IGNORED, HF_NAMES
 from saejax.lm.tensor_layout import Recipe, TensorSource, gguf_recipes, hf_recipes
 
 # Tensors that some exporters write and that hold nothing new: rope frequencies, causal masks.
@@ -188,10 +188,20 @@ def from_safetensors(cfg: LMConfig, folder: Path, *, dtype: jnp.dtype, mesh: Mes
         for old, new in HF_ALIASES.get(cfg.family, ()):
             if not any(name.startswith(old) for name in there) and any(name.startswith(new) for name in there):
                 table = {name: _renamed(old, new, recipe) for name, recipe in table.items()}
-        ignored = {f"{HF_NAMES[cfg.family]['unembed']}.weight"} if cfg.tied_embeddings else set()
+        # A tied unembedding is asked for by no recipe, so that the loop above does not rename it.
+        ignored = {name for name in there if _not_read(cfg, name)}
         return load_decoder(cfg, source, table, dtype=dtype, mesh=mesh, where=str(folder), ignored=ignored)
     finally:
         source.close()
+
+
+def _not_read(cfg: LMConfig, name: str) -> bool:
+    """Whether this tensor is a tied unembedding, under any of its names, or belongs to what is no text model."""
+    unembed = f"{HF_NAMES[cfg.family]['unembed']}.weight"
+    aliases = HF_ALIASES.get(cfg.family, ())
+    names = {unembed, *(new + unembed.removeprefix(old) for old, new in aliases if unembed.startswith(old))}
+    beside = HF_IGNORED.get(cfg.family)
+    return (cfg.tied_embeddings and name in names) or (beside is not None and re.fullmatch(beside, name) is not None)
 
 
 def _renamed(old: str, new: str, recipe: Recipe) -> Recipe:

@@ -68,6 +68,19 @@ def _longrope(original: int) -> dict:
     return {"rope_parameters": rope | place} | place
 
 
+# A tiny SigLIP tower, of which nothing may be read.
+_VISION = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 8,
+    "intermediate_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 8,
+    "patch_size": 4,
+    "vision_use_head": False,
+}
+
+
 CONFIGS: dict[str, dict] = {
     "gpt2": {
         "model_type": "gpt2",
@@ -147,6 +160,50 @@ CONFIGS: dict[str, dict] = {
         },
         "final_logit_softcapping": 3.0,
     },
+    "gemma3_multimodal": {
+        "model_type": "gemma3",
+        "text_config": _GEMMA
+        | {
+            "model_type": "gemma3_text",
+            "sliding_window_pattern": 2,
+            "rope_theta": 200.0,
+            "rope_local_base_freq": 30.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+        },
+        "vision_config": _VISION,
+        "mm_tokens_per_image": 4,
+        "boi_token_index": 50,
+        "eoi_token_index": 51,
+        "image_token_index": 52,
+        "tie_word_embeddings": False,
+    },
+    "llama_yarn": _WIDE
+    | {
+        "model_type": "llama",
+        "rope_theta": 70.0,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 3.0,
+            "original_max_position_embeddings": 16,
+            "beta_fast": 1.5,
+            "beta_slow": 0.4,
+            "mscale": 2.0,
+            "mscale_all_dim": 0.5,
+        },
+    },
+    "qwen2_yarn": _BASE
+    | {
+        "model_type": "qwen2",
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 70.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+            "beta_fast": 2.0,
+            "beta_slow": 0.7,
+            "truncate": False,
+        },
+    },
     "smollm3": _BASE
     | {
         "model_type": "smollm3",
@@ -181,10 +238,39 @@ def shapes(cfg: LMConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
+def vision_shapes(text: int, width: int, hidden: int, layers: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of `_VISION` and its projector to `text` dimensions, as the files of Gemma 3 name them."""
+    tower = "vision_tower.vision_model."
+    found = {
+        "multi_modal_projector.mm_input_projection_weight": (width, text),
+        "multi_modal_projector.mm_soft_emb_norm.weight": (width,),
+        f"{tower}embeddings.patch_embedding.weight": (width, 3, 4, 4),
+        f"{tower}embeddings.patch_embedding.bias": (width,),
+        f"{tower}embeddings.position_embedding.weight": (4, width),
+    }
+    norms = [f"{tower}post_layernorm"]
+    for layer in (f"{tower}encoder.layers.{i}." for i in range(layers)):
+        norms += [f"{layer}layer_norm1", f"{layer}layer_norm2"]
+        sides = {f"self_attn.{part}": (width, width) for part in ("q_proj", "k_proj", "v_proj", "out_proj")}
+        sides |= {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}
+        for part, shape in sides.items():
+            found |= {f"{layer}{part}.weight": shape, f"{layer}{part}.bias": shape[:1]}
+    return found | {f"{norm}.{kind}": (width,) for norm in norms for kind in ("weight", "bias")}
+
+
+def all_shapes(config: dict) -> dict[str, tuple[int, ...]]:
+    """`shapes`, and those of a vision tower where the config has one."""
+    cfg, vision = from_hf(config), config.get("vision_config")
+    if vision is None:
+        return shapes(cfg)
+    sizes = (vision[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+    return shapes(cfg) | vision_shapes(cfg.d_model, *sizes)
+
+
 def tensors(config: dict) -> dict[str, np.ndarray]:
     """Every tensor in float32: norm gains around 1, matrices scaled so that activations stay of order 1."""
     cfg, made = from_hf(config), {}
-    for name, shape in shapes(cfg).items():
+    for name, shape in all_shapes(config).items():
         noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(shape)
         if name.endswith("bias"):
             value = 0.3 * noise

@@ -53,6 +53,12 @@ def _fields(writer: gguf.GGUFWriter, cfg) -> None:
     if rope.scaling == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope.factor)
+    if rope.scaling == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope.factor)
+        writer.add_rope_scaling_orig_ctx_len(rope.original_context)
+        writer.add_rope_scaling_yarn_beta_fast(rope.beta_fast)
+        writer.add_rope_scaling_yarn_beta_slow(rope.beta_slow)
     if rope.scaling == "llama3":
         plain = rope.theta ** -(np.arange(0, rope.dim, 2) / rope.dim)
         writer.add_tensor("rope_freqs.weight", (plain / frequencies(rope, 1)).astype(np.float32))

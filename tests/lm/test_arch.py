@@ -91,11 +91,14 @@ def test_every_problem_is_in_one_error():
 @pytest.mark.parametrize(
     "change, part",
     [
-        ({"model_type": "mamba"}, "supported are gemma2, gemma3_text, gpt2"),
+        ({"model_type": "mamba"}, "supported are gemma2, gemma3, gemma3_text, gpt2"),
         ({"model_type": None}, "phi3, qwen2, qwen3, smollm3"),
         ({"model_type": ["llama"]}, "supported are"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic' (computed are default, linear"),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type='yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "slope": 3}}, "rope_parameters.slope (unknown field)"),
+        ({"rope_parameters": {"rope_type": "yarn", "truncate": 1}}, "rope_parameters.truncate=1 (not true or false)"),
+        ({"rope_parameters": {"rope_type": "yarn", "beta_slow": 40}}, "beta_fast=32.0 is less than beta_slow=40.0"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1}}, "needs more than 1"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta_fast": 3}}, "rope_parameters.beta_fast"),
         ({"rope_parameters": {"rope_type": "linear", "factor": -2.0}}, "rope factor=-2.0"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 3.0}}}, "one rope for all layers"),
@@ -115,6 +118,76 @@ def test_refused_by_name(change, part):
     with pytest.raises(LMError) as caught:
         hf_config.from_hf(tiny_llama.CONFIG | change)
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "block, attention",
+    [
+        ({"factor": 4.0}, 1 + 0.1 * np.log(4)),
+        ({}, 1 + 0.1 * np.log(2048 / 256)),
+        ({"factor": None}, 1 + 0.1 * np.log(2048 / 256)),
+        ({"factor": 0.5}, 1.0),
+        ({"factor": 4.0, "attention_factor": 1.5, "mscale": 2.0, "mscale_all_dim": 1.0}, 1.5),
+        ({"factor": 4.0, "mscale": 2.0, "mscale_all_dim": 1.0}, (1 + 0.2 * np.log(4)) / (1 + 0.1 * np.log(4))),
+        ({"factor": 4.0, "mscale": 2.0}, 1 + 0.1 * np.log(4)),
+        ({"factor": 4.0, "beta_fast": 0, "beta_slow": None, "finetuned": True}, 1 + 0.1 * np.log(4)),
+    ],
+)
+def test_yarn_defaults_are_those_of_transformers(block, attention):
+    """`_compute_yarn_parameters` of transformers 5.24: null and, for the betas, 0 stand for the default."""
+    old = {key: value for key, value in tiny_llama.CONFIG.items() if key != "rope_parameters"}
+    rope = {"type": "yarn", "original_max_position_embeddings": 256} | block
+    found = hf_config.from_hf(old | {"max_position_embeddings": 2048, "rope_scaling": rope}).ropes[0]
+    assert found.attention_factor == pytest.approx(attention, rel=1e-12)
+    assert (found.scaling, found.original_context, found.truncate) == ("yarn", 256, True)
+    assert (found.beta_fast, found.beta_slow, found.theta) == (32.0, 1.0, 1e4)
+
+
+GEMMA3_TEXT = {"model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34,
+               "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024}
+GEMMA3 = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "boi_token_index": 255999,
+    "eoi_token_index": 256000,
+    "eos_token_id": [1, 106],
+    "image_token_index": 262144,
+    "initializer_range": 0.02,
+    "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": GEMMA3_TEXT,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.50.0.dev0",
+    "vision_config": {"hidden_size": 1152, "model_type": "siglip_vision_model", "vision_use_head": False},
+}
+
+
+def test_multimodal_gemma3_is_its_text_config():
+    """Keys that the hub's config of Gemma 3 4B leaves out have the defaults of transformers' `Gemma3TextConfig`."""
+    cfg = hf_config.from_hf(GEMMA3)
+    assert vars(cfg) == vars(hf_config.from_hf(GEMMA3_TEXT)) | {"family": "gemma3"}
+    assert (cfg.vocab_size, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.max_context) == (262208, 8, 4, 256, 131072)
+    assert (cfg.d_model, cfg.n_layers, cfg.tied_embeddings) == (2560, 34, True)
+    assert [(rope.theta, rope.factor) for rope in cfg.ropes] == [(1e6, 8.0), (1e4, 1.0)]
+    assert cfg.windows[:6] == (1024,) * 5 + (0,)
+    whole = hf_config.from_hf({"model_type": "gemma3"})
+    assert (whole.d_model, whole.d_mlp, whole.n_layers) == (2304, 9216, 26)
+    assert not hf_config.from_hf(GEMMA3 | {"tie_word_embeddings": False}).tied_embeddings
+
+
+@pytest.mark.parametrize(
+    "change, part",
+    [
+        ({"text_config": [1]}, "text_config=[1] (not an object)"),
+        ({"text_config": GEMMA3_TEXT | {"model_type": "gemma2"}}, "text_config.model_type='gemma2'"),
+        ({"text_config": GEMMA3_TEXT | {"num_experts": 8}}, "text_config.num_experts=8 (unknown field)"),
+        ({"text_config": GEMMA3_TEXT | {"use_bidirectional_attention": True}}, "text_config.use_bidirectional_attention=True"),
+        ({"audio_config": {"hidden_size": 8}}, "audio_config={'hidden_size': 8} (unknown field)"),
+    ],
+)
+def test_multimodal_gemma3_refuses_by_name(change, part):
+    with pytest.raises(LMError) as caught:
+        hf_config.from_hf(GEMMA3 | change)
+    assert part in str(caught.value) and "'gemma3'" in str(caught.value)
 
 
 GGUF = {
@@ -169,7 +242,15 @@ def test_gguf_fields_that_are_not_computed_are_refused():
         gguf_config.from_gguf(fields | {"llama.rope.dimension_count": 2}, shapes, read)
     with pytest.raises(LMError, match="rope.scaling.type='none' with rope.scaling.factor=4.0"):
         gguf_config.from_gguf(fields | {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, shapes, read)
-    with pytest.raises(LMError, match="rope.scaling.type='yarn'"):
-        gguf_config.from_gguf(fields | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, shapes, read)
+    yarn = fields | {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    assert gguf_config.from_gguf(yarn, shapes, read).ropes[0].original_context == 16
+    with pytest.raises(LMError, match="rope.scaling.type='yarn' with a tensor rope_freqs.weight"):
+        gguf_config.from_gguf(yarn, shapes | {"rope_freqs.weight": (3,)}, read)
+    with pytest.raises(LMError, match="rope.scaling.yarn_log_multiplier=0.1"):
+        gguf_config.from_gguf(yarn | {"llama.rope.scaling.yarn_log_multiplier": 0.1}, shapes, read)
+    with pytest.raises(LMError, match=r"yarn_beta_fast=16.0 \(unknown field\)"):
+        gguf_config.from_gguf(fields | {"llama.rope.scaling.yarn_beta_fast": 16.0}, shapes, read)
+    with pytest.raises(LMError, match="rope.scaling.type='longrope'"):
+        gguf_config.from_gguf(fields | {"llama.rope.scaling.type": "longrope"}, shapes, read)
     with pytest.raises(LMError, match="general.architecture='rwkv'"):
         gguf_config.from_gguf({"general.architecture": "rwkv"}, {}, read)

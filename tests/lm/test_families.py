@@ -93,8 +93,10 @@ _ALWAYS_ROPE = ("theta", "dim", "attention_factor")
 # Fields of a rope that its scaling does not read.
 _UNUSED_ROPE = {
     *((name, "linear") for name in ("low_freq_factor", "high_freq_factor", "original_context")),
-    *((name, scaling) for name in ("short_factors", "long_factors") for scaling in ("linear", "llama3")),
-    *((name, "longrope") for name in ("factor", "low_freq_factor", "high_freq_factor")),
+    *((name, scaling) for name in ("short_factors", "long_factors") for scaling in ("linear", "llama3", "yarn")),
+    *((name, scaling) for name in ("low_freq_factor", "high_freq_factor") for scaling in ("longrope", "yarn")),
+    ("factor", "longrope"),
+    *((name, scaling) for name in ("beta_fast", "beta_slow", "truncate") for scaling in ("linear", "llama3", "longrope")),
 }
 _CHANGED_ROPE = {
     "theta": lambda value: 1.1 * value,
@@ -107,6 +109,9 @@ _CHANGED_ROPE = {
     "short_factors": lambda value: tuple(1.1 * x for x in value),
     "long_factors": lambda value: tuple(1.1 * x for x in value),
     "attention_factor": lambda value: 1.1 * value,
+    "beta_fast": lambda value: 0.5 * value,
+    "beta_slow": lambda value: 2.0 * value,
+    "truncate": lambda value: not value,
 }
 _CHANGES = {
     **{

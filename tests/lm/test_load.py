@@ -1,5 +1,7 @@
 import json
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from huggingface_hub.utils import filter_repo_objects
@@ -10,15 +12,18 @@ from transformers import PreTrainedTokenizerFast
 from saejax import lm
 from saejax.base.errors import LMError, TokenizerError
 from saejax.lm.load import _HUB_FILES, _NOT_HUB_FILES
-from tests.lm import tiny_llama
+from tests.lm import families, tiny_llama
+from tests.lm.test_weights import old_names
 
 
-def write_tokenizer(folder, words: int) -> None:
-    """A word-level tokenizer with ids 0..words-1 and the specials <s> and </s>."""
+def write_tokenizer(folder, words: int, added: str | None = None) -> None:
+    """A word-level tokenizer with ids 0..words-1, the specials <s> and </s>, and one more id for the special `added`."""
     vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, words)}
     backend = Backend(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    if added:
+        fast.add_special_tokens({"additional_special_tokens": [added]})
     fast.save_pretrained(folder)
 
 
@@ -58,6 +63,31 @@ def test_tokenizer_of_another_model(folder):
     write_tokenizer(folder, 98)
     with pytest.raises(TokenizerError, match="ids up to 97 but the model's vocab_size is 97"):
         lm.load(str(folder))
+
+
+def test_image_placeholder_beyond_the_vocabulary(folder):
+    """Gemma 3 270M and 1B: the tokenizer has an id for images, the model no embedding for it."""
+    write_tokenizer(folder, 97, "<image_soft_token>")
+    found = lm.load(str(folder)).tokenizer
+    assert (found.vocab_size, found.special_ids, found.bos_id, found.eos_id) == (97, {0, 1, 2}, 1, 2)
+    assert found.encode("w5 w96") == [5, 96] and max(found.encode("w5 <image_soft_token>")) < 97
+    write_tokenizer(folder, 96, "<image_soft_token>")
+    kept = lm.load(str(folder)).tokenizer
+    assert kept.encode("<image_soft_token> w5") == [96, 5] and 96 in kept.special_ids
+    write_tokenizer(folder, 97, "<audio_soft_token>")
+    with pytest.raises(TokenizerError, match="ids up to 97"):
+        lm.load(str(folder))
+
+
+def test_text_part_of_a_multimodal_checkpoint(tmp_path):
+    """Loaded whole: config, weights under the hub's names, and a tokenizer with an id for images that fits."""
+    config, tokens = families.CONFIGS["gemma3_multimodal"], jnp.asarray(families.TOKENS)
+    folder = families.write(tmp_path / "gemma", config, old_names(families.tensors(config)))
+    write_tokenizer(folder, 52, "<image_soft_token>")
+    found = lm.load(str(folder))
+    golden = np.load(Path(__file__).parent / "golden" / "families" / "gemma3_multimodal.npz")
+    np.testing.assert_allclose(np.asarray(found.model(tokens))[:, ::3], golden["logits"], atol=1e-3)
+    assert (found.tokenizer.vocab_size, found.cfg.vocab_size) == (53, 53)
 
 
 def test_directory_without_tokenizer(tmp_path):

@@ -141,6 +141,8 @@ GGUF_CONFIGS = {
     "llama_linear": families.CONFIGS["llama_linear"],
     "qwen2": families.CONFIGS["qwen2"] | {"use_sliding_window": False},
     "qwen3": families.CONFIGS["qwen3"],
+    "yarn": families.CONFIGS["llama_yarn"] | {"rope_scaling": {
+        "type": "yarn", "factor": 3.0, "original_max_position_embeddings": 16, "beta_fast": 1.5, "beta_slow": 0.4}},
     "gemma2": families.CONFIGS["gemma2"] | {"query_pre_attn_scalar": 12},
     "gemma3": families.CONFIGS["gemma3"] | {"query_pre_attn_scalar": 12, "final_logit_softcapping": None},
 }
@@ -182,6 +184,41 @@ def test_gpt2_and_neox_files_without_prefix(tmp_path):
         bare = {name.replace("embed_out", "lm_head"): value for name, value in bare.items()}
         found = load(families.write(tmp_path / label, config, bare), hf_config.from_hf(config))
         same(found, load(families.write(tmp_path / f"{label}_full", config), hf_config.from_hf(config)))
+
+
+def old_names(tensors: dict) -> dict:
+    """The tensors of a multimodal Gemma 3 as transformers before 4.52 named them."""
+    old = {name.replace("model.language_model.", "language_model.model."): value for name, value in tensors.items()}
+    return {name.replace("lm_head.", "language_model.lm_head."): value for name, value in old.items()}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gemma3_text_part_under_both_prefixes(tmp_path, tied):
+    config = families.CONFIGS["gemma3_multimodal"] | {"tie_word_embeddings": tied}
+    cfg = hf_config.from_hf(config)
+    tensors = families.tensors(families.CONFIGS["gemma3_multimodal"])
+    assert "lm_head.weight" in tensors and any("vision_tower" in name for name in tensors)
+    found = load(families.write(tmp_path / "new", config, tensors), cfg)
+    same(found, load(families.write(tmp_path / "old", config, old_names(tensors)), cfg))
+    assert ("unembed" in found.whole) != tied
+    text = {name.replace("model.language_model.", "model."): value for name, value in tensors.items() if "vision" not in name
+            and "projector" not in name}
+    alone = config["text_config"] | {"tie_word_embeddings": tied}
+    same(found, load(families.write(tmp_path / "text", alone, text), hf_config.from_hf(alone)))
+
+
+@pytest.mark.parametrize("name", ["audio_tower.layers.0.weight", "model.language_model.vision_tower.weight", "my_vision_tower.x"])
+def test_gemma3_tensors_that_are_no_vision_tower_are_refused(tmp_path, name):
+    config = families.CONFIGS["gemma3_multimodal"]
+    tensors = families.tensors(config) | {name: np.ones(3, np.float32)}
+    with pytest.raises(WeightsError, match=f"1 tensors do not fit .*extra {name}"):
+        load(families.write(tmp_path / "m", config, tensors), hf_config.from_hf(config))
+
+
+def test_only_gemma3_files_may_hold_a_vision_tower(tmp_path):
+    tensors = tiny_llama.tensors() | {"vision_tower.vision_model.post_layernorm.bias": np.ones(3, np.float32)}
+    with pytest.raises(WeightsError, match="extra vision_tower.vision_model.post_layernorm.bias"):
+        load(tiny_llama.write(tmp_path / "m", weights=tensors))
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 1500, 20_000])
