@@ -158,6 +158,7 @@ MODULES = {
         "attention", "post_attention_layernorm", "post_attention_layernorm", "mlp.dense_4h_to_h", "mlp",
     ),
     "gemma2": _GEMMA,
+    "gemma3": tuple(name.replace("model.", "model.language_model.") for name in _GEMMA),
     "gemma3_text": _GEMMA,
     "olmo2": (
         "model.layers", "model.embed_tokens", "model.norm", None, "self_attn.o_proj", "post_attention_layernorm", "mlp",
