@@ -70,11 +70,14 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     state = _states(path, sae, corpus, tokens, options)
     examples = _examples(state)
     windows = _surroundings(path, sae, corpus, tokens, examples, options)
+    dictionary = tables.blocks(sae, lm_, progress=options.progress)
     if is_writer():
-        totals = tables.write(path, sae, lm_, state, examples, windows, tokens)
+        vocabulary = lm_.tokenizer.token_strings(range(lm_.tokenizer.vocab_size))
+        totals = tables.write(path, dictionary, vocabulary, state, tables.Found(examples, windows), tokens)
         tables.write_manifest(path, {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals})
     else:
-        tables.take_part(sae, lm_)
+        for _ in dictionary:  # the collectives of the one that writes
+            pass
     barrier("saejax_index_written")
     if is_writer():
         shutil.rmtree(path / PROGRESS)

@@ -21,12 +21,13 @@ from saejax.base.errors import FeatureIndexError
 from saejax.base.fingerprints import fingerprints
 from saejax.base.storage import file_sha256, read_json, text_sha256
 from saejax.base.text import visible
+from saejax.base.verified import VerifiedFile
 from saejax.features.index.corpus import Tokens
 from saejax.lm import LM
 from saejax.sae import tensors
 from saejax.sae.inference import SAE
 
-KIND, SCHEMA_VERSION = "saejax-feature-index", 1
+KIND, SCHEMA_VERSION = "saejax-feature-index", 2
 MANIFEST, FEATURES, EXAMPLES, VOCABULARY = "manifest.json", "features.parquet", "examples.parquet", "vocabulary.parquet"
 FILES = (FEATURES, EXAMPLES, VOCABULARY, *Tokens.FILES)
 GROUP = 256  # features of a row group of examples
@@ -63,13 +64,12 @@ class FeatureIndex:
         self.features: int = manifest["sae"]["d_sae"]
         self.window: int = manifest["settings"]["window"]
         self._group = functools.lru_cache(maxsize=4)(lambda name, group: self._tables[name].read_row_group(group))
-        self._tables = {name: pq.ParquetFile(path / name) for name in (FEATURES, EXAMPLES)}
-        tokens = Tokens(path)
-        self.tokens_NT, self.keep_NT = tokens.tokens_NT, tokens.keep_NT
+        self._tables = {name: pq.ParquetFile(self._verified(name)) for name in (FEATURES, EXAMPLES)}
 
     @classmethod
     def open(cls, path: str | Path, *, sae: SAE | None = None, lm_: LM | None = None, full: bool = False) -> "FeatureIndex":
-        """Opens a finished index; sizes of the files are compared, with `full` their digests.
+        """Opens a finished index; sizes of the files are compared, with `full` their digests. Whatever is read later is checked
+        against digests of its blocks.
 
         sae, lm_: what it is to be used with. Raises `FeatureIndexError` when it is missing, unfinished, altered, of a newer
         schema, or built for another checkpoint or model.
@@ -100,10 +100,29 @@ class FeatureIndex:
         """A list of every feature, as `token_ids`."""
         return self._tables[FEATURES].read(columns=[name])[name].to_pylist()
 
+    def _verified(self, name: str) -> VerifiedFile:
+        return VerifiedFile(self.path / name, self.manifest["files"][name]["blocks"], FeatureIndexError)
+
+    @functools.cached_property
+    def _tokens(self) -> Tokens:
+        for name in Tokens.FILES:  # read through once; numpy maps them afterwards
+            self._verified(name).readall()
+        return Tokens(self.path)
+
+    @property
+    def tokens_NT(self) -> np.ndarray:
+        """int32 [contexts, T]: the corpus' tokens."""
+        return self._tokens.tokens_NT
+
+    @property
+    def keep_NT(self) -> np.ndarray:
+        """bool [contexts, T]: which of them are unmasked."""
+        return self._tokens.keep_NT
+
     @functools.cached_property
     def vocabulary(self) -> list[str]:
         """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
-        return pq.read_table(self.path / VOCABULARY)["text"].to_pylist()
+        return pq.read_table(self._verified(VOCABULARY))["text"].to_pylist()
 
     def token(self, number: int) -> str:
         """The text of a token id; of one that the vocabulary lacks "token N". Not made safe to look at."""

@@ -1,5 +1,7 @@
 """The tables of an index, written block by block of features, and its manifest."""
 
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -7,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from saejax.base.logs import Progress
 from saejax.base.storage import disk_errors, file_sha256, write_json
+from saejax.base.verified import block_digests
 from saejax.features.index import bits, logits
 from saejax.features.index.corpus import Tokens
 from saejax.features.index.examples import Examples, interval_counts, top_tokens
@@ -32,41 +36,53 @@ NEAR, LOGITS = 10, 10
 LOG10_EDGES = tuple(-7 + 0.5 * i for i in range(15))  # of the density histogram, as evaluation has it
 
 
-def write(path: Path, sae: SAE, lm_: LM, state: FeatureState, examples: Examples, windows: Windows, tokens: Tokens) -> dict:
-    """Writes `features.parquet` and `examples.parquet`; returns the totals of the manifest. In memory: 256 features."""
+@dataclass(frozen=True)
+class Found:
+    """Examples of all features and the activations around them."""
+
+    examples: Examples
+    windows: Windows
+
+
+def blocks(sae: SAE, lm_: LM, *, progress: bool) -> Iterator[tuple[int, int, dict]]:
+    """(first, last, columns) of blocks of 256 features: what dictionary and model alone say of them. All collectives of writing
+    the tables are in here, so every process goes through it to its end, in step.
+    """
+    with Progress("index, tables", sae.cfg.d_sae, unit="feature", enabled=progress) as bar:
+        for first in range(0, sae.cfg.d_sae, GROUP):
+            last = min(first + GROUP, sae.cfg.d_sae)
+            yield first, last, _weights(sae, first, last) | _logits(lm_, sae, first, last) | _cosines(sae, first, last)
+            bar.advance(last - first)
+
+
+def write(path: Path, dictionary: Iterable[tuple[int, int, dict]], vocabulary: list[str], state: FeatureState, found: Found,
+          tokens: Tokens) -> dict:
+    """Writes `features.parquet`, `examples.parquet` and `vocabulary.parquet`; returns the totals of the manifest. In memory: 256
+    features. dictionary: `blocks`.
+    """
+    examples, windows = found.examples, found.windows
     rows = int(tokens.keep_NT.sum())
     pairs = Coactivation(state.sketch, state.fired, rows)
     tokens_N = tokens.tokens_NT.reshape(-1)
-    borders = np.searchsorted(examples.feature, np.arange(0, sae.cfg.d_sae + GROUP, GROUP))
+    borders = np.searchsorted(examples.feature, np.arange(0, len(state.max) + GROUP, GROUP))
     with disk_errors(path), _writer(path / FEATURES, FEATURE_SCHEMA) as features_file, \
             _writer(path / EXAMPLES, example_schema(windows.window)) as examples_file:
-        for number, first in enumerate(range(0, sae.cfg.d_sae, GROUP)):
-            last = min(first + GROUP, sae.cfg.d_sae)
+        for number, (first, last, columns) in enumerate(dictionary):
             block = jax.tree.map(lambda x, a=first, b=last: np.asarray(x[a:b]), state)
-            columns = _activity(block, first, rows) | _weights(sae, first, last) | _tokens(block, tokens_N, first)
-            columns |= _logits(lm_, sae, first, last) | _near(sae, pairs, first, last)
+            columns |= _activity(block, first, rows) | _tokens(block, tokens_N, first) | _together(pairs, first, last)
             features_file.write_table(pa.table(columns, schema=FEATURE_SCHEMA), row_group_size=GROUP)
             part = slice(borders[number], borders[number + 1])
             examples_file.write_table(_examples(examples, windows, part), row_group_size=1 << 30)
-        pq.write_table(pa.table({"text": lm_.tokenizer.token_strings(range(lm_.tokenizer.vocab_size))}),
-                       path / f".{VOCABULARY}.tmp", compression="zstd")
+        pq.write_table(pa.table({"text": vocabulary}), path / f".{VOCABULARY}.tmp", compression="zstd")
     for name in (FEATURES, EXAMPLES, VOCABULARY):
         (path / f".{name}.tmp").rename(path / name)
     return _totals(state, tokens, rows, len(examples.row))
 
 
-def take_part(sae: SAE, lm_: LM) -> None:
-    """What a process that does not write must do meanwhile: the collectives of `write`."""
-    for first in range(0, sae.cfg.d_sae, GROUP):
-        last = min(first + GROUP, sae.cfg.d_sae)
-        _weights(sae, first, last)
-        logits.logit_effects(lm_, sae, first, last, LOGITS)
-        _cosines(sae, first, last)
-
-
 def write_manifest(path: Path, values: dict) -> None:
     """Digests of the files, and the manifest over them: an index is there when this is."""
-    files = {name: {"bytes": (path / name).stat().st_size, "sha256": file_sha256(path / name)} for name in FILES}
+    files = {name: {"bytes": (path / name).stat().st_size, "sha256": file_sha256(path / name),
+                    "blocks": block_digests(path / name)} for name in FILES}
     values = values | {"files": files}
     write_json(path / MANIFEST, values | {"sha256": manifest_digest(values)})
 
@@ -107,17 +123,16 @@ def _logits(lm_: LM, sae: SAE, first: int, last: int) -> dict:
     return {"logit_ids": list(found[0]), "logit_effects": list(found[1])}
 
 
-def _cosines(sae: SAE, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+def _cosines(sae: SAE, first: int, last: int) -> dict:
     queries = logits.rows_of(sae, sae.params.W_dec, first, last)
-    return nearest(sae.params.W_dec, queries, NEAR, sae.mesh, own=np.arange(first, last))
+    ids, cosines = nearest(sae.params.W_dec, queries, NEAR, sae.mesh, own=np.arange(first, last))
+    return {"cosine_ids": list(ids), "cosine_scores": list(cosines)}
 
 
-def _near(sae: SAE, pairs: Coactivation, first: int, last: int) -> dict:
-    ids, cosines = _cosines(sae, first, last)
+def _together(pairs: Coactivation, first: int, last: int) -> dict:
     together = pairs.of(first, last, NEAR)
-    return {"cosine_ids": list(ids), "cosine_scores": list(cosines)} | {
-        name: [[entry[i] for entry in feature] for feature in together]
-        for i, name in enumerate(("firing_ids", "firing_scores", "firing_support"))}
+    return {name: [[entry[i] for entry in feature] for feature in together]
+            for i, name in enumerate(("firing_ids", "firing_scores", "firing_support"))}
 
 
 def _examples(examples: Examples, windows: Windows, part: slice) -> pa.Table:

@@ -1,0 +1,61 @@
+"""Files whose every read is checked against digests that were taken when they were written."""
+
+import io
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from saejax.base.errors import SaejaxError
+
+BLOCK = 1 << 20  # bytes of one digest
+
+
+def block_digests(path: str | Path) -> list[int]:
+    """CRC-32 of every block of a file, the last one shorter."""
+    with open(path, "rb") as file:
+        return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
+
+
+class VerifiedFile(io.RawIOBase):
+    """A file to read from; a block is checked when a read touches it first. Raises `error` naming file and block."""
+
+    def __init__(self, path: str | Path, digests: Sequence[int], error: type[SaejaxError]):
+        super().__init__()
+        self._path, self._digests, self._error = Path(path), digests, error
+        self._file, self._sound = open(path, "rb"), set()
+        self._bytes = self._path.stat().st_size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def size(self) -> int:
+        """Bytes of the file, as pyarrow asks for them."""
+        return self._bytes
+
+    def readinto(self, buffer) -> int:
+        start = self._file.tell()
+        self._check(start, min(start + len(buffer), self._bytes))
+        self._file.seek(start)
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _check(self, start: int, stop: int) -> None:
+        for block in range(start // BLOCK, -(-stop // BLOCK)):
+            if block not in self._sound:
+                self._file.seek(block * BLOCK)
+                if block >= len(self._digests) or zlib.crc32(self._file.read(BLOCK)) != self._digests[block]:
+                    raise self._error(f"{self._path}: altered since it was written, at bytes {block * BLOCK} to "
+                                      f"{min((block + 1) * BLOCK, self._bytes)}; make it again")
+                self._sound.add(block)
