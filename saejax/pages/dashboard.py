@@ -114,8 +114,7 @@ class _Labels:
     def token(self, number: int) -> str:
         """The text of a token id, safe to look at."""
         if number not in self._shown:
-            known = 0 <= number < len(self._index.vocabulary)
-            self._shown[number] = visible(self._index.vocabulary[number] if known else f"token {number}") or "\u2205"
+            self._shown[number] = visible(self._index.token(number)) or "\u2205"
         return self._shown[number]
 
     def of(self, feature: int) -> str:

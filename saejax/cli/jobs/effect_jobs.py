@@ -13,7 +13,7 @@ from saejax.base.storage import is_writer
 from saejax.base.text import visible
 from saejax.cli.arguments import Arguments
 from saejax.cli.jobs import jobs
-from saejax.cli.jobs.feature_jobs import INDEX, prompts_of, vector_of
+from saejax.cli.jobs.feature_jobs import INDEX, fires_on, prompts_of, vector_of
 from saejax.config import Config
 from saejax.features.compare import neurons as correlation
 from saejax.features.effects import steering
@@ -68,7 +68,7 @@ def attribute_(arguments: Arguments) -> int:
     found = ablate(lm_, sae, found, chosen)
     if not is_writer():
         return 0
-    labels = {} if index is None else {int(f): _fires_on(index, int(f)) for f in np.unique(found.feature_P[found.best(100)])}
+    labels = {} if index is None else {int(f): fires_on(index, int(f)) for f in np.unique(found.feature_P[found.best(100)])}
     if arguments.option("html"):
         pages.write_attribution(Path(arguments.option("html")), lm_, found, title=_title(arguments), labels=labels)
     said, text = agreement([found]), lm_.tokenizer.token_strings(found.tokens_T)
@@ -121,10 +121,6 @@ def _index(config: Config | None, sae: SAE, lm_: lm.LM) -> FeatureIndex | None:
     except FeatureIndexError as error:
         say(f"{error}; what features fire on is not shown")
         return None
-
-
-def _fires_on(index: FeatureIndex, feature: int) -> str:
-    return " ".join(visible(index.vocabulary[t]) for t in index.rows(feature, feature + 1)[0]["token_ids"][:5])
 
 
 def _of_feature(arguments: Arguments, config: Config | None, sae: SAE, lm_: lm.LM, scales: list[float]) -> list[Change]:

@@ -96,10 +96,14 @@ def _explanations(arguments: Arguments) -> dict[int, str]:
     return load_explanations(Path(file)) if file else {}
 
 
+def fires_on(index: FeatureIndex, feature: int) -> str:
+    """The tokens that a feature fires on most, safe to look at."""
+    return " ".join(visible(index.token(t)) for t in index.rows(feature, feature + 1)[0]["token_ids"][:5])
+
+
 def _line(one: Found, index: FeatureIndex | None) -> str:
     """A feature as `saejax search` prints it."""
-    tokens = "" if index is None else " ".join(
-        visible(index.vocabulary[t]) for t in index.rows(one.feature, one.feature + 1)[0]["token_ids"][:5])
+    tokens = "" if index is None else fires_on(index, one.feature)
     return f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}"
 
 

@@ -104,6 +104,12 @@ class FeatureIndex:
         """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
         return pq.read_table(self.path / VOCABULARY)["text"].to_pylist()
 
+    def token(self, number: int) -> str:
+        """The text of a token id, as it is: `visible` makes it safe to look at. A model may have rows for more ids than the
+        tokenizer knows: those are called `token N`.
+        """
+        return self.vocabulary[number] if 0 <= number < len(self.vocabulary) else f"token {number}"
+
     def rows(self, first: int, last: int) -> list[dict]:
         """What is known of features first .. last - 1, by the names of `FEATURE_SCHEMA`."""
         return self._of(FEATURES, first, last)
