@@ -53,7 +53,7 @@
   const number = (v) => v == null ? "-" : Math.abs(v) >= 1e5 || (v !== 0 && Math.abs(v) < 1e-3) ? v.toExponential(2) : String(Number(v.toPrecision(4)));
   const count = (v) => Math.round(v).toLocaleString("en-US");
   const percent = (v) => v === 0 ? "0" : v < 1e-4 ? `${(100 * v).toExponential(1)} %` : `${Number((100 * v).toPrecision(3))} %`;
-  const word = (text) => el("span", { class: "t word" }, text);
+  const word = (text) => el("span", { class: "text word" }, text);
   const link = (feature) => `#feature=${feature}`;
 
   // ---- charts -------------------------------------------------------------------------------------------------------------
