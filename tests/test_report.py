@@ -13,7 +13,8 @@ from saejax.base.records import RunPaths
 from saejax.config import default_config, resolve
 from saejax.config.recipes import RECIPES
 from saejax.pages.plots import curves
-from saejax.pages.report import render, write_report
+from saejax.pages.report import html as render
+from saejax.pages.report import write_report
 from saejax.pages.summary import Rates, Result, described, table
 
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
