@@ -28,7 +28,7 @@ from saejax.pages.templates import render, source
 
 LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
 STYLES = ("theme.css", "app.css")
-SCRIPTS = ("app.js",)
+SCRIPTS = ("elements.js", "data.js", "tip.js", "charts.js", "map.js", "list.js", "feature.js", "app.js")  # in this order
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
 _SHOWN_TOKENS = 4        # in a line of the list
 _LONGEST = 400           # characters of an explanation
