@@ -46,9 +46,9 @@ window.dashboard = {};
   // A token: the blanks that begin it are drawn as open boxes, or written as such where there is only text.
   const marked = (text) => text.replace(/^ +/, (blanks) => "\u2423".repeat(blanks.length));
   function word(text) {
-    const rest = text.replace(/^ +/, "");
-    const blanks = Array.from({ length: text.length - rest.length }, () => el("span", { class: "blank" }, " "));
-    return el("span", { class: "text word" }, ...blanks, rest);
+    const [, blanks, first, rest] = text.match(/^( *)(.?\p{M}*)(.*)$/su);
+    const boxes = [...blanks].map((blank) => el("span", { class: "blank" }, blank));
+    return el("span", { class: "text word" }, el("span", { class: "lead" }, ...boxes, first), rest);
   }
 
   const link = (feature) => `#feature=${feature}`;
