@@ -28,6 +28,7 @@ test-all: $(STAMP)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/oxlint --deny-warnings saejax/pages/site
 
 # The stamp is written last: an interrupted installation is started again.
 $(STAMP): pyproject.toml

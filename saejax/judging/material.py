@@ -169,8 +169,7 @@ class _Pass:
 
 
 def _window(index: FeatureIndex, feature: int, context: int, position: int, start: int, value: float, top: float, acts) -> Window:
-    words = index.vocabulary
-    tokens = tuple(words[t] if 0 <= t < len(words) else f"token {t}" for t in index.tokens_NT[context, start:start + len(acts)])
+    tokens = tuple(map(index.token, index.tokens_NT[context, start:start + len(acts)]))
     return Window(feature, context, position, start, value, top, tokens, tuple(acts))
 
 

@@ -1,6 +1,6 @@
 """`saejax dashboard`: a static site of an index. No server, no remote asset, opens from disk.
 
-    index.html app.css app.js         the page; it draws what the data files hold
+    index.html *.css *.js             the page; it draws what the data files hold
     data/meta.js                      figures of the run, density histogram, how the data are divided
     data/map.js                       places of the features, if a picture was asked for
     data/list/000.js                  one line of each of 8,192 features: what the list sorts and searches
@@ -27,6 +27,8 @@ from saejax.features.index.reader import EXAMPLES, FeatureIndex
 from saejax.pages.templates import render, source
 
 LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
+STYLES = ("theme.css", "app.css")
+SCRIPTS = ("elements.js", "data.js", "tip.js", "charts.js", "map.js", "list.js", "feature.js", "app.js")  # in this order
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
 _SHOWN_TOKENS = 4        # in a line of the list
 _LONGEST = 400           # characters of an explanation
@@ -70,9 +72,10 @@ def _write(file: Path, kind: str, number: int, value) -> None:
 
 
 def _write_page(out: Path, title: str) -> Path:
-    for name in ("app.css", "app.js"):
+    for name in (*STYLES, *SCRIPTS):
         write_bytes(out / name, source(f"site/{name}").encode())
-    write_bytes(out / "index.html", render("index.html", title=visible(title)).encode())
+    page = render("index.html", title=visible(title), styles=STYLES, scripts=SCRIPTS)
+    write_bytes(out / "index.html", page.encode())
     return out / "index.html"
 
 
@@ -114,8 +117,7 @@ class _Labels:
     def token(self, number: int) -> str:
         """The text of a token id, safe to look at."""
         if number not in self._shown:
-            known = 0 <= number < len(self._index.vocabulary)
-            self._shown[number] = visible(self._index.vocabulary[number] if known else f"token {number}") or "\u2205"
+            self._shown[number] = visible(self._index.token(number)) or "\u2205"
         return self._shown[number]
 
     def of(self, feature: int) -> str:

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 _MOST_POINTS = 1500
 _THEMES = {
-    "light": {"ink": "#24292f", "faint": "#d0d7de", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700")},
-    "dark": {"ink": "#c9d1d9", "faint": "#30363d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341")},
+    "light": {"ink": "#1f2328", "faint": "#d1d9e0", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700")},
+    "dark": {"ink": "#d1d7e0", "faint": "#3d444d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341")},
 }
 
 

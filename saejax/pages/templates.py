@@ -4,6 +4,7 @@ import functools
 from importlib import resources
 
 import jinja2
+from markupsafe import Markup
 
 from saejax.base.version import __version__
 
@@ -17,7 +18,7 @@ def source(name: str) -> str:
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True,
                                      loader=jinja2.FunctionLoader(source))
-    environment.globals["version"] = __version__
+    environment.globals |= {"version": __version__, "theme": Markup(source("site/theme.css"))}
     return environment
 
 

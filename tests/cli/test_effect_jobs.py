@@ -42,7 +42,7 @@ def test_side_by_side(run, alive, tmp_path, capsys):
     assert len({row["text"] for row in rows}) > 3
     page = (tmp_path / "page.html").read_text()
     assert "<script" not in page and "&lt;script&gt;cat" in page
-    assert re.search(r'Content-Security-Policy" content="default-src .none.', page) and f"feature {alive} x 50" in page
+    assert re.search(r'Content-Security-Policy"\s+content="default-src .none.', page) and f"feature {alive} x 50" in page
     assert main([*asked, "--positions=last"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 9 and out.startswith("unsteered ")

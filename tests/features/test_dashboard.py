@@ -67,12 +67,11 @@ def test_json_in_a_script_is_ascii_without_markup(text):
 
 
 def test_hostile_text_stays_data(hostile_site):
-    for file in hostile_site.parent.rglob("*.js"):
+    for file in (hostile_site.parent / "data").rglob("*.js"):
         data = file.read_bytes()
-        if file.name != "app.js":
-            assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data and len(data) < 2**20
+        assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data and len(data) < 2**20
     page = hostile_site.read_text()
-    assert page.count("<script") == 1 and "<img" not in page and "default-src 'none'" in page
+    assert page.count("<script") == len(dashboard.SCRIPTS) and "<img" not in page and "default-src 'none'" in page
     assert parsed(hostile_site.parent / "data" / "meta.js")["links"] == [["ok", "../report.html"]]
 
 
@@ -224,7 +223,7 @@ def test_hostile_text_cannot_run(browser, hostile_site):
         browser.open(hostile_site, fragment)
         browser.wait(there)
         assert browser.js("window.hacked === undefined && document.querySelectorAll('img, iframe, object').length === 0")
-        assert browser.js("document.querySelectorAll('script').length") == 1
+        assert browser.js("document.querySelectorAll('script').length") == len(dashboard.SCRIPTS)
         text = browser.js("document.body.textContent")
         assert "<script>window.hacked=1</script>" in text and "\u2400" in text and "\u202e" not in text and "\x00" not in text
     assert browser.js("(() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 2'; "
@@ -232,22 +231,70 @@ def test_hostile_text_cannot_run(browser, hostile_site):
     assert all("Content Security Policy" in trouble or "Content-Security-Policy" in trouble for trouble in browser.troubles())
 
 
+def grown(site, folder, many: int, part: int):
+    """The page with the lines of the small site repeated to `many`, `part` in a file of the list."""
+    (folder / "data" / "list").mkdir(parents=True)
+    for name in ("index.html", *dashboard.STYLES, *dashboard.SCRIPTS):
+        (folder / name).write_bytes((site.parent / name).read_bytes())
+    lines = parsed(site.parent / "data" / "list" / "000.js")
+    columns = {name: (values * (many // FEATURES + 1))[:many] for name, values in lines.items() if name != "first"}
+    for number, first in enumerate(range(0, many, part)):
+        values = {name: column[first:first + part] for name, column in columns.items()}
+        dashboard._write(folder / "data" / "list" / f"{number:03d}.js", "list", number, {"first": first, **values})
+    changes = {"features": many, "list": part}
+    dashboard._write(folder / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | changes)
+    return folder / "index.html"
+
+
+@pytest.mark.browser
+def test_an_address_of_a_page_opens_that_page(browser, site, tmp_path):
+    """Cold, reloaded and gone back to; one beyond the end opens the last."""
+    browser.size(1280, 900)
+    page = grown(site, tmp_path / "dashboard", 400, 60)
+    status = "document.querySelector('#status')?.textContent"
+    browser.open(page, "#page=3")
+    assert browser.wait(f"{status} === '380 features, page 4 of 8'")
+    assert rows_of(browser)[0][0] == "157", "seven of the features before it are dead"
+    browser.call("Page.reload")
+    browser.wait(f"{status} === '380 features, page 4 of 8'")
+    browser.click("#before")
+    browser.wait(f"{status} === '380 features, page 3 of 8'")
+    browser.js("history.back()")
+    browser.wait(f"{status} === '380 features, page 4 of 8'")
+    browser.open(page, "#page=99&dead=1")
+    browser.wait(f"{status} === '400 features, page 8 of 8'")
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_a_leading_blank_is_seen_and_searched(browser, index, tmp_path):
+    blank, none = index.lists("token_ids")[3][:2]
+    other = FeatureIndex.open(index.path)
+    other.__dict__["vocabulary"] = [{blank: " king", none: "king"}.get(i, f"w{i}") for i in range(len(index.vocabulary))]
+    holding = {f for f in range(FEATURES) if f not in DEAD for name in ("token_ids", "logit_ids")
+               if blank in index.lists(name)[f][:4]}
+    assert 0 < len(holding) < FEATURES - len(DEAD)
+    browser.size(1280, 1000)
+    browser.open(write_dashboard(other, tmp_path / "site", title="x", explanations={0: "kings"}, progress=False))
+    browser.wait("document.querySelectorAll('#list tbody tr').length > 5")
+    drawn = ("[...document.querySelectorAll('.word')].filter(w => w.textContent === {!r})"
+             ".map(w => [...w.querySelectorAll('.blank')].filter(b => b.clientWidth > 3 && b.clientHeight > 2).length)")
+    assert set(browser.js(drawn.format(" king"))) == {1} and set(browser.js(drawn.format("king"))) == {0}
+    browser.type("#search", " king ")
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(holding | {0})}")
+    assert {int(row[0]) for row in rows_of(browser)} == holding | {0}, "an explanation begins with a word"
+    browser.call("Page.reload")
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(holding | {0})}")
+    assert browser.js("document.querySelector('#search').value") == " king "
+    assert browser.troubles() == []
+
+
 @pytest.mark.browser
 @pytest.mark.slow
 def test_a_hundred_thousand_features_are_listed_and_searched(browser, site, tmp_path):
     """The lines of the small site, repeated: the first appear before all are read, and a search takes no second."""
-    many, big = 100_000, tmp_path / "dashboard"
-    for name in ("index.html", "app.js", "app.css"):
-        big.mkdir(exist_ok=True)
-        (big / name).write_bytes((site.parent / name).read_bytes())
-    lines = parsed(site.parent / "data" / "list" / "000.js")
-    columns = {name: (values * (many // FEATURES + 1))[:many] for name, values in lines.items() if name != "first"}
-    for number, first in enumerate(range(0, many, dashboard.LIST)):
-        part = {name: values[first:first + dashboard.LIST] for name, values in columns.items()}
-        dashboard._write(big / "data" / "list" / f"{number:03d}.js", "list", number, {"first": first, **part})
-    dashboard._write(big / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | {"features": many})
     browser.size(1280, 900)
-    browser.open(big / "index.html")
+    browser.open(grown(site, tmp_path / "dashboard", 100_000, dashboard.LIST))
     browser.wait("document.querySelectorAll('#list tbody tr').length === 50")
     browser.wait("document.querySelector('#status').textContent.startsWith('95,000 features, page')", 60)
     milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', '#q=a&sort=max&dir=-1'); "

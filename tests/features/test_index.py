@@ -232,6 +232,12 @@ def test_a_directory_of_others_is_left_alone(sae, words, lm_, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
 
+def test_every_token_id_has_a_text(index):
+    known = len(index.vocabulary)
+    assert [index.token(np.int32(i)) for i in (0, known - 1)] == [index.vocabulary[0], index.vocabulary[-1]]
+    assert index.token(known) == f"token {known}" and index.token(-1) == "token -1"
+
+
 def test_features_out_of_range_are_named(index):
     for feature in (-1, FEATURES, 10**9):
         with pytest.raises(FeatureIndexError, match=f"feature {feature}.*0 to {FEATURES - 1}"):

@@ -61,11 +61,6 @@ def _rounded(values) -> list[float]:
     return [round(float(value), 3) for value in values]
 
 
-def _texts(index: FeatureIndex, ids) -> list[str]:
-    """A model may have rows for more tokens than the tokenizer knows."""
-    return [index.vocabulary[i] if i < len(index.vocabulary) else f"token {i}" for i in ids]
-
-
 def _feature(index: FeatureIndex, row: dict, examples: list[dict], rows: int) -> dict:
     ids, effects = row["logit_ids"] or [], row["logit_effects"] or []
     half = len(ids) // 2
@@ -74,8 +69,8 @@ def _feature(index: FeatureIndex, row: dict, examples: list[dict], rows: int) ->
               for i, count in enumerate(row["interval_counts"])]
     return dict.fromkeys(_EMPTY, []) | {
         "feature_index": row["feature"], "frac_nonzero": row["density"],
-        "pos_str": _texts(index, ids[:half]), "pos_values": _rounded(effects[:half]),
-        "neg_str": _texts(index, ids[half:]), "neg_values": _rounded(effects[half:]),
+        "pos_str": [*map(index.token, ids[:half])], "pos_values": _rounded(effects[:half]),
+        "neg_str": [*map(index.token, ids[half:])], "neg_values": _rounded(effects[half:]),
         "freq_hist_data_bar_heights": counts,
         "freq_hist_data_bar_values": [round((i + 0.5) * row["linear_width"], 5) for i in range(len(counts))],
         "activations": [_activation(index, example, row["max"], bounds) for example in examples]}
@@ -87,5 +82,5 @@ def _activation(index: FeatureIndex, example: dict, top: float, bounds: list[tup
     low, high, share = bounds[interval - 1] if interval else (-1, top, -1)
     tokens = index.tokens_NT[example["context"], start:start + index.window]
     return {"bin_min": round(low, 3), "bin_max": round(high, 3), "bin_contains": round(share, 5),
-            "tokens": _texts(index, tokens), "values": _rounded(example["acts"]),
+            "tokens": [*map(index.token, tokens)], "values": _rounded(example["acts"]),
             "qualifying_token_index": example["position"] - start}

@@ -124,13 +124,15 @@ class FeatureIndex:
         """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
         return pq.read_table(self._verified(VOCABULARY))["text"].to_pylist()
 
-    def token(self, number: int) -> str:
-        """The text of a token id; of one that the vocabulary lacks "token N". Not made safe to look at."""
-        return self.vocabulary[number] if 0 <= number < len(self.vocabulary) else f"token {number}"
-
     def fires_on(self, feature: int, n: int = 5) -> str:
         """The tokens that a feature fires on most, safe to look at, with blanks between."""
         return " ".join(visible(self.token(t)) for t in self.rows(feature, feature + 1)[0]["token_ids"][:n])
+
+    def token(self, number: int) -> str:
+        """The text of a token id, as it is: `visible` makes it safe to look at. A model may have rows for more ids than the
+        tokenizer knows: those are called `token N`.
+        """
+        return self.vocabulary[number] if 0 <= number < len(self.vocabulary) else f"token {number}"
 
     def rows(self, first: int, last: int) -> list[dict]:
         """What is known of features first .. last - 1, by the names of `FEATURE_SCHEMA`."""

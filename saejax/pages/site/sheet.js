@@ -22,7 +22,7 @@
   document.getElementById("save").addEventListener("click", function () {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(new Blob([csv()], { type: "text/csv" }));
-    link.download = document.body.dataset.name + "_answers.csv";
+    link.download = this.dataset.name + "_answers.csv";
     link.click();
     saved = true;
   });
