@@ -4,7 +4,7 @@ import pytest
 
 from saejax.judging.questions import Question
 from saejax.pages.sheets import Sheets
-from tests.features.browser import CHROMIUM, Browser
+from tests.pages.browser import CHROMIUM, Browser
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium (Debian: apt install chromium)")]
 HOSTILE = "</div><script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'>"

@@ -13,8 +13,8 @@ from saejax.base.text import LONGEST, script_json, visible
 from saejax.features.index.reader import FeatureIndex
 from saejax.pages import dashboard
 from saejax.pages.dashboard import write_dashboard
-from tests.features.browser import CHROMIUM, Browser
 from tests.features.conftest import DEAD, FEATURES
+from tests.pages.browser import CHROMIUM, Browser
 
 HOSTILE = ["<script>window.hacked=1</script>", "</script><img src=x onerror='window.hacked=1'>", "a\u202eb\u2066c", "nul\x00nul",
            "\u2028\u2029", "x" * 100_000, "'\"`${1}", "javascript:alert(1)", "{{ 7 * 7 }}", "\ud800", "e" + "\u0301" * 500,
