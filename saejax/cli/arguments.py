@@ -21,7 +21,8 @@ from saejax.config.values import nearest, rounder
 SWITCHES = {"json": "JSON output", "jumprelu": "topk as jumprelu", "compile": "compile the step for the topology",
             "approximate": "topk as one threshold", "yes": "upload", "ablate": "the feature at 0",
             "map": "a picture of the features", "rebuild": "begin anew"}
-NUMBERS = {"contexts": "held-out contexts", "d_in": "width of the activations", "tokens": "how many tokens",
+NUMBERS = {"contexts": "held-out contexts", "context": "tokens of a row",
+           "d_in": "width of the activations", "tokens": "how many tokens",
            "verify": "examples to run again", "pairs": "pairs to ablate", "sample": "how many features", "d_sae": "features",
            "batch": "rows of a step", "k": "active features", "steps": "steps of a repeat", "repeats": "how often",
            "threads": "processors", "megabytes": "size of the store",

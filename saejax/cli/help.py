@@ -25,10 +25,11 @@ _SUBJECT = """\
   --model=MODEL            language model, instead of the one that run or files name
   --hookpoint=NAME         where in it the SAE reads, as blocks.9.hook_resid_post or model.layers.9
   --text=SOURCES           its text: presets, files, directories or hub ids, with commas between
+  --context=N              tokens of a row of it
   --store=DIR              an activation store, for statistics (and the index) instead of the text
   --format=NAME            of the files, where several fit
 """
-_SUBJECTS = ("model", "hookpoint", "text", "store", "format")
+_SUBJECTS = ("model", "hookpoint", "text", "context", "store", "format")
 _INDEX = """\
   --index=DIR              an index that lies elsewhere than in the run
 """

@@ -11,7 +11,7 @@ from saejax.features.index.explanations import load_explanations
 from saejax.runs.layout import saved_config, without_parts
 from saejax.runs.subject import AUTO, Given, Subject, open_all
 
-GIVEN = ("model", "hookpoint", "text", "index", "store", "format")  # options of `Given`
+GIVEN = ("model", "hookpoint", "text", "context", "index", "store", "format")  # options of `Given`
 
 
 def subjects(arguments: Arguments, **more) -> list[Subject]:

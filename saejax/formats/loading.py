@@ -22,6 +22,8 @@ from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
 from saejax.sae.normalization import Normalization
 from saejax.train.checkpoint import CheckpointMeta, is_step, restore_params, steps_in
 
+_DEPTH, _SEEN, _NAMED = 3, 1000, 8  # of a folder of folders: how deep, how many are looked at, how many are named
+
 
 @dataclass(frozen=True)
 class Format:
@@ -75,9 +77,25 @@ def recognise(path: Path) -> str:
     if not fits:
         for file in torch_files(path)[:1]:
             open_torch(file)  # one that cannot be read says why itself
+        inside = _inside(path)
+        if inside:
+            more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
+            raise FormatError(f"{path}: no SAE itself, but it holds {len(inside)} in folders of their own; give one of "
+                              f"{', '.join(inside[:_NAMED])}{more}")
         looked = "; ".join(f"{name} ({known.needs})" for name, known in FORMATS.items())
         raise FormatError(f"{path}: neither a release nor anything else that is known; looked for {looked}")
     return fits[0]
+
+
+def _inside(path: Path) -> list[str]:
+    """Paths of SAEs below a folder, at most three folders deep; not those inside a run."""
+    found, level = [], [path] if path.is_dir() else []
+    for _ in range(_DEPTH):
+        level = [folder for above in level for folder in sorted(above.iterdir()) if folder.is_dir()][:_SEEN]
+        fitting = [folder for folder in level if any(known.recognise(folder) for known in FORMATS.values())]
+        found += fitting
+        level = [folder for folder in level if folder not in fitting]
+    return [str(folder) for folder in found]
 
 
 def newest(run: Path, mesh: Mesh | None = None) -> tuple[Path, SAE]:

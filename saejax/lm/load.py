@@ -1,5 +1,6 @@
 """`load`: a language model by preset name, GGUF file, Hugging Face directory, hub id or TransformerLens name."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -106,6 +107,11 @@ def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh
 
 
 def _download(model: str, revision: str | None) -> Path:
+    above = Path(model).expanduser().parent
+    if above.is_dir():  # a misspelt path, which the hub need not be asked about
+        near = difflib.get_close_matches(Path(model).name, [p.name for p in above.iterdir()], n=1)
+        hint = f"; did you mean {above / near[0]}?" if near else ""
+        raise LMError(f"config.lm.model={model!r}: there is no such file or directory in {above}{hint}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

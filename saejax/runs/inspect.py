@@ -213,14 +213,18 @@ def _run(path: Path) -> Finding:
                    "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}
     for step in steps:
         found.problems += _checkpoint(paths.checkpoints / str(step)).problems
-    store = path / "store"
-    for part in (paths.release, store):
+    for part in (paths.release, path / "store", *_indices(path)):
         if part.is_dir():
             inner = found.attempt(lambda p=part: inspect_path(p))
             if inner is not None:
                 found.facts[part.name] = inner.kind
                 found.problems += inner.problems
     return found
+
+
+def _indices(path: Path) -> list[Path]:
+    """Finished indices of a run: of its features and of their baselines."""
+    return sorted(folder for folder in path.glob("features*") if (folder / index.MANIFEST).is_file())
 
 
 def _sweep(found: Finding, config: Config) -> Finding:
