@@ -235,7 +235,7 @@ _FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from saejax.data.writer import StoreWriter
-from saejax.errors import DiskError
+from saejax.base.errors import DiskError
 from tests.data.making import Rows, spec
 path, limit = Path(sys.argv[1]), int(sys.argv[2])
 writer, rows = StoreWriter(path, spec()), Rows()

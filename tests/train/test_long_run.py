@@ -72,7 +72,7 @@ def test_saes_of_a_sweep_share_one_trace_and_the_devices(store, tmp_path):
 
 def test_a_profile_changes_no_bit(store, tmp_path):
     runs = [loop.train(make_config("topk", tmp_path / str(n), train__profile=n), store) for n in (0, 3)]
-    assert fingerprints(runs[0].state) == storage.fingerprints(runs[1].state)
+    assert fingerprints(runs[0].state) == fingerprints(runs[1].state)
 
 
 @pytest.mark.parametrize("steps, start, total, every, expected", [

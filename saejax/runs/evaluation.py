@@ -1,0 +1,61 @@
+"""The evaluation of a subject: measured once, kept beside its run."""
+
+import dataclasses
+import json
+
+from saejax.base.records import RunPaths
+from saejax.base.storage import read_json, text_sha256
+from saejax.config import EvalOptions
+from saejax.evals.evaluate import cache_key, cached, evaluate, remember
+from saejax.pages.summary import Rates, Result, training_rate
+from saejax.runs.experiment import rates_file
+from saejax.runs.subject import Subject
+from saejax.train.checkpoint import machine_of, read_meta
+from saejax.train.determinism import promise
+
+
+def evaluated(subject: Subject, contexts: int | None = None) -> dict:
+    """Its figures on held-out text (`evals.evaluate`); of a run from `eval.json` where they are there, else measured and kept.
+
+    contexts: instead of the config's. Kept is what was measured as the run's config says, not with another model, text or store.
+    """
+    options = subject.config.eval if subject.config is not None else EvalOptions()
+    options = options if contexts is None else dataclasses.replace(options, contexts=contexts)
+    key = _key(subject, options)
+    result = None if key is None else cached(RunPaths(subject.run), key)
+    if result is None:
+        result = evaluate(subject.sae, subject.lm, subject.text, subject.stats(subject.sae.cfg.targets), options,
+                          progress=subject.progress)
+        if key is not None:
+            remember(RunPaths(subject.run), key, result)
+    return result
+
+
+def known(subject: Subject) -> dict | None:
+    """The evaluation that is kept, or None."""
+    key = _key(subject, subject.config.eval) if subject.config is not None else None
+    return None if key is None else cached(RunPaths(subject.run), key)
+
+
+def _key(subject: Subject, options: EvalOptions) -> dict | None:
+    """Under what an evaluation of a checkpoint step is kept."""
+    given = subject.given
+    if not subject.trained_here or any(v is not None for v in (given.model, given.hookpoint, given.text, given.store)):
+        return None
+    fingerprints = json.dumps(read_meta(subject.step_dir).fingerprints, sort_keys=True)
+    config = dataclasses.replace(subject.config, eval=options)
+    return cache_key(config, int(subject.step_dir.name), text_sha256(fingerprints))
+
+
+def result_of(subject: Subject, evaluation: dict) -> Result:
+    """A run or step with what was measured of it."""
+    config, paths, step = subject.config, RunPaths(subject.run), int(subject.step_dir.name)
+    rates = read_json(rates_file(paths)) if rates_file(paths).is_file() else {}
+    return Result(config=config, paths=paths, step=step, evaluation=evaluation,
+                  rates=Rates(harvest=rates.get("tokens_per_second"), train=training_rate(paths)),
+                  resume=promise(config.train.deterministic, machine_of(paths.checkpoints / str(step))))
+
+
+def scalars(evaluation: dict) -> dict:
+    """The figures of an evaluation without its histogram: what a release keeps."""
+    return {k: v for k, v in evaluation.items() if not isinstance(v, dict)}

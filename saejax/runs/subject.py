@@ -1,0 +1,310 @@
+"""The one noun of everything that is done with an SAE: what a path or a name stands for, each part of it opened once.
+
+    s = saejax.open("runs/demo")                       # a run, a checkpoint step, a release
+    s = saejax.open("google/gemma-scope-2b-pt-res:layer_12/width_16k/average_l0_82", text="my.jsonl")     # or anybody's files
+    s.sae, s.lm, s.text, s.store, s.index, s.config
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from saejax import lm
+from saejax.base import sharding
+from saejax.base.errors import CheckpointError, ConfigError, FeatureIndexError, FormatError, HookpointError
+from saejax.base.logs import say
+from saejax.base.records import ActivationStats, MeshOptions, RunPaths
+from saejax.config import Config, TextOptions
+from saejax.data.harvest import lm_mesh
+from saejax.data.store import Store, check_matches, is_complete, model_name
+from saejax.data.text import Text
+from saejax.evals import statistics
+from saejax.features.index import corpus
+from saejax.features.index.reader import MANIFEST, FeatureIndex, check_belongs
+from saejax.formats import hub, loading
+from saejax.formats.keys import UNKNOWN
+from saejax.lm import LM
+from saejax.lm.hookpoints import hookpoint_of
+from saejax.runs.layout import located, mesh_of, run_of, saved_config
+from saejax.sae.inference import SAE
+from saejax.train.checkpoint import is_step
+
+INDEX = "features"          # the index of a run lies there
+TOKENS = 1_000_000          # of an index over a text, where nothing else is said
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What is said beside a path or name; None: as the files themselves say.
+
+    model: language model, by name or loaded. hookpoint: where it reads. text: sources (`config.text.source`), or all text options.
+    context: tokens of a row of the text. index, store: directories. mesh: to split the dictionary over; None: one device; "auto": the run's, or all devices. format: of
+    the files, where several fit.
+    """
+
+    model: str | LM | None = None
+    hookpoint: str | None = None
+    text: str | Sequence[str] | TextOptions | Text | None = None
+    context: int | None = None
+    index: str | Path | None = None
+    store: str | Path | None = None
+    mesh: Mesh | str | None = AUTO
+    format: str = AUTO
+
+
+class Subject:
+    """An SAE with its language model, text and index. Every part is opened when it is first asked for, and once.
+
+    source: what was given. config: of the run that it belongs to, else None. run: that run's directory, else None. What is
+    missing is a `SaejaxError` that says how to give it.
+    """
+
+    def __init__(self, source: str | Path, given: Given, config: Config | None = None, step: Path | None = None):
+        """step: the checkpoint step, where one was named."""
+        self.source, self.given, self.config, self._step = source, given, config, step
+        self.run = None if config is None else Path(config.run_dir)
+
+    @property
+    def trained_here(self) -> bool:
+        """True for a run or one of its checkpoint steps; a release, also one in its run, is files."""
+        return self.config is not None and (self._step is not None or Path(self.source) == self.run)
+
+    @functools.cached_property
+    def _loaded(self) -> tuple[Path | None, SAE]:
+        mesh = self._mesh()
+        if self._step is not None:
+            return self._step, loading.load(self._step, mesh)
+        if self.trained_here:
+            return loading.newest(self.run, mesh)
+        source = self.source if isinstance(self.source, str) else str(self.source)
+        if self.given.mesh != AUTO:
+            return None, loading.load(source, mesh, self.given.format)
+        try:
+            return None, loading.load(source, mesh, self.given.format)
+        except ConfigError:  # the dictionary does not divide over the devices here
+            return None, loading.load(source, None, self.given.format)
+
+    def _mesh(self) -> Mesh | None:
+        if self.given.mesh != AUTO:
+            return self.given.mesh
+        if self.config is not None:
+            return mesh_of(self.config)
+        return sharding.make_mesh(MeshOptions(1, -1)) if jax.device_count() > 1 else None
+
+    @property
+    def step_dir(self) -> Path | None:
+        """The checkpoint step: of a run the newest that verifies; None of files."""
+        return self._loaded[0]
+
+    @functools.cached_property
+    def sae(self) -> SAE:
+        """The SAE, its hookpoints by their TransformerLens names. Raises what `saejax.load` raises."""
+        sae, hookpoint = self._loaded[1], self.given.hookpoint
+        if hookpoint is not None and len(sae.cfg.hookpoints) > 1:
+            raise ConfigError(f"hookpoint={hookpoint}: a crosscoder reads {len(sae.cfg.hookpoints)} of them, which its files name")
+        names = sae.cfg.hookpoints if hookpoint is None else (hookpoint,)
+        cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target))
+        return SAE(sae.params, cfg, sae.mesh)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """What the dictionary is split over; None: it is on one device."""
+        return self.sae.mesh
+
+    @functools.cached_property
+    def lm(self) -> LM:
+        """The language model; shared with other subjects of the same one. Raises `LMError`; `ConfigError` where its name is not
+        known; `HookpointError` and `FormatError` where it has no such hookpoint, or one of another width.
+        """
+        given, config = self.given.model, self.config
+        named = config.lm.model if config is not None else self._loaded[1].cfg.model
+        if isinstance(given, LM):
+            found = given
+        elif given is None and named == UNKNOWN:
+            raise ConfigError(f"{self.source}: its files do not name a language model; give model=NAME")
+        elif config is not None and given in (None, named):
+            mesh = lm_mesh(config) if config.lm.mesh.model > 1 else None
+            found = _language_model(named, config.lm.revision, config.lm.dtype, mesh)
+        else:
+            found = _language_model(given or named, None, "float32", None)
+        if given is not None and UNKNOWN != named and found.name not in (named, model_name(named)):
+            say(f"{self.source}: made for {named}, used with {found.name}")
+        self._check_place(found)
+        if "index" in self.__dict__:
+            check_belongs(self.index.path, self.index.manifest, None, found)
+        return found
+
+    def _check_place(self, lm_: LM) -> None:
+        cfg = self.sae.cfg
+        for names, width in ((cfg.hookpoints, cfg.d_in), (cfg.targets, cfg.spec.width_out)):
+            if UNKNOWN in names:
+                raise ConfigError(f"{self.source}: its files do not say where in {lm_.name} it reads and writes; give "
+                                  "hookpoint=NAME, as blocks.9.hook_resid_post")
+            for name in names:
+                lm.check_hookpoint(lm_.cfg, name)
+            found = [lm.width_of(lm_.cfg, name) for name in names]
+            if sum(found) != width:
+                raise FormatError(f"{self.source}: {width} wide at {', '.join(names)}, which {' + '.join(map(str, found))} is in "
+                                  f"{lm_.name}; give the model and the hookpoint that it was trained on")
+        for name in (self.given.hookpoint, *self._loaded[1].cfg.hookpoints, self._loaded[1].cfg.target):
+            if name and name != UNKNOWN and (name != self.given.hookpoint or self.given.hookpoint is None):
+                hookpoint_of(name, lm_.cfg)  # refused where this family gives that name another value
+
+    @functools.cached_property
+    def text(self) -> Text:
+        """The text whose activations it explains. Raises `ConfigError` where neither caller nor files name one."""
+        given, config = self.given.text, self.config
+        if isinstance(given, Text):
+            return given
+        if isinstance(given, TextOptions):
+            return Text(given)
+        if given is None and config is not None and self.given.context is None:
+            return Text.of(config)
+        known = self._loaded[1].cfg.metadata.get("text", {})
+        if given is None and config is not None:
+            known = {"source": config.text.source}
+        source = known.get("source") if given is None else given.split(",") if isinstance(given, str) else given
+        if not source:
+            raise ConfigError(f"{self.source}: its files name no text; give text=SOURCES: presets, files, directories or hub ids, "
+                              "with commas between")
+        base = Text.of(config) if config is not None else Text(TextOptions())
+        kept = {key: known[key] for key in ("context", "bos") if config is None and known.get(key)}
+        if self.given.context is not None:
+            kept["context"] = self.given.context
+        return dataclasses.replace(base, options=dataclasses.replace(base.options, source=tuple(source), **kept))
+
+    @functools.cached_property
+    def store(self) -> Store | None:
+        """The activation store: the one given, else the run's where that is complete, else None. Raises `StoreError` where it
+        is of another model or lacks the hookpoints.
+        """
+        place = self.given.store or (self.config.harvest.store if self.config is not None else None)
+        if place is None or (self.given.store is None and not is_complete(place)):
+            return None
+        store = Store.open(place)
+        named = self.config.lm.model if self.config is not None and self.given.model is None else None
+        check_matches(store, hookpoints=self.sae.cfg.hookpoints, model=named)
+        return store
+
+    def stats(self, hookpoints: tuple[str, ...]) -> dict[str, ActivationStats]:
+        """Statistics of the activations at hookpoints: of the store, else measured on the text's training part."""
+        if self.store is not None:
+            return {name: self.store.stats(name) for name in hookpoints}
+        say(f"{self.source}: no store; mean and median norm are measured on {statistics.TOKENS:,} tokens")
+        return statistics.measured(self.lm, self.text, hookpoints)
+
+    @property
+    def index_home(self) -> Path | None:
+        """Where its index lies or will lie; None where nothing says so."""
+        if self.given.index is not None:
+            return Path(self.given.index)
+        return self.run / INDEX if self.run is not None else None
+
+    @functools.cached_property
+    def index(self) -> FeatureIndex:
+        """The index of its features. Raises `FeatureIndexError`: none, of another SAE, altered."""
+        if self.index_home is None:
+            raise FeatureIndexError(f"{self.source}: has no index of its features; build one (saejax features) and give index=DIR")
+        return FeatureIndex.open(self.index_home, sae=self.sae, lm_=self.__dict__.get("lm"))
+
+    def index_if_any(self) -> FeatureIndex | None:
+        """`index`; None, with a line that says why, where there is none or the run's belongs to another checkpoint."""
+        if self.given.index is None and (self.index_home is None or not (self.index_home / MANIFEST).is_file()):
+            return None
+        try:
+            return self.index
+        except FeatureIndexError as error:
+            if self.given.index is not None:
+                raise
+            say(f"{error}; what features fire on is not shown")
+            return None
+
+    def corpus(self, *, split: str | None = None, tokens: int | None = None, hookpoints: tuple[str, ...] | None = None,
+               ) -> corpus.Corpus:
+        """Contexts of tokens with their activations: those of the store where no split is named (nor a text alone), else about
+        `tokens` (a million) of a split of the text. hookpoints: others than the SAE's. Raises `StoreError`, `TextError`.
+        """
+        hookpoints = hookpoints or self.sae.cfg.hookpoints
+        if split is None and (self.given.store or self.given.text is None) and self.store is not None:
+            return corpus.from_store(self.store, hookpoints, tokens)
+        batch = 8 if self.config is None else self.config.harvest.batch_contexts
+        return corpus.from_text(self.text, self.lm, hookpoints, split=split or "train", tokens=tokens or TOKENS, batch=batch)
+
+    @property
+    def progress(self) -> bool:
+        """Whether long work shows a bar."""
+        return self.config is None or self.config.log.progress
+
+    @property
+    def seed(self) -> int:
+        """For what is drawn at random: the run's, else 0."""
+        return 0 if self.config is None else self.config.seed
+
+    @property
+    def name(self) -> str:
+        """A short name for titles."""
+        return self.config.name if self.config is not None else str(self.source).rstrip("/").rsplit("/", 1)[-1]
+
+    def __repr__(self) -> str:
+        return f"Subject({str(self.source)!r}, {self._loaded[1]!r})" if "_loaded" in self.__dict__ else f"Subject({str(self.source)!r})"
+
+
+def _known(name: str) -> str:
+    """The TransformerLens name of a hookpoint, or the name as it is where it fits no family: the model decides then."""
+    try:
+        return hookpoint_of(name) if name and name != UNKNOWN else name
+    except HookpointError:
+        return name
+
+
+@functools.lru_cache(maxsize=1)
+def _language_model(model: str, revision: str | None, dtype: str, mesh: Mesh | None) -> LM:
+    """Loaded once for all subjects that use it."""
+    return lm.load(model, revision=revision, dtype=dtype, mesh=mesh)
+
+
+def forget_language_model() -> None:
+    """Frees the language model that was loaded last, once no subject holds it."""
+    _language_model.cache_clear()
+
+
+def open_all(source: str | Path, given: Given = Given(), config: Config | None = None) -> list[Subject]:
+    """What a path or name stands for: one subject, or those of all SAEs of a sweep. config: of the same run, with evaluation, log
+    and meshes as they are wanted now. Nothing is read yet but configs. Raises `FormatError`, `CheckpointError`, `ConfigError`.
+    """
+    if given.format == AUTO and (isinstance(source, Path) or hub.parse(source) is None):
+        path = Path(source)
+        kind = loading.recognise(path)
+        if kind in loading.OURS:
+            run = run_of(path) if kind == "checkpoint" else path
+            if run is None or not RunPaths(run).config.is_file():
+                raise CheckpointError(f"{path}: no config.json two levels up; keep the checkpoint inside its run directory")
+            return [_of_run(place, given, found) for found, place in located(path, config)]
+        run = run_of(path)
+        if run is not None:  # a release in its run
+            return [Subject(path, given, saved_config(run))]
+        return [Subject(path, given)]
+    return [Subject(source, given)]
+
+
+def _of_run(place: Path, given: Given, config: Config) -> Subject:
+    return Subject(place, given, config, place if is_step(place) else None)
+
+
+def open_subject(source: str | Path, **given) -> Subject:
+    """What `source` stands for, its parts opened when they are asked for: a run, a checkpoint step, a release, the files of
+    SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI, OpenMOSS or Goodfire, or "org/repo:path" of the Hugging Face hub.
+
+    given: `model`, `hookpoint`, `text`, `context`, `index`, `store`, `mesh`, `format`, as `Given` says. Raises `FormatError` where nothing or
+    more than one format fits, `ConfigError` for a sweep, whose SAEs are opened one by one.
+    """
+    found = open_all(source, Given(**given))
+    if len(found) > 1:
+        raise ConfigError(f"{source}: a sweep of {len(found)} SAEs; open one of {', '.join(str(s.source) for s in found)}")
+    return found[0]
