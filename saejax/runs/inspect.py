@@ -9,21 +9,19 @@ import jax
 from jax.sharding import Mesh
 
 from saejax.base import sharding
-from saejax.base.records import MeshOptions
-from saejax.config import Config
+from saejax.base.errors import FormatError, SaejaxError
+from saejax.base.records import MeshOptions, RunPaths
+from saejax.base.storage import file_sha256
+from saejax.config import Config, read_config
+from saejax.config.recipes import WITH_K
 from saejax.data import manifest as mf
 from saejax.data.shards import check_layout
 from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_record, read_spec, record_file
-from saejax.base.errors import FormatError, SaejaxError
 from saejax.evals import evaluate as evals
 from saejax.features.index import reader as index
 from saejax.formats import saelens, saelens_read
-from saejax.config.recipes import WITH_K
-from saejax.base.records import RunPaths
-from saejax.config import read_config
 from saejax.sae import SAESpec
 from saejax.scaling.sweep import is_sweep, members
-from saejax.base.storage import file_sha256
 from saejax.train.checkpoint import is_step, machine_of, read_meta, restore_params, restore_step, steps_in
 from saejax.train.determinism import promise
 from saejax.train.member import total_steps

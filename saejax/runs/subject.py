@@ -43,9 +43,9 @@ AUTO = "auto"
 class Given:
     """What is said beside a path or name; None: as the files themselves say.
 
-    model: language model, by name or loaded. hookpoint: where it reads. text: sources (`config.text.source`), or all text options.
-    context: tokens of a row of the text. index, store: directories. mesh: to split the dictionary over; None: one device; "auto": the run's, or all devices. format: of
-    the files, where several fit.
+    model: language model, by name or loaded. hookpoint: where it reads. text: sources (`config.text.source`), or all text
+    options. context: tokens of a row of the text. index, store: directories. mesh: to split the dictionary over; None: none;
+    "auto": the run's, or all devices. format: of the files, where several fit.
     """
 
     model: str | LM | None = None
@@ -107,7 +107,7 @@ class Subject:
         """The SAE, its hookpoints by their TransformerLens names. Raises what `saejax.load` raises."""
         sae, hookpoint = self._loaded[1], self.given.hookpoint
         if hookpoint is not None and len(sae.cfg.hookpoints) > 1:
-            raise ConfigError(f"hookpoint={hookpoint}: a crosscoder reads {len(sae.cfg.hookpoints)} of them, which its files name")
+            raise ConfigError(f"hookpoint={hookpoint}: a crosscoder reads {len(sae.cfg.hookpoints)} of them, as its files say")
         names = sae.cfg.hookpoints if hookpoint is None else (hookpoint,)
         cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target))
         return SAE(sae.params, cfg, sae.mesh)
@@ -141,7 +141,10 @@ class Subject:
         return found
 
     def _check_place(self, lm_: LM) -> None:
-        cfg = self.sae.cfg
+        cfg, files = self.sae.cfg, self._loaded[1].cfg
+        for name in (*files.hookpoints, files.target) if self.given.hookpoint is None else (self.given.hookpoint,):
+            if name not in ("", UNKNOWN):
+                hookpoint_of(name, lm_.cfg)  # refused where it fits no family, or means another value in this one
         for names, width in ((cfg.hookpoints, cfg.d_in), (cfg.targets, cfg.spec.width_out)):
             if UNKNOWN in names:
                 raise ConfigError(f"{self.source}: its files do not say where in {lm_.name} it reads and writes; give "
@@ -152,9 +155,6 @@ class Subject:
             if sum(found) != width:
                 raise FormatError(f"{self.source}: {width} wide at {', '.join(names)}, which {' + '.join(map(str, found))} is in "
                                   f"{lm_.name}; give the model and the hookpoint that it was trained on")
-        for name in (self.given.hookpoint, *self._loaded[1].cfg.hookpoints, self._loaded[1].cfg.target):
-            if name and name != UNKNOWN and (name != self.given.hookpoint or self.given.hookpoint is None):
-                hookpoint_of(name, lm_.cfg)  # refused where this family gives that name another value
 
     @functools.cached_property
     def text(self) -> Text:
@@ -171,8 +171,8 @@ class Subject:
             known = {"source": config.text.source}
         source = known.get("source") if given is None else given.split(",") if isinstance(given, str) else given
         if not source:
-            raise ConfigError(f"{self.source}: its files name no text; give text=SOURCES: presets, files, directories or hub ids, "
-                              "with commas between")
+            raise ConfigError(f"{self.source}: its files name no text; give text=SOURCES: presets, files, directories or hub "
+                              "ids, with commas between")
         base = Text.of(config) if config is not None else Text(TextOptions())
         kept = {key: known[key] for key in ("context", "bos") if config is None and known.get(key)}
         if self.given.context is not None:
@@ -210,7 +210,7 @@ class Subject:
     def index(self) -> FeatureIndex:
         """The index of its features. Raises `FeatureIndexError`: none, of another SAE, altered."""
         if self.index_home is None:
-            raise FeatureIndexError(f"{self.source}: has no index of its features; build one (saejax features) and give index=DIR")
+            raise FeatureIndexError(f"{self.source}: has no index of its features; build one (saejax features), give index=DIR")
         return FeatureIndex.open(self.index_home, sae=self.sae, lm_=self.__dict__.get("lm"))
 
     def index_if_any(self) -> FeatureIndex | None:
@@ -252,7 +252,8 @@ class Subject:
         return self.config.name if self.config is not None else str(self.source).rstrip("/").rsplit("/", 1)[-1]
 
     def __repr__(self) -> str:
-        return f"Subject({str(self.source)!r}, {self._loaded[1]!r})" if "_loaded" in self.__dict__ else f"Subject({str(self.source)!r})"
+        sae = f", {self._loaded[1]!r}" if "_loaded" in self.__dict__ else ""
+        return f"Subject({str(self.source)!r}{sae})"
 
 
 def _known(name: str) -> str:
@@ -301,8 +302,8 @@ def open_subject(source: str | Path, **given) -> Subject:
     """What `source` stands for, its parts opened when they are asked for: a run, a checkpoint step, a release, the files of
     SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI, OpenMOSS or Goodfire, or "org/repo:path" of the Hugging Face hub.
 
-    given: `model`, `hookpoint`, `text`, `context`, `index`, `store`, `mesh`, `format`, as `Given` says. Raises `FormatError` where nothing or
-    more than one format fits, `ConfigError` for a sweep, whose SAEs are opened one by one.
+    given: `model`, `hookpoint`, `text`, `context`, `index`, `store`, `mesh`, `format`, see `Given`. Raises `FormatError` where
+    nothing or more than one format fits, `ConfigError` for a sweep, whose SAEs are opened one by one.
     """
     found = open_all(source, Given(**given))
     if len(found) > 1:

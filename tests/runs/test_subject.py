@@ -13,14 +13,14 @@ import saejax
 from saejax.base.errors import ConfigError, FeatureIndexError, FormatError, HookpointError, LMError, SaejaxError
 from saejax.cli.main import main
 from saejax.data.text import Text
+from saejax.features.effects.prompting import encoded
 from saejax.features.index.build import BuildOptions, build
 from saejax.features.index.reader import EXAMPLES, FEATURES, FeatureIndex
-from saejax.features.effects.prompting import encoded
 from saejax.features.search.prompt import activations, by_prompt
 from saejax.formats.convert import convert
+from saejax.lm import capture
 from saejax.runs.evaluation import evaluated
 from saejax.runs.layout import saved_config
-from saejax.lm import capture
 from saejax.sae.inference import SAE
 from tests import tiny_experiment as tiny
 
@@ -110,7 +110,8 @@ def test_commands_on_files(run, forms, model_and_text, tmp_path, capsys):
     assert main(["search", source, *where, f"--index={index}", "--prompt=the cat"]) == 0
     assert "fires on: " in capsys.readouterr().out
     alive = int(FeatureIndex.open(index).column("max").argmax())
-    assert main(["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4", "--json"]) == 0
+    steered = ["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
+    assert main([*steered, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 3
     assert main(["neurons", source, *where, "--tokens=640", f"--out={tmp_path / 'neurons'}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] >= 0
@@ -206,8 +207,8 @@ def test_paths_that_are_nothing(run, forms, model_and_text, tmp_path, monkeypatc
     for name in ("layers.1", "layers.2"):
         shutil.copytree(forms["sparsify"], tmp_path / "many" / name)
     for path, error, message in ((tmp_path / "two", FormatError, "sparsify and of gemma_scope; say which with format="),
-                                 (tmp_path / "many", FormatError, "it holds 2 in folders of their own; give one of .*layers.1, "),
-                                 (str(run) + "x", FormatError, "does not exist"), ("runs/no_such", FormatError, "does not exist")):
+                                 (tmp_path / "many", FormatError, "it holds 2 in folders of their own.*layers.1, "),
+                                 (f"{run}x", FormatError, "does not exist"), ("runs/no_such", FormatError, "does not exist")):
         with pytest.raises(error, match=message) as raised:
             saejax.open(path).sae  # noqa: B018
         assert "\n" not in str(raised.value)

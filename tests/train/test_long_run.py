@@ -11,7 +11,7 @@ import jax
 import pytest
 from jax import monitoring
 
-from saejax.base import hardware, storage
+from saejax.base import hardware
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
 from saejax.config import differences
