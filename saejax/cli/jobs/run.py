@@ -13,7 +13,7 @@ from saejax.pages.report import write_report
 from saejax.pages.summary import table
 from saejax.runs.evaluation import evaluated, result_of, scalars
 from saejax.runs.experiment import harvested, preflight, raise_troubles, trained
-from saejax.runs.subject import forget_language_model, open_all
+from saejax.runs.subject import Given, Subject, forget_language_model
 from saejax.train.compilation_cache import kept
 
 
@@ -40,9 +40,10 @@ def run(config: Config) -> None:
     say("3/4 evaluate and release")
     results = []
     for outcome in (outcome for outcome in outcomes if not outcome.trouble):
-        [subject] = open_all(outcome.paths.checkpoints / str(outcome.step))
+        paths = outcome.paths
+        subject = Subject(paths.root, Given(), outcome.config, paths.checkpoints / str(outcome.step))
         evaluation = evaluated(subject)
-        release(subject.sae, outcome.paths.release, scalars(evaluation))
+        release(subject.sae, paths.release, scalars(evaluation))
         results.append(result_of(subject, evaluation))
     forget_language_model()
     say("4/4 report")
