@@ -113,6 +113,11 @@ def test_commands_on_files(run, forms, model_and_text, tmp_path, capsys):
     steered = ["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
     assert main([*steered, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 3
+    assert main(["attribute", source, *where, f"--index={index}", "--prompt=the cat", "--token=a", "--pairs=3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["pairs"] == 3
+    judged = ["judge", source, *where, f"--index={index}", f"--judge=csv:{tmp_path / 'sheets'}", f"--features={alive}"]
+    assert main([*judged, "--do=explain"]) == 0 and (tmp_path / "sheets" / "round_1.html").is_file()
+    capsys.readouterr()
     assert main(["neurons", source, *where, "--tokens=640", f"--out={tmp_path / 'neurons'}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] >= 0
     assert main(["eval", source, *where, "--contexts=4", "--json"]) == 0
