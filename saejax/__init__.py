@@ -8,7 +8,7 @@
 
 from saejax.base.version import __version__
 
-__all__ = ["__version__", "load", "open"]
+__all__ = ["__version__", "compare", "lm", "load", "open"]
 
 
 def __getattr__(name: str):
@@ -19,6 +19,12 @@ def __getattr__(name: str):
     if name == "open":
         from saejax.runs.subject import open_subject
         return open_subject
+    if name == "compare":
+        from saejax.runs.subject import compare_subjects
+        return compare_subjects
+    if name == "lm":
+        import importlib
+        return importlib.import_module("saejax.lm")
     raise AttributeError(f"module 'saejax' has no attribute {name!r}")
 
 

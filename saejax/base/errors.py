@@ -61,6 +61,10 @@ class DiskError(SaejaxError):
     """Writing failed (disk full, read-only, permission); names the path, nothing half-written is left."""
 
 
+class PromptError(LMError):
+    """A prompt is empty, longer than the model's context, or holds token ids that the model does not have."""
+
+
 class FeatureIndexError(SaejaxError):
     """A feature index is missing, unfinished or altered, belongs to another checkpoint or model, or has no such feature."""
 

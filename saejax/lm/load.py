@@ -1,22 +1,27 @@
 """`load`: a language model by preset name, GGUF file, Hugging Face directory, hub id or TransformerLens name."""
 
+import contextlib
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 
+import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 
 from saejax.base import assets
 from saejax.base.errors import LMError
-from saejax.lm import tokenizer, weights
+from saejax.lm import prompts, tokenizer, weights
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_config import from_gguf
 from saejax.lm.gguf_file import GGUFFile
 from saejax.lm.hf_config import from_hf
+from saejax.lm.hookpoints import check_hookpoint, hookpoint_of
 from saejax.lm.model import DTYPES, Decoder
 from saejax.lm.model_names import hub_id
 from saejax.lm.tokenizer import Tokenizer
@@ -36,6 +41,9 @@ _HUB_FILES = [
 _NOT_HUB_FILES = ["consolidated*", "*/*"]
 
 
+_TAPS: ContextVar[Partial | None] = ContextVar("taps", default=None)  # of `LM.__call__`
+
+
 @dataclass(frozen=True)
 class LM:
     """A loaded language model.
@@ -44,12 +52,64 @@ class LM:
     commit, None for local files and presets.
     """
 
-    model: Decoder
-    cfg: LMConfig
-    tokenizer: Tokenizer
+    model: Decoder = field(repr=False)
+    cfg: LMConfig = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     name: str
     digest: str
     revision: str | None = None
+
+    def tokens(self, text: prompts.Text) -> np.ndarray:
+        """Token ids int32 [T] of a text, or these ids, with BOS before them, once, where the model has one.
+
+        Raises `PromptError`: empty, longer than the context, ids that the model does not have.
+        """
+        tokens_T = prompts.tokens_of(self.cfg, self.tokenizer, text)
+        prompts.check_ids(self.cfg, tokens_T)
+        return tokens_T
+
+    def capture(self, text, hookpoints: str | Sequence[str]):
+        """Values float32 [T, D] at a hookpoint of a text (or token ids), BOS included; compiled once for each shape.
+
+        Several hookpoints: a dictionary of them. A list of texts: a list of results. Nothing above the highest hookpoint is
+        computed. Raises `HookpointError` and `PromptError`.
+        """
+        names = [hookpoint_of(name, self.cfg) for name in ([hookpoints] if isinstance(hookpoints, str) else hookpoints)]
+        for name in names:
+            check_hookpoint(self.cfg, name)
+        rows, several = self._rows(text)
+        found = prompts.values(self.model, prompts.padded(self.cfg, rows), tuple(names))
+        each = [{name: found[name][b, :len(row)] for name in names} for b, row in enumerate(rows)]
+        out = [one[names[0]] for one in each] if isinstance(hookpoints, str) else each
+        return out if several else out[0]
+
+    def __call__(self, text):
+        """Logits float32 [T, V] of the next token at every position of a text (or token ids); a list of texts gives a list.
+
+        Inside `spliced` the model goes on with what that puts into it. Raises `PromptError`.
+        """
+        rows, several = self._rows(text)
+        logits_BTV = prompts.logits(self.model, prompts.padded(self.cfg, rows), _TAPS.get())
+        out = [logits_BTV[b, :len(row)] for b, row in enumerate(rows)]
+        return out if several else out[0]
+
+    def _rows(self, text) -> tuple[list[np.ndarray], bool]:
+        several = isinstance(text, list | tuple) and len(text) > 0 and not isinstance(text[0], int | np.integer)
+        return [self.tokens(one) for one in (text if several else [text])], several
+
+    def __repr__(self) -> str:
+        cfg = self.cfg
+        return f"LM({self.name!r}, {cfg.n_layers} layers, d_model={cfg.d_model}, vocab={cfg.vocab_size})"
+
+
+@contextlib.contextmanager
+def tapped(taps: Partial):
+    """Within it, calls of language models have these taps: a `Partial` that makes the mapping `Decoder` takes."""
+    token = _TAPS.set(taps)
+    try:
+        yield
+    finally:
+        _TAPS.reset(token)
 
 
 def load(model: str, *, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> LM:

@@ -7,11 +7,13 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from saejax import lm
@@ -24,12 +26,20 @@ from saejax.data.harvest import lm_mesh
 from saejax.data.store import Store, check_matches, is_complete, model_name
 from saejax.data.text import Text
 from saejax.evals import statistics
+from saejax.features.compare.dictionaries import Comparison, compare
+from saejax.features.effects import splicing
+from saejax.features.effects.attribution import Attribution, attribute
 from saejax.features.index import corpus
+from saejax.features.index.build import BuildOptions, build
 from saejax.features.index.reader import MANIFEST, FeatureIndex, check_belongs
-from saejax.formats import hub, loading
+from saejax.formats import hub, loading, saelens
 from saejax.formats.keys import UNKNOWN
 from saejax.lm import LM
 from saejax.lm.hookpoints import hookpoint_of
+from saejax.lm.load import tapped
+from saejax.pages import cards
+from saejax.pages.cards import Table
+from saejax.runs import actions
 from saejax.runs.layout import located, mesh_of, run_of, saved_config
 from saejax.sae.inference import SAE
 from saejax.train.checkpoint import is_step
@@ -110,7 +120,9 @@ class Subject:
             raise ConfigError(f"hookpoint={hookpoint}: a crosscoder reads {len(sae.cfg.hookpoints)} of them, as its files say")
         names = sae.cfg.hookpoints if hookpoint is None else (hookpoint,)
         cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target))
-        return SAE(sae.params, cfg, sae.mesh)
+        out = SAE(sae.params, cfg, sae.mesh)
+        out.writer = saelens.write
+        return out
 
     @property
     def mesh(self) -> Mesh | None:
@@ -211,7 +223,9 @@ class Subject:
         """The index of its features. Raises `FeatureIndexError`: none, of another SAE, altered."""
         if self.index_home is None:
             raise FeatureIndexError(f"{self.source}: has no index of its features; build one (saejax features), give index=DIR")
-        return FeatureIndex.open(self.index_home, sae=self.sae, lm_=self.__dict__.get("lm"))
+        index = FeatureIndex.open(self.index_home, sae=self.sae, lm_=self.__dict__.get("lm"))
+        index.card = cards.feature
+        return index
 
     def index_if_any(self) -> FeatureIndex | None:
         """`index`; None, with a line that says why, where there is none or the run's belongs to another checkpoint."""
@@ -236,6 +250,64 @@ class Subject:
         batch = 8 if self.config is None else self.config.harvest.batch_contexts
         return corpus.from_text(self.text, self.lm, hookpoints, split=split or "train", tokens=tokens or TOKENS, batch=batch)
 
+    def top(self, acts, n: int = 5) -> Table:
+        """The n most active features of each token of activations [T, F], or of one token [F]."""
+        return actions.top(acts, self.index_if_any(), n)
+
+    def search(self, prompt: str | None = None, *, by: str | None = None, positives: Sequence[str] = (),
+               negatives: Sequence[str] = (), find: str | None = None, like=None, n: int = actions.MOST) -> Table:
+        """Features by what they do, one way at a time.
+
+        prompt: the most active ones on a text; by: "relative" to their maximum in the index (default where there is one) or
+        "activation". positives, negatives: those that tell these prompts apart. find: those whose top examples hold this text.
+        like: those of the nearest decoder rows to a feature, or to a vector [d_out]. Raises `ConfigError` for several or no ways.
+        """
+        ways = prompt is not None, len(positives) > 0, find is not None, like is not None
+        if sum(ways) != 1 or (negatives and not positives) or (by and prompt is None):
+            raise ConfigError("search: give one of a prompt (with by), positives (with negatives), find and like")
+        index = self.index if find is not None else self.index_if_any()
+        if prompt is not None:
+            found = actions.by_prompt(self.lm, self.sae, index, prompt, by, n)
+        elif positives:
+            found = actions.by_sets(self.lm, self.sae, positives, negatives, n)
+        else:
+            found = actions.by_text(index, find, n) if find is not None else actions.alike(self.sae, like, None, n)
+        return actions.table_of(found, index)
+
+    def steer(self, prompt: str, features: Mapping[int, float] = MappingProxyType({}), *, values: bool = False, samples: int = 1,
+              seed: int = 0, temperature: float | None = None, top_p: float = 1.0, tokens: int = 40, positions="all") -> Table:
+        """How a prompt goes on with features set, `{feature: multiple of its maximum}`, beside the unsteered text; the rest of
+        the SAE and its error are kept.
+
+        values: the numbers are activations, not multiples, and no index is needed. samples: of each, drawn at temperature 1 where
+        there are several and nothing else is said. Equal seeds give equal texts. Raises `SteeringError`, `FeatureIndexError`.
+        """
+        temperature = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
+        wanted = dict(features) if values else actions.values_of(self.index, features) if features else {}
+        return actions.steer(self.lm, self._whole_sae(), prompt, wanted, samples=samples, seed=seed, tokens=tokens,
+                             sampling=lm.Sampling(temperature, top_p), positions=positions)
+
+    def attribute(self, prompt: str, token: str, against: str | None = None) -> Attribution:
+        """Which features of a prompt speak for a next token, against another one or the mean logit."""
+        return attribute(self.lm, self._whole_sae(), prompt, token, against)
+
+    def spliced(self, *, error: bool = False):
+        """A context in which calls of language models (`s.lm(text)`) have the SAE in their place; BOS keeps its value.
+
+        error: what the SAE misses is added, so that logits are the model's own and gradients pass through the features.
+        """
+        return tapped(splicing.plan(self.lm, self._whole_sae(), error=error))
+
+    def _whole_sae(self) -> SAE:
+        """The SAE where programs of one device can hold it."""
+        return self.sae if self.mesh is None or self.mesh.size > 1 else SAE(jax.device_put(
+            self.sae.params, self.mesh.devices.flat[0]), self.sae.cfg)
+
+    def index_of(self, sae: SAE, out: str | Path, *, tokens: int | None = None) -> FeatureIndex:
+        """The index of another SAE over this text, or store, with this language model; built at `out`, or opened there."""
+        found = self.corpus(tokens=tokens, hookpoints=sae.cfg.hookpoints)
+        return build(out, sae, found, self.lm, BuildOptions(progress=self.progress))
+
     @property
     def progress(self) -> bool:
         """Whether long work shows a bar."""
@@ -253,7 +325,15 @@ class Subject:
 
     def __repr__(self) -> str:
         sae = f", {self._loaded[1]!r}" if "_loaded" in self.__dict__ else ""
-        return f"Subject({str(self.source)!r}{sae})"
+        return f"Subject({str(self.source)!r}{sae})"[:150]
+
+    def _repr_html_(self) -> str:
+        """A card: the SAE, and what else is there."""
+        index = self.index_home is not None and (self.index_home / MANIFEST).is_file()
+        rows = [("SAE", repr(self.sae)), ("run", "none" if self.run is None else str(self.run)),
+                ("store", "none" if self.store is None else f"{self.store.path}: {self.store.rows:,} rows"),
+                ("index", str(self.index_home) if index else "none: saejax features makes it")]
+        return cards.facts(str(self.source), rows)
 
 
 def _known(name: str) -> str:
@@ -309,3 +389,23 @@ def open_subject(source: str | Path, **given) -> Subject:
     if len(found) > 1:
         raise ConfigError(f"{source}: a sweep of {len(found)} SAEs; open one of {', '.join(str(s.source) for s in found)}")
     return found[0]
+
+
+_PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firing of two dictionaries is compared
+
+
+def compare_subjects(a: "str | Path | Subject", b: "str | Path | Subject", *, rows: int = _COMPARED) -> Comparison:
+    """Which features two dictionaries share, which one lacks, which are split; by decoder rows both ways, and where the first has
+    a store by the firing of matched features on `rows` rows of it. Raises `FeatureIndexError` for dictionaries of two places.
+    """
+    first, second = (s if isinstance(s, Subject) else open_subject(s) for s in (a, b))
+    store, pieces = first.store, None
+    if store is not None and first.sae.cfg.hookpoints == second.sae.cfg.hookpoints:
+        starts = range(0, min(rows, store.rows), _PIECE)
+        pieces = (_kept(store, first.sae.cfg.hookpoints, start, min(start + _PIECE, store.rows)) for start in starts)
+    return compare(first.sae, second.sae, pieces, progress=first.progress)
+
+
+def _kept(store: Store, hookpoints: tuple[str, ...], start: int, stop: int) -> np.ndarray:
+    keep = store.keep(start, stop)
+    return np.concatenate([store.read(name, start, stop)[keep] for name in hookpoints], axis=1).astype(np.float32)

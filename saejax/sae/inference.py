@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -154,6 +155,7 @@ class SAE:
         """params: folded (see `fold`); placed by feature over `mesh`, or on the default device."""
         self.cfg, self.mesh = cfg, mesh
         self.params = jax.device_put(params, param_shardings(mesh, tensors(params))) if mesh is not None else params
+        self.writer = None  # (directory, SAE): what writes it; `saejax.load` sets it
 
     @property
     def W_enc(self) -> jax.Array:
@@ -201,6 +203,15 @@ class SAE:
     def __call__(self, x) -> jax.Array:
         """Reconstruction [..., d_out] (d_in but for a transcoder) from raw activations x [..., d_in]."""
         return self.reconstruct(x)[0]
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the SAE as a directory that `saejax.load` and SAELens read; returns it. Raises `FormatError` where nothing
+        writes it: `saejax.load` gives an SAE its writer.
+        """
+        if self.writer is None:
+            raise FormatError("this SAE was made in Python; saejax.formats.saelens.write(directory, sae) writes it")
+        self.writer(Path(path), self)
+        return Path(path)
 
     def as_saebench(self, *, model_name: str | None = None, dtype: str = "float32", device: str = "cpu"):
         """A torch module with what SAEBench's evaluations ask of an SAE: `encode`, `decode`, `forward`, `W_enc`, `W_dec`,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from saejax.base.errors import FeatureIndexError, SteeringError
+from saejax.base.errors import PromptError, SteeringError
 from saejax.features.effects import attribution
 from saejax.features.effects.attribution import ablate, agreement, attribute
 from tests import tiny_experiment as tiny
@@ -87,7 +87,7 @@ def test_without_a_second_token_the_mean_logit_stands_in(lm_):
 def test_mistakes(lm_):
     for prompt, target, message in (("", "a", "prompt is empty"), ("a", "", "'' is 0 tokens"), ("a", "ab", "'ab' is 2 tokens"),
                                     ("a" * 64, "a", "has 65 tokens, the model's context 64")):
-        with pytest.raises(FeatureIndexError, match=message):
+        with pytest.raises(PromptError, match=message):
             attribute(lm_, make_sae(), prompt, target)
     with pytest.raises(SteeringError, match="48 wide at blocks.0.mlp.hook_post"):
         attribute(lm_, random_sae("relu", hookpoint="blocks.0.mlp.hook_post"), PROMPT, "a")

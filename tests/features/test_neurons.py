@@ -8,8 +8,8 @@ from saejax.base.errors import FeatureIndexError, SteeringError
 from saejax.data.text import Text
 from saejax.features.compare import neurons
 from saejax.features.compare.neurons import Options, correlate, preceding, shares
-from saejax.features.effects.prompting import values
 from saejax.features.index.corpus import from_text
+from saejax.lm.prompts import values
 from tests import tiny_experiment as tiny
 from tests.features.conftest import DEAD, FEATURES, make_sae
 from tests.features.test_steering import random_sae

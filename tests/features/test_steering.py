@@ -10,10 +10,11 @@ from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError, HookpointError, LMError, SaejaxError, SteeringError
 from saejax.base.records import MeshOptions
 from saejax.features.effects import steering
-from saejax.features.effects.prompting import encoded, padded, values
+from saejax.features.effects.prompting import encoded, padded
 from saejax.features.effects.steering import Change
 from saejax.formats import saelens
 from saejax.lm import capture, generate
+from saejax.lm.prompts import values
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 from tests import tiny_experiment as tiny
@@ -59,26 +60,28 @@ def clean(lm_, tokens):
 def test_a_clamped_feature_has_its_value_and_the_error_stays(lm_, clean, kind, norm, on_a_mesh):
     sae = random_sae(kind, norm, mesh=sharding.single_device_mesh() if on_a_mesh else None)
     plain, ramp, T = random_sae(kind, norm), np.arange(tiny.D_IN, dtype=np.float32), len(clean)
-    changes = [Change(), Change("up", 3, 7.0), Change("off", 5), Change("other", 3, -2.0, ramp)]
-    at = np.ones((4, T - 1), bool)
+    changes = [Change(), Change("up", {3: 7.0}), Change("off", {5: 0.0}), Change("other", {3: -2.0}, ramp),
+               Change("both", {3: 7.0, 5: 0.0})]
+    at = np.ones((5, T - 1), bool)
     at[:, 2] = False
     for after in (True, False):
         tap = steering.plan(lm_, sae, changes, at, after=after)()[tiny.HOOKPOINT]
-        x = np.asarray(tap(jnp.tile(clean, (4, 1, 1)), jnp.tile(jnp.arange(T), (4, 1))))
+        x = np.asarray(tap(jnp.tile(clean, (5, 1, 1)), jnp.tile(jnp.arange(T), (5, 1))))
         expected = np.stack([clean, set_by_decoding(plain, clean, 3, 7.0), set_by_decoding(plain, clean, 5, 0.0),
-                             set_by_decoding(plain, clean, 3, -2.0) + ramp])
+                             set_by_decoding(plain, clean, 3, -2.0) + ramp, clean])
+        expected[4] = expected[1] + expected[2] - clean  # each by what it adds
         expected[:, 2] = clean[2]
         if not after:
             expected[:, -1] = clean[-1]
         np.testing.assert_allclose(x, expected, atol=2e-5)
         np.testing.assert_array_equal(x[0], clean)
-        np.testing.assert_array_equal(x[:, 2], np.tile(clean[2], (4, 1)))
+        np.testing.assert_array_equal(x[:, 2], np.tile(clean[2], (5, 1)))
 
 
 def test_a_transcoder_reads_at_one_place_and_is_changed_at_another(lm_, tokens, clean):
     """Seen at the layer's end, whose stream differs by exactly what was changed at the MLP's output."""
     sae, kept = random_sae("topk", hookpoint="blocks.1.hook_mlp_in", target="blocks.1.hook_mlp_out"), []
-    taps = steering.plan(lm_, sae, [Change("up", 3, 4.0)])()
+    taps = steering.plan(lm_, sae, [Change("up", {3: 4.0})])()
 
     @jax.jit
     def forward(model, tokens_BT):
@@ -94,7 +97,7 @@ def test_a_transcoder_reads_at_one_place_and_is_changed_at_another(lm_, tokens, 
                                              pytest.param("topk", (1, 4), marks=pytest.mark.slow),
                                              pytest.param("relu", "all", marks=pytest.mark.slow)])
 def test_generation_with_a_cache_is_generation_without(lm_, tokens, kind, positions):
-    sae, changes = random_sae(kind), [Change(), Change("up", 3, 90.0), Change("off", 5, 0.0)]
+    sae, changes = random_sae(kind), [Change(), Change("up", {3: 90.0}), Change("off", {5: 0.0})]
     at, after = steering.places(lm_, tokens, positions)
     taps = steering.plan(lm_, sae, changes, np.tile(at, (3, 1)), after=after)
     found = generate(lm_.model, [tokens.tolist()] * 3, 6, taps=taps)
@@ -139,7 +142,7 @@ def test_a_dictionary_of_another_library(lm_, clean, tmp_path):
     ours = random_sae("relu")
     saelens.write(tmp_path / "foreign", ours)
     x, positions = clean[None], np.arange(len(clean))[None]
-    found = [steering.plan(lm_, sae, [Change("up", 3, 9.0)])()[tiny.HOOKPOINT](jnp.asarray(x), positions)
+    found = [steering.plan(lm_, sae, [Change("up", {3: 9.0})])()[tiny.HOOKPOINT](jnp.asarray(x), positions)
              for sae in (ours, saejax.load(tmp_path / "foreign"))]
     np.testing.assert_allclose(*found, atol=1e-5)
     assert np.abs(found[0] - x).max() > 1
@@ -148,7 +151,7 @@ def test_a_dictionary_of_another_library(lm_, clean, tmp_path):
 @pytest.mark.parametrize("call, error, message", [
     (lambda lm_, index: steering.maximum(index, FEATURES), FeatureIndexError, "features 0 to 39"),
     (lambda lm_, index: steering.maximum(index, DEAD[0]), SteeringError, "feature 7: never active on"),
-    (lambda lm_, index: steering.plan(lm_, make_sae(), [Change("", -1)]), SteeringError, "numbered 0 to 39"),
+    (lambda lm_, index: steering.plan(lm_, make_sae(), [Change("", {-1: 0.0})]), SteeringError, "numbered 0 to 39"),
     (lambda lm_, index: steering.plan(lm_, make_sae(), [Change("mine", vector=np.zeros(3))]), SteeringError,
      r"mine: .* takes \(48,\)"),
     (lambda lm_, index: steering.plan(lm_, random_sae("relu", hookpoint="blocks.9.hook_resid_post"), [Change()]), HookpointError,
@@ -177,7 +180,7 @@ def test_a_crosscoder_is_refused(lm_):
 def test_a_dictionary_over_several_devices(lm_, clean):
     """Features that do not compete are gathered by themselves; those that do need their whole dictionary on one device."""
     mesh = sharding.make_mesh(MeshOptions(1, 2), jax.devices()[:2])
-    changes, positions = [Change("up", 3, 9.0)], np.arange(len(clean))[None]
+    changes, positions = [Change("up", {3: 9.0})], np.arange(len(clean))[None]
     found = [steering.plan(lm_, random_sae("relu", mesh=where), changes)()[tiny.HOOKPOINT](jnp.asarray(clean[None]), positions)
              for where in (None, mesh)]
     np.testing.assert_allclose(*found, atol=1e-5)

@@ -25,10 +25,11 @@ from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError, SteeringError
 from saejax.base.logs import Progress
 from saejax.base.storage import disk_errors, is_writer, read_json, write_bytes, write_json
-from saejax.features.effects.prompting import check_place, values
+from saejax.features.effects.prompting import check_place
 from saejax.features.index.corpus import Corpus
 from saejax.features.index.reader import sae_fingerprint
 from saejax.lm import LM, hookpoints
+from saejax.lm.prompts import values
 from saejax.sae.inference import SAE
 
 LOW, LEAST_FIRED = 0.3, 30       # "low" as in the paper; a correlation over fewer firings says little

@@ -26,11 +26,11 @@ from saejax.features.effects.prompting import (
     row_scales,
     single_token,
     special,
-    values,
 )
 from saejax.features.index.logits import rows_at
 from saejax.lm import LM, width_of
 from saejax.lm.hookpoints import FINAL
+from saejax.lm.prompts import values
 from saejax.sae.inference import SAE
 
 TOP = 10  # of the most ablating pairs, how many are among the most attributed
@@ -53,6 +53,9 @@ class Attribution:
     attribution_P: np.ndarray
     ablation_P: np.ndarray
 
+    def __repr__(self) -> str:
+        return f"Attribution(logit difference {self.difference:.4g}, {len(self.position_P):,} active pairs of token and feature)"
+
     def best(self, n: int) -> np.ndarray:
         """The n pairs of the largest attribution, either sign."""
         return np.argsort(-np.abs(self.attribution_P), kind="stable")[:n]
@@ -61,7 +64,7 @@ class Attribution:
 def attribute(lm_: LM, sae: SAE, prompt: str, target: str, against: str | None = None) -> Attribution:
     """Attribution of every active pair of a prompt, by one pass forward and one back.
 
-    Raises `FeatureIndexError` for an empty or too long prompt and for a target of several tokens, `SteeringError` for an SAE that
+    Raises `PromptError` for an empty or too long prompt and for a target of several tokens, `SteeringError` for an SAE that
     does not fit the model. Memory beyond the model's pass: activations [T, F] once on device and host, decoder rows of the active
     features.
     """

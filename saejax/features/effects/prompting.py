@@ -1,32 +1,25 @@
 """One prompt for language model and SAE: its tokens, and where in the model the SAE reads and writes."""
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from saejax.base.errors import FeatureIndexError, SteeringError
-from saejax.lm import LM, capture, check_hookpoint, hookpoints, width_of
+from saejax.base.errors import PromptError, SteeringError
+from saejax.lm import LM, check_hookpoint, hookpoints, prompts, width_of
+from saejax.lm.prompts import Text
 from saejax.sae.inference import SAE
 from saejax.sae.row_norm import NONE, normalise_rows
 
 
-def encoded(lm_: LM, prompt: str) -> np.ndarray:
-    """Token ids [T] of a prompt, BOS before it where the model has one. Raises `FeatureIndexError`: empty, or too long."""
-    if not prompt.strip():
-        raise FeatureIndexError("the prompt is empty; give some text")
-    tokens = [*([lm_.tokenizer.bos_id] if lm_.tokenizer.bos_id is not None else []), *lm_.tokenizer.encode(prompt)]
-    if len(tokens) > lm_.cfg.max_context:
-        raise FeatureIndexError(f"the prompt has {len(tokens)} tokens, the model's context {lm_.cfg.max_context}; shorten it")
-    return np.array(tokens, np.int32)
+def encoded(lm_: LM, prompt: Text) -> np.ndarray:
+    """Token ids [T] of a prompt, BOS before it where the model has one. Raises `PromptError`: empty, or too long."""
+    return lm_.tokens(prompt)
 
 
 def single_token(lm_: LM, text: str) -> int:
-    """The id of a text that is one token. Raises `FeatureIndexError` where it is none or several."""
+    """The id of a text that is one token. Raises `PromptError` where it is none or several."""
     ids = lm_.tokenizer.encode(text)
     if len(ids) != 1:
-        raise FeatureIndexError(f"{text!r} is {len(ids)} tokens of this model; give one (a leading blank often matters)")
+        raise PromptError(f"{text!r} is {len(ids)} tokens of this model; give one (a leading blank often matters)")
     return ids[0]
 
 
@@ -36,16 +29,8 @@ def special(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:
 
 
 def padded(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:
-    """[1, T'] with 0s behind, T' a multiple of 16 where the context allows: few shapes, few compilations. What follows a token
-    does not change it.
-    """
-    return np.pad(tokens_T, (0, min(-len(tokens_T) % 16, lm_.cfg.max_context - len(tokens_T))))[None]
-
-
-@functools.partial(jax.jit, static_argnames="names")
-def values(model, tokens_BT, names: tuple[str, ...]) -> dict[str, jax.Array]:
-    """float32 values [B, T, D] at hookpoints."""
-    return {name: x_BTD.astype(jnp.float32) for name, x_BTD in capture(model, tokens_BT, names).items()}
+    """[1, T'] as `lm.prompts.padded` makes it."""
+    return prompts.padded(lm_.cfg, [tokens_T])
 
 
 def check_place(lm_: LM, sae: SAE) -> None:

@@ -8,8 +8,8 @@ Templeton et al. 2024, "Feature steering"; value = multiple of the feature's max
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -28,11 +28,11 @@ from saejax.features.effects.prompting import (
     padded,
     row_scales,
     special,
-    values,
 )
 from saejax.features.index.logits import rows_at
 from saejax.features.index.reader import FeatureIndex
 from saejax.lm import LM, Sampling, generate
+from saejax.lm.prompts import values
 from saejax.sae import from_tensors, tensors
 from saejax.sae.inference import SAE, SAEConfig
 
@@ -41,25 +41,24 @@ BY_ITSELF = ("relu", "jumprelu", "gated")  # kinds whose features do not compete
 
 @dataclass(frozen=True)
 class Change:
-    """What is done to one row of a batch; without feature and vector nothing.
+    """What is done to one row of a batch; without features and vector nothing.
 
-    feature: set to `value`, an activation in the SAE's units (0: ablated). vector [d_out]: added as it is, in raw units.
+    features: each set to a value, an activation in the SAE's units (0: ablated). vector [d_out]: added as it is, in raw units.
     """
 
     label: str = "unsteered"
-    feature: int | None = None
-    value: float = 0.0
+    features: Mapping[int, float] = field(default_factory=dict)
     vector: np.ndarray | None = None
 
 
 def clamped(feature: int, scale: float, maximum: float) -> Change:
     """The feature at `scale` times its maximum."""
-    return Change(f"feature {feature} x {scale:g}", feature, scale * maximum)
+    return Change(f"feature {feature} x {scale:g}", {feature: scale * maximum})
 
 
 def ablated(feature: int) -> Change:
     """The feature at 0."""
-    return Change(f"feature {feature} ablated", feature)
+    return Change(f"feature {feature} ablated", {feature: 0.0})
 
 
 def maximum(index: FeatureIndex, feature: int) -> float:
@@ -73,9 +72,9 @@ def maximum(index: FeatureIndex, feature: int) -> float:
 
 
 class _Rows(NamedTuple):
-    """One entry for each row of a batch. column: place of the feature in the dictionary that is encoded, -1 without one.
-
-    direction and vector [B, d_out]. at [B, P]: at which of the first P positions there is a change; after [B]: behind them.
+    """One entry for each row of a batch, N features in each. column [B, N]: place of a feature in the dictionary that is
+    encoded, -1 without one; value [B, N]; direction [B, N, d_out]; vector [B, d_out]. at [B, P]: at which of the first P
+    positions there is a change; after [B]: behind them.
     """
 
     column: Array
@@ -96,7 +95,7 @@ def plan(lm_: LM, sae: SAE, changes: Sequence[Change], at_BP: np.ndarray | None 
     """
     check_place(lm_, sae)
     check_one_place(sae)
-    chosen = sorted({check_feature(sae, c.feature) for c in changes if c.feature is not None})
+    chosen = sorted({check_feature(sae, feature) for change in changes for feature in change.features})
     width = sae.cfg.spec.width_out
     for change in changes:
         if change.vector is not None and np.shape(change.vector) != (width,):
@@ -105,9 +104,11 @@ def plan(lm_: LM, sae: SAE, changes: Sequence[Change], at_BP: np.ndarray | None 
     part, columns = _narrowed(sae, chosen)
     found = dict(zip(chosen, rows_at(sae, sae.params.W_dec, chosen), strict=True)) if chosen else {}
     nothing = np.zeros(width, np.float32)
-    rows = _Rows(np.array([columns.get(c.feature, -1) for c in changes], np.int32),
-                 np.array([c.value for c in changes], np.float32),
-                 np.stack([found.get(c.feature, nothing) for c in changes]),
+    most = max([1, *(len(c.features) for c in changes)])
+    each = [[*c.features.items(), *[(None, 0.0)] * (most - len(c.features))] for c in changes]
+    rows = _Rows(np.array([[columns.get(feature, -1) for feature, _ in row] for row in each], np.int32),
+                 np.array([[value for _, value in row] for row in each], np.float32),
+                 np.stack([[found.get(feature, nothing) for feature, _ in row] for row in each]),
                  np.stack([nothing if c.vector is None else np.asarray(c.vector, np.float32) for c in changes]),
                  np.zeros((len(changes), 0), bool) if at_BP is None else _in_sixteens(np.asarray(at_BP, bool), after),
                  np.full(len(changes), after))
@@ -139,9 +140,10 @@ def _taps(cfg: SAEConfig, params, rows: _Rows) -> dict:
         added_BTD = rows.vector[:, None]
         if params is not None:
             sae, source_BTD = SAE(params, cfg), (seen[0] if cfg.target else x_BTD).astype(jnp.float32)
-            act_BT1 = jnp.take_along_axis(sae.encode(source_BTD), jnp.maximum(rows.column, 0)[:, None, None], axis=-1)
-            step_BT1 = (rows.value[:, None, None] - act_BT1) * row_scales(sae, source_BTD)
-            added_BTD += jnp.where(rows.column[:, None, None] >= 0, step_BT1 * rows.direction[:, None], 0.0)
+            column_B1N = rows.column[:, None]
+            act_BTN = jnp.take_along_axis(sae.encode(source_BTD), jnp.maximum(column_B1N, 0), axis=-1)
+            step_BTN = jnp.where(column_B1N >= 0, (rows.value[:, None] - act_BTN) * row_scales(sae, source_BTD), 0.0)
+            added_BTD += jnp.einsum("btn,bnd->btd", step_BTN, rows.direction, precision="highest")
         here_BT = _here(rows, positions_BT)
         return jnp.where(here_BT[..., None], x_BTD.astype(jnp.float32) + added_BTD, x_BTD).astype(x_BTD.dtype)
 

@@ -15,11 +15,12 @@ from saejax.features.index.bits import EMPTY
 LEAST_SUPPORT = 3  # shared rows in the samples below which two features are not called correlated
 
 
-def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh, *, own: np.ndarray | None = None,
+def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh | None, *, own: np.ndarray | None = None,
             block: int = 256) -> tuple[np.ndarray, np.ndarray]:
     """(feature [Q, n], cosine [Q, n]) of the n rows of `directions_FD` nearest to each query [Q, D], nearest first.
 
-    directions_FD: split by feature over `dict`. own: row numbers of the queries, which are left out of their own list.
+    directions_FD: split by feature over `dict` of the mesh; None: on one device. own: row numbers of the queries, which are left
+    out of their own list.
     A block of queries meets each shard's rows, [block, F / dict] cosines per device, and only n candidates of each shard are
     gathered along `dict`: no array of width F moves. Rows of zeros have cosine 0.
     """
@@ -30,6 +31,9 @@ def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh, *
     queries = np.asarray(queries, np.float32)
     own = np.full(len(queries), -1) if own is None else np.asarray(own)
     found = []
+    if mesh is None:
+        mesh = sharding.single_device_mesh(next(iter(directions_FD.devices())))
+        directions_FD = jax.device_put(directions_FD, sharding.sharding(mesh, "features", None))
     with jax.set_mesh(mesh):
         for start in range(0, len(queries), block):
             part, mine = queries[start:start + block], own[start:start + block]

@@ -23,6 +23,7 @@ from saejax.base.storage import file_sha256, read_json, text_sha256
 from saejax.base.text import visible
 from saejax.base.verified import VerifiedFile
 from saejax.features.index.corpus import Tokens
+from saejax.features.index.feature import Example, Feature
 from saejax.lm import LM
 from saejax.sae import tensors
 from saejax.sae.inference import SAE
@@ -61,6 +62,7 @@ class FeatureIndex:
 
     def __init__(self, path: Path, manifest: dict):
         self.path, self.manifest = path, manifest
+        self.card = None  # HTML of a feature for notebooks, where somebody draws it
         self.features: int = manifest["sae"]["d_sae"]
         self.window: int = manifest["settings"]["window"]
         self._group = functools.lru_cache(maxsize=4)(lambda name, group: self._tables[name].read_row_group(group))
@@ -133,6 +135,36 @@ class FeatureIndex:
         tokenizer knows: those are called `token N`.
         """
         return self.vocabulary[number] if 0 <= number < len(self.vocabulary) else f"token {number}"
+
+    def __len__(self) -> int:
+        return self.features
+
+    def __getitem__(self, number: int) -> Feature:
+        """A feature by its number. Raises `FeatureIndexError` where there is none."""
+        number = self.check_feature(int(number))
+        row = self.rows(number, number + 1)[0]
+        logits = list(zip(map(self.token, row["logit_ids"]), row["logit_effects"], strict=True))
+        half = len(logits) // 2
+        examples = [Example(e["interval"], e["value"], [self.token(t) for t in self._window(e)], np.array(e["acts"]),
+                            e["context"], e["position"]) for e in self.examples(number)]
+        tokens = list(zip(map(self.token, row["token_ids"]), row["token_shares"], strict=True))
+        near = list(zip(row["cosine_ids"], row["cosine_scores"], strict=True))
+        return Feature(number, row["fired"], row["density"], row["max"], row["mean"], tokens, logits[:half], logits[half:], near,
+                       examples, self.card)
+
+    def _window(self, example: dict) -> np.ndarray:
+        return self.tokens_NT[example["context"], example["start"]:example["start"] + self.window]
+
+    def to_pandas(self):
+        """A data frame of all features: the columns of `FEATURE_SCHEMA` with `feature` as index, and `fires_on`."""
+        frame = self._tables[FEATURES].read().to_pandas().set_index("feature")
+        frame.insert(0, "fires_on", [" ".join(visible(self.token(t)) for t in ids[:5]) for ids in frame["token_ids"]])
+        return frame
+
+    def __repr__(self) -> str:
+        totals = self.manifest["totals"]
+        return (f"FeatureIndex({str(self.path)!r}, {self.features:,} features, {totals['alive']:,} alive on "
+                f"{totals['kept_rows']:,} tokens)")
 
     def rows(self, first: int, last: int) -> list[dict]:
         """What is known of features first .. last - 1, by the names of `FEATURE_SCHEMA`."""

@@ -22,14 +22,18 @@ def activations(lm_: LM, sae: SAE, tokens_T: np.ndarray) -> np.ndarray:
     return np.where(special(lm_, tokens_T)[:, None], 0, acts_TF)
 
 
-def by_prompt(lm_: LM, sae: SAE, prompt: str, n: int = 10, *, last: int | None = None) -> list[Found]:
+def by_prompt(lm_: LM, sae: SAE, prompt: str, n: int = 10, *, last: int | None = None,
+              maxima: np.ndarray | None = None) -> list[Found]:
     """The n features with the highest activation on a prompt, each at its highest token.
 
-    last: only the last so many tokens count. Of equal ones the lower number comes first.
+    last: only the last so many tokens count. maxima [F]: activations are relative to them; a feature whose maximum is 0 is left
+    out. Of equal ones the lower number comes first.
     """
     tokens_T = encoded(lm_, prompt)
     acts_TF = activations(lm_, sae, tokens_T)
     acts_TF[:len(tokens_T) - (last or len(tokens_T))] = 0
+    if maxima is not None:
+        acts_TF = np.divide(acts_TF, maxima, out=np.zeros_like(acts_TF), where=maxima > 0)
     best = np.argsort(-acts_TF.max(0), kind="stable")[:n]
     at = acts_TF.argmax(0)
     return [Found(int(f), float(acts_TF[at[f], f]), f"token {at[f]} {lm_.tokenizer.decode([tokens_T[at[f]]])!r}")

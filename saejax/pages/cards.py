@@ -1,0 +1,65 @@
+"""What a notebook shows: tables, and cards of a subject and of a feature. Everything in them is escaped."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from saejax.base.text import visible
+from saejax.features.index.feature import Example, Feature
+from saejax.pages.templates import render
+
+_EXAMPLES, _NEAR, _LONGEST = 8, 5, 200
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of plain values under names. It prints as aligned text and shows itself as HTML in a notebook."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple]:
+        return iter(self.rows)
+
+    def __getitem__(self, number: int) -> tuple:
+        return self.rows[number]
+
+    def column(self, name: str) -> list:
+        """The values of a column."""
+        return [row[self.columns.index(name)] for row in self.rows]
+
+    def __repr__(self) -> str:
+        return f"Table({len(self.rows)} rows of {', '.join(self.columns)})"
+
+    def __str__(self) -> str:
+        cells = [self.columns, *self._cells()]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+
+    def _repr_html_(self) -> str:
+        return render("table.html", columns=self.columns, rows=self._cells())
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [tuple(f"{v:.4g}" if isinstance(v, float) else visible(str(v), _LONGEST) for v in row) for row in self.rows]
+
+
+def facts(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """A card of (label, value)."""
+    return render("facts.html", title=visible(title, _LONGEST), rows=[(visible(a), visible(b, _LONGEST)) for a, b in rows])
+
+
+def feature(found: Feature) -> str:
+    """A card of a feature: its figures, what it fires on and does, its highest examples with the activations as colour."""
+    def shown(pairs) -> list[str]:
+        return [visible(text) for text, _ in pairs]
+
+    tops = [e for e in found.examples if e.interval == 0][:_EXAMPLES]
+    return render("feature.html", f=found, tokens=shown(found.tokens), promotes=shown(found.promotes),
+                  demotes=shown(found.demotes), near=found.neighbours[:_NEAR], examples=[_tinted(e, found.max) for e in tops])
+
+
+def _tinted(example: Example, most: float) -> list[tuple[str, float]]:
+    pairs = zip(example.texts, example.acts, strict=False)
+    return [(visible(text), round(float(act) / max(most, 1e-30), 3)) for text, act in pairs]
