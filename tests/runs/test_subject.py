@@ -232,10 +232,6 @@ def test_a_place_on_the_hub_without_the_network(monkeypatch):
     assert time.monotonic() - clock < 10 and repr(subject) == "Subject('nobody/nothing:layer_1')"
 
 
-def test_what_there_is():
-    assert dir(saejax) == ["__version__", "load", "open"] and callable(saejax.open)
-
-
 def test_rows_normalised_one_by_one_go_through_the_encoder_of_the_sae(run, tmp_path):
     """Index, search and evaluation have the activations of `SAE.encode`."""
     subject = saejax.open(run)
