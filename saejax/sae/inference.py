@@ -158,6 +158,11 @@ class SAE:
         self.writer = None  # (directory, SAE): what writes it; `saejax.load` sets it
 
     @property
+    def hookpoint(self) -> str:
+        """The hookpoint that it reads; of a crosscoder all of them, with blanks between."""
+        return self.cfg.hookpoint
+
+    @property
     def W_enc(self) -> jax.Array:
         """Encoder as [d_in, d_sae]."""
         return self.params.W_enc.T

@@ -36,7 +36,7 @@ def alive(s):
 
 def test_the_fifteen_lines(s, run, model_and_text, alive, tmp_path):
     """As somebody types them; every value is looked at below or here."""
-    x = s.lm.capture(TEXT, s.sae.cfg.hookpoint)
+    x = s.lm.capture(TEXT, s.sae.hookpoint)
     acts = s.sae.encode(x)
     assert acts.shape == (12, 64) and len(s.top(acts, 5)) <= 60
     assert s.index[alive].number == alive
