@@ -1,17 +1,18 @@
 """The `saejax` command: finds the job, turns errors into exit codes. Help and mistaken arguments come before jax is imported."""
 
 import difflib
-import importlib
 import os
 import sys
 
 from saejax.base.errors import ConfigError, SaejaxError
 from saejax.base.version import __version__
-from saejax.cli.help import JOBS, job_help, overview
+from saejax.cli.help import JOBS, family_help, job_help, overview
+from saejax.cli.options import Job
+from saejax.cli.parsing import declared, flag, parse
 
 EXIT_MISTAKE = 2       # something that the user can repair; one line on stderr
 EXIT_INTERRUPTED = 130
-_MODULES = {"push-to-hub": "push"}  # of jobs whose name is none
+EXIT_PIPE = 141
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
         return _dispatch(argv)
     except SaejaxError as error:
         return _failed(error)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except KeyboardInterrupt:
         print("saejax: interrupted; start the same command again to go on", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -29,50 +33,86 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     if not argv:
         raise ConfigError(f"no job given; choose one of {', '.join(JOBS)} (`saejax --help` says what they do)")
-    job, *rest = argv
-    if job in ("--help", "-h", "-help", "help"):
-        print(job_help(rest[0]) if rest and rest[0] in JOBS else overview())
+    first, *rest = argv
+    wants_help = bool({"--help", "-h", "-help"} & set(argv)) or first == "help"
+    rest = rest[:] if first != "help" else rest[1:]
+    first = argv[1] if first == "help" and len(argv) > 1 else first
+    if first in ("--help", "-h", "-help", "help"):
+        print(overview())
         return 0
-    if job in ("--version", "-version"):
+    if first in ("--version", "-version"):
         print(f"saejax {__version__}")
         return 0
-    if job not in JOBS:
-        near = difflib.get_close_matches(job, JOBS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(JOBS)}"
-        raise ConfigError(f"unknown job {job!r}; {hint}")
-    if {"--help", "-h", "-help"} & set(rest):
+    job, rest = _found(first, rest)
+    if job is None:
+        print(family_help(first))
+        return 0 if wants_help else EXIT_MISTAKE
+    if wants_help:
         print(job_help(job))
         return 0
     return _start(job, rest)
 
 
-def _start(job: str, rest: list[str]) -> int:
+def _found(first: str, rest: list[str]) -> tuple[Job | None, list[str]]:
+    """(the job, its arguments); None where the first word asks for a second one and help was asked for."""
+    if first in JOBS:
+        return JOBS[first], rest
+    ways = [name.split()[1] for name in JOBS if name.startswith(f"{first} ")]
+    if not ways:
+        near = difflib.get_close_matches(first, {name.split()[0]: None for name in JOBS}, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(JOBS)}"
+        raise ConfigError(f"unknown job {first!r}; {hint}")
+    if rest and rest[0] in ways:
+        return JOBS[f"{first} {rest[0]}"], rest[1:]
+    if rest and rest[0] in ("--help", "-h", "-help"):
+        return None, rest
+    raise ConfigError(f"saejax {first}: say which of {', '.join(ways)}, for example: {JOBS[f'{first} {ways[0]}'].example}")
+
+
+def _start(job: Job, rest: list[str]) -> int:
     _quiet()
-    if job == "plan":  # asks no accelerator
+    if job.name == "plan":  # asks no accelerator
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from saejax.cli.arguments import parse
-    arguments = parse(job, rest, takes_config=JOBS[job].takes_config, options=JOBS[job].options)
-    if arguments.config is None and not arguments.paths and job != "bench":
-        what = {"inspect": "PATH", "convert": "SRC DST --to=FORMAT",
-                "push-to-hub": "RELEASE --repo=ORG/NAME"}.get(job)
-        what = what or ("--config=FILE or a run directory" if JOBS[job].takes_config else "a run or other files of an SAE")
-        raise ConfigError(f"saejax {job}: give {what}, for example: {JOBS[job].example}")
-    if arguments.distributed is not None:
-        from saejax.base import distributed
-        # Must come before anything that asks jax for its devices.
-        d = arguments.distributed
-        distributed.start(d.coordinator, d.num_processes, d.process_id, timeout=d.timeout, heartbeat=d.heartbeat)
-        _check_agreement(job, arguments)
-    return importlib.import_module(f"saejax.cli.jobs.{_MODULES.get(job, job)}").start(arguments)
+    options = parse(job, rest)
+    if declared(job, "distributed"):
+        _join(job, options)
+    return job.run(options)
 
 
-def _check_agreement(job: str, arguments) -> None:
+def _join(job: Job, options) -> None:
+    """Joins the other processes, where there are some, before anything asks jax for its devices."""
+    given = processes(options)
+    if given is None:
+        return
+    from saejax.base import distributed
+    distributed.start(**given, timeout=options.start_timeout, heartbeat=options.heartbeat)
+    _check_agreement(job, options)
+
+
+def processes(options) -> dict | None:
+    """{coordinator, num_processes, process_id} as options and environment say; None for one process. Raises `ConfigError`."""
+    from saejax.base import distributed
+    given = {name: getattr(options, name) for name in ("coordinator", "num_processes", "process_id")}
+    asked = options.distributed
+    if not asked and any(value is not None for value in given.values()):
+        raise ConfigError("--coordinator, --num-processes and --process-id need --distributed as well")
+    if asked is False or (asked is None and not distributed.announced()):
+        return None
+    missing = [flag(name) for name, value in given.items() if value is None]
+    if missing and len(missing) < 3:
+        raise ConfigError(f"--distributed: {', '.join(missing)} missing; give --coordinator, --num-processes and "
+                          "--process-id together, or none of them on a cluster that announces itself")
+    return given
+
+
+def _check_agreement(job: Job, options) -> None:
     """Raises `ConfigError` when the processes were not started alike; how each of them shows its progress is its own affair."""
     from saejax.base.distributed import check_agreement
     from saejax.cli.subjects import configs
     from saejax.config import flat
-    given = {"job": job, "options": (arguments.paths, dict(arguments.options))}
-    for config in configs(arguments) if JOBS[job].takes_config else ():
+    own = {f.name: getattr(options, f.name) for f in declared(job, "value", "switch", "places")}
+    given = {"job": job.name, "options": {name: value for name, value in own.items() if name != "process_id"}}
+    for config in configs(options) if declared(job, "config") else ():
         given |= {f"config.{key}": value for key, value in flat(config).items() if not key.startswith("log.")}
     check_agreement(given)
 

@@ -1,54 +1,54 @@
 """What the paths and options of a command stand for."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 
 from saejax.base.errors import ConfigError
-from saejax.cli.arguments import Arguments
 from saejax.config import Config
 from saejax.features.index.explanations import load_explanations
 from saejax.runs.layout import saved_config, without_parts
 from saejax.runs.subject import AUTO, Given, Subject, open_all
 
-GIVEN = ("model", "hookpoint", "text", "context", "index", "store", "format")  # options of `Given`
+GIVEN = [field.name for field in fields(Given)]
 
 
-def subjects(arguments: Arguments, **more) -> list[Subject]:
+def subjects(options, **more) -> list[Subject]:
     """The subjects of a command line: those of its paths, or of the run of its config; more: fields of `Given`."""
-    given = {name: arguments.options[name] for name in GIVEN if arguments.options.get(name)}
+    config = getattr(options, "config", None)
+    given = {name: getattr(options, name) for name in GIVEN if getattr(options, name, None)}
     given = Given(**{"format": AUTO, **given, **more})
-    paths = without_parts(arguments.paths) if arguments.config is None else [Path(arguments.config.run_dir)]
-    return [subject for path in paths for subject in open_all(_source(path), given, arguments.config)]
+    sources = without_parts(map(_source, options.paths)) if config is None else [Path(config.run_dir)]
+    return [subject for source in sources for subject in open_all(source, given, config)]
 
 
-def one_subject(arguments: Arguments, job: str, **more) -> Subject:
-    """The one subject of a command line. Raises `ConfigError` for several."""
-    found = subjects(arguments, **more)
+def one_subject(options, **more) -> Subject:
+    """The one subject of a command line. Raises `ConfigError` for a sweep of several."""
+    found = subjects(options, **more)
     if len(found) != 1:
-        raise ConfigError(f"saejax {job}: takes one SAE, these are {len(found)}: {', '.join(str(s.source) for s in found[:5])}")
+        raise ConfigError(f"this job takes one SAE, these are {len(found)}: {', '.join(str(s.source) for s in found[:5])}")
     return found[0]
 
 
-def _source(path: Path) -> str | Path:
+def _source(given: str) -> str | Path:
     """A path, or the name of a place on the hub, which is none."""
-    return path if path.exists() else str(path)
+    return Path(given) if Path(given).exists() else given
 
 
-def configs(arguments: Arguments) -> list[Config]:
+def configs(options) -> list[Config]:
     """The config given, or those of the runs given."""
-    if arguments.config is not None:
-        return [arguments.config]
-    return [saved_config(path) for path in arguments.paths]
+    if options.config is not None:
+        return [options.config]
+    return [saved_config(Path(path)) for path in options.paths]
 
 
-def explanations(arguments: Arguments) -> dict[int, str]:
+def explanations(options) -> dict[int, str]:
     """Those of the file that is given; none without one."""
-    file = arguments.option("explanations")
-    return load_explanations(Path(file)) if file else {}
+    return load_explanations(options.explanations) if options.explanations else {}
 
 
-def prompts_of(file: str) -> list[str]:
+def prompts_of(file: Path) -> list[str]:
     """The prompts of a file, one a line; empty lines do not count."""
     try:
         found = [line for line in Path(file).read_text("utf-8").splitlines() if line.strip()]
@@ -60,7 +60,7 @@ def prompts_of(file: str) -> list[str]:
     return found
 
 
-def array_of(option: str, file: str) -> np.ndarray:
+def array_of(option: str, file: Path) -> np.ndarray:
     """The numbers in an .npy file that an option names."""
     try:
         return np.load(file, allow_pickle=False)
@@ -69,7 +69,7 @@ def array_of(option: str, file: str) -> np.ndarray:
                           f"({' '.join(str(error).split())[:150]})") from error
 
 
-def vector_of(option: str, file: str) -> np.ndarray:
+def vector_of(option: str, file: Path) -> np.ndarray:
     """The vector [D] float32 in an .npy file that an option names."""
     found = array_of(option, file)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.number) or not np.isfinite(found).all():

@@ -63,10 +63,10 @@ def located(path: Path, given: Config | None = None) -> list[tuple[Config, Path]
     return [(saved_config(run), run) for run in runs] or [(config, path)]
 
 
-def without_parts(paths: Iterable[Path]) -> list[Path]:
-    """Paths less what else `SWEEP/*` names where there are several: store, config and rates of a sweep."""
-    paths = list(paths)
-    return [path for path in paths if len(paths) == 1 or not _beside_members(path)]
+def without_parts(sources: Iterable[Path | str]) -> list[Path | str]:
+    """Paths less what else `SWEEP/*` names where there are several: store, config and rates of a sweep; names stay."""
+    sources = list(sources)
+    return [source for source in sources if len(sources) == 1 or isinstance(source, str) or not _beside_members(source)]
 
 
 def _beside_members(path: Path) -> bool:

@@ -26,7 +26,7 @@ from saejax.data.harvest import lm_mesh
 from saejax.data.store import Store, check_matches, is_complete, model_name
 from saejax.data.text import Text
 from saejax.evals import statistics
-from saejax.features.compare.dictionaries import Comparison, compare
+from saejax.features.compare.dictionaries import LEAST, Comparison, compare
 from saejax.features.effects import splicing
 from saejax.features.effects.attribution import Attribution, attribute
 from saejax.features.index import corpus
@@ -394,7 +394,8 @@ def open_subject(source: str | Path, **given) -> Subject:
 _PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firing of two dictionaries is compared
 
 
-def compare_subjects(a: "str | Path | Subject", b: "str | Path | Subject", *, rows: int = _COMPARED) -> Comparison:
+def compare_subjects(a: "str | Path | Subject", b: "str | Path | Subject", *, rows: int = _COMPARED,
+                     least: float = LEAST) -> Comparison:
     """Which features two dictionaries share, which one lacks, which are split; by decoder rows both ways, and where the first has
     a store by the firing of matched features on `rows` rows of it. Raises `FeatureIndexError` for dictionaries of two places.
     """
@@ -403,7 +404,7 @@ def compare_subjects(a: "str | Path | Subject", b: "str | Path | Subject", *, ro
     if store is not None and first.sae.cfg.hookpoints == second.sae.cfg.hookpoints:
         starts = range(0, min(rows, store.rows), _PIECE)
         pieces = (_kept(store, first.sae.cfg.hookpoints, start, min(start + _PIECE, store.rows)) for start in starts)
-    return compare(first.sae, second.sae, pieces, progress=first.progress)
+    return compare(first.sae, second.sae, pieces, least=least, progress=first.progress)
 
 
 def _kept(store: Store, hookpoints: tuple[str, ...], start: int, stop: int) -> np.ndarray:

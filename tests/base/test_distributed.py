@@ -9,7 +9,9 @@ import pytest
 
 from saejax.base.distributed import _raise_unless_equal, announced, check_agreement
 from saejax.base.errors import ConfigError
-from saejax.cli.arguments import parse
+from saejax.cli.main import JOBS
+from saejax.cli.main import processes as processes_of
+from saejax.cli.parsing import parse
 from tests import tiny_experiment as tiny
 from tests.processes import environment, free_port
 
@@ -51,14 +53,14 @@ def test_who_announces_several_processes(env, who):
 
 def test_flags_and_environment_decide_together(config_file, monkeypatch):
     def distributed(*flags):
-        return parse("train", [f"--config={config_file}", *flags], takes_config=True, options=("distributed",)).distributed
+        return processes_of(parse(JOBS["train"], [f"--config={config_file}", *flags]))
 
-    assert distributed() is None and distributed("--distributed").coordinator is None
+    assert distributed() is None and distributed("--distributed")["coordinator"] is None
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     monkeypatch.setenv("SLURM_PROCID", "1")
-    assert distributed() is not None and distributed("--nodistributed") is None
-    given = distributed("--distributed", "--coordinator=a:1", "--num_processes=2", "--process_id=0", "--heartbeat=7")
-    assert (given.coordinator, given.heartbeat, given.timeout) == ("a:1", 7, None)
+    assert distributed() is not None and distributed("--no-distributed") is None
+    given = distributed("--distributed", "--coordinator=a:1", "--num_processes=2", "--process-id=0", "--heartbeat=7")
+    assert given == {"coordinator": "a:1", "num_processes": 2, "process_id": 0}
 
 
 @pytest.mark.parametrize("flags, message", [

@@ -87,19 +87,23 @@ def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_a
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["steer", "RUN"], "give --prompt"), (["steer", "RUN", "--prompt=a"], "give --feature=N, --add-direction"),
+    (["steer", "RUN"], "give --prompt=TEXT"), (["steer", "RUN", "--prompt=a"], "give --feature=N, --add-direction"),
     (["steer", "RUN", "--prompt=a", "--feature=64"], "numbered 0 to 63"),
-    (["steer", "RUN", "--prompt=a", "--feature=x"], "expected a number from 0 to 63"),
+    (["steer", "RUN", "--prompt=a", "--feature=x"], "expected feature numbers as 1,2,3"),
     (["steer", "RUN", "--prompt=a", "--feature=1", "--scale=2,y"], "expected numbers as"),
     (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--positions=1,9"], "the prompt has tokens 0 to 1"),
     (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--positions=x"], "all, last, or token numbers"),
     (["steer", "RUN", "--prompt=a", "--scale=3"], "need --feature=N"),
+    (["steer", "RUN", "--prompt=a", "--feature=1,1", "--max=1"], "expected feature numbers"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--values=2", "--scale=3"], "leave --scale and --max out"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--top-p=2"], "top_p=2.0"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--chat"], "no chat template"),
     (["steer", "RUN", "--prompt=a", "--positives=x"], "go together"),
     (["steer", "RUN", "--prompt=a", "--add-direction=no.npy"], "not a readable .npy"),
     (["steer", "RUN", "--prompt=" + "a" * 63, "--feature=1", "--max=1"], "do not fit the context of 64"),
     (["steer", "STEP", "--prompt=a", "--feature=1"], "another checkpoint"),
     (["steer", "RUN/store", "--prompt=a", "--feature=1"], "neither a release"),
-    (["attribute", "RUN", "--prompt=a"], "and --token=TOKEN"),
+    (["attribute", "RUN", "--prompt=a"], "give --token=TOKEN"),
     (["attribute", "RUN", "--prompt=a", "--token=ab"], "'ab' is 2 tokens"),
     (["attribute", "RUN", "--prompt= ", "--token=a"], "prompt is empty")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):

@@ -50,8 +50,8 @@ def test_an_index_is_inspected(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["features"], "saejax features: give"), (["features", "RUN", "--tokens=0"], "tokens"),
-    (["features", "RUN", "--split=x"], "train|heldout"),
+    (["features"], "saejax features: give"), (["features", "RUN", "--tokens=0"], "--tokens=0: expected a whole number"),
+    (["features", "RUN", "--split=x"], "choose from"),
     (["features", "RUN/store"], "neither a release nor anything"), (["dashboard", "RUN", "RUN"], "give one SAE or one index"),
     (["features", "RUN/checkpoints/FIRST"], "another checkpoint"), (["features", "RUN", "--tokens=1000"], "another corpus"),
     (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory")])
@@ -87,44 +87,49 @@ def test_two_processes_build_the_same_index(run, tmp_path):
 def test_search_by_a_direction(run, tmp_path, capsys):
     direction = np.asarray(saejax.load(run).params.W_dec[5])
     np.save(tmp_path / "d.npy", -3 * direction), np.save(tmp_path / "short.npy", direction[1:])
-    assert main(["search", str(run), f"--like={tmp_path / 'd.npy'}", "--json"]) == 0
+    assert main(["search", "like", str(run), str(tmp_path / "d.npy"), "--json"]) == 0
     opposite = json.loads(capsys.readouterr().out)
     np.save(tmp_path / "d.npy", 3 * direction)
-    assert main(["search", str(run), f"--like={tmp_path / 'd.npy'}", "--json"]) == 0
+    assert main(["search", "like", str(run), str(tmp_path / "d.npy"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found[0]["feature"] == 5 and found[0]["score"] == pytest.approx(1, abs=1e-5)
     assert 5 not in [one["feature"] for one in opposite]
-    assert main(["search", str(run), f"--like={tmp_path / 'short.npy'}"]) == 2
+    assert main(["search", "like", str(run), str(tmp_path / "short.npy")]) == 2
     assert "the decoder's directions have" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_search_by_the_command(run, tmp_path, capsys):
     (tmp_path / "positives.txt").write_text("zz zz\n\nzzz a\n")
-    for way in (["--prompt=the cat"], ["--prompt=the cat", "--answer=a", "--against=b"], ["--find=a"],
-                ["--like=3"], ["--like=3", f"--within={run}"], ["--set=bias"],
-                ["--set=multilingual"], [f"--positives={tmp_path / 'positives.txt'}"]):
-        assert main(["search", str(run), *way, "--json"]) == 0
+    for way, *more in (["prompt", "the cat"], ["prompt", "the cat", "--by=activation"], ["answer", "the cat", "a", "--against=b"],
+                       ["text", "a"], ["like", "3"], ["like", "3", f"--within={run}"], ["sets", "--set=bias"],
+                       ["sets", "--set=multilingual"], ["sets", f"--positives={tmp_path / 'positives.txt'}"]):
+        assert main(["search", way, str(run), *more, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found and all(0 <= one["feature"] < 64 and one["why"] for one in found), way
-    assert main(["search", str(run), "--prompt=the cat"]) == 0
+    assert main(["search", "prompt", str(run), "the cat", "--n=3"]) == 0
     assert "fires on: " in capsys.readouterr().out
 
 
 def test_an_index_of_another_step_names_no_tokens(run, capsys):
     first = min((step for step in (run / "checkpoints").iterdir() if step.name.isdigit()), key=lambda step: int(step.name))
     capsys.readouterr()
-    assert main(["search", str(first), "--like=3"]) == 0
+    assert main(["search", "like", str(first), "3"]) == 0
     out, err = capsys.readouterr()
     assert "another checkpoint" in err and "fires on" not in out
-    assert main(["search", str(first), "--find=a"]) == 2
+    assert main(["search", "text", str(first), "a"]) == 2
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["RUN"], "one of --prompt"), (["RUN", "--prompt="], "prompt is empty"), (["RUN", "--like=64"], "numbered 0 to 63"),
-    (["RUN", "--like=x"], "no such feature"), (["RUN", "--set=x"], "choose one of"),
-    (["RUN", "--positives=no.txt"], "no.txt: no readable text file"),
-    (["RUN", "--prompt=a", "--find=b"], "one of --prompt")])
+    (["RUN"], "say which of prompt, answer, sets, text, like"), (["prompt", "RUN"], "give an SAE and a prompt"),
+    (["prompt", "RUN", ""], "prompt is empty"), (["like", "RUN", "64"], "numbered 0 to 63"),
+    (["like", "RUN", "x"], "no such feature"), (["sets", "RUN", "--set=x"], "choose one of"),
+    (["sets", "RUN", "--positives=no.txt"], "no.txt: no readable text file"), (["sets", "RUN"], "give --set=NAME, or"),
+    (["sets", "RUN", "--set=bias", "--positives=x"], "give --set=NAME, or"),
+    (["sets", "RUN", "--set=bias", "--negatives=x"], "give --set=NAME, or"),
+    (["prompt", "RUN", "a", "--within=RUN"], "unknown option --within"), (["like", "RUN", "5", "--answer=a"], "unknown option"),
+    (["text", "RUN", "king", "--negatives=foo"], "unknown option --negatives"), (["prompt", "RUN", "a", "--n=0"], "at least 1"),
+    (["prompt", "RUN", "a", "b"], "takes SAE PROMPT, not also b"), (["prompt", "RUN", "a", "--by=size"], "choose from")])
 def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
     capsys.readouterr()
     assert main(["search", *(a.replace("RUN", str(run)) for a in arguments)]) == 2
@@ -133,7 +138,7 @@ def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
 
 
 def judged(run, server, *more: str) -> int:
-    return main(["judge", str(run), f"--judge={server.url}", "--judge_model=m", "--features=1,3", *more])
+    return main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--features=1,3", *more])
 
 
 def test_judging_goes_on_where_it_stopped(run, capsys):
@@ -151,7 +156,7 @@ def test_judging_goes_on_where_it_stopped(run, capsys):
         assert judged(run, server) == 0 and len(server.requests) == asked, "all is answered"
         assert "rubric, 0 to 3" in capsys.readouterr().out
         assert judged(run, server, "--draw=40") == 0 and len(server.requests) > asked, "activations drawn are others"
-        assert main(["judge", str(run), f"--judge={server.url}", "--judge_model=m", "--sample=3", "--do=explain"]) == 0
+        assert main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--sample=3", "--do=explain"]) == 0
     assert "SAEJAX_JUDGE_KEY" not in (folder / "judge.json").read_text()
 
 
@@ -176,7 +181,7 @@ def test_baselines_go_the_same_way(run, baseline, capsys):
     assert (index.column("fired") > 0).mean() > 0.9
     alive = np.flatnonzero(index.column("fired") > 0)[:2]
     with serving() as server:
-        assert main(["judge", str(run), f"--baseline={baseline}", f"--judge={server.url}", "--judge_model=m",
+        assert main(["judge", str(run), f"--baseline={baseline}", f"--judge={server.url}", "--judge-model=m",
                      f"--features={alive[0]},{alive[1]}"]) == 0
     assert list((run / "judging" / f"features_{baseline}").glob("*/report.html"))
 
@@ -196,10 +201,11 @@ def test_people_judge(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--sample=3"], "--judge=: give an endpoint"), (["--judge=http://x/v1", "--sample=3"], "judge_model=NAME"),
+    (["--sample=3"], "give --judge=WHO"),
+    (["--judge=me", "--sample=3"], "judge=me: give an endpoint"), (["--judge=http://x/v1", "--sample=3"], "judge_model=NAME"),
     (["--judge=csv:SHEETS"], "--features=1,2,3, or how many"),
     (["--judge=csv:SHEETS", "--features=1", "--sample=3"], "--sample=50"),
-    (["--judge=csv:SHEETS", "--features=1,x"], "not a list of feature numbers"),
+    (["--judge=csv:SHEETS", "--features=1,x"], "expected feature numbers as 1,2,3"),
     (["--judge=csv:SHEETS", "--features=64"], "features 0 to 63"),
     (["--judge=csv:SHEETS", "--sample=3", "--do=rubrik"], "'rubrik' is none of explain, rubric"),
     (["--judge=csv:SHEETS", "--sample=3", "--explanations=no.jsonl"], "no.jsonl: not readable"),

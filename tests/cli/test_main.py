@@ -42,13 +42,14 @@ def test_help_lists_every_job_without_waiting_for_jax():
     assert done.returncode == 0 and done.stderr == ""
     for name, job in JOBS.items():
         assert re.search(rf"^  {name} +{re.escape(job.summary)}$", done.stdout, re.MULTILINE)
+    assert re.findall(r"^(\w+):$", done.stdout, re.MULTILINE)[:5] == ["make", "understand", "act", "exchange", "operate"]
     loads = "import sys, saejax.cli.main as m; m.main(['--help']); sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loads], capture_output=True).returncode == 0
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_help_of_a_job(job, capsys):
-    assert main([job, "--help"]) == 0
+    assert main([*job.split(), "--help"]) == 0
     text = capsys.readouterr().out
     for part in (f"saejax {job}", "usage:", "Reads", "writes", "options:", "example:", "exit codes:"):
         assert part in text
@@ -74,14 +75,14 @@ def test_version(capsys):
     (["train", "--config=CONFIG", "--config.log.progress=maybe"], "log.progress: expected bool, got 'maybe'"),
     (["train", "--config=CONFIG", "--config.sae.kind=relux"], "config.sae.kind: 'relux' is not one of relu, topk"),
     (["train", "--config=CONFIG", "--config.train.lr=-1"], "config.train.lr: -1.0 must be greater than 0.0"),
-    (["train", "--config=CONFIG", "--frobnicate"], "unknown flag --frobnicate"),
-    (["eval", "--contxts=3", "runs/x"], "unknown flag --contxts; did you mean --contexts?"),
+    (["train", "--config=CONFIG", "--frobnicate"], "unknown option --frobnicate"),
+    (["eval", "--contxts=3", "runs/x"], "unknown option --contxts; did you mean --contexts?"),
     (["train", "--config.sae.k=3"], "--config.sae.k needs --config=FILE"),
     (["train", "--config=CONFIG", "some/run"], "give one of them"),
     (["train", "no/such/run"], "no/such/run: does not exist"),
     (["inspect", "no/such/path"], "no/such/path: does not exist"),
-    (["inspect", "x", "--config.sae.k=3"], "saejax inspect takes no --config.sae.k"),
-    (["train", "--config=CONFIG", "--distributed", "--num_processes=2"], "--coordinator, --process_id missing"),
+    (["inspect", "x", "--config.sae.k=3"], "saejax inspect takes no --config"),
+    (["train", "--config=CONFIG", "--distributed", "--num_processes=2"], "--coordinator, --process-id missing"),
     (["train", "--config=CONFIG", "--process_id=1"], "need --distributed"),
     (["train", "--config=CONFIG"], "no activation store here"),
     (["train", "--config=CONFIG", "--config.train.batch=100"], "batch: 100 rows.*nearest valid value is 96 or 104"),

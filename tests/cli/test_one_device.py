@@ -20,15 +20,15 @@ def job(*arguments):
     return out.getvalue()
 job("features", run, "--tokens=1024", "--verify=20")
 alive = int(FeatureIndex.open(run + "/features").column("max").argmax())
-for way in (["--prompt=the cat"], ["--prompt=the cat", "--answer=a"], ["--find=a"], ["--like=3"], ["--like=3", "--within=" + run],
-            ["--set=bias"]):
-    assert json.loads(job("search", run, *way, "--json")), way
+for way, *more_ in (["prompt", "the cat"], ["answer", "the cat", "a"], ["text", "a"], ["like", "3"], ["sets", "--set=bias"],
+                    ["like", "3", "--within=" + run]):
+    assert json.loads(job("search", way, run, *more_, "--json")), way
 job("dashboard", run), job("eval", run, "--contexts=2"), job("release", run, "--jumprelu", "--out=" + more)
 job("steer", run, "--prompt=a", f"--feature={alive}", "--tokens=2"), job("neurons", run, "--tokens=320")
 job("attribute", run, "--prompt=the cat", "--token=a", "--pairs=2")
 job("features", run, "--baseline=random_sae", "--tokens=512"), job("features", run, "--baseline=directions", "--tokens=512")
 job("judge", run, "--judge=csv:" + more + "/sheets", f"--features={alive}", "--do=explain,detect")
-job("search", more, "--like=3", "--json")
+job("search", "like", more, "3", "--json"), job("compare", run, more)
 import saejax
 s = saejax.open(run)
 assert s.mesh is None and saejax.compare(s, s).shares()["shared_A"] == 1 and len(s.search(like=3)) == 10

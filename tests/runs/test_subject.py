@@ -85,12 +85,12 @@ def test_files_of_other_libraries_give_what_the_run_gives(run, forms, model_and_
 def test_a_release_in_its_run_has_the_index_of_the_run(run, forms, tmp_path, capsys):
     subject = saejax.open(run / "release")
     assert subject.index.path == run / "features" and subject.config.name == "tiny" and not subject.trained_here
-    assert main(["search", str(run / "release"), "--find=a", "--json"]) == 0
+    assert main(["search", "text", str(run / "release"), "a", "--json"]) == 0
     inside = json.loads(capsys.readouterr().out)
-    assert main(["search", str(run), "--find=a", "--json"]) == 0 and json.loads(capsys.readouterr().out) == inside
+    assert main(["search", "text", str(run), "a", "--json"]) == 0 and json.loads(capsys.readouterr().out) == inside
     shutil.copytree(run / "release", tmp_path / "alone")
-    assert main(["search", str(tmp_path / "alone"), "--find=a"]) == 2 and "give index=DIR" in capsys.readouterr().err
-    assert main(["search", str(tmp_path / "alone"), "--find=a", f"--index={run / 'features'}", "--json"]) == 0
+    assert main(["search", "text", str(tmp_path / "alone"), "a"]) == 2 and "give index=DIR" in capsys.readouterr().err
+    assert main(["search", "text", str(tmp_path / "alone"), "a", f"--index={run / 'features'}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == inside
 
 
@@ -107,7 +107,7 @@ def test_commands_on_files(run, forms, model_and_text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 1024
     assert main(["dashboard", source, f"--index={index}"]) == 0 and (tmp_path / "dashboard" / "index.html").is_file()
     capsys.readouterr()
-    assert main(["search", source, *where, f"--index={index}", "--prompt=the cat"]) == 0
+    assert main(["search", "prompt", source, "the cat", *where, f"--index={index}"]) == 0
     assert "fires on: " in capsys.readouterr().out
     alive = int(FeatureIndex.open(index).column("max").argmax())
     steered = ["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
@@ -148,7 +148,7 @@ def counted(monkeypatch):
 
 
 @pytest.mark.parametrize("command, expected", [
-    (["search", "RUN", "--prompt=the cat"], (1, 1, 1)), (["search", "RUN", "--find=a"], (1, 0, 1)),
+    (["search", "prompt", "RUN", "the cat"], (1, 1, 1)), (["search", "text", "RUN", "a"], (1, 0, 1)),
     (["features", "RUN"], (1, 1, 1)), (["dashboard", "RUN"], (1, 0, 1)), (["eval", "RUN"], (1, 0, 0)),
     (["eval", "RUN", "--contexts=3"], (1, 1, 0)), (["release", "RUN"], (1, 0, 0)),
     (["steer", "RUN", "--prompt=a", "--feature=ALIVE", "--tokens=2"], (1, 1, 1)),

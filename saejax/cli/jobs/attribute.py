@@ -2,44 +2,52 @@
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from saejax.base.errors import ConfigError
-from saejax.base.storage import is_writer
-from saejax.base.text import visible
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import one_subject
-from saejax.features.effects.attribution import ablate, agreement, attribute
-from saejax.pages import effects
+from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, path, places, value
 
 _SHOWN = 15
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options(Json, IndexOptions, SubjectOptions):
+    paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
+    prompt: str | None = value("what the token follows", "TEXT", required=True)
+    token: str | None = value("a next token; a leading blank often matters", "TOKEN", required=True)
+    against: str | None = value("another one (default: the mean logit)", "TOKEN")
+    pairs: int | None = value("ablate N of the active pairs of token and feature, drawn at random (default: all)", "N", count)
+    html: Path | None = value("write a page, too", "FILE", path)
+
+
+def run(options: Options) -> int:
     """Prints the pairs of token and feature that speak most for a next token, with what ablating them does."""
-    if not arguments.option("prompt") or not arguments.option("token"):
-        raise ConfigError("saejax attribute: give --prompt=TEXT and --token=TOKEN, and --against=TOKEN to compare it with")
-    subject, prompt = one_subject(arguments, "attribute", mesh=None), arguments.option("prompt")
+    import numpy as np
+
+    from saejax.base.storage import is_writer
+    from saejax.base.text import visible
+    from saejax.cli.subjects import one_subject
+    from saejax.features.effects.attribution import ablate, agreement, attribute
+    from saejax.pages import effects
+    subject = one_subject(options, mesh=None)
     lm_, sae = subject.lm, subject.sae
     index = subject.index_if_any()
-    found = attribute(lm_, sae, prompt, arguments.option("token"), arguments.option("against"))
-    total, wanted = len(found.position_P), arguments.option("pairs") or math.inf
+    found = attribute(lm_, sae, options.prompt, options.token, options.against)
+    total, wanted = len(found.position_P), options.pairs or math.inf
     chosen = None if wanted >= total else np.sort(np.random.default_rng(0).choice(total, wanted, replace=False))
     found = ablate(lm_, sae, found, chosen)
     if not is_writer():
         return 0
     labels = {} if index is None else {int(f): index.fires_on(int(f)) for f in np.unique(found.feature_P[found.best(100)])}
-    if arguments.option("html"):
-        effects.write_attribution(Path(arguments.option("html")), lm_, found, title=f"{subject.name}: {prompt}",
+    if options.html:
+        effects.write_attribution(options.html, lm_, found, title=f"{subject.name}: {options.prompt}",
                                   labels=labels)
     said, text = agreement([found]), lm_.tokenizer.token_strings(found.tokens_T)
     best = [{"position": int(found.position_P[p]), "token": text[found.position_P[p]], "feature": int(found.feature_P[p]),
              "activation": float(found.activation_P[p]), "attribution": float(found.attribution_P[p]),
              "ablation": float(found.ablation_P[p]) if np.isfinite(found.ablation_P[p]) else None}
-            for p in found.best(total if arguments.json else _SHOWN)]
-    if arguments.json:
+            for p in found.best(total if options.json else _SHOWN)]
+    if options.json:
         print(json.dumps({"difference": found.difference, **said, "found": best}))
         return 0
     print(f"logit difference {found.difference:.4g}; {total:,} active pairs of token and feature, {said['pairs']:,} ablated")
@@ -54,3 +62,10 @@ def start(arguments: Arguments) -> int:
 
 def _shown(value: float | None) -> str:
     return "undefined" if value is None else f"{value:.2f}"
+
+
+JOB = Job(
+    "attribute", "act", "which features of a prompt speak for its next token, by attribution and by ablation", """
+    Reads a run, or any files that saejax.load reads, and the language model; prints attribution and ablation of features at
+    tokens for logit(token) - logit(against), and how the two correlate; writes nothing but the page of --html.
+    """, "saejax attribute runs/demo --prompt='The capital of France is' --token=' Paris' --against=' Rome'", Options, run)

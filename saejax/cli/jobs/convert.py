@@ -1,22 +1,37 @@
 """`saejax convert`: an SAE of any library -> the files of another one."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
 from saejax.base.errors import ConfigError
-from saejax.base.storage import is_writer
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import array_of
-from saejax.formats.convert import convert
+from saejax.cli.options import Job, path, places, switch, value
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options:
+    paths: tuple[str, ...] = places("SRC DST", "SRC DST --to=FORMAT", least=2, most=2)
+    to: str | None = value("saelens, dictionary_learning, sparsify or gemma_scope", "FORMAT", required=True)
+    approximate: bool = switch("topk for Gemma Scope: one threshold, of the same mean L0 on the rows")
+    rows: Path | None = value("activations [N, d_in] on which that is fitted and measured", "FILE.npy", path)
+
+
+def run(options: Options) -> int:
     """The job."""
-    if len(arguments.paths) != 2 or not arguments.option("to"):
-        raise ConfigError("saejax convert: give SRC, DST and --to=FORMAT, for example: saejax convert runs/demo my_sae "
-                          "--to=dictionary_learning")
-    if arguments.option("approximate") != (arguments.option("rows") is not None):
+    from saejax.base.storage import is_writer
+    from saejax.cli.subjects import array_of
+    from saejax.formats.convert import convert
+    if options.approximate != (options.rows is not None):
         raise ConfigError("saejax convert: --approximate and --rows=FILE.npy go together: the error is measured on those rows")
-    source, directory = arguments.paths
-    to, file = arguments.option("to"), arguments.option("rows")
-    sae, compared = convert(str(source), directory, to, None if file is None else array_of("rows", file))
+    source, directory = options.paths[0], Path(options.paths[1])
+    sae, compared = convert(source, directory, options.to, None if options.rows is None else array_of("rows", options.rows))
     if is_writer():
-        print(f"converted {directory}: {to}, {sae}\ncompared  {compared}")
+        print(f"converted {directory}: {options.to}, {sae}\ncompared  {compared}")
     return 0
+
+
+JOB = Job(
+    "convert", "exchange", "an SAE of any library -> the files of another one", """
+    Reads SRC: a run, a checkpoint step, a release, files of SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI,
+    OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub; writes the directory DST, reads it back and compares. What
+    the format cannot express exactly is refused with the reason (docs/formats.md).
+    """, "saejax convert runs/demo my_sae --to=dictionary_learning", Options, run)

@@ -1,41 +1,55 @@
 """`saejax eval`: SAEs measured on held-out text, side by side."""
 
 import json
+from dataclasses import dataclass
 
-from saejax.base.storage import is_writer
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import subjects
-from saejax.pages.summary import columns, measured, rows
-from saejax.runs.evaluation import evaluated, result_of
-from saejax.runs.subject import Subject, forget_language_model
+from saejax.cli.options import ConfigOptions, DistributedOptions, Job, Json, SubjectOptions, count, places, value
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options(Json, SubjectOptions, ConfigOptions, DistributedOptions):
+    paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE")
+    contexts: int | None = value("held-out contexts, instead of the run's config.eval.contexts", "N", count)
+
+
+def run(options: Options) -> int:
     """The job."""
-    waiting, found = subjects(arguments), []
+    from saejax.base.storage import is_writer
+    from saejax.cli.subjects import subjects
+    from saejax.pages.summary import columns
+    from saejax.runs.evaluation import evaluated
+    from saejax.runs.subject import forget_language_model
+    waiting, found = subjects(options), []
     while waiting:
         subject = waiting.pop(0)  # not kept: the next one's dictionary needs the memory
-        evaluation = evaluated(subject, arguments.option("contexts"))
-        found.append((_title(subject), _rows(subject, evaluation), _plain(subject, evaluation)))
+        evaluation = evaluated(subject, options.contexts)
+        found.append((str(subject.run if subject.trained_here else subject.source), *_shown(subject, evaluation)))
     forget_language_model()
     if is_writer():
-        print(json.dumps([plain for _, _, plain in found], indent=1) if arguments.json else
-              columns([(title, shown) for title, shown, _ in found]))
+        print(json.dumps([plain for _, _, plain in found], indent=1) if options.json else
+              columns([(title, lines) for title, lines, _ in found]))
     return 0
 
 
-def _title(subject: Subject) -> str:
-    return str(subject.run if subject.trained_here else subject.source)
-
-
-def _rows(subject: Subject, evaluation: dict) -> list[tuple[str, str]]:
-    """Lines of its column."""
+def _shown(subject, evaluation: dict) -> tuple[list[tuple[str, str]], dict]:
+    """(lines of its column, the same as plain values)."""
+    from saejax.pages.summary import measured, rows
+    from saejax.runs.evaluation import result_of
     if subject.trained_here:
-        return rows(result_of(subject, evaluation))
-    return [("SAE", f"{subject.sae.cfg.kind}, {subject.sae.cfg.d_sae} features"), *measured(evaluation)]
+        return (rows(result_of(subject, evaluation)),
+                {"run": str(subject.run), "step": int(subject.step_dir.name), **evaluation})
+    lines = [("SAE", f"{subject.sae.cfg.kind}, {subject.sae.cfg.d_sae} features"), *measured(evaluation)]
+    return lines, {"sae": str(subject.source), **evaluation}
 
 
-def _plain(subject: Subject, evaluation: dict) -> dict:
-    if subject.trained_here:
-        return {"run": str(subject.run), "step": int(subject.step_dir.name), **evaluation}
-    return {"sae": str(subject.source), **evaluation}
+JOB = Job(
+    "eval", "make", "measure SAEs on held-out text, side by side", """
+    Reads SAEs: runs (or RUN/checkpoints/STEP), releases, files of any format that saejax.load reads, places on the hub as
+    org/repo:path; and their stores' statistics, else those of the text. Of runs it writes RUN/eval.json. Prints a table: L0,
+    FVU and explained variance with and without outlier tokens, cross-entropy clean, spliced, zero- and mean-ablated, recovered
+    share, KL, dead features. Results are kept per checkpoint step and options; a second call is instant. The directory of a
+    sweep stands for all its SAEs.
+
+    --config=FILE means the run at its run_dir, with the eval, log and mesh sections given now; the other keys must be those of
+    the run.
+    """, "saejax eval runs/demo runs/demo_relu", Options, run)

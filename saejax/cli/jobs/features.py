@@ -1,48 +1,75 @@
 """`saejax features`: the index of a dictionary's features over a text."""
 
 import json
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from saejax.base.errors import ConfigError
-from saejax.base.storage import barrier, is_writer
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import subjects
-from saejax.features.index import fidelity, neuronpedia
-from saejax.features.index.build import BuildOptions, build, is_index
-from saejax.features.index.reader import FeatureIndex
-from saejax.runs.baseline import baseline_of, home_of
-from saejax.runs.subject import Subject
+from saejax.cli.options import (
+    BASELINES,
+    SPLITS,
+    DistributedOptions,
+    Job,
+    Json,
+    SubjectOptions,
+    count,
+    path,
+    places,
+    switch,
+    value,
+)
 
 NEURONPEDIA = "neuronpedia"
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options(Json, SubjectOptions, DistributedOptions):
+    paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE")
+    tokens: int | None = value("index the first N tokens (default: all of the store, or 1,000,000)", "N", count)
+    split: str | None = value("a split of the text, through the language model, instead of the store", "SPLIT", choices=SPLITS)
+    baseline: str | None = value("index what features are held against instead, in RUN/features_NAME: neurons (of the MLP below, "
+                                 "through the language model), directions (random), random_sae (untrained)", "NAME",
+                                 choices=BASELINES)
+    out: Path | None = value("where to write (default RUN/features)", "DIR", path)
+    rebuild: bool = switch("remove the index that is there and begin anew")
+    verify: int | None = value("run N examples again through language model and SAE, and say how they differ", "N", count)
+    export: str | None = value("also write the feature JSON that Neuronpedia imports, neuronpedia/ beside the index", "FORMAT",
+                               choices=(NEURONPEDIA,))
+
+
+def run(options: Options) -> int:
     """The job, of every subject given; with --verify examples are run again."""
-    found = subjects(arguments)
-    if len(found) > 1 and arguments.out is not None:
-        raise ConfigError(f"saejax features: --out={arguments.out} takes one run; index them one by one")
+    from saejax.base.storage import is_writer
+    from saejax.cli.subjects import subjects
+    from saejax.features.index import fidelity
+    from saejax.features.index.build import BuildOptions, build
+    from saejax.runs.baseline import baseline_of, home_of
+    found = subjects(options)
+    if len(found) > 1 and options.out is not None:
+        raise ConfigError(f"saejax features: --out={options.out} takes one run; index them one by one")
     for subject in found:
-        baseline, lm_ = arguments.option("baseline"), subject.lm
-        home = arguments.out or home_of(subject, baseline)
+        baseline, lm_ = options.baseline, subject.lm
+        home = options.out or home_of(subject, baseline)
         if home is None:
             raise ConfigError(f"saejax features: {subject.source} is no run with a place for an index: give --out=DIR")
-        if arguments.option("rebuild"):
+        if options.rebuild:
             _remove(home)
         sae = subject.sae if baseline is None else baseline_of(baseline, subject)
-        split = arguments.option("split") or ("train" if baseline == "neurons" else None)
-        corpus = subject.corpus(split=split, tokens=arguments.option("tokens"), hookpoints=sae.cfg.hookpoints)
+        split = options.split or ("train" if baseline == "neurons" else None)
+        corpus = subject.corpus(split=split, tokens=options.tokens, hookpoints=sae.cfg.hookpoints)
         index = build(home, sae, corpus, lm_, BuildOptions(progress=subject.progress))
-        examples = arguments.option("verify")
-        verified = fidelity.check(index, sae, lm_, examples).to_json() if examples else None
+        verified = fidelity.check(index, sae, lm_, options.verify).to_json() if options.verify else None
         if is_writer():
-            exported = _export(subject, index) if arguments.option("export") else None
-            _say_index(index, verified, exported, arguments.json)
+            _say(index, verified, _export(subject, index) if options.export else None, options.json)
     return 0
 
 
 def _remove(home: Path) -> None:
     """An index that is there, finished or not; nothing else."""
+    import shutil
+
+    from saejax.base.storage import barrier, is_writer
+    from saejax.features.index.build import is_index
     if home.exists() and not is_index(home):
         raise ConfigError(f"saejax features --rebuild: {home} is no index; remove it yourself, or choose another directory")
     if is_writer() and home.exists():
@@ -50,13 +77,14 @@ def _remove(home: Path) -> None:
     barrier("saejax_index_removed")
 
 
-def _export(subject: Subject, index: FeatureIndex) -> Path:
+def _export(subject, index) -> Path:
+    from saejax.features.index import neuronpedia
     out = index.path.absolute().parent / NEURONPEDIA
     neuronpedia.write(index, out, name=subject.name, dataset=" + ".join(subject.text.options.source))
     return out
 
 
-def _say_index(index: FeatureIndex, verified: dict | None, exported: Path | None, as_json: bool) -> None:
+def _say(index, verified: dict | None, exported: Path | None, as_json: bool) -> None:
     totals = index.manifest["totals"]
     if as_json:
         print(json.dumps({"index": str(index.path), **totals, "verified": verified, "exported": exported and str(exported)}))
@@ -69,3 +97,13 @@ def _say_index(index: FeatureIndex, verified: dict | None, exported: Path | None
               f"{100 * verified['mean_difference']:.3f} %, {verified['lost']} do not fire again")
     if exported is not None:
         print(f"exported {exported}: {totals['alive']:,} features for Neuronpedia")
+
+
+JOB = Job(
+    "features", "understand", "what the features of an SAE fire on: the index", """
+    Reads a run (its newest checkpoint that verifies, or one step), its store and its language model, or files of any format
+    that saejax.load reads, a text (--text) and the language model; writes the index to DIR: per feature density, histograms,
+    examples of every level of activation with their context, top tokens, effect on the next token, neighbours. An interrupted
+    index goes on where it stopped; a finished one is left as it is; one of another checkpoint is refused. docs/features.md
+    describes it.
+    """, "saejax features runs/demo --verify=1000", Options, run)

@@ -1,16 +1,30 @@
 """`saejax inspect`: what a directory is, and whether every byte of it verifies."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
-from saejax.cli.arguments import Arguments
-from saejax.runs.inspect import inspect_path, shown
+from saejax.cli.options import Job, Json, places
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options(Json):
+    paths: tuple[str, ...] = places("PATH", "PATH")
+
+
+def run(options: Options) -> int:
     """Prints what every path is; 0 when all of it verifies, 2 otherwise."""
+    from saejax.runs.inspect import inspect_path, shown
     bad = False
-    for path in arguments.paths:
-        finding = inspect_path(path)
+    for path in options.paths:
+        finding = inspect_path(Path(path))
         bad |= bool(finding.problems)
-        print(json.dumps(finding.to_json()) if arguments.json else shown(finding))
+        print(json.dumps(finding.to_json()) if options.json else shown(finding))
     return 2 if bad else 0
+
+
+JOB = Job(
+    "inspect", "operate", "say what a store, run, checkpoint or release is, and verify it", """
+    Reads everything under PATH and checks it against its digests; writes nothing. Exit code 0 when all of it verifies, 2 when
+    not, with one line for every file or array that does not.
+    """, "saejax inspect runs/demo", Options, run)

@@ -1,30 +1,40 @@
 """`saejax neurons`: features against neurons."""
 
 import json
+from dataclasses import dataclass
+from pathlib import Path
 
 from saejax.base.errors import ConfigError
-from saejax.base.storage import is_writer
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import one_subject
-from saejax.features.compare import neurons
-from saejax.features.index import corpus
+from saejax.cli.options import SPLITS, Job, Json, SubjectOptions, count, path, places, value
 
-_TOKENS, NEURONS = 200_000, "neurons"
+NEURONS = "neurons"
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options(Json, SubjectOptions):
+    paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
+    tokens: int = value("of the text", "N", count, default=200_000)
+    sample: int | None = value("features, at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)", "N", count)
+    split: str = value("of the text", "SPLIT", default="train", choices=SPLITS)
+    out: Path | None = value("where to write (default RUN/neurons)", "DIR", path)
+
+
+def run(options: Options) -> int:
     """Writes the table of features against neurons and prints how few of them a neuron stands for."""
-    subject = one_subject(arguments, "neurons", mesh=None)
-    if arguments.out is None and subject.run is None:
+    from saejax.base.storage import is_writer
+    from saejax.cli.subjects import one_subject
+    from saejax.features.compare import neurons
+    from saejax.features.index import corpus
+    subject = one_subject(options, mesh=None)
+    if options.out is None and subject.run is None:
         raise ConfigError(f"saejax neurons: {subject.source} is no run with a place for the table: give --out=DIR")
-    path, tokens = arguments.out or subject.run / NEURONS, arguments.option("tokens") or _TOKENS
-    text = corpus.from_text(subject.text, subject.lm, subject.sae.cfg.hookpoints, split=arguments.option("split") or "train",
-                            tokens=tokens)
-    options = neurons.Options(features=arguments.option("sample"), progress=subject.progress, about=tokens)
-    said = neurons.shares(neurons.correlate(path, subject.sae, subject.lm, text, options))
+    path = options.out or subject.run / NEURONS
+    text = corpus.from_text(subject.text, subject.lm, subject.sae.cfg.hookpoints, split=options.split, tokens=options.tokens)
+    how = neurons.Options(features=options.sample, progress=subject.progress, about=options.tokens)
+    said = neurons.shares(neurons.correlate(path, subject.sae, subject.lm, text, how))
     if not is_writer():
         return 0
-    if arguments.json:
+    if options.json:
         print(json.dumps({"table": str(path / neurons.TABLE), **said}))
         return 0
     print(f"neurons  {path / neurons.TABLE}: {said['features']:,} features fired at least {neurons.LEAST_FIRED} times, "
@@ -33,3 +43,10 @@ def start(arguments: Arguments) -> int:
         print(f"highest correlation with a neuron before it at most {neurons.LOW}: {100 * said['correlation']:.1f} % of them "
               f"(Templeton et al. 2024: 82 %); of largest size at most that: {100 * said['absolute']:.1f} %")
     return 0
+
+
+JOB = Job(
+    "neurons", "act", "features against neurons: the highest correlation of each with a neuron before it", """
+    Reads an SAE, its text and its language model; writes DIR/neurons.parquet, a row a feature, and prints the share of features
+    that no neuron follows. Saved every five minutes; an interrupted pass goes on.
+    """, "saejax neurons runs/demo", Options, run)

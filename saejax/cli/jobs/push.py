@@ -1,16 +1,32 @@
 """`saejax push-to-hub`: a release -> a Hugging Face repository."""
 
-from saejax.base.errors import ConfigError
-from saejax.base.storage import is_writer
-from saejax.cli.arguments import Arguments
-from saejax.formats.publish import publish
+from dataclasses import dataclass
+from pathlib import Path
+
+from saejax.cli.options import Job, places, switch, value
 
 
-def start(arguments: Arguments) -> int:
+@dataclass(frozen=True)
+class Options:
+    paths: tuple[str, ...] = places("RELEASE", "one release directory and --repo=ORG/NAME", most=1)
+    repo: str | None = value("the repository", "ORG/NAME", required=True)
+    license: str | None = value("licence of the weights as the hub spells it, e.g. apache-2.0", "ID")
+    yes: bool = switch("upload")
+
+
+def run(options: Options) -> int:
     """The job."""
-    if len(arguments.paths) != 1 or not arguments.option("repo"):
-        raise ConfigError("saejax push-to-hub: give one release directory and --repo=ORG/NAME")
-    said = publish(arguments.paths[0], arguments.option("repo"), arguments.option("license"), upload=arguments.option("yes"))
+    from saejax.base.storage import is_writer
+    from saejax.formats.publish import publish
+    said = publish(Path(options.paths[0]), options.repo, options.license, upload=options.yes)
     if is_writer():
-        print(said if arguments.option("yes") else f"{said}; --yes does it")
+        print(said if options.yes else f"{said}; --yes does it")
     return 0
+
+
+JOB = Job(
+    "push-to-hub", "exchange", "a release -> a Hugging Face repository; says what it would do unless --yes", """
+    Reads and verifies a release directory; without --yes it lists what it would upload and writes nothing. With --yes it makes
+    the repository where there is none and writes cfg.json, sae_weights.safetensors, metrics.json and README.md in one commit,
+    with the account that `hf auth login` logged in.
+    """, "saejax push-to-hub runs/demo/release --repo=me/my-sae", Options, run)

@@ -1,76 +1,134 @@
-"""`saejax search`: features by what they do."""
+"""`saejax search prompt|answer|sets|text|like`: features by what they do."""
 
 import json
-from dataclasses import asdict
-
-import numpy as np
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from saejax.base.errors import ConfigError, FeatureIndexError
-from saejax.base.storage import is_writer
-from saejax.base.text import visible
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import explanations, one_subject, prompts_of, vector_of
-from saejax.features.index.logits import rows_of
-from saejax.features.index.neighbours import nearest
-from saejax.features.index.reader import FeatureIndex
-from saejax.features.search import prompt, sets, text
-from saejax.features.search.found import Found
-from saejax.runs.subject import Subject, open_subject
-from saejax.sae.inference import SAE
+from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, path, places, value
 
-WAYS = ("prompt", "positives", "set", "find", "like")
+_TEXT = "Reads a run or any files of an SAE, {reads}; prints the features that fit best and writes nothing."
+_MODEL = "the language model, and the index (RUN/features or --index) where there is one"
 
 
-def start(arguments: Arguments) -> int:
-    """Prints the features that fit best, with the tokens that they fire on where there is an index."""
-    given = {name: value for name, value in arguments.options.items() if name != "json" and value is not None}
-    ways = [name for name in WAYS if name in given]
-    if len(ways) != 1 or len(arguments.paths) != 1:
-        raise ConfigError("saejax search: give one SAE, and one of --prompt, --set, --positives, --find and --like")
-    explained = explanations(arguments)
-    if explained and ways != ["find"]:
-        raise ConfigError("saejax search: --explanations belongs to --find")
-    subject = one_subject(arguments, "search")
-    if explained:
-        found, index = text.by_explanation(explained, given["find"]), subject.index_if_any()
-    elif ways == ["find"]:
-        found, index = text.by_text(subject.index, given["find"]), subject.index
-    else:
-        index = subject.index_if_any() if "within" not in given else None
-        found = _searched(subject, given)
-    if not is_writer():
+@dataclass(frozen=True)
+class Common(Json, IndexOptions, SubjectOptions):
+    n: int = value("features to print", "N", count, default=10)
+
+
+@dataclass(frozen=True)
+class Prompt(Common):
+    paths: tuple[str, ...] = places("SAE PROMPT", "an SAE and a prompt", least=2, most=2)
+    by: str | None = value("rank by the activation, or relative to the feature's maximum in the index (default where there is "
+                           "one)", "HOW", choices=("relative", "activation"))
+
+
+@dataclass(frozen=True)
+class Answer(Common):
+    paths: tuple[str, ...] = places("SAE PROMPT TOKEN", "an SAE, a prompt and its next token", least=3, most=3)
+    against: str | None = value("another next token (default: the mean logit)", "TOKEN")
+
+
+@dataclass(frozen=True)
+class Sets(Common):
+    paths: tuple[str, ...] = places("SAE", "an SAE", most=1)
+    set: str | None = value("prompts that come with saejax: code_vulnerabilities, deception_and_power, sycophancy, bias, "
+                            "dangerous_content; or multilingual: features that follow the meaning of sentences in five languages",
+                            "NAME")
+    positives: Path | None = value("a file of prompts, one a line, on all of which a feature is active,", "FILE", path)
+    negatives: Path | None = value("and on none of these", "FILE", path)
+
+
+@dataclass(frozen=True)
+class Text(Common):
+    paths: tuple[str, ...] = places("SAE TEXT", "an SAE and a text", least=2, most=2)
+    explanations: Path | None = value("look into these explanations instead of the examples of the index", "FILE", path)
+
+
+@dataclass(frozen=True)
+class Like(Common):
+    paths: tuple[str, ...] = places("SAE FEATURE|FILE.npy", "an SAE, and a feature's number or a vector", least=2, most=2)
+    within: str | None = value("in another dictionary: feature splitting", "SAE")
+
+
+def _found(find):
+    """A job that prints what `find(subject, options)` gives: (features, whether their tokens are known)."""
+    def run(options) -> int:
+        from dataclasses import replace
+
+        from saejax.base.storage import is_writer
+        from saejax.cli.subjects import one_subject
+        subject = one_subject(replace(options, paths=options.paths[:1]))
+        found, tokens = find(subject, options)
+        if not is_writer():
+            return 0
+        if options.json:
+            print(json.dumps([asdict(one) for one in found]))
+            return 0
+        index = subject.index_if_any() if tokens else None
+        print("\n".join(_line(one, index) for one in found) or "no feature fits")
         return 0
-    if arguments.json:
-        print(json.dumps([asdict(one) for one in found]))
-        return 0
-    print("\n".join(_line(one, index) for one in found) or "no feature fits")
-    return 0
+
+    return run
 
 
-def _line(one: Found, index: FeatureIndex | None) -> str:
-    """A feature as `saejax search` prints it."""
+def _line(one, index) -> str:
+    from saejax.base.text import visible
     tokens = "" if index is None else index.fires_on(one.feature)
     return f"{one.feature:>8}  {one.score:>9.4g}  {visible(one.why, 200)}{f'; fires on: {tokens}' if tokens else ''}"
 
 
-def _searched(subject: Subject, given: dict[str, str]) -> list[Found]:
-    sae = subject.sae
-    if "like" in given:
-        return _alike(sae, given["like"], _other(given["within"], sae) if "within" in given else None)
-    if given.get("set") == "multilingual":
-        return sets.by_meaning(subject.lm, sae)
-    if "set" in given:
-        return sets.by_sets(subject.lm, sae, *sets.prompt_set(given["set"]))
-    if "positives" in given:
-        negatives = prompts_of(given["negatives"]) if "negatives" in given else ()
-        return sets.by_sets(subject.lm, sae, prompts_of(given["positives"]), negatives)
-    if "answer" in given:
-        return prompt.by_attribution(subject.lm, sae, given["prompt"], given["answer"], given.get("against"))
-    return prompt.by_prompt(subject.lm, sae, given["prompt"])
+def _prompt(subject, options: Prompt):
+    from saejax.runs import actions
+    index = subject.index_if_any()
+    return actions.by_prompt(subject.lm, subject.sae, index, options.paths[1], options.by, options.n), True
 
 
-def _other(source: str, sae: SAE) -> SAE:
+def _answer(subject, options: Answer):
+    from saejax.features.search.prompt import by_attribution
+    subject.index_if_any()
+    return by_attribution(subject.lm, subject.sae, *options.paths[1:], options.against, options.n), True
+
+
+def _sets(subject, options: Sets):
+    from saejax.cli.subjects import prompts_of
+    from saejax.features.search import sets
+    if (options.set is None) == (options.positives is None) or (options.negatives and not options.positives):
+        raise ConfigError("saejax search sets: give --set=NAME, or --positives=FILE and with it --negatives=FILE")
+    if options.set == "multilingual":
+        return sets.by_meaning(subject.lm, subject.sae, options.n), True
+    pair = sets.prompt_set(options.set) if options.set else (
+        prompts_of(options.positives), prompts_of(options.negatives) if options.negatives else ())
+    return sets.by_sets(subject.lm, subject.sae, *pair, options.n), True
+
+
+def _text(subject, options: Text):
+    from saejax.cli.subjects import explanations
+    from saejax.features.search.text import by_explanation, by_text
+    if options.explanations:
+        return by_explanation(explanations(options), options.paths[1], options.n), True
+    return by_text(subject.index, options.paths[1], options.n), True
+
+
+def _like(subject, options: Like):
+    from saejax.cli.subjects import vector_of
+    from saejax.runs import actions
+    sae, given = subject.sae, options.paths[1]
+    other = _other(options.within, sae) if options.within else None
+    if given.endswith(".npy"):
+        direction, width = vector_of("like", Path(given)), sae.params.W_dec.shape[1]
+        if len(direction) != width:
+            raise FeatureIndexError(f"{given}: {len(direction)} numbers; the decoder's directions have {width}")
+    elif given.isdecimal():
+        direction = int(given)
+    else:
+        raise FeatureIndexError(f"{given}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
+    return actions.alike(sae, direction, other, options.n), other is None
+
+
+def _other(source: str, sae):
     """Another SAE, whose decoder writes to the same place."""
+    from saejax.runs.subject import open_subject
     other = open_subject(source).sae
     if (other.cfg.targets, other.params.W_dec.shape[1]) != (sae.cfg.targets, sae.params.W_dec.shape[1]):
         raise FeatureIndexError(f"--within={source}: its decoder writes to {', '.join(other.cfg.targets)}, this one's to "
@@ -78,21 +136,15 @@ def _other(source: str, sae: SAE) -> SAE:
     return other
 
 
-def _alike(sae: SAE, given: str, other: SAE | None) -> list[Found]:
-    """Nearest to a feature, by number, or to a vector, in an .npy file."""
-    where, width = other or sae, sae.params.W_dec.shape[1]
-    if given.endswith(".npy"):
-        direction, own = vector_of("like", given)[None], None
-        if direction.shape[1] != width:
-            raise FeatureIndexError(f"--like={given}: {direction.shape[1]} numbers; the decoder's directions have {width}")
-    else:
-        feature = _numbered(sae, given)
-        direction, own = rows_of(sae, sae.params.W_dec, feature, feature + 1), None if other else np.array([feature])
-    ids, cosines = nearest(where.params.W_dec, direction, 10, where.mesh, own=own)
-    return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
-
-
-def _numbered(sae: SAE, number: str) -> int:
-    if not number.isdecimal() or int(number) >= sae.cfg.d_sae:
-        raise FeatureIndexError(f"--like={number}: there is no such feature; they are numbered 0 to {sae.cfg.d_sae - 1}")
-    return int(number)
+JOBS = (
+    Job("search prompt", "understand", "features that are most active on a text", _TEXT.format(reads=_MODEL),
+        "saejax search prompt runs/demo 'To be, or not to be'", Prompt, _found(_prompt)),
+    Job("search answer", "understand", "features that speak for the next token of a text", _TEXT.format(reads=_MODEL),
+        "saejax search answer runs/demo 'The capital of France is' ' Paris' --against=' Rome'", Answer, _found(_answer)),
+    Job("search sets", "understand", "features that tell one set of prompts from another", _TEXT.format(reads=_MODEL),
+        "saejax search sets runs/demo --set=bias", Sets, _found(_sets)),
+    Job("search text", "understand", "features whose top examples hold a text", _TEXT.format(reads="and the index"),
+        "saejax search text runs/demo king", Text, _found(_text)),
+    Job("search like", "understand", "features of decoder directions near to one", _TEXT.format(reads="and the index where there "
+        "is one"), "saejax search like runs/demo 518", Like, _found(_like)),
+)

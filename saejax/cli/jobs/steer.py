@@ -1,83 +1,135 @@
-"""`saejax steer`: how a prompt goes on with a feature set, ablated, or a direction added."""
+"""`saejax steer`: how a prompt goes on with features set, ablated, or a direction added."""
 
 import json
-import math
+from dataclasses import dataclass
 from pathlib import Path
 
-from saejax import lm
 from saejax.base.errors import ConfigError
-from saejax.base.storage import is_writer
-from saejax.base.text import visible
-from saejax.cli.arguments import Arguments
-from saejax.cli.subjects import one_subject, prompts_of, vector_of
-from saejax.features.effects import steering
-from saejax.features.effects.steering import Change
-from saejax.pages import effects
-from saejax.runs.subject import Subject
+from saejax.cli.options import (
+    IndexOptions,
+    Job,
+    Json,
+    SubjectOptions,
+    count,
+    features,
+    number,
+    numbers,
+    path,
+    places,
+    switch,
+    value,
+    whole,
+)
 
-_TOKENS = 40
+
+@dataclass(frozen=True)
+class Options(Json, IndexOptions, SubjectOptions):
+    paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
+    prompt: str | None = value("what to go on with", "TEXT", required=True)
+    chat: bool = switch("the prompt is a user's message in the model's own chat template")
+    feature: tuple[int, ...] | None = value("set these features together, the rest of the SAE and its error being kept,",
+                                            "N[,N...]", features)
+    scale: tuple[float, ...] | None = value("to these multiples of their maximum in the index (default -5,5)", "LIST", numbers)
+    max: float | None = value("the maximum, where there is no index", "VALUE", number)
+    values: tuple[float, ...] | None = value("to these activations, instead of multiples", "LIST", numbers)
+    ablate: bool = switch("set them to 0")
+    add_direction: Path | None = value("add this vector", "FILE.npy", path)
+    positives: Path | None = value("add the few-shot vector: mean at the last token of these prompts (one a line)", "FILE", path)
+    negatives: Path | None = value("less the mean of those", "FILE", path)
+    vector_scale: tuple[float, ...] = value("multiples of the vectors", "LIST", numbers, default=(1.0,))
+    positions: str = value("all: every token but special ones, of prompt and continuation; last: the prompt's last; 3,4: these "
+                           "of the prompt, BOS being 0", "WHERE", default="all")
+    tokens: int = value("length of the continuation", "N", count, default=40)
+    samples: int = value("continuations of each change, drawn", "N", count, default=1)
+    seed: int = value("of the drawing", "N", whole, default=0)
+    temperature: float | None = value("of sampling (default 0: the most likely token; 1 where there are several samples)", "T",
+                                      number)
+    top_p: float = value("draw from the most likely tokens whose probability together reaches this", "P", number, default=1.0)
+    html: Path | None = value("write a page, too", "FILE", path)
 
 
-def start(arguments: Arguments) -> int:
+def run(options: Options) -> int:
     """Prints how a prompt goes on under each change, the unsteered text first."""
-    if not arguments.option("prompt"):
-        raise ConfigError("saejax steer: give --prompt=TEXT, and what to steer with")
-    scales, factors = _numbers(arguments, "scale", "-5,5"), _numbers(arguments, "vector_scale", "1")
-    subject = one_subject(arguments, "steer", mesh=None)
-    changes = [Change(), *_of_feature(arguments, subject, scales), *_of_vectors(arguments, subject, factors)]
+    from saejax import lm
+    from saejax.base.storage import is_writer
+    from saejax.base.text import visible
+    from saejax.cli.subjects import one_subject
+    from saejax.features.effects import steering
+    subject = one_subject(options, mesh=None)
+    changes = [steering.Change(), *_of_features(options, subject), *_of_vectors(options, subject)]
     if len(changes) == 1:
         raise ConfigError("saejax steer: give --feature=N, --add-direction=FILE.npy, or --positives=FILE and --negatives=FILE")
-    how = {"positions": _positions(arguments), "tokens": arguments.option("tokens") or _TOKENS,
-           "sampling": lm.Sampling(_number(arguments, "temperature") or 0.0)}
-    prompt, sae = arguments.option("prompt"), subject.sae
-    rows = list(zip([c.label for c in changes], steering.continuations(subject.lm, sae, prompt, changes, **how), strict=True))
+    temperature = options.temperature if options.temperature is not None else float(options.samples > 1)
+    prompt = options.prompt if not options.chat else subject.lm.tokenizer.chat([{"role": "user", "content": options.prompt}])
+    changes = [change for change in changes for _ in range(options.samples)]
+    texts = steering.continuations(subject.lm, subject.sae, prompt, changes, positions=_positions(options), tokens=options.tokens,
+                                   sampling=lm.Sampling(temperature, options.top_p), seed=options.seed)
+    rows = list(zip([c.label for c in changes], texts, strict=True))
     if not is_writer():
         return 0
-    if arguments.option("html"):
-        settings = [("positions", arguments.option("positions") or "all"), ("SAE", str(sae))]
-        effects.write_steering(Path(arguments.option("html")), subject.lm, title=f"{subject.name}: {prompt}", prompt=prompt,
-                               settings=settings, rows=rows)
-    if arguments.json:
+    if options.html:
+        _page(options, subject, rows)
+    if options.json:
         print(json.dumps([{"change": label, "text": text} for label, text in rows]))
         return 0
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{visible(label, 200):<{width}}  {visible(text, 4000)}" for label, text in rows))
+    if options.html:
+        print(f"page     {options.html}")
     return 0
 
 
-def _of_feature(arguments: Arguments, subject: Subject, scales: list[float]) -> list[Change]:
-    number, largest = arguments.option("feature"), _number(arguments, "max")
-    if number is None:
-        if arguments.option("ablate") or arguments.option("scale"):
-            raise ConfigError("saejax steer: --scale and --ablate need --feature=N")
+def _page(options: Options, subject, rows) -> None:
+    from saejax.pages import effects
+    settings = [("positions", options.positions), ("SAE", str(subject.sae))]
+    effects.write_steering(options.html, subject.lm, title=f"{subject.name}: {options.prompt}", prompt=options.prompt,
+                           settings=settings, rows=rows)
+
+
+def _of_features(options: Options, subject) -> list:
+    from saejax.features.effects import steering
+    if options.feature is None:
+        if options.ablate or options.scale or options.values or options.max is not None:
+            raise ConfigError("saejax steer: --scale, --values, --max and --ablate need --feature=N")
         return []
-    if not number.isdecimal():
-        raise ConfigError(f"saejax steer: --feature={number}: expected a number from 0 to {subject.sae.cfg.d_sae - 1}")
-    feature = steering.check_feature(subject.sae, int(number))
-    ablated = [steering.ablated(feature)] if arguments.option("ablate") else []
-    if ablated and not arguments.option("scale"):
+    if options.values and (options.scale or options.max is not None):
+        raise ConfigError("saejax steer: --values are activations; leave --scale and --max out")
+    chosen = [steering.check_feature(subject.sae, feature) for feature in options.feature]
+    name = f"feature{'s' if len(chosen) > 1 else ''} {', '.join(map(str, chosen))}"
+    ablated = [steering.Change(f"{name} ablated", dict.fromkeys(chosen, 0.0))] if options.ablate else []
+    if options.values:
+        return [*(steering.Change(f"{name} at {v:g}", dict.fromkeys(chosen, v)) for v in options.values), *ablated]
+    if ablated and not options.scale:
         return ablated
-    if largest is None:
-        if subject.index_home is None:
-            raise ConfigError("saejax steer: only an index knows the feature's maximum: give --index=DIR or --max=VALUE")
-        largest = steering.maximum(subject.index, feature)
-    return [*(steering.clamped(feature, scale, largest) for scale in scales), *ablated]
+    most = dict.fromkeys(chosen, options.max) if options.max is not None else _maxima(subject, chosen)
+    scales = options.scale or (-5.0, 5.0)
+    return [*(steering.Change(f"{name} x {scale:g}", {f: scale * most[f] for f in chosen}) for scale in scales), *ablated]
 
 
-def _of_vectors(arguments: Arguments, subject: Subject, factors: list[float]) -> list[Change]:
-    found, file = {}, arguments.option("add-direction")
+def _maxima(subject, chosen: list[int]) -> dict[int, float]:
+    from saejax.features.effects import steering
+    if subject.index_home is None:
+        raise ConfigError("saejax steer: only an index knows the feature's maximum: give --index=DIR or --max=VALUE")
+    return {feature: steering.maximum(subject.index, feature) for feature in chosen}
+
+
+def _of_vectors(options: Options, subject) -> list:
+    from saejax.cli.subjects import prompts_of, vector_of
+    from saejax.features.effects import steering
+    found, file = {}, options.add_direction
     if file:
-        found[f"direction {Path(file).name}"] = vector_of("add-direction", file)
-    sets = [arguments.option(name) for name in ("positives", "negatives")]
+        found[f"direction {file.name}"] = vector_of("add-direction", file)
+    sets = [options.positives, options.negatives]
     if any(sets):
         if not all(sets):
             raise ConfigError("saejax steer: --positives=FILE and --negatives=FILE go together")
         found["few-shot vector"] = steering.few_shot_vector(subject.lm, subject.sae.cfg.targets[0], *map(prompts_of, sets))
-    return [Change(f"{label} x {factor:g}", vector=factor * vector) for label, vector in found.items() for factor in factors]
+    return [steering.Change(f"{label} x {factor:g}", vector=factor * vector) for label, vector in found.items()
+            for factor in options.vector_scale]
 
 
-def _positions(arguments: Arguments) -> str | list[int]:
-    given = arguments.option("positions") or "all"
+def _positions(options: Options) -> str | list[int]:
+    given = options.positions
     if given in ("all", "last"):
         return given
     parts = given.split(",")
@@ -86,22 +138,9 @@ def _positions(arguments: Arguments) -> str | list[int]:
     return [int(part) for part in parts]
 
 
-def _numbers(arguments: Arguments, name: str, default: str) -> list[float]:
-    given = arguments.option(name) or default
-    try:
-        found = [float(part) for part in given.split(",")]
-    except ValueError:
-        found = []
-    if not found or not all(map(math.isfinite, found)):
-        raise ConfigError(f"--{name}={given}: expected numbers as -5,0,5")
-    return found
-
-
-def _number(arguments: Arguments, name: str) -> float | None:
-    """A number that is not negative."""
-    if arguments.option(name) is None:
-        return None
-    found = _numbers(arguments, name, "")
-    if len(found) > 1 or found[0] < 0:
-        raise ConfigError(f"--{name}={arguments.option(name)}: expected one number that is not negative")
-    return found[0]
+JOB = Job(
+    "steer", "act", "how a prompt goes on with features set, ablated, or a direction added", """
+    Reads a run with its index (RUN/features), or any files that saejax.load reads, and the language model; prints the unsteered
+    continuation and those of each change, all made in one batch; writes nothing but the page of --html. docs/steering.md has
+    the equations.
+    """, "saejax steer runs/demo --prompt='To be, or not' --feature=123 --scale=-5,0,5 --html=steered.html", Options, run)

@@ -8,14 +8,18 @@ cosines of decoder rows; the bound is a convention.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError
 from saejax.base.logs import Progress
+from saejax.base.storage import disk_errors
 from saejax.features.index.logits import rows_of
 from saejax.features.index.neighbours import nearest
 from saejax.sae.inference import SAE
@@ -94,6 +98,21 @@ def compare(a: SAE, b: SAE, rows: Iterable[np.ndarray] | None = None, *, least: 
         match_B, cosine_B = _matches(b, a, bar)
     firing = None if rows is None else _firing(a, b, match_A, rows)
     return Comparison(match_A, cosine_A, match_B, cosine_B, firing, least)
+
+
+def write(found: Comparison, file: Path) -> None:
+    """The matches as a .parquet file, a row a feature: `dictionary` A or B, `feature`, `match`, `cosine`, `firing` (of A). Raises
+    `DiskError`.
+    """
+    F_A, F_B = len(found.match_A), len(found.match_B)
+    firing = np.full(F_A, np.nan) if found.firing_A is None else found.firing_A
+    table = pa.table({"dictionary": ["A"] * F_A + ["B"] * F_B, "feature": np.concatenate([np.arange(F_A), np.arange(F_B)]),
+                      "match": np.concatenate([found.match_A, found.match_B]),
+                      "cosine": np.concatenate([found.cosine_A, found.cosine_B]),
+                      "firing": np.concatenate([firing, np.full(F_B, np.nan)])})
+    with disk_errors(file):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, file)
 
 
 def _matches(of: SAE, among: SAE, bar: Progress) -> tuple[np.ndarray, np.ndarray]:

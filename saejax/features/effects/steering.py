@@ -32,7 +32,7 @@ from saejax.features.effects.prompting import (
 from saejax.features.index.logits import rows_at
 from saejax.features.index.reader import FeatureIndex
 from saejax.lm import LM, Sampling, generate
-from saejax.lm.prompts import values
+from saejax.lm.prompts import Text, values
 from saejax.sae import from_tensors, tensors
 from saejax.sae.inference import SAE, SAEConfig
 
@@ -193,7 +193,7 @@ def places(lm_: LM, tokens_T: np.ndarray, positions: str | Sequence[int] = "all"
     return at_T, False
 
 
-def continuations(lm_: LM, sae: SAE, prompt: str, changes: Sequence[Change], *, positions: str | Sequence[int] = "all",
+def continuations(lm_: LM, sae: SAE, prompt: Text, changes: Sequence[Change], *, positions: str | Sequence[int] = "all",
                   tokens: int = 40, sampling: Sampling | None = None, seed: int = 0) -> list[str]:
     """How the prompt goes on under each of the changes, as one batch. Raises `SteeringError`, `FeatureIndexError`, `LMError`."""
     tokens_T = encoded(lm_, prompt)
