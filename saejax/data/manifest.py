@@ -3,18 +3,16 @@
 import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from saejax.base.errors import StoreCorruptError, StoreError
+from saejax.base.keys import Keys
 from saejax.base.storage import read_json, safe_name
 from saejax.data.shards import AGAIN, ArraySpec, side_chunk_rows
 
 SCHEMA_VERSION = 1
 KIND = "saejax-activation-store"
-_MAX = 2**48
-_HEX = frozenset("0123456789abcdef")
 
 
 @dataclass(frozen=True)
@@ -73,74 +71,36 @@ def _flat(values: dict, path: str = "") -> dict:
     return out
 
 
-def _finite(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def file_keys(path: Path) -> Keys:
+    """The keys of a store's JSON. Raises `StoreCorruptError`, as they do."""
+    return Keys(read_json(path, StoreCorruptError), path, StoreCorruptError)
 
 
-class Fields:
-    """Typed look-ups in JSON from a file; every complaint names the file and the key."""
-
-    def __init__(self, values, where: str):
-        self.where = where
-        if not isinstance(values, dict):
-            raise StoreCorruptError(f"{where}: expected an object, got {type(values).__name__}")
-        self.values = values
-
-    def get(self, key: str, kind: type):
-        value = self.values.get(key)
-        if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-            raise StoreCorruptError(f"{self.where}: {key!r} should be {kind.__name__}, got {value!r:.80}")
-        return value
-
-    def count(self, key: str, least: int = 0) -> int:
-        value = self.get(key, int)
-        if not least <= value <= _MAX:
-            raise StoreCorruptError(f"{self.where}: {key!r} = {value} is outside {least}..{_MAX}")
-        return value
-
-    def number(self, key: str) -> float:
-        value = self.values.get(key)
-        if not _finite(value):
-            raise StoreCorruptError(f"{self.where}: {key!r} should be a number, got {value!r:.80}")
-        return float(value)
-
-    def hex(self, key: str, digits: int = 64) -> str:
-        value = self.get(key, str)
-        if len(value) != digits or not _HEX.issuperset(value):
-            raise StoreCorruptError(f"{self.where}: {key!r} should be {digits} hexadecimal digits, got {value!r:.80}")
-        return value
-
-    def section(self, key: str) -> "Fields":
-        return Fields(self.get(key, dict), f"{self.where}: {key}")
-
-
-def spec_from_json(values, where: str) -> StoreSpec:
-    """A validated `StoreSpec`. Raises `StoreCorruptError` that names the key."""
-    f = Fields(values, where)
+def read_spec(f: Keys) -> StoreSpec:
+    """The `StoreSpec` of a manifest or of `spec.json`."""
+    f = f.section("spec")
     hookpoints = []
-    for item in f.get("hookpoints", list):
-        h = Fields(item, f"{where}: hookpoints")
-        hookpoints.append((safe_name(h.get("name", str), StoreCorruptError), h.count("width", 1)))
+    for i, item in enumerate(f.get("hookpoints", list)):
+        h = f.inside(item, f"hookpoints[{i}]")
+        hookpoints.append((safe_name(h.get("name", str), StoreCorruptError), h.count("width", least=1)))
     if not hookpoints or len({name for name, _ in hookpoints}) != len(hookpoints):
-        raise StoreCorruptError(f"{where}: 'hookpoints' is empty or names one twice")
+        f.refuse("hookpoints is empty or names one twice")
     spec = StoreSpec(
         model=f.get("model", str), model_digest=f.get("model_digest", str), lm_dtype=f.get("lm_dtype", str),
         tokenizer_digest=f.get("tokenizer_digest", str), text=f.get("text", dict), hookpoints=tuple(hookpoints),
-        context=f.count("context", 1), shard_contexts=f.count("shard_contexts", 1), chunk_rows=f.count("chunk_rows", 1),
-        mask_special=f.get("mask_special", bool), target_contexts=f.count("target_contexts", 1))
-    if set(f.values) != {field.name for field in dataclasses.fields(StoreSpec)}:
-        raise StoreCorruptError(f"{where}: its keys are not those of schema {SCHEMA_VERSION}")
+        context=f.count("context", least=1), shard_contexts=f.count("shard_contexts", least=1),
+        chunk_rows=f.count("chunk_rows", least=1),
+        mask_special=f.get("mask_special", bool), target_contexts=f.count("target_contexts", least=1))
+    f.refuse_unread()
     if spec.shard_rows % spec.chunk_rows:
-        raise StoreCorruptError(f"{where}: chunk_rows {spec.chunk_rows} does not divide the {spec.shard_rows} rows "
-                                "of a shard")
+        f.refuse(f"chunk_rows={spec.chunk_rows} does not divide the {spec.shard_rows} rows of a shard")
     return spec
 
 
-def check_version(f: Fields) -> None:
-    if f.get("kind", str) != KIND:
-        raise StoreCorruptError(f"{f.where}: kind {f.values['kind']!r:.80} is not {KIND!r}")
-    if f.count("schema_version", 1) > SCHEMA_VERSION:
-        raise StoreError(f"{f.where}: schema version {f.values['schema_version']} is newer than {SCHEMA_VERSION}, "
+def check_version(f: Keys) -> None:
+    f.one_of("kind", (KIND,))
+    if f.count("schema_version", least=1) > SCHEMA_VERSION:
+        raise StoreError(f"{f.source}: schema version {f.values['schema_version']} is newer than {SCHEMA_VERSION}, "
                          "which this saejax reads; update saejax")
 
 
@@ -161,54 +121,46 @@ def read_manifest(path: Path) -> tuple[dict, StoreSpec]:
 
     Raises `StoreCorruptError` naming the key, `StoreError` for a newer schema.
     """
-    values = read_json(path, StoreCorruptError)
-    f = Fields(values, str(path))
+    f = file_keys(path)
     check_version(f)
-    if f.hex("sha256") != self_digest(values):
+    if f.hex("sha256") != self_digest(f.values):
         raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); {AGAIN}")
     f.hex("spec_file_sha256")
-    spec = spec_from_json(f.get("spec", dict), f"{path}: spec")
-    n_contexts = f.count("n_contexts", 1)
-    if f.count("rows", 1) != n_contexts * spec.context or f.count("kept_rows", 1) > n_contexts * spec.context:
-        raise StoreCorruptError(f"{path}: 'rows' or 'kept_rows' does not follow from {n_contexts} contexts of "
-                                f"{spec.context}")
+    spec = read_spec(f)
+    n_contexts, kept = f.count("n_contexts", least=1), f.count("kept_rows", least=1)
+    if f.count("rows") != n_contexts * spec.context or kept > n_contexts * spec.context:
+        f.refuse(f"rows or kept_rows does not follow from {n_contexts} contexts of {spec.context}")
     arrays = spec.arrays()
     heads = f.section("arrays")
     shards = f.get("shards", list)
     expected = -(-n_contexts // spec.shard_contexts)
     if set(heads.values) != set(arrays) or len(shards) != expected:
-        raise StoreCorruptError(f"{path}: lists {len(shards)} shards, {n_contexts} contexts make {expected}, or "
-                                f"other arrays than {', '.join(arrays)}")
+        f.refuse(f"shards are {len(shards)}, {n_contexts} contexts make {expected}, or arrays are not {', '.join(arrays)}")
     sizes = shard_contexts(spec, n_contexts)
     for name in arrays:
         heads.section(name).hex("zarr_json_sha256")
     for s, (entry, contexts) in enumerate(zip(shards, sizes, strict=True)):
-        _check_shard_entry(Fields(entry, f"{path}: shards[{s}]"), s, contexts, spec, arrays)
+        _check_shard_entry(f.inside(entry, f"shards[{s}]"), s, contexts, spec, arrays)
     for name, width in spec.hookpoints:
-        _check_stats(f.section("stats").section(name), width, f.values["kept_rows"])
-    return values, spec
+        _check_stats(f.section("stats").section(name), width, kept)
+    return f.values, spec
 
 
-def _check_shard_entry(f: Fields, shard: int, contexts: int, spec: StoreSpec, arrays: dict[str, ArraySpec]) -> None:
+def _check_shard_entry(f: Keys, shard: int, contexts: int, spec: StoreSpec, arrays: dict[str, ArraySpec]) -> None:
     f.hex("record_sha256")
-    if f.count("contexts", 1) != contexts:
-        raise StoreCorruptError(f"{f.where}: 'contexts' is {f.values['contexts']}, expected {contexts}")
+    f.one_of("contexts", (contexts,))
     files = f.section("files")
     if set(files.values) != set(arrays):
-        raise StoreCorruptError(f"{f.where}: 'files' does not list the arrays {', '.join(arrays)}")
+        f.refuse(f"files does not list the arrays {', '.join(arrays)}")
     for name, array in arrays.items():
         entry = files.section(name)
         entry.hex("sha256")
-        size = array.shard_bytes(contexts * spec.context)
-        if entry.get("file", str) != array.shard_file(shard) or entry.count("bytes") != size:
-            raise StoreCorruptError(f"{entry.where}: expected file {array.shard_file(shard)!r} of {size} bytes")
+        entry.one_of("file", (array.shard_file(shard),))
+        entry.one_of("bytes", (array.shard_bytes(contexts * spec.context),))
 
 
-def _check_stats(f: Fields, width: int, kept: int) -> None:
-    mean = f.get("mean", list)
-    if len(mean) != width or not all(map(_finite, mean)):
-        raise StoreCorruptError(f"{f.where}: 'mean' should hold {width} numbers")
+def _check_stats(f: Keys, width: int, kept: int) -> None:
+    f.numbers("mean", width)
     for key in ("mean_norm", "mean_sq_norm", "median_norm"):
         f.number(key)
-    if f.count("outliers") > kept:
-        raise StoreCorruptError(f"{f.where}: more outliers than rows")
+    f.count("outliers", most=kept)

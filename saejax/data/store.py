@@ -20,7 +20,7 @@ import numpy as np
 
 from saejax.base.errors import StoreCorruptError, StoreError
 from saejax.base.records import OUTLIER_FACTOR, ActivationStats
-from saejax.base.storage import file_sha256, inside, read_json, text_sha256
+from saejax.base.storage import file_sha256, inside, text_sha256
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import AGAIN, ArrayReader, ShardTruth, Span, check_layout
@@ -141,10 +141,8 @@ class Store:
 
 def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dict:
     """A shard record, validated against the spec. Raises `StoreCorruptError`."""
-    f = mf.Fields(read_json(path, StoreCorruptError), str(path))
-    n = f.count("contexts", 1)
-    if n > spec.shard_contexts or n != (contexts or n):
-        raise StoreCorruptError(f"{path}: 'contexts' is {n}, expected {contexts or f'at most {spec.shard_contexts}'}")
+    f = mf.file_keys(path)
+    n = f.count("contexts", least=contexts or 1, most=contexts or spec.shard_contexts)
     if f.hex("spec_sha256") != spec_digest(spec):
         raise StoreCorruptError(f"{path}: belongs to another store")
     f.count("kept_rows")
@@ -153,13 +151,10 @@ def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dic
         entry = f.section("files").section(name)
         entry.hex("sha256")
         entry.hex("crcs", 8 * array.chunks(n * spec.context))
-        if entry.count("bytes") != array.shard_bytes(n * spec.context):
-            raise StoreCorruptError(f"{entry.where}: 'bytes' does not follow from {n} contexts")
+        entry.one_of("bytes", (array.shard_bytes(n * spec.context),))
     for name, width in spec.hookpoints:
         sums = f.section("sums").section(name)
-        if len(sums.get("x", list)) != width:
-            raise StoreCorruptError(f"{sums.where}: 'x' should hold {width} numbers")
-        sums.number("norm"), sums.number("sq_norm")
+        sums.numbers("x", width), sums.number("norm"), sums.number("sq_norm")
     return f.values
 
 
@@ -175,9 +170,9 @@ def spec_file(spec: StoreSpec) -> dict:
 
 def read_spec(path: Path) -> StoreSpec:
     """The spec a directory was made for, finished or not."""
-    f = mf.Fields(read_json(path / SPEC, StoreCorruptError), str(path / SPEC))
+    f = mf.file_keys(path / SPEC)
     mf.check_version(f)
-    return mf.spec_from_json(f.get("spec", dict), f"{path / SPEC}: spec")
+    return mf.read_spec(f)
 
 
 def _unfinished(path: Path) -> str:

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from saejax.base import sharding
 from saejax.base.errors import FormatError
+from saejax.base.keys import Keys
 from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.formats.archives import open_torch
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, Keys, json_object
+from saejax.formats.keys import UNKNOWN, file_keys, json_object
 from saejax.formats.torch_files import keys_of
 from saejax.formats.torch_write import torch_file
 from saejax.sae import tensors
@@ -89,14 +90,16 @@ def read(path: Path, mesh: Mesh | None = None) -> SAE:
         file, norm_factor = _backup(file)
     directory = path.parent if path.is_file() else path
     directory = directory.parent if directory.name == "checkpoints" else directory
-    trainer = Keys(directory / CONFIG).section("trainer", {}) if (directory / CONFIG).is_file() else Keys(directory / CONFIG, {})
+    config = directory / CONFIG
+    trainer = file_keys(config).section("trainer", {}) if config.is_file() else Keys({}, config, FormatError)
     name = _class_of(file, trainer)
     layout = LAYOUTS[name]
     d_sae, d_in = file.shape(layout.names["W_enc"], 2)[::1 if layout.linear else -1]
     k, threshold = _scalars(file, name, layout, trainer, d_sae)
     cfg = SAEConfig(kind=layout.kind, d_in=d_in, d_sae=d_sae, k=k if layout.kind == "topk" else 0, pre_bias=layout.pre_bias,
                     **_origin(trainer), metadata=_metadata(directory, name, k, threshold, norm_factor))
-    cfg.metadata["dictionary_learning"] |= {key: trainer.values[key] for key in ("layer", "submodule_name") if key in trainer}
+    kept = {key: value for key, value in trainer.values.items() if key in ("layer", "submodule_name")}
+    cfg.metadata["dictionary_learning"] |= kept
     single = layout.kind == "jumprelu" and "threshold" in layout.scalars
     parts = parts_of(cfg.spec, layout.names, layout.transposed, {"threshold": threshold} if single else None)
     params = read_params(file, cfg.spec, parts, mesh, layout.scalars)
@@ -135,7 +138,7 @@ def _class_of(file: ArrayFile, trainer: Keys) -> str:
         return fits[0]
     named = trainer.get("dict_class", str, None)
     if named not in fits:
-        raise FormatError(f"{trainer.path}: trainer.dict_class={named!r:.60}; these tensors can be {' or '.join(fits)}, which "
+        raise FormatError(f"{trainer.source}: trainer.dict_class={named!r:.60}; these tensors can be {' or '.join(fits)}, which "
                           "select features differently")
     return named
 

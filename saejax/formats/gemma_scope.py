@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from saejax.base import sharding
 from saejax.base.errors import FormatError
+from saejax.base.keys import Keys
 from saejax.base.storage import is_writer, write_bytes
 from saejax.formats.archives import open_npz
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, Keys
+from saejax.formats.keys import UNKNOWN, file_keys
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams, tensors
 from saejax.sae.folding import fold_input_scale, with_pre_bias
@@ -73,18 +74,20 @@ def _fold_embedding(params: SAEParams) -> SAEParams:
 
 def _read_second(path: Path, mesh: Mesh | None, origin: str) -> SAE:
     file = open_safetensors(path / WEIGHTS)
-    keys = Keys(path / CONFIG) if (path / CONFIG).is_file() else Keys(path / CONFIG, {"architecture": "jump_relu"})
+    config = path / CONFIG
+    keys = file_keys(config) if config.is_file() else Keys({"architecture": "jump_relu"}, config, FormatError)
     keys.one_of("architecture", ("jump_relu", "jumprelu"))
     skip = "affine_skip_connection" in file.entries
     affine = keys.get("affine_connection", bool, skip)
     if affine != skip:
-        raise FormatError(f"{keys.path}: affine_connection={affine}, but {path / WEIGHTS} {'has' if skip else 'lacks'} "
+        raise FormatError(f"{keys.source}: affine_connection={affine}, but {path / WEIGHTS} {'has' if skip else 'lacks'} "
                           "affine_skip_connection")
     kind = keys.get("type", str, "") + origin
     transcoder = skip or bool(re.search("transcoder|clt", kind))
     cfg = _config(file, origin, "w_enc", "w_dec", transcoder, skip, keys.get("model_name", str, None))
     cfg.metadata["gemma_scope"] = {name: value for name, value in keys.values.items() if isinstance(value, (str, int, float))}
-    keys.finish(_KNOWN)
+    keys.ignore(*_KNOWN)
+    keys.finish()
     return SAE(read_params(file, cfg.spec, parts_of(cfg.spec, _LOWER, ("W_enc",)), mesh), cfg, mesh)
 
 

@@ -21,9 +21,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from saejax.base.errors import FormatError
+from saejax.base.keys import Keys
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, Keys, json_object
+from saejax.formats.keys import UNKNOWN, file_keys, json_object
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams
 from saejax.sae.folding import decoder_norms, scale_features, to_raw_units
@@ -81,12 +82,12 @@ def recognise(path: Path) -> bool:
 def read(path: Path, mesh: Mesh | None = None) -> SAE:
     """The SAE of a directory of either layout. Raises `FormatError` naming file and key or tensor."""
     old = (path / OLD_CONFIG).is_file()
-    keys = Keys(path / (OLD_CONFIG if old else CONFIG))
+    keys = file_keys(path / (OLD_CONFIG if old else CONFIG))
     file = open_safetensors(path / (OLD_WEIGHTS if old else WEIGHTS))
     keys.one_of("sae_type", ("sae",), "sae")
     for name in ("use_glu_encoder", "apply_decoder_bias_to_pre_encoder", "tied"):
         keys.one_of(name, (False,), False)
-    kind = _KINDS[keys.one_of("act_fn", tuple(_KINDS), "jumprelu")]
+    kind = _KINDS[keys.one_of("act_fn", _KINDS, "jumprelu")]
     linear = "encoder.weight" in file.entries
     names = dict(_LINEAR if linear else _NEW)
     d_in, d_sae = _sizes(keys, file, names, linear)
@@ -95,17 +96,18 @@ def read(path: Path, mesh: Mesh | None = None) -> SAE:
     k = keys.get("top_k", int, 0)
     kind_k = k if kind == "topk" else 0
     if kind == "topk" and not 0 < k <= d_sae:
-        raise FormatError(f"{keys.path}: top_k={k} of {d_sae} features")
+        raise FormatError(f"{keys.source}: top_k={k} of {d_sae} features")
     cfg = SAEConfig(kind=kind, d_in=d_in, d_sae=d_sae, k=kind_k, pre_bias=False, model=_model(path, keys),
                     hookpoints=(keys.get("hook_point_in", str, None) or UNKNOWN,), **_output(keys, file, names, linear),
                     input_norm=CONSTANT_NORM if norm == "token-wise" else NONE)
     fills = {} if keys.get("use_decoder_bias", bool, True) else {"b_dec": 0.0}
-    threshold = keys.get("jump_relu_threshold", float, None)
+    threshold = keys.number("jump_relu_threshold", None)
     if kind == "jumprelu" and names["threshold"] not in file.entries:
         fills["threshold"] = _one_threshold(keys, threshold)
     include = keys.get("sparsity_include_decoder_norm", bool, False)
     by_norm = ("" if not include or kind == "relu" else "features" if kind == "topk" else "threshold")
-    keys.finish(_KNOWN)
+    keys.ignore(*_KNOWN)
+    keys.finish()
     params = read_params(file, cfg.spec, parts_of(cfg.spec, names, ("W_dec",) if linear else ("W_enc",), fills), mesh, ignored)
     folds = _Folds(*scales, kind == "jumprelu" and "threshold" not in fills, by_norm)
     cfg.metadata.update(_metadata(norm, folds))
@@ -114,11 +116,11 @@ def read(path: Path, mesh: Mesh | None = None) -> SAE:
 
 def _sizes(keys: Keys, file: ArrayFile, names: dict, linear: bool) -> tuple[int, int]:
     d_in, d_sae = file.shape(names["W_enc"], 2)[::-1 if linear else 1]
-    factor = keys.get("expansion_factor", float, None)
+    factor = keys.number("expansion_factor", None)
     written = keys.get("d_sae", int, None) or (round(keys.size("d_model") * factor) if factor else d_sae)
     if keys.size("d_model") != d_in or written != d_sae:
-        raise FormatError(f"{keys.path}: d_model={keys.values['d_model']} and {written} features, but {file.path} has W_enc for "
-                          f"{d_in} and {d_sae}")
+        raise FormatError(f"{keys.source}: d_model={keys.values['d_model']} and {written} features, but {file.path} has W_enc "
+                          f"for {d_in} and {d_sae}")
     return d_in, d_sae
 
 
@@ -142,7 +144,7 @@ def _scales(keys: Keys, file: ArrayFile, d_in: int, norm: str) -> tuple[tuple[fl
     found = [averages.get(a, averages.get(b)) for a, b in ((read, "in"), (keys.values.get("hook_point_out") or read, "out"))]
     found[1] = found[1] if found[1] is not None or keys.values.get("hook_point_out") not in (None, read) else found[0]
     if any(value is None or not 0 < value < math.inf for value in found):
-        raise FormatError(f"{keys.path}: norm_activation='dataset-wise' and no {_AVERAGE[:-1]} for hook_point_in and "
+        raise FormatError(f"{keys.source}: norm_activation='dataset-wise' and no {_AVERAGE[:-1]} for hook_point_in and "
                           "hook_point_out "
                           f"(found {', '.join(averages) or 'none'})")
     return (d_in ** 0.5 / found[0], d_in ** 0.5 / found[1]), held
@@ -150,7 +152,8 @@ def _scales(keys: Keys, file: ArrayFile, d_in: int, norm: str) -> tuple[tuple[fl
 
 def _one_threshold(keys: Keys, value: float | None) -> float:
     if value is None or not value >= 0:
-        raise FormatError(f"{keys.path}: act_fn='jumprelu', but neither a tensor of thresholds nor jump_relu_threshold ({value})")
+        raise FormatError(f"{keys.source}: act_fn='jumprelu', but neither a tensor of thresholds nor jump_relu_threshold "
+                          f"({value})")
     return value
 
 

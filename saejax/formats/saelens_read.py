@@ -9,10 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.base.errors import FormatError
+from saejax.base.keys import Keys
 from saejax.base.storage import file_sha256
 from saejax.formats.arrays import FLOATS, ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, Keys
+from saejax.formats.keys import UNKNOWN, file_keys
 from saejax.formats.saelens import ARCHITECTURES, CONFIG, SCHEMA_VERSION, TRANSPOSED, WEIGHTS
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams
@@ -62,10 +63,10 @@ def read(directory: Path, mesh: Mesh | None = None) -> SAE:
     """
     directory = Path(directory)
     path = directory / WEIGHTS
-    keys = Keys(directory / CONFIG)
+    keys = file_keys(directory / CONFIG)
     own = _own(keys)
     if "sae_lens_version" not in keys.section("metadata", {}).values and not own:
-        keys = Keys(keys.path, _modern(keys))
+        keys = Keys(_modern(keys), keys.source, FormatError)
     cfg, rescaled = _config(keys, own)
     if own.get("weights_sha256") is not None and file_sha256(path) != own["weights_sha256"]:
         raise FormatError(f"{path}: altered since cfg.json was written (sha256 differs); copy or release it again")
@@ -84,7 +85,7 @@ def _own(keys: Keys) -> dict:
     """What saejax itself wrote into the metadata; {} in files of others."""
     own = keys.section("metadata", {}).get("saejax", dict, {})
     if own.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
-        raise FormatError(f"{keys.path}: release schema version {own['schema_version']}, this saejax reads {SCHEMA_VERSION}")
+        raise FormatError(f"{keys.source}: release schema version {own['schema_version']}, this saejax reads {SCHEMA_VERSION}")
     return own
 
 
@@ -92,16 +93,16 @@ def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
     """(what the SAE is, whether it selects by activation x decoder norm)."""
     architectures = {name: kind_and_shape for kind_and_shape, name in ARCHITECTURES.items()}
     architectures |= dict.fromkeys(WITH_TOPK_THRESHOLD, ("jumprelu", "sae"))
-    name = keys.one_of("architecture", tuple(architectures))
+    name = keys.one_of("architecture", architectures)
     kind, shape = architectures[name]
     transcoder = shape.endswith("transcoder")
     norm = keys.one_of("normalize_activations", (*ROW_NORMS, AVERAGE), "none")
     if norm == AVERAGE and transcoder:
-        raise FormatError(f"{keys.path}: normalize_activations={norm!r} in a transcoder: the scale of its output is not known")
+        raise FormatError(f"{keys.source}: normalize_activations={norm!r} in a transcoder: the scale of its output is not known")
     reshape = keys.one_of("reshape_activations", ("none", "hook_z"), "none")
     pre_bias = keys.get("apply_b_dec_to_input", bool, True)
     if transcoder and pre_bias and not own:
-        raise FormatError(f"{keys.path}: apply_b_dec_to_input=True in a transcoder, whose b_dec has the width of its output")
+        raise FormatError(f"{keys.source}: apply_b_dec_to_input=True in a transcoder, whose b_dec has the width of its output")
     written = keys.section("metadata")
     k = _k(keys, name)
     cfg = SAEConfig(
@@ -112,17 +113,18 @@ def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
         layers=tuple(map(int, keys.get("layers", list))) if shape == "crosscoder" else (),
         input_norm="none" if norm == AVERAGE else norm, metadata=own or _metadata(written.values, name, norm, reshape, k))
     rescaled = keys.get("rescale_acts_by_decoder_norm", bool, False)
-    keys.finish(_TRAINING_KEYS)
+    keys.ignore(*_TRAINING_KEYS)
+    keys.finish()
     return cfg, rescaled
 
 
 def _k(keys: Keys, architecture: str) -> int | float:
     """k of topk; of batchtopk, where it need not be whole, only for the record."""
     if architecture in WITH_TOPK_THRESHOLD:
-        return keys.get("k", float, 0.0)
+        return keys.number("k", 0.0)
     k = keys.size("k") if architecture.startswith("topk") else 0
     if k > keys.size("d_sae"):
-        raise FormatError(f"{keys.path}: k={k} of {keys.size('d_sae')} features")
+        raise FormatError(f"{keys.source}: k={k} of {keys.size('d_sae')} features")
     return k
 
 
@@ -153,7 +155,7 @@ def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: ArrayFile, rescale
     elif cfg.kind == "jumprelu" and "log_threshold" in file.entries and "threshold" not in file.entries:
         names, log = {"threshold": "log_threshold"}, True
     if rescaled and cfg.kind not in ("topk", "jumprelu"):
-        raise FormatError(f"{keys.path}: rescale_acts_by_decoder_norm=True with architecture {keys.values['architecture']!r}")
+        raise FormatError(f"{keys.source}: rescale_acts_by_decoder_norm=True with architecture {keys.values['architecture']!r}")
     return _Folds(log, scale, rescaled, threshold), names, ignored
 
 
@@ -172,13 +174,13 @@ def _scale(directory: Path, keys: Keys) -> float:
     path = directory / SCALER
     if not path.is_file():
         if norm == AVERAGE:
-            raise FormatError(f"{keys.path}: normalize_activations={norm!r} and no {SCALER} beside it: the factor is not "
+            raise FormatError(f"{keys.source}: normalize_activations={norm!r} and no {SCALER} beside it: the factor is not "
                               "known. Fold it "
                               f"with SAELens and save again, or write {SCALER} with "
                               f"{{\"scaling_factor\": sqrt(d_in) / mean norm}}")
         return 1.0
-    scaler = Keys(path)
-    factor = scaler.get("scaling_factor", float, None)
+    scaler = file_keys(path)
+    factor = scaler.number("scaling_factor", None)
     if scaler.get("has_whitening", bool, False):
         raise FormatError(f"{path}: has_whitening=True: whitened inputs are not read; let SAELens fold them and save again")
     scaler.finish()
@@ -203,9 +205,9 @@ def _modern(keys: Keys) -> dict:
     if function == "topk" and architecture in ("standard", "topk"):
         architecture = "topk"
     elif function != "relu":
-        raise FormatError(f"{keys.path}: activation_fn={function!r} with architecture {architecture!r} is not relu or topk")
+        raise FormatError(f"{keys.source}: activation_fn={function!r} with architecture {architecture!r} is not relu or topk")
     if old.get("finetuning_scaling_factor"):
-        raise FormatError(f"{keys.path}: finetuning_scaling_factor=True is not read; let SAELens fold it")
+        raise FormatError(f"{keys.source}: finetuning_scaling_factor=True is not read; let SAELens fold it")
     norm = old.get("normalize_activations") or "none"
     hook = str(old.get("hook_name"))
     new = {"architecture": architecture, "d_in": old.get("d_in"), "d_sae": old.get("d_sae"),

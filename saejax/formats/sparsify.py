@@ -16,7 +16,7 @@ from saejax.base import sharding
 from saejax.base.errors import FormatError
 from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.formats.assembling import parts_of, read_params
-from saejax.formats.keys import UNKNOWN, Keys, json_object
+from saejax.formats.keys import UNKNOWN, file_keys, json_object
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import tensors
 from saejax.sae.folding import with_pre_bias
@@ -34,20 +34,21 @@ def recognise(path: Path) -> bool:
 
 def read(path: Path, mesh: Mesh | None = None) -> SAE:
     """The sparse coder of one hookpoint's directory. Raises `FormatError` naming file and key or tensor."""
-    keys = Keys(path / CONFIG)
+    keys = file_keys(path / CONFIG)
     file = open_safetensors(path / WEIGHTS)
     d_in = keys.size("d_in")
     d_sae = keys.get("num_latents", int, 0) or d_in * keys.size("expansion_factor")
     kind, k = keys.one_of("activation", _KINDS, "topk"), keys.size("k")
     transcode, skip = keys.get("transcode", bool, False), keys.get("skip_connection", bool, False)
     if keys.get("signed", bool, False):
-        raise FormatError(f"{keys.path}: signed=True: negative activations are not computed here")
+        raise FormatError(f"{keys.source}: signed=True: negative activations are not computed here")
     if k > d_sae or kind == "groupmax" and d_sae % k:
-        raise FormatError(f"{keys.path}: k={k} does not fit {d_sae} latents with activation {kind!r}")
-    kept = {name: keys.values[name] for name in ("expansion_factor", "normalize_decoder", "multi_topk") if name in keys}
-    keys.finish(("expansion_factor", "normalize_decoder", "multi_topk"))
+        raise FormatError(f"{keys.source}: k={k} does not fit {d_sae} latents with activation {kind!r}")
+    kept = {name: keys.values[name] for name in ("expansion_factor", "normalize_decoder", "multi_topk") if name in keys.values}
+    keys.ignore("expansion_factor", "normalize_decoder", "multi_topk")
+    keys.finish()
     if skip and not transcode:
-        raise FormatError(f"{keys.path}: skip_connection=True without transcode=True: a skip that copies the input is not read")
+        raise FormatError(f"{keys.source}: skip_connection=True without transcode=True: a skip that copies the input is not read")
     hookpoint = path.resolve().name
     cfg = SAEConfig(
         kind=kind, d_in=d_in, d_sae=d_sae, k=k, pre_bias=not transcode, hookpoints=(hookpoint,), **_run(path),

@@ -30,9 +30,9 @@ def from_gguf(fields: Mapping[str, Any], tensor_shapes: Mapping[str, tuple[int, 
         known = ", ".join(sorted(READERS))
         raise LMError(f"GGUF general.architecture={arch!r} has no decoder here: supported are {known}")
     own = {key.removeprefix(f"{arch}."): value for key, value in fields.items() if key.startswith(f"{arch}.")}
-    found = Fields(own, f"GGUF model of architecture {arch!r}", frozenset())
+    found = Fields(own, f"GGUF model of architecture {arch!r}")
     if "token_embd.weight" not in tensor_shapes:
-        found.problems.append("tensor token_embd.weight is missing")
+        found.refuse("tensor token_embd.weight is missing")
         found.finish()
     values = _common(found, tensor_shapes, read)
     values |= READERS[arch](found, values)
@@ -46,7 +46,7 @@ def _common(fields: Fields, shapes: Mapping[str, tuple[int, ...]], read: Read) -
     head_dim = fields.size("attention.key_length", max(1, d_model // n_heads))
     for key in ("attention.value_length", "rope.dimension_count"):
         if fields.size(key, head_dim) != head_dim:
-            fields.problems.append(f"{key}={fields.raw[key]} differs from head_dim={head_dim}")
+            fields.refuse(f"{key}={fields.values[key]} differs from head_dim={head_dim}")
     fields.ignore("vocab_size")
     return {
         "vocab_size": shapes["token_embd.weight"][0],
@@ -70,18 +70,18 @@ def _common(fields: Fields, shapes: Mapping[str, tuple[int, ...]], read: Read) -
 
 def _rope(fields: Fields, dim: int, max_context: int, shapes: Mapping, read: Read) -> RopeConfig:
     theta = fields.number("rope.freq_base", 1e4)
-    kind = fields.get("rope.scaling.type", "linear")
+    kind = fields.value("rope.scaling.type", "linear")
     factor = fields.number("rope.scaling.factor", 1.0) or 1.0  # llama.cpp reads 0 as not given
     fields.only(**{"rope.scaling.attn_factor": 1.0})
     fields.ignore("rope.scaling.original_context_length", "rope.scaling.finetuned")
     if kind == "yarn":
         if "rope_freqs.weight" in shapes:
-            fields.problems.append("rope.scaling.type='yarn' with a tensor rope_freqs.weight")
+            fields.refuse("rope.scaling.type='yarn' with a tensor rope_freqs.weight")
         return _yarn(fields, theta, dim, factor, max_context)
     if kind not in ("none", "linear"):
-        fields.problems.append(f"rope.scaling.type={kind!r} (computed are none, linear, yarn)")
+        fields.refuse(f"rope.scaling.type={kind!r} (computed are none, linear, yarn)")
     elif kind == "none" and factor != 1.0:
-        fields.problems.append(f"rope.scaling.type='none' with rope.scaling.factor={factor}")
+        fields.refuse(f"rope.scaling.type='none' with rope.scaling.factor={factor}")
     if "rope_freqs.weight" not in shapes:
         return RopeConfig(theta, dim, **({"scaling": "linear", "factor": factor} if factor != 1.0 else {}))
     divisors = tuple(factor * float(x) for x in read("rope_freqs.weight").reshape(-1))
@@ -138,26 +138,26 @@ def _gemma(fields: Fields, values: dict, period: int, layers_of_27b: int) -> dic
 
 def _sliding(fields: Fields, n_layers: int, period: int) -> list[bool]:
     """Which layers have the window: every `period`-th has not, unless the file says so layer by layer."""
-    given = fields.get("attention.sliding_window_pattern", period)
+    given = fields.value("attention.sliding_window_pattern", period)
     if isinstance(given, list):
         if len(given) != n_layers:
-            fields.problems.append(f"attention.sliding_window_pattern has {len(given)} values for {n_layers} layers")
+            fields.refuse(f"attention.sliding_window_pattern has {len(given)} values for {n_layers} layers")
         return [bool(flag) for flag in given]
     period = fields.size("attention.sliding_window_pattern", period)
     return [(i + 1) % period != 0 for i in range(n_layers)]
 
 
 def _gemma2(fields: Fields, values: dict) -> dict:
-    fields.raw.setdefault("attn_logit_softcapping", 50.0)
-    fields.raw.setdefault("final_logit_softcapping", 30.0)
+    fields.values.setdefault("attn_logit_softcapping", 50.0)
+    fields.values.setdefault("final_logit_softcapping", 30.0)
     return _gemma(fields, values, 2, 46)
 
 
 def _gemma3(fields: Fields, values: dict) -> dict:
     own = _gemma(fields, values, 6, 62)
     near = RopeConfig(fields.number("rope.freq_base_swa", 1e4), values["head_dim"])
-    if "rope.freq_base" not in fields.raw:
-        fields.problems.append("rope.freq_base is missing")
+    if "rope.freq_base" not in fields.values:
+        fields.refuse("rope.freq_base is missing")
     layer_rope = tuple(int(window > 0) for window in own["windows"])
     return own | {"ropes": (values["ropes"][0], near), "layer_rope": layer_rope, "qk_norm": "head"}
 

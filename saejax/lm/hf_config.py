@@ -9,7 +9,7 @@ from typing import Any
 
 from saejax.base.errors import LMError
 from saejax.lm.arch import LMConfig
-from saejax.lm.fields import Fields, short
+from saejax.lm.fields import HARMLESS, Fields
 from saejax.lm.hf_rope import rope
 
 _ACTIVATIONS = {
@@ -35,7 +35,7 @@ def from_hf(config: Mapping[str, Any]) -> LMConfig:
     if not isinstance(model_type, str) or model_type not in READERS:
         raise LMError(f"model_type={model_type!r} has no decoder here: supported are {', '.join(sorted(READERS))}")
     fields = Fields(config, f"model config of type {model_type!r}")
-    fields.ignore("model_type")
+    fields.ignore("model_type", *HARMLESS)
     values = READERS[model_type](fields)
     fields.finish()
     return LMConfig(family=model_type, **values)
@@ -57,55 +57,47 @@ def _modern(fields: Fields, *, theta: float | None = 1e4, eps: float = 1e-6, con
         "d_mlp": fields.size("intermediate_size"),
         "norm_eps": fields.number("rms_norm_eps", eps),
         "max_context": max_context,
-        "tied_embeddings": fields.switch("tie_word_embeddings", tied),
+        "tied_embeddings": fields.get("tie_word_embeddings", bool, tied),
         "attn_scales": (head_dim**-0.5,) * n_layers,
         "layer_rope": (0,) * n_layers,
     } | ({} if theta is None else {"ropes": (rope(fields, head_dim, theta, max_context, part=part),)})
 
 
 def _silu(fields: Fields) -> dict:
-    return {"activation": fields.choice("hidden_act", _ACTIVATIONS, "silu")}
+    return {"activation": _ACTIVATIONS[fields.one_of("hidden_act", _ACTIVATIONS, "silu")]}
 
 
 def _attention_bias(fields: Fields, default: bool = False) -> dict:
-    bias = fields.switch("attention_bias", default)
+    bias = fields.get("attention_bias", bool, default)
     return {"qkv_bias": bias, "attn_out_bias": bias}
 
 
 def _windows(fields: Fields, sliding: list[bool], default: int | None) -> tuple[int, ...]:
     """Window of each layer; `layer_types`, where the config has it, decides which layers slide."""
-    types = fields.get("layer_types")
+    types = fields.value("layer_types", None)
     if types is not None:
-        if not isinstance(types, list | tuple) or any(kind not in _LAYER_TYPES for kind in types):
-            fields.problems.append(f"layer_types holds more than {' and '.join(_LAYER_TYPES)}")
+        if not isinstance(types, list | tuple) or any(kind not in (*_LAYER_TYPES,) for kind in types):
+            fields.refuse(f"layer_types holds more than {' and '.join(_LAYER_TYPES)}")
         else:
             sliding = [_LAYER_TYPES[kind] for kind in types]
-    fields.seen.add("sliding_window")
-    window = fields.raw.get("sliding_window", default)
-    if not any(sliding) or window is None:
-        return (0,) * len(sliding)
-    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-        fields.problems.append(f"sliding_window={window!r} (not a size)")
-        return (0,) * len(sliding)
-    return tuple(window if slides else 0 for slides in sliding)
+    fields.ignore("sliding_window")
+    window = fields.optional(fields.size, "sliding_window", default) if any(sliding) else None
+    return tuple(window or 0 if slides else 0 for slides in sliding)
 
 
 def _llama(fields: Fields) -> dict:
     fields.only(pretraining_tp=1, rope_interleaved=False)
-    return _modern(fields) | _silu(fields) | _attention_bias(fields) | {"mlp_bias": fields.switch("mlp_bias")}
+    return _modern(fields) | _silu(fields) | _attention_bias(fields) | {"mlp_bias": fields.get("mlp_bias", bool, False)}
 
 
 def _mistral(fields: Fields) -> dict:
-    fields.raw.setdefault("num_key_value_heads", 8)
+    fields.values.setdefault("num_key_value_heads", 8)
     values = _modern(fields, context=4096 * 32)
     return values | _silu(fields) | {"windows": _windows(fields, [True] * values["n_layers"], 4096)}
 
 
 def _qwen_windows(fields: Fields, n_layers: int) -> tuple[int, ...]:
-    first, slides = fields.get("max_window_layers", 28), fields.switch("use_sliding_window")
-    if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-        fields.problems.append(f"max_window_layers={first!r} (not a number of layers)")
-        first = 0
+    first, slides = fields.count("max_window_layers", 28), fields.get("use_sliding_window", bool, False)
     windows = _windows(fields, [i >= first for i in range(n_layers)], 4096)
     return windows if slides else (0,) * n_layers
 
@@ -116,7 +108,7 @@ def _qwen2(fields: Fields) -> dict:
 
 
 def _qwen3(fields: Fields) -> dict:
-    fields.raw.setdefault("head_dim", 128)
+    fields.values.setdefault("head_dim", 128)
     values = _modern(fields, context=32768)
     own = {"qk_norm": "head", "windows": _qwen_windows(fields, values["n_layers"])}
     return values | _silu(fields) | _attention_bias(fields) | own
@@ -128,7 +120,7 @@ def _gemma(fields: Fields, values: dict, sliding: list[bool]) -> dict:
     fields.ignore("hidden_act")
     scale = fields.number("query_pre_attn_scalar", 256) ** -0.5
     own = {
-        "activation": fields.choice("hidden_activation", _ACTIVATIONS, "gelu_pytorch_tanh"),
+        "activation": _ACTIVATIONS[fields.one_of("hidden_activation", _ACTIVATIONS, "gelu_pytorch_tanh")],
         "attn_scales": (scale,) * values["n_layers"],
         "windows": _windows(fields, sliding, 4096),
         "norm_offset": 1.0,
@@ -139,12 +131,12 @@ def _gemma(fields: Fields, values: dict, sliding: list[bool]) -> dict:
 
 
 def _gemma2(fields: Fields) -> dict:
-    fields.raw.setdefault("head_dim", 256)
-    if fields.raw.get("sliding_window_size") == fields.raw.get("sliding_window", 4096):
+    fields.values.setdefault("head_dim", 256)
+    if fields.values.get("sliding_window_size") == fields.values.get("sliding_window", 4096):
         fields.ignore("sliding_window_size")
     values = _modern(fields, context=8192, tied=True)
-    values["attn_softcap"] = fields.optional("attn_logit_softcapping", 50.0) or 0.0
-    values["final_softcap"] = fields.optional("final_logit_softcapping", 30.0) or 0.0
+    values["attn_softcap"] = fields.optional(fields.number, "attn_logit_softcapping", 50.0) or 0.0
+    values["final_softcap"] = fields.optional(fields.number, "final_logit_softcapping", 30.0) or 0.0
     return _gemma(fields, values, [i % 2 == 0 for i in range(values["n_layers"])])
 
 
@@ -161,21 +153,21 @@ _GEMMA3_DEFAULTS = {
 
 def _gemma3(fields: Fields) -> dict:
     for key, value in _GEMMA3_DEFAULTS.items():
-        fields.raw.setdefault(key, value)
+        fields.values.setdefault(key, value)
     n_layers, head_dim = fields.size("num_hidden_layers"), fields.size("head_dim")
     context = fields.size("max_position_embeddings", 131072)
     far = rope(fields, head_dim, 1e6, context, nested="full_attention")
     near = rope(fields, head_dim, 1e4, context, nested="sliding_attention", theta_key="rope_local_base_freq")
     pattern = fields.size("sliding_window_pattern", fields.size("_sliding_window_pattern", 6))
     sliding = [bool((i + 1) % pattern) for i in range(n_layers)]
-    types = fields.get("layer_types")
+    types = fields.value("layer_types", None)
     if isinstance(types, list) and len(types) == n_layers:
         sliding = [kind == "sliding_attention" for kind in types]
     values = _modern(fields, theta=None, context=131072, tied=True)
     values |= {"ropes": (far, near), "layer_rope": tuple(map(int, sliding)), "qk_norm": "head"}
     # transformers applies no soft-cap to Gemma 3's scores whatever the key says.
     fields.only(attn_logit_softcapping=None)
-    values["final_softcap"] = fields.optional("final_logit_softcapping", None) or 0.0
+    values["final_softcap"] = fields.optional(fields.number, "final_logit_softcapping", None) or 0.0
     return _gemma(fields, values, sliding)
 
 
@@ -183,32 +175,29 @@ def _gemma3_text_part(fields: Fields) -> dict:
     """The text part of a multimodal Gemma 3 (`text_config`); what only concerns images is not read."""
     fields.ignore("vision_config", "mm_tokens_per_image")
     fields.ignore(*(f"{token}_token_{key}" for token in ("boi", "eoi", "image") for key in ("index", "id")))
-    block = fields.get("text_config", {})
-    if not isinstance(block, Mapping):
-        fields.problems.append(f"text_config={short(block)} (not an object)")
-        block = {}
-    text = Fields(block, "text_config")
+    text = fields.section("text_config", {})
+    text.ignore(*HARMLESS)
     text.only(model_type="gemma3_text")
     # transformers ties by the outer key alone.
-    text.raw["tie_word_embeddings"] = fields.switch("tie_word_embeddings", True)
+    text.values["tie_word_embeddings"] = fields.get("tie_word_embeddings", bool, True)
     values = _gemma3(text)
-    fields.problems += [f"text_config.{problem}" for problem in text.all_problems()]
+    text.refuse_unread()
     return values
 
 
 def _smollm3(fields: Fields) -> dict:
     fields.ignore("pretraining_tp", "max_window_layers")
-    fields.raw.setdefault("num_key_value_heads", 4)
+    fields.values.setdefault("num_key_value_heads", 4)
     values = _modern(fields, theta=2e6, context=32768, tied=True)
     n_layers, interval = values["n_layers"], fields.size("no_rope_layer_interval", 4)
-    rotates = fields.get("no_rope_layers", [int((i + 1) % interval != 0) for i in range(n_layers)])
+    rotates = fields.value("no_rope_layers", [int((i + 1) % interval != 0) for i in range(n_layers)])
     if not isinstance(rotates, list | tuple) or len(rotates) < n_layers or any(flag not in (0, 1) for flag in rotates):
-        fields.problems.append(f"no_rope_layers must be {n_layers} zeros (no rope) and ones")
+        fields.refuse(f"no_rope_layers must be {n_layers} zeros (no rope) and ones")
         rotates = [1] * n_layers
-    slides = fields.switch("use_sliding_window")
+    slides = fields.get("use_sliding_window", bool, False)
     windows = _windows(fields, [not flag for flag in rotates[:n_layers]], None)
     own = {"layer_rope": tuple(flag - 1 for flag in rotates[:n_layers]), "windows": windows if slides else (0,) * n_layers}
-    bias = {"mlp_bias": fields.switch("mlp_bias")}
+    bias = {"mlp_bias": fields.get("mlp_bias", bool, False)}
     return values | _silu(fields) | _attention_bias(fields) | bias | own
 
 
@@ -219,7 +208,7 @@ def _olmo2(fields: Fields) -> dict:
 
 def _phi3(fields: Fields) -> dict:
     fields.only(full_attn_mod=1, interpolate_factor=1)
-    fields.raw.setdefault("original_max_position_embeddings", 4096)
+    fields.values.setdefault("original_max_position_embeddings", 4096)
     values = _modern(fields, eps=1e-5, context=4096, part=1.0)
     return values | _silu(fields) | {"windows": _windows(fields, [True] * values["n_layers"], None)}
 
@@ -228,7 +217,7 @@ def _layer_norm_family(fields: Fields, keys: Mapping[str, str], eps: str, act: s
     """GPT-2 and GPT-NeoX: LayerNorm, biases everywhere, one query head per key head, MLP without gate."""
     d_model, n_heads = fields.size(keys["d_model"]), fields.size(keys["n_heads"])
     if d_model % n_heads:
-        fields.problems.append(f"{keys['d_model']}={d_model} is not a multiple of {keys['n_heads']}={n_heads}")
+        fields.refuse(f"{keys['d_model']}={d_model} is not a multiple of {keys['n_heads']}={n_heads}")
     default = "gelu_new" if act == "activation_function" else "gelu"
     return {
         "vocab_size": fields.size("vocab_size"),
@@ -239,10 +228,10 @@ def _layer_norm_family(fields: Fields, keys: Mapping[str, str], eps: str, act: s
         "head_dim": max(1, d_model // n_heads),
         "norm_eps": fields.number(eps, 1e-5),
         "max_context": fields.size(keys["max_context"], context),
-        "tied_embeddings": fields.switch("tie_word_embeddings", tied),
+        "tied_embeddings": fields.get("tie_word_embeddings", bool, tied),
         "norm": "layer",
         "gated": False,
-        "activation": fields.choice(act, _ACTIVATIONS, default),
+        "activation": _ACTIVATIONS[fields.one_of(act, _ACTIVATIONS, default)],
         "mlp_bias": True,
     }
 
@@ -251,8 +240,8 @@ def _gpt2(fields: Fields) -> dict:
     keys = {"d_model": "n_embd", "n_heads": "n_head", "n_layers": "n_layer", "max_context": "n_positions"}
     values = _layer_norm_family(fields, keys, "layer_norm_epsilon", "activation_function", 1024, True)
     fields.only(add_cross_attention=False)
-    scale = values["head_dim"] ** -0.5 if fields.switch("scale_attn_weights", True) else 1.0
-    by_layer = fields.switch("scale_attn_by_inverse_layer_idx")
+    scale = values["head_dim"] ** -0.5 if fields.get("scale_attn_weights", bool, True) else 1.0
+    by_layer = fields.get("scale_attn_by_inverse_layer_idx", bool, False)
     return values | {
         "d_mlp": fields.size("n_inner", 4 * values["d_model"]),
         "attn_scales": tuple(scale / (i + 1 if by_layer else 1) for i in range(values["n_layers"])),
@@ -275,7 +264,7 @@ def _gpt_neox(fields: Fields) -> dict:
         fields, head_dim, 1e4, values["max_context"], theta_key="rotary_emb_base", part_key="rotary_pct", part=0.25
     )
     own = {"ropes": (turned,), "layer_rope": (0,) * n, "attn_scales": (head_dim**-0.5,) * n}
-    own |= {"d_mlp": fields.size("intermediate_size"), "parallel": fields.switch("use_parallel_residual", True)}
+    own |= {"d_mlp": fields.size("intermediate_size"), "parallel": fields.get("use_parallel_residual", bool, True)}
     return values | _attention_bias(fields, True) | own
 
 

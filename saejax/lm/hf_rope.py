@@ -7,8 +7,9 @@ transformers 5 writes `rope_parameters` (for Gemma 3 one per layer type); older 
 import math
 from collections.abc import Mapping
 
+from saejax.base.keys import short
 from saejax.lm.arch import RopeConfig
-from saejax.lm.fields import REQUIRED, Fields, short
+from saejax.lm.fields import Fields
 
 _TYPES = {
     "default": "none",
@@ -38,38 +39,36 @@ def rope(
     defaults, `theta_key` and `part_key` its old names for them.
     """
     blocks = _blocks(fields, nested)
-    found = {(fields.number(theta_key), theta_key)} if fields.get(theta_key) is not None else set()
+    found = {(fields.number(theta_key), theta_key)} if fields.value(theta_key, None) is not None else set()
     share = fields.number(part_key, part or 1.0)
     merged: dict = {}
     for where, block in blocks:
         if block.get("rope_theta") is not None:
-            found.add((fields.as_number(f"{where}.rope_theta", block["rope_theta"]), where))
+            found.add((fields.inside(block, where).number("rope_theta"), where))
         merged |= {key: value for key, value in block.items() if value is not None}
     values = sorted({value for value, _ in found})
     if len(values) > 1:
-        fields.problems.append(f"rope_theta is given as {' and '.join(map(str, values))}")
-    inner = Fields(merged, "", frozenset({"rope_theta", "rope_type", "type"}))
+        fields.refuse(f"rope_theta is given as {' and '.join(map(str, values))}")
+    where = blocks[-1][0] if blocks else "rope_parameters"
+    inner = fields.inside(merged, where)
+    inner.ignore("rope_theta", "rope_type", "type")
     share = inner.number("partial_rotary_factor", share)
     if part is None and share != 1.0:
-        fields.problems.append(f"{part_key}={share!r} (only 1.0 is computed)")
+        fields.refuse(f"{part_key}={share!r} (only 1.0 is computed)")
     kinds = list(dict.fromkeys(str(block.get("rope_type", block.get("type", "default"))) for _, block in blocks))
     kind = kinds[-1] if kinds else "default"
     common = {"theta": values[-1] if values else theta, "dim": int(head_dim * share)}
-    scaling, where = _TYPES.get(kind), blocks[-1][0] if blocks else "rope_parameters"
-    fields.problems += [
-        f"{place}.rope_type={short(own)} (computed are {', '.join(_TYPES)})"
-        for (place, _), own in zip(blocks, kinds, strict=False)
-        if own not in _TYPES
-    ]
+    scaling = _TYPES.get(kind)
+    for (place, _), own in zip(blocks, kinds, strict=False):
+        if own not in _TYPES:
+            fields.refuse(f"{place}.rope_type={short(own)} (computed are {', '.join(_TYPES)})")
     if len(kinds) > 1:
-        fields.problems.append(f"rope_type is given as {' and '.join(kinds)}")
+        fields.refuse(f"rope_type is given as {' and '.join(kinds)}")
     if scaling is None or len(kinds) > 1:
         return RopeConfig(**common)
-    top = fields.get("original_max_position_embeddings")
+    top = fields.value("original_max_position_embeddings", None)
     made = RopeConfig(**common, scaling=scaling, **_SCALINGS[scaling](inner, top, max_context))
-    fields.problems += [f"{where}.{problem}" for problem in inner.problems]
-    unknown = sorted(key for key, value in inner.raw.items() if key not in inner.seen and value is not False)
-    fields.problems += [f"{where}.{key} (unknown field)" for key in unknown]
+    inner.refuse_unread()
     return made
 
 
@@ -77,19 +76,12 @@ def _blocks(fields: Fields, nested: str | None) -> list[tuple[str, Mapping]]:
     """The rope objects that apply, with their place in the config."""
     found = []
     for where in ("rope_scaling", "rope_parameters"):
-        block = fields.get(where, {})
-        if not isinstance(block, Mapping):
-            if f"{where}={short(block)} (not an object)" not in fields.problems:
-                fields.problems.append(f"{where}={short(block)} (not an object)")
-            continue
+        block = fields.get(where, dict, {})
         if set(block) & set(_LAYER_TYPES):
             if nested is None or set(block) - set(_LAYER_TYPES):
-                fields.problems.append(f"{where}={short(dict(block))} (one rope for all layers is computed here)")
+                fields.refuse(f"{where}={short(dict(block))} (one rope for all layers is computed here)")
                 continue
-            block, where = block.get(nested) or {}, f"{where}.{nested}"
-            if not isinstance(block, Mapping):
-                fields.problems.append(f"{where}={short(block)} (not an object)")
-                continue
+            block, where = fields.inside(block, where).get(nested, dict, {}), f"{where}.{nested}"
         elif nested == "sliding_attention":
             # Older Gemma 3 files scale the rope of full-attention layers only.
             continue
@@ -103,7 +95,7 @@ def _none(inner: Fields, top: int | None, max_context: int) -> dict:
 
 
 def _linear(inner: Fields, top: int | None, max_context: int) -> dict:
-    return {"factor": inner.number("factor", REQUIRED)}
+    return {"factor": inner.number("factor")}
 
 
 def _original(inner: Fields, top: int | None, max_context: int) -> int:
@@ -112,7 +104,7 @@ def _original(inner: Fields, top: int | None, max_context: int) -> int:
 
 
 def _llama3(inner: Fields, top: int | None, max_context: int) -> dict:
-    numbers = {key: inner.number(key, REQUIRED) for key in ("factor", "low_freq_factor", "high_freq_factor")}
+    numbers = {key: inner.number(key) for key in ("factor", "low_freq_factor", "high_freq_factor")}
     return numbers | {"original_context": _original(inner, top, max_context)}
 
 
@@ -120,7 +112,7 @@ def _longrope(inner: Fields, top: int | None, max_context: int) -> dict:
     original = _original(inner, top, max_context)
     factor = inner.number("factor", max_context / original)
     default = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
-    factors = {f"{key}s": inner.numbers(key, inner.get(key, REQUIRED) or ()) for key in ("short_factor", "long_factor")}
+    factors = {f"{key}s": inner.numbers(key) for key in ("short_factor", "long_factor")}
     return factors | {
         "original_context": original,
         "attention_factor": inner.number("attention_factor", default),
@@ -139,7 +131,7 @@ def _yarn(inner: Fields, top: int | None, max_context: int) -> dict:
         "original_context": original,
         "beta_fast": inner.number("beta_fast", 32.0) or 32.0,
         "beta_slow": inner.number("beta_slow", 1.0) or 1.0,
-        "truncate": inner.switch("truncate", True),
+        "truncate": inner.get("truncate", bool, True),
         "attention_factor": inner.number("attention_factor", default),
     }
 
