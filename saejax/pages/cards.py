@@ -1,11 +1,12 @@
 """What a notebook shows: tables, and cards of a subject and of a feature. Everything in them is escaped."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from saejax.base.text import visible
 from saejax.features.index.feature import Example, Feature
-from saejax.pages.templates import render
+from saejax.pages.templates import render, source
 
 _EXAMPLES, _NEAR, _LONGEST = 8, 5, 200
 
@@ -55,8 +56,9 @@ def feature(found: Feature) -> str:
     def shown(pairs) -> list[str]:
         return [visible(text) for text, _ in pairs]
 
+    hot = re.search(r"--hot: ([\d, ]+);", source("site/theme.css"))[1]  # a notebook has no theme
     tops = [e for e in found.examples if e.interval == 0][:_EXAMPLES]
-    return render("feature.html", f=found, tokens=shown(found.tokens), promotes=shown(found.promotes),
+    return render("feature.html", f=found, hot=hot, tokens=shown(found.tokens), promotes=shown(found.promotes),
                   demotes=shown(found.demotes), near=found.neighbours[:_NEAR], examples=[_tinted(e, found.max) for e in tops])
 
 

@@ -52,7 +52,7 @@ def test_an_index_is_inspected(run, tmp_path, capsys):
 @pytest.mark.parametrize("arguments, message", [
     (["features"], "saejax features: give"), (["features", "RUN", "--tokens=0"], "--tokens=0: expected a whole number"),
     (["features", "RUN", "--split=x"], "choose from"),
-    (["features", "RUN/store"], "neither a release nor anything"), (["dashboard", "RUN", "RUN"], "give one SAE or one index"),
+    (["features", "RUN/store"], "neither a release nor anything"), (["dashboard", "RUN", "RUN"], "takes SAE_OR_INDEX, not also"),
     (["features", "RUN/checkpoints/FIRST"], "another checkpoint"), (["features", "RUN", "--tokens=1000"], "another corpus"),
     (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):

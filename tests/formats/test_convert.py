@@ -28,8 +28,8 @@ def test_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "give SRC DST --to=FORMAT"),
-        (["x", "--to=saelens"], "give SRC, DST and --to=FORMAT"),
+        ([], "give --to=FORMAT"),
+        (["x", "--to=saelens"], "give SRC DST --to=FORMAT"),
         (["x", "y", "--to=saelens"], "x: does not exist"),
         (["x", "y", "--to=zarr"], "choose one of saelens, sparsify"),
         (["x", "y", "--to=gemma_scope", "--approximate"], "--approximate and --rows=FILE.npy go together"),

@@ -67,7 +67,7 @@ def test_altered_release_is_not_published(released, hub, capsys):
         (["--repo=sae"], "expected ORG/NAME"),
         (["--repo=a/../b"], "expected ORG/NAME"),
         (["--repo=a/b", "--license=my: own"], "license=my: own"),
-        ([], "give one release directory and --repo=ORG/NAME"),
+        ([], "give --repo=ORG/NAME"),
     ],
 )
 def test_mistakes_are_one_line(released, hub, arguments, message, capsys):
