@@ -56,7 +56,7 @@ def feature(found: Feature) -> str:
     def shown(pairs) -> list[str]:
         return [visible(text) for text, _ in pairs]
 
-    hot = re.search(r"--hot: ([\d, ]+);", source("site/theme.css"))[1]  # a notebook has no theme
+    hot = re.search(r"-{2}up: ([\d, ]+);", source("site/theme.css"))[1]  # a notebook has no theme
     tops = [e for e in found.examples if e.interval == 0][:_EXAMPLES]
     return render("feature.html", f=found, hot=hot, tokens=shown(found.tokens), promotes=shown(found.promotes),
                   demotes=shown(found.demotes), near=found.neighbours[:_NEAR], examples=[_tinted(e, found.max) for e in tops])
