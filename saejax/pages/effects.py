@@ -15,9 +15,9 @@ _ROWS, _POINTS, _LONGEST = 40, 2000, 10_000
 
 
 def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Sequence[tuple[str, str]],
-                   rows: Sequence[tuple[str, str]]) -> None:
-    """rows: (what was done, how the prompt goes on). Raises `DiskError`."""
-    shown = [(visible(label, 200), visible(text, _LONGEST)) for label, text in rows]
+                   rows: Sequence[tuple[str, str, str]]) -> None:
+    """rows: (what was done, how the prompt goes on, what it does to the next token). Raises `DiskError`."""
+    shown = [(visible(label, 200), visible(text, _LONGEST), effect) for label, text, effect in rows]
     _write(file, "steering.html", title=title, model=lm_.name, prompt=visible(prompt, _LONGEST), rows=shown,
            settings=[(label, visible(value, 200)) for label, value in settings])
 

@@ -45,7 +45,7 @@ def test_side_by_side(run, alive, tmp_path, capsys):
     assert re.search(r'Content-Security-Policy"\s+content="default-src .none.', page) and f"feature {alive} x 50" in page
     assert main([*asked, "--positions=last"]) == 0
     out = capsys.readouterr().out
-    assert out.count("\n") == 9 and out.startswith("unsteered ")
+    assert out.count("\n") == 9 + 2 + 8 and out.startswith("unsteered ") and out.count("KL ") == 8
 
 
 def test_attribution_with_its_ablation(run, tmp_path, capsys):

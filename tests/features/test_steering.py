@@ -186,3 +186,18 @@ def test_a_dictionary_over_several_devices(lm_, clean):
     np.testing.assert_allclose(*found, atol=1e-5)
     with pytest.raises(SteeringError, match="load it without a mesh"):
         steering.plan(lm_, random_sae("topk", mesh=mesh), changes)
+
+
+def test_what_a_change_does_to_the_next_token(lm_, tokens, index):
+    """KL and probabilities against two passes of the whole model."""
+    sae, change = make_sae(), Change("up", {3: 40.0})
+    [found] = steering.next_tokens(lm_, sae, PROMPT, [change], n=2)
+    taps = steering.plan(lm_, sae, [change], np.array([~np.isin(tokens, [lm_.tokenizer.bos_id])]))
+    clean, changed = (jax.nn.softmax(lm_.model(tokens[None], taps=made)[0, -1]) for made in (None, taps()))
+    assert found.kl == pytest.approx(float((clean * jnp.log(clean / changed)).sum()), rel=1e-3) and found.kl > 1e-4
+    token, before, after = found.rises[0]
+    assert token == int((changed - clean).argmax())
+    assert (before, after) == pytest.approx((float(clean[token]), float(changed[token])), rel=1e-3)
+    assert found.falls[0][0] == int((changed - clean).argmin()) and len(found.rises) == 2
+    [nothing] = steering.next_tokens(lm_, sae, PROMPT, [Change()])
+    assert nothing.kl == 0

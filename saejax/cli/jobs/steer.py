@@ -61,29 +61,43 @@ def run(options: Options) -> int:
         raise ConfigError("saejax steer: give --feature=N, --add-direction=FILE.npy, or --positives=FILE and --negatives=FILE")
     temperature = options.temperature if options.temperature is not None else float(options.samples > 1)
     prompt = options.prompt if not options.chat else subject.lm.tokenizer.chat([{"role": "user", "content": options.prompt}])
-    changes = [change for change in changes for _ in range(options.samples)]
+    distinct, changes = changes, [change for change in changes for _ in range(options.samples)]
     texts = steering.continuations(subject.lm, subject.sae, prompt, changes, positions=_positions(options), tokens=options.tokens,
                                    sampling=lm.Sampling(temperature, options.top_p), seed=options.seed)
     rows = list(zip([c.label for c in changes], texts, strict=True))
+    found = steering.next_tokens(subject.lm, subject.sae, prompt, distinct[1:], positions=_positions(options))
+    effects = {change.label: _effect(subject.lm, one) for change, one in zip(distinct[1:], found, strict=True)}
     if not is_writer():
         return 0
     if options.html:
-        _page(options, subject, rows)
+        _page(options, subject, rows, effects)
     if options.json:
-        print(json.dumps([{"change": label, "text": text} for label, text in rows]))
+        kl = {change.label: one.kl for change, one in zip(distinct[1:], found, strict=True)}
+        print(json.dumps([{"change": label, "text": text, "kl": kl.get(label, 0.0)} for label, text in rows]))
         return 0
     width = max(len(label) for label, _ in rows)
     print("\n".join(f"{visible(label, 200):<{width}}  {visible(text, 4000)}" for label, text in rows))
+    print("\nnext token, against the unsteered model")
+    print("\n".join(f"{visible(label, 200):<{width}}  {effect}" for label, effect in effects.items()))
     if options.html:
         print(f"page     {options.html}")
     return 0
 
 
-def _page(options: Options, subject, rows) -> None:
-    from saejax.pages import effects
+def _effect(lm_, one) -> str:
+    """KL and the largest changes of the next token's probability, safe to look at."""
+    from saejax.base.text import visible
+    moved = [f"{visible(repr(lm_.tokenizer.decode([token])))} {before:.2g} -> {after:.2g}" for token, before, after in one.rises]
+    return f"KL {one.kl:.3g}; {', '.join(moved)}"
+
+
+def _page(options: Options, subject, rows, effects: dict[str, str]) -> None:
+    from saejax.pages import effects as pages
     settings = [("positions", options.positions), ("SAE", str(subject.sae))]
-    effects.write_steering(options.html, subject.lm, title=f"{subject.name}: {options.prompt}", prompt=options.prompt,
-                           settings=settings, rows=rows)
+    index = subject.index_if_any()
+    settings += [(f"feature {f}", index.fires_on(f)) for f in options.feature or () if index is not None]
+    pages.write_steering(options.html, subject.lm, title=f"{subject.name}: {options.prompt}", prompt=options.prompt,
+                         settings=settings, rows=[(label, text, effects.get(label, "")) for label, text in rows])
 
 
 def _of_features(options: Options, subject) -> list:

@@ -31,7 +31,7 @@ from saejax.features.effects.prompting import (
 )
 from saejax.features.index.logits import rows_at
 from saejax.features.index.reader import FeatureIndex
-from saejax.lm import LM, Sampling, generate
+from saejax.lm import LM, Sampling, generate, prompts
 from saejax.lm.prompts import Text, values
 from saejax.sae import from_tensors, tensors
 from saejax.sae.inference import SAE, SAEConfig
@@ -203,6 +203,38 @@ def continuations(lm_: LM, sae: SAE, prompt: Text, changes: Sequence[Change], *,
     rows = generate(lm_.model, [tokens_T.tolist()] * len(changes), tokens, sampling=sampling, seed=seed, stop_ids=stops,
                     taps=taps)
     return [lm_.tokenizer.decode(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """What a change does to the token behind the prompt. kl: KL(unsteered || changed) in nats. rises and falls: (token id,
+    probability before, after), those of the largest changes.
+    """
+
+    kl: float
+    rises: list[tuple[int, float, float]]
+    falls: list[tuple[int, float, float]]
+
+
+def next_tokens(lm_: LM, sae: SAE, prompt: Text, changes: Sequence[Change], *, positions: str | Sequence[int] = "all",
+                n: int = 3) -> list[NextToken]:
+    """For each change what it does to the distribution of the next token; one pass, logits [changes + 1, T, V]."""
+    tokens_T, changes = encoded(lm_, prompt), [Change(), *changes]
+    at_T, after = places(lm_, tokens_T, positions)
+    taps = plan(lm_, sae, changes, np.tile(at_T, (len(changes), 1)), after=after)
+    logits_BV = prompts.logits(lm_.model, prompts.padded(lm_.cfg, [tokens_T] * len(changes)), taps)[:, len(tokens_T) - 1]
+    clean_V, *changed = np.asarray(jax.nn.log_softmax(logits_BV, axis=-1), np.float64)
+    return [_next_token(clean_V, log_V, n) for log_V in changed]
+
+
+def _next_token(clean_V: np.ndarray, log_V: np.ndarray, n: int) -> NextToken:
+    before_V, after_V = np.exp(clean_V), np.exp(log_V)
+    order = np.argsort(after_V - before_V, kind="stable")
+
+    def of(ids) -> list[tuple[int, float, float]]:
+        return [(int(i), float(before_V[i]), float(after_V[i])) for i in ids]
+
+    return NextToken(float((before_V * (clean_V - log_V)).sum()), of(order[::-1][:n]), of(order[:n]))
 
 
 def few_shot_vector(lm_: LM, hookpoint: str, positives: Sequence[str], negatives: Sequence[str]) -> np.ndarray:
