@@ -139,7 +139,7 @@ class Subject:
         if isinstance(given, LM):
             found = given
         elif given is None and named == UNKNOWN:
-            raise ConfigError(f"{self.source}: its files do not name a language model; give model=NAME")
+            raise ConfigError(self._wanted(["model=NAME"]))
         elif config is not None and given in (None, named):
             mesh = lm_mesh(config) if config.lm.mesh.model > 1 else None
             found = _language_model(named, config.lm.revision, config.lm.dtype, mesh)
@@ -159,14 +159,22 @@ class Subject:
                 hookpoint_of(name, lm_.cfg)  # refused where it fits no family, or means another value in this one
         for names, width in ((cfg.hookpoints, cfg.d_in), (cfg.targets, cfg.spec.width_out)):
             if UNKNOWN in names:
-                raise ConfigError(f"{self.source}: its files do not say where in {lm_.name} it reads and writes; give "
-                                  "hookpoint=NAME, as blocks.9.hook_resid_post")
+                raise ConfigError(self._wanted([]))
             for name in names:
                 lm.check_hookpoint(lm_.cfg, name)
             found = [lm.width_of(lm_.cfg, name) for name in names]
             if sum(found) != width:
                 raise FormatError(f"{self.source}: {width} wide at {', '.join(names)}, which {' + '.join(map(str, found))} is in "
                                   f"{lm_.name}; give the model and the hookpoint that it was trained on")
+
+    def _wanted(self, wanted: list[str]) -> str:
+        """What to give besides, in one line."""
+        cfg = self.sae.cfg
+        if UNKNOWN in cfg.hookpoints:
+            wanted = [*wanted, "hookpoint=NAME (as blocks.9.hook_resid_post)"]
+        elif UNKNOWN in cfg.targets:
+            return f"{self.source}: its files do not say where it writes, and nothing else can; use files that do"
+        return f"{self.source}: its files do not say which model it is for, or where in it it reads; give {' and '.join(wanted)}"
 
     @functools.cached_property
     def text(self) -> Text:

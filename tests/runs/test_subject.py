@@ -189,6 +189,7 @@ def test_an_altered_index_is_found_in_its_run(run, tmp_path, capsys):
     ({"hookpoint": "blocks.9.hook_resid_post"}, HookpointError, "use blocks.0 to blocks"),
     ({"hookpoint": "encoder.3"}, HookpointError, "encoder.3"), ({"model": None}, ConfigError, "give model=NAME"),
     ({"hookpoint": None}, ConfigError, "give hookpoint=NAME"),
+    ({"hookpoint": None, "model": None}, ConfigError, "model=NAME and hook"),
     ({"text": None}, ConfigError, "give text=SOURCES"), ({"index": "INDEX"}, FeatureIndexError, "another checkpoint")])
 def test_what_is_missing_or_does_not_fit(run, forms, model_and_text, given, error, message):
     given = {key: run / "features" if value == "INDEX" else value for key, value in given.items()}

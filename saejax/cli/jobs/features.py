@@ -48,10 +48,11 @@ def run(options: Options) -> int:
     if len(found) > 1 and options.out is not None:
         raise ConfigError(f"saejax features: --out={options.out} takes one run; index them one by one")
     for subject in found:
-        baseline, lm_ = options.baseline, subject.lm
+        baseline = options.baseline
         home = options.out or home_of(subject, baseline)
         if home is None:
             raise ConfigError(f"saejax features: {subject.source} is no run with a place for an index: give --out=DIR")
+        lm_ = subject.lm
         if options.rebuild:
             _remove(home)
         sae = subject.sae if baseline is None else baseline_of(baseline, subject)
