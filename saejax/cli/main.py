@@ -13,6 +13,7 @@ from saejax.cli.parsing import declared, flag, parse
 EXIT_MISTAKE = 2       # something that the user can repair; one line on stderr
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+_HELP = {"--help", "-h", "-help"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,40 +34,41 @@ def main(argv: list[str] | None = None) -> int:
 def _dispatch(argv: list[str]) -> int:
     if not argv:
         raise ConfigError(f"no job given; choose one of {', '.join(JOBS)} (`saejax --help` says what they do)")
-    first, *rest = argv
-    wants_help = bool({"--help", "-h", "-help"} & set(argv)) or first == "help"
-    rest = rest[:] if first != "help" else rest[1:]
-    first = argv[1] if first == "help" and len(argv) > 1 else first
-    if first in ("--help", "-h", "-help", "help"):
+    asked = argv[0] == "help" or bool(_HELP & set(argv))
+    words = [word for word in argv if word not in _HELP][argv[0] == "help":]
+    if asked and not words:
         print(overview())
         return 0
-    if first in ("--version", "-version"):
+    if words[0] in ("--version", "-version"):
         print(f"saejax {__version__}")
         return 0
-    job, rest = _found(first, rest)
-    if job is None:
-        print(family_help(first))
-        return 0 if wants_help else EXIT_MISTAKE
-    if wants_help:
+    if asked and len(words) == 1 and _ways(words[0]):
+        print(family_help(words[0]))
+        return 0
+    job, rest = _found(*words)
+    if asked:
         print(job_help(job))
         return 0
     return _start(job, rest)
 
 
-def _found(first: str, rest: list[str]) -> tuple[Job | None, list[str]]:
-    """(the job, its arguments); None where the first word asks for a second one and help was asked for."""
+def _ways(first: str) -> list[str]:
+    """The second words of jobs of two words."""
+    return [name.split()[1] for name in JOBS if name.startswith(f"{first} ")]
+
+
+def _found(first: str, *rest: str) -> tuple[Job, list[str]]:
+    """(the job that the first word, or the first two, name; its arguments). Raises `ConfigError`."""
     if first in JOBS:
-        return JOBS[first], rest
-    ways = [name.split()[1] for name in JOBS if name.startswith(f"{first} ")]
+        return JOBS[first], list(rest)
+    ways = _ways(first)
     if not ways:
         near = difflib.get_close_matches(first, {name.split()[0]: None for name in JOBS}, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(JOBS)}"
         raise ConfigError(f"unknown job {first!r}; {hint}")
-    if rest and rest[0] in ways:
-        return JOBS[f"{first} {rest[0]}"], rest[1:]
-    if rest and rest[0] in ("--help", "-h", "-help"):
-        return None, rest
-    raise ConfigError(f"saejax {first}: say which of {', '.join(ways)}, for example: {JOBS[f'{first} {ways[0]}'].example}")
+    if not rest or rest[0] not in ways:
+        raise ConfigError(f"saejax {first}: say which of {', '.join(ways)}, for example: {JOBS[f'{first} {ways[0]}'].example}")
+    return JOBS[f"{first} {rest[0]}"], list(rest[1:])
 
 
 def _start(job: Job, rest: list[str]) -> int:
