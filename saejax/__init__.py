@@ -20,7 +20,7 @@ def __getattr__(name: str):
         from saejax.runs.subject import open_subject
         return open_subject
     if name == "compare":
-        from saejax.runs.subject import compare_subjects
+        from saejax.runs.comparison import compare_subjects
         return compare_subjects
     if name == "lm":
         import importlib

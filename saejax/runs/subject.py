@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from saejax import lm
@@ -26,7 +25,6 @@ from saejax.data.harvest import lm_mesh
 from saejax.data.store import Store, check_matches, is_complete, model_name
 from saejax.data.text import Text
 from saejax.evals import statistics
-from saejax.features.compare.dictionaries import LEAST, Comparison, compare
 from saejax.features.effects import splicing
 from saejax.features.effects.attribution import Attribution, attribute
 from saejax.features.index import corpus
@@ -237,6 +235,10 @@ class Subject:
 
     def index_if_any(self) -> FeatureIndex | None:
         """`index`; None, with a line that says why, where there is none or the run's belongs to another checkpoint."""
+        return self._index_if_any
+
+    @functools.cached_property
+    def _index_if_any(self) -> FeatureIndex | None:
         if self.given.index is None and (self.index_home is None or not (self.index_home / MANIFEST).is_file()):
             return None
         try:
@@ -397,24 +399,3 @@ def open_subject(source: str | Path, **given) -> Subject:
     if len(found) > 1:
         raise ConfigError(f"{source}: a sweep of {len(found)} SAEs; open one of {', '.join(str(s.source) for s in found)}")
     return found[0]
-
-
-_PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firing of two dictionaries is compared
-
-
-def compare_subjects(a: "str | Path | Subject", b: "str | Path | Subject", *, rows: int = _COMPARED,
-                     least: float = LEAST) -> Comparison:
-    """Which features two dictionaries share, which one lacks, which are split; by decoder rows both ways, and where the first has
-    a store by the firing of matched features on `rows` rows of it. Raises `FeatureIndexError` for dictionaries of two places.
-    """
-    first, second = (s if isinstance(s, Subject) else open_subject(s) for s in (a, b))
-    store, pieces = first.store, None
-    if store is not None and first.sae.cfg.hookpoints == second.sae.cfg.hookpoints:
-        starts = range(0, min(rows, store.rows), _PIECE)
-        pieces = (_kept(store, first.sae.cfg.hookpoints, start, min(start + _PIECE, store.rows)) for start in starts)
-    return compare(first.sae, second.sae, pieces, least=least, progress=first.progress)
-
-
-def _kept(store: Store, hookpoints: tuple[str, ...], start: int, stop: int) -> np.ndarray:
-    keep = store.keep(start, stop)
-    return np.concatenate([store.read(name, start, stop)[keep] for name in hookpoints], axis=1).astype(np.float32)

@@ -19,7 +19,7 @@ def run(options: Options) -> int:
     """Prints what two dictionaries share; with --out the matches of every feature."""
     from saejax.base.storage import is_writer
     from saejax.features.compare.dictionaries import write
-    from saejax.runs.subject import compare_subjects
+    from saejax.runs.comparison import compare_subjects
     found = compare_subjects(*options.paths, rows=options.rows, least=options.least)
     if not is_writer():
         return 0
