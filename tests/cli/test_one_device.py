@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from tests.processes import environment
 
 SCRIPT = """
@@ -37,6 +39,7 @@ with s.spliced():
 """
 
 
+@pytest.mark.slow
 def test_jobs_on_one_device(finished, tmp_path):
     shutil.copytree(finished[1], tmp_path / "run")
     env = environment(1) | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}

@@ -287,6 +287,7 @@ writer.finalize(400)
 """
 
 
+@pytest.mark.slow
 def test_killed_at_random_times_it_becomes_the_same_store(tmp_path):
     rng = np.random.default_rng(0)
     kills = 0

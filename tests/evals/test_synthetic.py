@@ -259,6 +259,7 @@ def test_too_few_rows_are_noticed(tmp_path):
         write_rows(tmp_path / "c", [np.ones((96, 4))], 64, {"h": 4}, **layout)
 
 
+@pytest.mark.slow
 def test_training_recovers_the_world(small, tmp_path):
     world, store = small
     c = default_config("topk")

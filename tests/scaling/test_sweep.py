@@ -223,6 +223,7 @@ def test_members_of_equal_shape_are_compiled_once(store, tmp_path, monkeypatch):
     assert [c.sae.k for c in traced] == [4, 2]
 
 
+@pytest.mark.slow
 def test_members_of_equal_shape_with_other_penalties_are_what_each_would_be_alone(store, tmp_path):
     variations = ("sae.l1=0.1", "sae.l1=0.4", "train.target_l0=6", "train.target_l0=9", "train.lr=0.001 train.tokens=544")
     config = make_config("relu", tmp_path / "run", sweep__variations=variations, **OPTIONS)

@@ -41,7 +41,7 @@ def state_at(config, store, mesh, step):
     return state.replace(step=jax.device_put(jnp.full_like(state.step, step), state.step.sharding)), rows
 
 
-CORE = ("dense", "lazy", "pairs of batch")
+CORE = ("lazy", "pairs of batch")
 
 
 @pytest.mark.parametrize("path", [path if path in CORE else pytest.param(path, marks=pytest.mark.slow) for path in PATHS])
@@ -80,6 +80,7 @@ def test_a_run_falls_step_by_step_in_two_programs(store, tmp_path, monkeypatch):
     assert all(k - 1 < found <= k for k, found in zip(ks, l0, strict=True))
 
 
+@pytest.mark.slow
 def test_several_saes_fall_in_the_same_two(store, tmp_path, monkeypatch):
     made, rates = counted(monkeypatch), (1e-3, 3e-3)
     outcomes = loop.train_all([annealed(tmp_path / str(lr), train__lr=lr, mesh__data=2, mesh__dict=4) for lr in rates], store)

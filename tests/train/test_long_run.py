@@ -124,6 +124,7 @@ def asked():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
+@pytest.mark.slow
 def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path, monkeypatch, asked):
     straight = fingerprints(loop.train(make_config("topk", tmp_path / "straight"), store).state)
     config = make_config("topk", tmp_path / "runs" / "run", train__compilation_cache="on")
@@ -140,6 +141,7 @@ def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path,
     assert asked.count("cache_hits") == asked.count("compile_requests_use_cache") >= 1, "nothing was compiled again"
 
 
+@pytest.mark.slow
 def test_half_an_entry_is_compiled_anew(store, tmp_path, asked):
     config = make_config("topk", tmp_path / "a" / "run", train__compilation_cache=str(tmp_path / "programs"))
     ends = [fingerprints(loop.train(config, store).state)]

@@ -80,6 +80,7 @@ def test_sigterm_saves_and_says_so(store, tmp_path):
     assert f"stopped at step {step} of 50" in out and step < 50
 
 
+@pytest.mark.slow
 def test_two_processes_train_stop_together_and_resume_bitwise(store, tmp_path):
     straight = fingerprints(finish(launch(store, tmp_path / "straight", processes=2, devices=2, mesh__data=2, train__profile=3)))
     assert len(traces(tmp_path / "straight" / "profile")) == 1, "one of the processes writes"

@@ -57,6 +57,7 @@ def straight(store, tmp_path_factory):
     return OnDemand(make)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_the_other_path(store, tmp_path, monkeypatch):
     paths = [make_config("topk", tmp_path / "run", train__path=path) for path in ("dense", "sparse")]
     with monkeypatch.context() as patch:

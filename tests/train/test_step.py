@@ -181,6 +181,7 @@ def test_total_steps_cover_the_tokens(tmp_path):
     assert total_steps(make_config("topk", tmp_path, train__tokens=33)) == 2
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_have_the_same_dead_features_on_both_paths(store, tmp_path):
     """A feature that fires in any part is not dead in the others, dense or sparse; AuxK has something to do."""
     found = {}
