@@ -1,6 +1,6 @@
 """What a notebook does with an SAE, its language model and its index: tables for people, plain values inside."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from saejax.features.effects import steering
 from saejax.features.index.logits import rows_of
 from saejax.features.index.neighbours import nearest
 from saejax.features.index.reader import FeatureIndex
-from saejax.features.search import prompt, sets, text
+from saejax.features.search import prompt
 from saejax.features.search.found import Found
 from saejax.lm import LM
 from saejax.pages.cards import Table
@@ -42,16 +42,6 @@ def by_prompt(lm_: LM, sae: SAE, index: FeatureIndex | None, given: str, by: str
     if by not in ("activation", "relative") or (by == "relative" and index is None):
         raise ConfigError(f"by={by!r}: choose activation, or relative, which needs an index")
     return prompt.by_prompt(lm_, sae, given, n, maxima=index.column("max") if by == "relative" else None)
-
-
-def by_sets(lm_: LM, sae: SAE, positives: Sequence[str], negatives: Sequence[str], n: int) -> list[Found]:
-    """Features that tell the positives from the negatives."""
-    return sets.by_sets(lm_, sae, positives, negatives, n)
-
-
-def by_text(index: FeatureIndex, given: str, n: int) -> list[Found]:
-    """Features whose top examples hold a text."""
-    return text.by_text(index, given, n)
 
 
 def alike(sae: SAE, direction: int | np.ndarray, among: SAE | None, n: int) -> list[Found]:

@@ -30,6 +30,8 @@ from saejax.features.effects.attribution import Attribution, attribute
 from saejax.features.index import corpus
 from saejax.features.index.build import BuildOptions, build
 from saejax.features.index.reader import MANIFEST, FeatureIndex, check_belongs
+from saejax.features.search.sets import by_sets
+from saejax.features.search.text import by_text
 from saejax.formats import hub, loading, saelens
 from saejax.formats.keys import UNKNOWN
 from saejax.lm import LM
@@ -279,9 +281,9 @@ class Subject:
         if prompt is not None:
             found = actions.by_prompt(self.lm, self.sae, index, prompt, by, n)
         elif positives:
-            found = actions.by_sets(self.lm, self.sae, positives, negatives, n)
+            found = by_sets(self.lm, self.sae, positives, negatives, n)
         else:
-            found = actions.by_text(index, find, n) if find is not None else actions.alike(self.sae, like, None, n)
+            found = by_text(index, find, n) if find is not None else actions.alike(self.sae, like, None, n)
         return actions.table_of(found, index)
 
     def steer(self, prompt: str, features: Mapping[int, float] = MappingProxyType({}), *, values: bool = False, samples: int = 1,
