@@ -25,7 +25,7 @@ def rows_of(sweeps: list[Path]) -> list[dict]:
     out = []
     for evaluation in {file.parent.name: file for sweep in sweeps for file in sweep.glob("*/eval.json")}.values():
         sae = read_config(RunPaths(evaluation.parent).config).sae
-        kind = "matryoshka" if sae.groups else f"jumprelu, {sae.objective}" if sae.kind == "jumprelu" else sae.kind
+        kind = "matryoshka" if sae.groups else f"jumprelu, {sae.penalty}" if sae.kind == "jumprelu" else sae.kind
         result = json.loads(evaluation.read_text())["entries"][-1]["result"]
         out.append({"kind": kind, "run": evaluation.parent.name, **{name: result[name] for name in FIGURES}})
     return sorted(out, key=lambda row: (row["kind"], row["l0_mean"]))

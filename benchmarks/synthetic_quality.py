@@ -105,10 +105,13 @@ def open_store(directory: Path, size: Size):
 def recipe(kind: str, size: Size, run: Path, args):
     """The recipe of a kind at a size; only what the size decides, and `--set`, differs from `default_config(kind)`."""
     from saejax.config import default_config, resolve
+    from saejax.config.recipes import WITH_K
     c = default_config(kind)
     c.run_dir, c.lm.model, c.seed, c.log.tensorboard = str(run), "synthetic", args.seed, False
     c.harvest.hookpoints, c.sae.hookpoint = ("synthetic",), "synthetic"
-    c.sae.d_sae, c.sae.k, c.train.target_l0 = size.d_sae, size.k, float(size.k)
+    c.sae.d_sae, c.sae.k = size.d_sae, size.k
+    if c.sae.kind not in WITH_K and c.sae.penalty != "target_l0":
+        c.train.target_l0 = float(size.k)
     c.sae.dead_tokens = size.tokens // 10
     if c.sae.aux_k:
         c.sae.aux_k = min(256, size.d_in // 2)

@@ -15,15 +15,14 @@ def get_config():
     c = default_config("topk")
     c.name = "demo"
     c.harvest.tokens = 393_216
-    c.harvest.batch_contexts = 8
+    c.lm.batch_contexts = 8
     c.train.tokens = 655_360
     c.train.batch = 1024
     c.train.lr = 2e-3
     c.train.lr_warmup = 0.02
     c.sae.d_sae = 4608
-    c.sae.encoder_init_scale = 0.3
+    c.sae.init = "small_encoder"
     c.sae.dead_tokens = 200_000
     c.checkpoint.every_tokens = 131_072
     c.eval.contexts = 64
-    c.eval.batch_contexts = 8
     return c

@@ -15,7 +15,7 @@ def get_config():
     c.name = "demo_relu"
     c.harvest.store = "runs/demo/store"
     c.harvest.tokens = 393_216
-    c.harvest.batch_contexts = 8
+    c.lm.batch_contexts = 8
     c.train.tokens = 2_097_152
     c.train.batch = 1024
     c.train.lr = 1e-3
@@ -23,5 +23,4 @@ def get_config():
     c.sae.dead_tokens = 200_000
     c.checkpoint.every_tokens = 262_144
     c.eval.contexts = 64
-    c.eval.batch_contexts = 8
     return c

@@ -4,7 +4,7 @@ import dataclasses
 import typing
 
 from saejax.config import Config
-from saejax.config.recipes import RECIPES
+from saejax.config.recipes import INITS, RECIPES
 from saejax.config.values import join
 
 
@@ -32,6 +32,9 @@ def reference() -> str:
             walk(child, where)
 
     walk(Config, "")
+    lines.extend(["## Initialisation", "", "What `sae.init` stands for:", "", "| value | start |", "|---|---|"])
+    lines.extend(f"| `{name}` | {init.meaning} |" for name, init in INITS.items())
+    lines.append("")
     lines.extend(["## Recipes", "", "`default_config(kind)` starts from these values:", ""])
     for kind, values in RECIPES.items():
         lines.append(f"- `{kind}`: " + ", ".join(f"`{k}={v!r}`" for k, v in values.items()))

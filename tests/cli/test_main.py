@@ -172,7 +172,7 @@ def test_eval_puts_runs_side_by_side_and_as_json(finished, capsys):
 
 
 def test_evaluation_with_the_model_split_over_devices(finished, model_and_text, tmp_path):
-    extra = "c.lm.mesh.model = 2\nc.harvest.batch_contexts = 4"
+    extra = "c.lm.model_parallel = 2\nc.lm.batch_contexts = 4"
     config = tiny.write_config(tmp_path / "config.py", *model_and_text, tmp_path / "run", extra)
     assert main(["run", f"--config={config}"]) == 0
     split, whole = (next(e["result"] for e in json.loads((run / "eval.json").read_text())["entries"] if e["key"]["contexts"] == 8)

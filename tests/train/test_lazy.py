@@ -246,12 +246,11 @@ def test_a_step_that_is_not_finite_changes_counters_only(store, tmp_path):
 @pytest.mark.parametrize("kind, overrides, message", [
     ("relu", {}, "kind 'relu' has no sparse path, gradients of every row are computed anyway; take kind topk or batchtopk"),
     ("gated", {}, "kind 'gated' has no sparse path"),
-    ("jumprelu", {}, "the sparsity term (config.sae.objective = 'target_l0') moves features that do not fire; take kind topk"),
-    ("jumprelu_tanh", {}, "the pre-activation loss (config.sae.pre_act_coef) moves features that do not fire"),
+    ("jumprelu", {}, "the penalty (config.sae.penalty = 'target_l0') moves features that do not fire; take kind topk"),
+    ("jumprelu_tanh", {}, "the pre-activation loss of the penalty 'tanh' moves features that do not fire"),
     ("topk", {"train__ema": 0.9}, "config.train.ema = 0.9 moves the mean of every row; set it to 0"),
     ("topk", {"train__path": "dense"}, "config.train.path = 'dense' computes gradients of every row; set it to 'auto'"),
     ("topk", {"sae__multi_topk": True}, "config.sae.multi_topk selects again on the dense path; set it to False"),
-    ("topk", {"sae__align": True}, "config.sae.align moves the encoder row of every feature; set it to False"),
 ])
 def test_what_would_move_idle_rows_is_refused(tmp_path, kind, overrides, message):
     with pytest.raises(ConfigError) as error:

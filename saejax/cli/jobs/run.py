@@ -17,7 +17,7 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import configs
     from saejax.train.compilation_cache import kept
     for config in configs(options):
-        with kept(config.train.compilation_cache, Path(config.run_dir)):
+        with kept(Path(config.run_dir)):
             _experiment(config)
     return 0
 
