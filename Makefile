@@ -4,7 +4,8 @@ WORKERS ?= 2  # processes that tests run in
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DOCS := $(VENV)/.docs  # stamp of the `docs` extra, which the slow tests need
+# The stamp of the `docs` extra, which the site and its slow test need.
+DOCS := $(VENV)/.docs
 
 .PHONY: demo test test-slow test-all docs tpu-compiler lint clean
 
@@ -50,5 +51,5 @@ $(DOCS): $(STAMP)
 
 # Leaves runs/ and stores/ alone: they are results.
 clean:
-	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
