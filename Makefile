@@ -30,7 +30,7 @@ test-all: $(DOCS)
 
 # The documentation as a site, in site/.
 docs: $(DOCS)
-	$(BIN)/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
