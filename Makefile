@@ -28,7 +28,7 @@ tpu-compiler: $(STAMP)
 test-all: $(DOCS)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow
 
-# The documentation as a site, in site/.
+# The documentation as a site, in site/. Pages open from disk; their search wants a server: python -m http.server -d site
 docs: $(DOCS)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 

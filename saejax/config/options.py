@@ -211,7 +211,8 @@ class TrainOptions:
                              "are float32. auto: bfloat16 on GPUs and TPUs, else float32",
                              choices=("auto", "float32", "bfloat16"))
     path: str = opt("auto", "how a step of kinds with k is computed (docs/explanation/selection.md). sparse: decoding and "
-                    "gradients from the kept features only; dense: from all; auto: as is faster. The result is the same up to rounding",
+                    "gradients from the kept features only; dense: from all; auto: as is faster. The result is the same up "
+                    "to rounding",
                     choices=("auto", "dense", "sparse"))
     deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
                               "(docs/reference/checkpoint_format.md); CPUs and TPUs give them anyway")
