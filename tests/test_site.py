@@ -50,9 +50,10 @@ def test_links_resolve(page):
 
 
 def test_files_that_code_names_are_there():
-    """docs/... in code, configs and scripts."""
+    """docs/... in code, configs, scripts and the changelog."""
     folders = ("saejax", "tests", "benchmarks", "configs", "launch")
     files = [f for folder in folders for f in (ROOT / folder).rglob("*") if f.suffix in (".py", ".sh", ".yaml", ".sbatch")]
+    files += [ROOT / name for name in ("CHANGELOG.md", "Makefile", "pyproject.toml")]
     named = {(f, name) for f in files for name in re.findall(r"\bdocs/[\w/-]+\.(?:md|csv|png)\b(?! of \w)", f.read_text())}
     assert len(named) > 20
     for file, name in sorted(named):
