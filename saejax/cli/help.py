@@ -14,7 +14,7 @@ WIDTH, _COLUMN = 110, 27
 
 CONFIG = """\
   --config=FILE            Python file whose get_config() returns the config (it is executed)
-  --config.KEY=VALUE       change one key, e.g. --config.train.tokens=2000000; docs/reference/config.md has all
+  --config.KEY=VALUE       change one key, as --config.train.tokens=2000000; docs/reference/config.md has all
 """
 EXIT_CODES = """\
 exit codes:
