@@ -9,8 +9,8 @@
 `sample` draws rows from the peer's own world (sae-lens 6.54.12, the configuration of synth-sae-bench-16k-v2, world
 seed 42) and a held-out set with its true activations; `peer` and `train` read the same rows from DIR, in bfloat16.
 `peer` leaves releases, which `score` measures with the same code and on the same held-out rows as `train` does its
-own; the peer's own figures are kept beside. Kinds: relu topk batchtopk jumprelu matryoshka gated. Ours aim at k by
-`train.target_l0`; the peer's kinds without a k are searched for the coefficient of their penalty until their held-out
+own; the peer's own figures are kept beside. Kinds: relu topk batchtopk jumprelu matryoshka gated. Ours aim at k, relu and
+gated by `train.target_l0`; the peer's kinds without a k are searched for the coefficient of their penalty until their held-out
 L0 is within 3 % of k, at most --tries runs.
 Results are lines of DIR/results.jsonl.
 

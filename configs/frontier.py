@@ -1,12 +1,12 @@
 """All kinds at three L0s on the store of the demo: 21 SAEs of 2304 features over one stream.
 
 Hardware: 2 CPU cores, 3 GB of memory, and the demo's store. Time: 45 minutes.
-Expect:   docs/quality.md, "L0 against error".
+Expect:   docs/measurements/quality.md, "L0 against error".
 Command:  saejax run --config=configs/frontier.py, then python benchmarks/frontier.py runs/frontier
 
-Small batches, learning rates and the size of the first encoder are those of short runs (docs/quality.md): in 384 steps of 1,024
-the penalties of relu and jumprelu do not arrive. Every kind aims at the same L0s: kinds with k by `sae.k`, jumprelu by its
-penalty, the others by `train.target_l0`.
+Small batches, learning rates and the size of the first encoder are those of short runs (docs/measurements/quality.md):
+in 384 steps of 1,024 the penalties of relu and jumprelu do not arrive. Every kind aims at the same L0s: kinds with k and
+jumprelu by `sae.k`, the others by `train.target_l0`.
 """
 
 from saejax.config import default_config

@@ -1,12 +1,12 @@
 """One kind at a published size: SmolLM2-135M, layer 15, L0 = 50, 18,432 features (32 x the width of the model).
 
 Hardware: 2 CPU cores, 6 GB of memory. Time: about 25 minutes for the store, then 15 minutes for each kind, twice that at 64 x.
-Expect:   docs/quality.md, "Wide dictionaries".
+Expect:   docs/measurements/quality.md, "Wide dictionaries".
 Command:  saejax run --config=configs/quality.py:topk       (a recipe of default_config, or RECIPE,FACTOR: topk,64)
 
 All kinds read one store, which the first run harvests. Learning rate and batch are those of a short run of a wide dictionary:
 with a larger rate or smaller batches features die. Tokens with a norm 100 times that of the others, one in 3,000 here, stay out
-of training: each of them moves every feature (docs/quality.md).
+of training: each of them moves every feature (docs/measurements/quality.md).
 """
 
 from saejax.config import default_config

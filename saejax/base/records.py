@@ -13,7 +13,7 @@ class MeshOptions:
     """The device mesh ("data", "dict"): batch rows are split over `data`, dictionary features over `dict`."""
 
     data: int = field(default=-1, metadata={"ge": -1, "doc": "devices along the batch axis; -1 takes what `dict` leaves; both "
-                                            "-1: the fastest shape by prediction (docs/plan.md)"})
+                                            "-1: the fastest shape by prediction (docs/how-to/plan.md)"})
     dict: int = field(default=-1, metadata={"ge": -1, "doc": "devices along the dictionary axis; -1 takes what `data` leaves"})
 
 

@@ -107,7 +107,7 @@ def _check_overrides(arguments: list[str], takes_config: bool, job: str) -> None
                             f"{next(k for k in known if k.startswith(f'{key}.')).removeprefix(f'{key}.')}=...")
             continue
         near = nearest(key, known)
-        hint = f"; did you mean --config.{near}?" if near else "; docs/config.md lists all keys"
+        hint = f"; did you mean --config.{near}?" if near else "; docs/reference/config.md lists all keys"
         problems.append(f"config: unknown key {key!r}{hint}")
     if problems:
         raise ConfigError("; ".join(problems))
@@ -140,7 +140,7 @@ def _config_file_error(file: str, error: BaseException) -> ConfigError:
         return ConfigError(f"{where}: {message}")
     if unknown := re.match(r"""['"]?Key "(\w+)" does not exist""", message):
         near = re.search(r'Did you mean "(\w+)"', message)
-        hint = f"did you mean {near[1]!r}?" if near else "docs/config.md lists all keys"
+        hint = f"did you mean {near[1]!r}?" if near else "docs/reference/config.md lists all keys"
         return ConfigError(f"{where}: unknown key {unknown[1]!r}; {hint}")
     return ConfigError(f"{where}: {type(inner).__name__}: {message[:300]}")
 

@@ -1,8 +1,8 @@
 """One experiment = one `Config`: a `ml_collections.ConfigDict` at the edge, frozen dataclasses inside.
 
 The dataclasses below are the only place where options, defaults and their meaning are written down; the config reference in
-`docs/config.md` is generated from them (`saejax.config.reference`). A config *file* is Python and is executed: run only your own.
-What a run directory keeps is JSON and is never executed.
+`docs/reference/config.md` is generated from them (`saejax.config.reference`). A config *file* is Python and is executed: run only
+your own. What a run directory keeps is JSON and is never executed.
 """
 
 import dataclasses
@@ -112,7 +112,7 @@ class SAEOptions:
     center: bool = opt(False, "subtract the store's mean from each hookpoint first")
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
     pre_bias: bool = opt(True, "subtract b_dec from the input of the encoder")
-    init: str = opt("input_scale", "how weights start (docs/config.md, Initialisation)", choices=tuple(INITS))
+    init: str = opt("input_scale", "how weights start (see Initialisation below)", choices=tuple(INITS))
     aux_k: int = opt(256, "dead features asked to explain the residual error; 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
@@ -157,9 +157,9 @@ class TrainOptions:
     tokens: int = opt(10_000_000, "rows to train on, repeating epochs of the store as needed", gt=0)
     batch: int = opt(4096, "rows of a step; a multiple of the mesh's device count", gt=0)
     lr: float = opt(1e-4, "peak learning rate", gt=0.0)
-    optimizer: str = opt("adam", "Adam, by what it keeps (docs/optimizer.md). adam: two moments, beta1 0.9; second: the second "
-                         "one only, beta1 0; lazy: as second, and only rows of features that fired are read and written "
-                         "(topk, batchtopk). _bf16: moments of matrices in bfloat16", choices=tuple(OPTIMIZERS))
+    optimizer: str = opt("adam", "Adam, by what it keeps (docs/explanation/optimizer.md). adam: two moments, beta1 0.9; second: "
+                         "the second one only, beta1 0; lazy: as second, and only rows of features that fired are read and "
+                         "written (topk, batchtopk). _bf16: moments of matrices in bfloat16", choices=tuple(OPTIMIZERS))
     beta2: float = opt(0.999, "Adam's second-moment decay", ge=0.0, lt=1.0)
     eps: float = opt(6.25e-10, "Adam's epsilon", gt=0.0)
     clip: float | None = opt(1.0, "clip the global gradient norm to this; none: not at all", gt=0.0)
@@ -168,7 +168,7 @@ class TrainOptions:
     lr_shape: str = opt("linear", "shape of rise and fall; cosine: rises from a tenth of `lr`", choices=("linear", "cosine"))
     penalty_warmup: float = opt(0.05, "share of the steps over which lambda rises from 0", ge=0.0, le=1.0)
     target_l0: float | None = opt(None, "active features per token towards which lambda is steered (kinds with a penalty; "
-                                  "docs/concepts.md); none: lambda is `sae.penalty_coef`", gt=0.0)
+                                  "docs/explanation/kinds.md); none: lambda is `sae.penalty_coef`", gt=0.0)
     k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`, evenly in its logarithm", ge=0.0,
                           le=1.0)
     accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "
@@ -178,15 +178,17 @@ class TrainOptions:
     compute_dtype: str = opt("auto", "dtype of both operands of every matrix product, backward ones too; parameters and sums "
                              "are float32. auto: bfloat16 on GPUs and TPUs, else float32",
                              choices=("auto", "float32", "bfloat16"))
-    path: str = opt("auto", "how a step of kinds with k is computed (docs/concepts.md). sparse: decoding and gradients from the "
-                    "kept features only; dense: from all; auto: as is faster. The result is the same up to rounding",
+    path: str = opt("auto", "how a step of kinds with k is computed (docs/explanation/selection.md). sparse: decoding and "
+                    "gradients from the kept features only; dense: from all; auto: as is faster. The result is the same up "
+                    "to rounding",
                     choices=("auto", "dense", "sparse"))
     deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
-                              "(docs/checkpoint_format.md); CPUs and TPUs give them anyway")
-    profile: int = opt(0, "steps to trace, once, when the first steps are done: `<run_dir>/profile` (docs/profiling.md); 0: none",
+                              "(docs/reference/checkpoint_format.md); CPUs and TPUs give them anyway")
+    profile: int = opt(0, "steps to trace, once, when the first steps are done: `<run_dir>/profile` "
+                       "(docs/how-to/profiling.md); 0: none",
                        ge=0)
     init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
-                             "(docs/formats.md)")
+                             "(docs/how-to/other_libraries.md)")
     resample: ResampleOptions = field(default_factory=ResampleOptions)
 
     @property
@@ -235,7 +237,7 @@ class LogOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Several SAEs over one stream of activations, each with its own run directory `<run_dir>/<name>` (docs/sweeps.md)."""
+    """Several SAEs over one stream of activations, each with its own run directory `<run_dir>/<name>` (docs/how-to/sweeps.md)."""
 
     product: tuple[str, ...] = opt((), "keys and their values, as `sae.k=16,32,64`: one SAE for every combination", empty=True)
     variations: tuple[str, ...] = opt((), "one SAE each, as `recipe=relu sae.penalty_coef=3`; with `product` each of them in "
@@ -274,7 +276,7 @@ NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
-    """The locked default config with the recipe of this name (docs/config.md), for a config file to change and return."""
+    """The locked default config with the recipe of this name (docs/reference/config.md), for a config file to change."""
     if kind not in RECIPES:
         raise ConfigError(f"default_config: no recipe {kind!r}; choose one of {', '.join(RECIPES)}")
     config = _to_config_dict(Config())

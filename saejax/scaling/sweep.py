@@ -106,7 +106,7 @@ def _assignment(key: str, text: str, where: str, problems: list[str]) -> dict[st
         problems.append(f"config.sweep.{where}: {key} cannot vary: {reason}")
     elif found is None:
         near = nearest(key, config_lib.flat(Config()))
-        hint = f"did you mean {near}?" if near else "docs/config.md lists all keys"
+        hint = f"did you mean {near}?" if near else "docs/reference/config.md lists all keys"
         problems.append(f"config.sweep.{where}: unknown key {key!r}; {hint}")
     else:
         try:

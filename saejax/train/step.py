@@ -49,8 +49,8 @@ def shared_step(config: Config, spec: SAESpec, total_steps: int, platform: str |
     `Hyperparameters`.
 
     metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, skipped, skipped_in_row, and the
-    terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient. A step whose loss or gradient is not
-    finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
+    terms of the kind's own (docs/explanation/concepts.md); kinds with a penalty add its coefficient. A step whose loss or
+    gradient is not finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
     platform: that it is compiled for, where it is not the one that is here.
     """
     config = alike(config)

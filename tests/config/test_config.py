@@ -133,5 +133,5 @@ def test_any_json_is_a_config_or_a_config_error(values):
 
 
 def test_reference_is_current():
-    path = Path(__file__).parents[2] / "docs" / "config.md"
-    assert path.read_text() == reference() + "\n", "run: python -m saejax.config.reference > docs/config.md"
+    path = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
+    assert path.read_text() == reference() + "\n", "run: python -m saejax.config.reference > docs/reference/config.md"
