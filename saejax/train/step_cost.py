@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from saejax.base import sharding
 from saejax.base.errors import ConfigError
 from saejax.base.hardware import Chip, Topology, present
 from saejax.base.records import MeshOptions
@@ -261,7 +262,7 @@ def best_mesh(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, i
     """
     possible = shapes(topology.size, config.train.batch, config.sae.d_sae)
     if not possible:
-        near = max(1, round(config.train.batch / topology.size)) * topology.size
+        near = sharding.nearest_multiples(config.train.batch, topology.size)
         raise ConfigError(f"config.train.batch: {config.train.batch} rows cannot rest on {topology.size} devices; the nearest "
                           f"valid value is {near}")
 
