@@ -192,7 +192,7 @@ def test_two_dictionaries(s):
     assert found.shares()["shared_A"] == 1 and found.shared.shape == (64, 2)
     assert found.split[int(order[0])] == [0, 64] and 65 in found.only_B and len(found.only_A) == 0
     same = compare(s.sae, s.sae, [x], progress=False)
-    assert same.shares()["cosine"] == pytest.approx(1) and np.nanmin(same.firing_A) == pytest.approx(1)
+    assert same.shares()["cosine"] == pytest.approx(1) and np.nanmin(same.firing.pair_A) == pytest.approx(1)
     with pytest.raises(FeatureIndexError, match="directions of two places"):
         compare(s.sae, SAE(params, SAEConfig(**{**vars(s.sae.cfg), "d_sae": 66, "hookpoints": ("blocks.0.hook_resid_post",)})))
 
