@@ -35,6 +35,21 @@ def test_what_a_run_has_afterwards(run, capsys):
     assert "CE recovered" in meta and "../report.html" in meta and (run / "dashboard" / "index.html").is_file()
 
 
+def test_report_and_dashboard_name_each_other_in_either_order(run, finished, tmp_path, capsys):
+    """Whichever is made last; neither names what is not there."""
+    link, other = 'href="dashboard/index.html"', "../report.html"
+    assert link not in (finished[1] / "report.html").read_text() and link in (run / "report.html").read_text()
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "report.html").unlink()
+    assert main(["dashboard", str(copy)]) == 0
+    out, meta = capsys.readouterr().out, copy / "dashboard" / "data" / "meta.js"
+    assert f"next     saejax steer {copy} " in out and other not in meta.read_text()
+    assert main(["run", str(copy)]) == 0 and main(["run", str(copy)]) == 0
+    assert link in (copy / "report.html").read_text() and meta.read_text().count(other) == 1
+    json.loads(meta.read_text().removeprefix('saejax("meta",0,').removesuffix(");\n"))
+    assert main(["features", str(copy)]) == 0 and f"next     saejax dashboard {copy}\n" in capsys.readouterr().out
+
+
 def test_an_index_by_itself(run, tmp_path, capsys):
     shutil.move(shutil.copytree(run / "features", tmp_path / "features"), tmp_path / "mine")
     assert main(["dashboard", str(tmp_path / "mine"), f"--out={tmp_path / 'site'}"]) == 0

@@ -1,6 +1,7 @@
 """`saejax features`: the index of a dictionary's features over a text."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,7 +63,14 @@ def run(options: Options) -> int:
         verified = fidelity.check(index, sae, lm_, options.verify).to_json() if options.verify else None
         if is_writer():
             _say(index, verified, _export(subject, index) if options.export else None, options.json)
+            if not options.json and baseline is None:
+                print(f"next     saejax dashboard {_shown(subject, index.path)}")
     return 0
+
+
+def _shown(subject, home: Path) -> str:
+    """What the dashboard's job is to be given: the run, or an index that lies elsewhere."""
+    return shlex.quote(str(subject.source if subject.index_home == home and subject.run is not None else home))
 
 
 def _remove(home: Path) -> None:

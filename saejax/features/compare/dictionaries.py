@@ -114,7 +114,10 @@ def compare(a: SAE, b: SAE, rows: Iterable[np.ndarray] | None = None, *, least: 
                                 f"{', '.join(b.cfg.targets)}, {b.params.W_dec.shape[1]} wide: directions of two places")
     with Progress("compare", a.cfg.d_sae, unit="feature", enabled=progress) as bar:
         match_A, cosine_A, match_B, cosine_B = nearest_both_ways(b.params.W_dec, _blocks(a, bar), b.mesh)
-    firing = None if rows is None else correlate(a, b, rows, match_A, match_B)
+    firing = None
+    if rows is not None:
+        with Progress("activations", None, unit="row", enabled=progress) as bar:
+            firing = correlate(a, b, _told(rows, bar), match_A, match_B)
     return Comparison(match_A, cosine_A, match_B, cosine_B, firing, least)
 
 
@@ -140,6 +143,12 @@ def _blocks(sae: SAE, bar: Progress) -> Iterable[np.ndarray]:
         last = min(first + _BLOCK, sae.cfg.d_sae)
         yield rows_of(sae, sae.params.W_dec, first, last)
         bar.advance(last - first)
+
+
+def _told(rows: Iterable[np.ndarray], bar: Progress) -> Iterable[np.ndarray]:
+    for x in rows:
+        yield x
+        bar.advance(len(x))
 
 
 def _mutual(match_A: np.ndarray, match_B: np.ndarray, score_A: np.ndarray, least: float) -> np.ndarray:

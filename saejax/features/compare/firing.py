@@ -21,7 +21,7 @@ from saejax.base import sharding
 from saejax.features.index.neighbours import LEAST_SUPPORT
 from saejax.sae.inference import SAE
 
-_PIECE, _PRODUCTS = 1 << 26, 1 << 24  # activations [B, F] of a piece; products of a block of features of A, 16 bytes each
+_PIECE, _PRODUCTS = 1 << 24, 1 << 24  # activations [B, F] of a piece; products of a block of features of A, 16 bytes each
 
 
 @dataclass(frozen=True)
