@@ -121,7 +121,7 @@ class Subject:
         names = sae.cfg.hookpoints if hookpoint is None else (hookpoint,)
         cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target))
         out = SAE(sae.params, cfg, sae.mesh)
-        out.writer = saelens.write
+        out.writer, out.source, out.card = saelens.write, str(self.source), cards.sae
         return out
 
     @property
@@ -359,7 +359,7 @@ def _known(name: str) -> str:
 @functools.lru_cache(maxsize=1)
 def _language_model(model: str, revision: str | None, dtype: str, mesh: Mesh | None) -> LM:
     """Loaded once for all subjects that use it."""
-    return lm.load(model, revision=revision, dtype=dtype, mesh=mesh)
+    return dataclasses.replace(lm.load(model, revision=revision, dtype=dtype, mesh=mesh), card=cards.language_model)
 
 
 def forget_language_model() -> None:

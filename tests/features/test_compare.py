@@ -102,6 +102,17 @@ def test_active_pairs_are_the_activations(world, kind, monkeypatch):
         np.testing.assert_allclose(firing.active(sae, x).toarray(), sharding.to_host(sae.encode(x)), atol=1e-6)
 
 
+def test_dictionaries_of_different_placement(world):
+    """One on one device, the other over a mesh, and the other way round."""
+    W, x = world
+    order = np.random.default_rng(6).permutation(F)
+    one, whole = sae_of(W, W), sae_of(W[order], W[order], mesh_of((2, 4)))
+    for a, b, expected in ((one, whole, np.argsort(order)), (whole, one, order)):
+        found = compare(a, b, [x], progress=False)
+        np.testing.assert_array_equal(found.match_A, expected)
+        np.testing.assert_array_equal(found.firing.match_A, expected)
+
+
 def test_firing_and_direction_are_apart(world, tmp_path):
     """B reads as A does in one order and writes as A does in another: each measure finds its own."""
     W, x = world

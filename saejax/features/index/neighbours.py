@@ -88,17 +88,17 @@ def nearest_both_ways(directions_FD: jax.Array, blocks: Iterable[np.ndarray], me
         mesh = sharding.single_device_mesh(next(iter(directions_FD.devices())))
         directions_FD = jax.device_put(directions_FD, sharding.sharding(mesh, "features", None))
     F, found, first = directions_FD.shape[0], [], 0
-    with jax.set_mesh(mesh):
-        best = [sharding.place(np.full(F, fill, dtype), sharding.sharding(mesh, "features"))
-                for fill, dtype in ((0, np.int32), (-np.inf, np.float32))]
-        for queries in blocks:
-            for start in range(0, len(queries), block):
-                part = np.asarray(queries[start:start + block], np.float32)
-                padded = np.pad(part, ((0, block - len(part)), (0, 0)))
+    best = [sharding.place(np.full(F, fill, dtype), sharding.sharding(mesh, "features"))
+            for fill, dtype in ((0, np.int32), (-np.inf, np.float32))]
+    for queries in blocks:  # made where no mesh is set: they may come from another one
+        for start in range(0, len(queries), block):
+            part = np.asarray(queries[start:start + block], np.float32)
+            padded = np.pad(part, ((0, block - len(part)), (0, 0)))
+            with jax.set_mesh(mesh):
                 *of_queries, best = _both_ways(directions_FD, padded, *best, np.int32(first), np.int32(len(part)))
-                found.append([np.asarray(x)[:len(part), 0] for x in jax.device_get(of_queries)])
-                first += len(part)
-        of_rows = [sharding.to_host(x) for x in best]
+            found.append([np.asarray(x)[:len(part), 0] for x in jax.device_get(of_queries)])
+            first += len(part)
+    of_rows = [sharding.to_host(x) for x in best]
     return (*(np.concatenate(column) for column in zip(*found, strict=True)), *of_rows)
 
 
