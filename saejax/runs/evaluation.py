@@ -19,6 +19,7 @@ def evaluated(subject: Subject, contexts: int | None = None) -> dict:
 
     contexts: instead of the config's. Kept is what was measured as the run's config says, not with another model, text or store.
     """
+    subject.require(text=True)
     options = subject.config.eval if subject.config is not None else EvalOptions()
     options = options if contexts is None else dataclasses.replace(options, contexts=contexts)
     key = _key(subject, options)

@@ -39,7 +39,7 @@ from saejax.lm.hookpoints import hookpoint_of
 from saejax.lm.load import tapped
 from saejax.pages import cards
 from saejax.pages.cards import Table
-from saejax.runs import actions
+from saejax.runs import actions, missing
 from saejax.runs.layout import located, mesh_of, run_of, saved_config
 from saejax.sae.inference import SAE
 from saejax.train.checkpoint import is_step
@@ -134,12 +134,11 @@ class Subject:
         """The language model; shared with other subjects of the same one. Raises `LMError`; `ConfigError` where its name is not
         known; `HookpointError` and `FormatError` where it has no such hookpoint, or one of another width.
         """
+        self.require()
         given, config = self.given.model, self.config
         named = config.lm.model if config is not None else self._loaded[1].cfg.model
         if isinstance(given, LM):
             found = given
-        elif given is None and named == UNKNOWN:
-            raise ConfigError(self._wanted(["model=NAME"]))
         elif config is not None and given in (None, named):
             mesh = lm_mesh(config) if config.lm.mesh.model > 1 else None
             found = _language_model(named, config.lm.revision, config.lm.dtype, mesh)
@@ -159,7 +158,7 @@ class Subject:
                 hookpoint_of(name, lm_.cfg)  # refused where it fits no family, or means another value in this one
         for names, width in ((cfg.hookpoints, cfg.d_in), (cfg.targets, cfg.spec.width_out)):
             if UNKNOWN in names:
-                raise ConfigError(self._wanted([]))
+                raise ConfigError(f"{self.source}: its files do not say where it writes, and nothing else can; use files that do")
             for name in names:
                 lm.check_hookpoint(lm_.cfg, name)
             found = [lm.width_of(lm_.cfg, name) for name in names]
@@ -167,14 +166,13 @@ class Subject:
                 raise FormatError(f"{self.source}: {width} wide at {', '.join(names)}, which {' + '.join(map(str, found))} is in "
                                   f"{lm_.name}; give the model and the hookpoint that it was trained on")
 
-    def _wanted(self, wanted: list[str]) -> str:
-        """What to give besides, in one line."""
-        cfg = self.sae.cfg
-        if UNKNOWN in cfg.hookpoints:
-            wanted = [*wanted, "hookpoint=NAME (as blocks.9.hook_resid_post)"]
-        elif UNKNOWN in cfg.targets:
-            return f"{self.source}: its files do not say where it writes, and nothing else can; use files that do"
-        return f"{self.source}: its files do not say which model it is for, or where in it it reads; give {' and '.join(wanted)}"
+    def require(self, *also: tuple[str, str], text: bool = False) -> None:
+        """Raises `ConfigError` that names everything that is missing of model and hookpoint, of the text where that is needed,
+        and `also`: (what it is, how it is given), see `runs.missing`.
+        """
+        found = [*missing.of(self._loaded[1].cfg, self.given, self.config, text=text), *also]
+        if found:
+            raise ConfigError(missing.said(self.source, found))
 
     @functools.cached_property
     def text(self) -> Text:
@@ -191,8 +189,7 @@ class Subject:
             known = {"source": config.text.source}
         source = known.get("source") if given is None else given.split(",") if isinstance(given, str) else given
         if not source:
-            raise ConfigError(f"{self.source}: its files name no text; give text=SOURCES: presets, files, directories or hub "
-                              "ids, with commas between")
+            self.require(*[] if config is None else [missing.TEXT], text=True)
         base = Text.of(config) if config is not None else Text(TextOptions())
         kept = {key: known[key] for key in ("context", "bos") if config is None and known.get(key)}
         if self.given.context is not None:
@@ -259,6 +256,7 @@ class Subject:
         hookpoints = hookpoints or self.sae.cfg.hookpoints
         if split is None and (self.given.store or self.given.text is None) and self.store is not None:
             return corpus.from_store(self.store, hookpoints, tokens)
+        self.require(text=True)
         batch = 8 if self.config is None else self.config.harvest.batch_contexts
         return corpus.from_text(self.text, self.lm, hookpoints, split=split or "train", tokens=tokens or TOKENS, batch=batch)
 

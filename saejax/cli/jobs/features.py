@@ -44,6 +44,7 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import subjects
     from saejax.features.index import fidelity
     from saejax.features.index.build import BuildOptions, build
+    from saejax.runs import missing
     from saejax.runs.baseline import baseline_of, home_of
     found = subjects(options)
     if len(found) > 1 and options.out is not None:
@@ -51,8 +52,7 @@ def run(options: Options) -> int:
     for subject in found:
         baseline = options.baseline
         home = options.out or home_of(subject, baseline)
-        if home is None:
-            raise ConfigError(f"saejax features: {subject.source} is no run with a place for an index: give --out=DIR")
+        subject.require(*[missing.OUT] if home is None else [], text=options.split is not None or options.store is None)
         lm_ = subject.lm
         if options.rebuild:
             _remove(home)

@@ -128,7 +128,7 @@ def _of_features(options: Options, subject) -> list:
 def _maxima(subject, chosen: list[int]) -> dict[int, float]:
     from saejax.features.effects import steering
     if subject.index_home is None:
-        raise ConfigError("saejax steer: only an index knows the feature's maximum: give --index=DIR or --max=VALUE")
+        subject.require(("how high the features rise", "index=DIR or max=VALUE"))
     return {feature: steering.maximum(subject.index, feature) for feature in chosen}
 
 
