@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from saejax.base import assets
-from saejax.base.errors import LMError
+from saejax.base.errors import HookpointError, LMError
 from saejax.lm import prompts, tokenizer, weights
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_config import from_gguf
@@ -75,6 +75,8 @@ class LM:
         Several hookpoints: a dictionary of them. A list of texts: a list of results. Nothing above the highest hookpoint is
         computed. Raises `HookpointError` and `PromptError`.
         """
+        if not isinstance(hookpoints, str | Sequence):
+            raise HookpointError(f"hookpoint {hookpoints!r}: expected a name, or a list of names")
         names = [hookpoint_of(name, self.cfg) for name in ([hookpoints] if isinstance(hookpoints, str) else hookpoints)]
         for name in names:
             check_hookpoint(self.cfg, name)

@@ -49,6 +49,8 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FeatureIndexError(f"{out}: is a file; choose another directory")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
         raise FeatureIndexError(f"{out}: is not empty and no dashboard; choose another directory")
     for feature in explanations:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.base.errors import ConfigError
 from saejax.data.store import Store
 from saejax.features.compare.dictionaries import LEAST, Comparison, compare
 from saejax.runs.subject import Subject, open_subject
@@ -17,6 +18,8 @@ def compare_subjects(a: str | Path | Subject, b: str | Path | Subject, *, rows: 
     on `rows` rows of the first one's store, or the second one's; by decoder rows alone where there is none, or they read
     different places. Raises `FeatureIndexError` for dictionaries of two places.
     """
+    if rows < 1:
+        raise ConfigError(f"rows={rows}: activations are compared on one row at least")
     first, second = (s if isinstance(s, Subject) else open_subject(s) for s in (a, b))
     pieces, hookpoints = None, first.sae.cfg.hookpoints
     if hookpoints == second.sae.cfg.hookpoints:

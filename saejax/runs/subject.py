@@ -177,7 +177,9 @@ class Subject:
     @functools.cached_property
     def text(self) -> Text:
         """The text whose activations it explains. Raises `ConfigError` where neither caller nor files name one."""
-        given, config = self.given.text, self.config
+        given, config, context = self.given.text, self.config, self.given.context
+        if context is not None and context < 1:
+            raise ConfigError(f"context={context}: expected a whole number of at least 1")
         if isinstance(given, Text):
             return given
         if isinstance(given, TextOptions):
@@ -262,7 +264,7 @@ class Subject:
 
     def top(self, acts, n: int = 5) -> Table:
         """The n most active features of each token of activations [T, F], or of one token [F]."""
-        return actions.top(acts, self.index_if_any(), n)
+        return actions.top(acts, self.sae.cfg.d_sae, self.index_if_any(), n)
 
     def search(self, prompt: str | None = None, *, by: str | None = None, positives: Sequence[str] = (),
                negatives: Sequence[str] = (), find: str | None = None, like=None, n: int = actions.MOST) -> Table:
@@ -272,9 +274,8 @@ class Subject:
         "activation". positives, negatives: those that tell these prompts apart. find: those whose top examples hold this text.
         like: those of the nearest decoder rows to a feature, or to a vector [d_out]. Raises `ConfigError` for several or no ways.
         """
-        ways = prompt is not None, len(positives) > 0, find is not None, like is not None
-        if sum(ways) != 1 or (negatives and not positives) or (by and prompt is None):
-            raise ConfigError("search: give one of a prompt (with by), positives (with negatives), find and like")
+        ways = {"prompt": prompt, "positives": positives, "find": find, "like": like}
+        actions.check_search(ways, negatives, by, n)
         index = self.index if find is not None else self.index_if_any()
         if prompt is not None:
             found = actions.by_prompt(self.lm, self.sae, index, prompt, by, n)
@@ -292,6 +293,7 @@ class Subject:
         values: the numbers are activations, not multiples, and no index is needed. samples: of each, drawn at temperature 1 where
         there are several and nothing else is said. Equal seeds give equal texts. Raises `SteeringError`, `FeatureIndexError`.
         """
+        actions.check_changes(features)
         temperature = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
         wanted = dict(features) if values else actions.values_of(self.index, features) if features else {}
         return actions.steer(self.lm, self._whole_sae(), prompt, wanted, samples=samples, seed=seed, tokens=tokens,
@@ -395,6 +397,11 @@ def open_subject(source: str | Path, **given) -> Subject:
     given: `model`, `hookpoint`, `text`, `context`, `index`, `store`, `mesh`, `format`, see `Given`. Raises `FormatError` where
     nothing or more than one format fits, `ConfigError` for a sweep, whose SAEs are opened one by one.
     """
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"{type(source).__name__}: expected a path or a name")
+    unknown = given.keys() - {field.name for field in dataclasses.fields(Given)}
+    if unknown:
+        raise ConfigError(f"{sorted(unknown)[0]}=...: expected some of {', '.join(f.name for f in dataclasses.fields(Given))}")
     found = open_all(source, Given(**given))
     if len(found) > 1:
         raise ConfigError(f"{source}: a sweep of {len(found)} SAEs; open one of {', '.join(str(s.source) for s in found)}")

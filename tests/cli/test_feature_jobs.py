@@ -69,7 +69,13 @@ def test_an_index_is_inspected(run, tmp_path, capsys):
     (["features", "RUN", "--split=x"], "choose from"),
     (["features", "RUN/store"], "neither a release nor anything"), (["dashboard", "RUN", "RUN"], "takes SAE_OR_INDEX, not also"),
     (["features", "RUN/checkpoints/FIRST"], "another checkpoint"), (["features", "RUN", "--tokens=1000"], "another corpus"),
-    (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory")])
+    (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory"),
+    (["dashboard", "RUN", "--out=RUN/config.json"], "is a file; choose another directory"),
+    (["features", "RUN", "--tokens=3", "--tokens=4"], "--tokens is given twice"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--feature=2"], "--feature is given twice"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--tokens=1", "--html=RUN"], "/run: is a directory; name a file"),
+    (["search", "like", "RUN", "RUN/none.npy"], "/none.npy: not a readable .npy file"),
+    (["compare", "RUN", "RUN", "--least=2"], "least=2"), (["compare", "RUN", "RUN", "--rows=64", "--out=RUN"], "is a directory")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):
     first = min(int(step.name) for step in (run / "checkpoints").iterdir() if step.name.isdigit())
     capsys.readouterr()

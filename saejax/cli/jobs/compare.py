@@ -65,5 +65,5 @@ JOB = Job(
     "compare", "understand", "which features two dictionaries share, which one lacks, which are split", """
     Reads two SAEs that write to one place, as runs or files; prints which share of their features is each other's nearest by
     decoder row, has no match, or is split into several; which share is each other's best match by activations on a store of
-    either; and where the two agree. Writes nothing but what --out names.
+    either; and where the two agree; writes nothing but what --out names.
     """, "saejax compare runs/demo runs/k64", Options, run)

@@ -109,6 +109,8 @@ def compare(a: SAE, b: SAE, rows: Iterable[np.ndarray] | None = None, *, least: 
     2 F_A F_B D operations for both ways, in blocks of 1,024 features of A; with rows what `firing.correlate` says. Raises
     `FeatureIndexError` for dictionaries that write to different places.
     """
+    if not 0 <= least <= 1:
+        raise FeatureIndexError(f"least={least}: cosines and correlations of a match are between 0 and 1")
     if a.cfg.targets != b.cfg.targets or a.params.W_dec.shape[1] != b.params.W_dec.shape[1]:
         raise FeatureIndexError(f"one decoder writes to {', '.join(a.cfg.targets)}, {a.params.W_dec.shape[1]} wide, the other to "
                                 f"{', '.join(b.cfg.targets)}, {b.params.W_dec.shape[1]} wide: directions of two places")
