@@ -14,7 +14,7 @@ __all__ = ["__version__", "compare", "lm", "load", "open"]
 def __getattr__(name: str):
     # Not imported before they are used: `saejax --help` must not wait for jax.
     if name == "load":
-        from saejax.formats import load
+        from saejax.runs.notebook import load
         return load
     if name == "open":
         from saejax.runs.subject import open_subject

@@ -93,3 +93,7 @@ class RunPaths:
     @property
     def report(self) -> Path:
         return self.root / "report.html"
+
+    @property
+    def dashboard(self) -> Path:
+        return self.root / "dashboard"

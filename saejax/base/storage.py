@@ -20,10 +20,12 @@ def disk_errors(path):
     try:
         yield
     except OSError as error:
+        if error.errno == errno.EISDIR:
+            raise DiskError(f"{error.filename2 or path}: is a directory; name a file") from error
         if error.errno in (errno.ENOTDIR, errno.EEXIST):
             raise DiskError(f"{error.filename or path}: a file or a dangling link lies where a directory is needed; remove it or "
                             "choose another directory") from error
-        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EISDIR):
+        if error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise DiskError(f"{error.filename or path}: {error.strerror}; free space or choose another directory") from error
         raise
     except ValueError as error:

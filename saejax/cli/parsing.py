@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import itertools
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -51,7 +52,9 @@ def parse(job: Job, arguments: Sequence[str]) -> Any:
     config, rest = config_of(job.name, list(arguments), takes_config=bool(declared(job, "config")))
     parser = _Parser(prog=program, add_help=False, allow_abbrev=False)
     add_arguments(parser, job)
-    found, unknown = parser.parse_known_intermixed_args(_normalised(job, rest))
+    rest = _normalised(job, rest)
+    _check_once(job, rest)
+    found, unknown = parser.parse_known_intermixed_args(rest)
     if unknown:
         raise ConfigError(_unknown(job, unknown[0]))
     given = {f.name: _value(program, f, getattr(found, f.name)) for f in fields(job.options) if f.metadata["role"] != "config"}
@@ -77,6 +80,16 @@ def _normalised(job: Job, arguments: list[str]) -> list[str]:
             argument = name + equals + rest
         out.append(argument)
     return out
+
+
+def _check_once(job: Job, arguments: list[str]) -> None:
+    """Of a value given twice one would be passed over in silence."""
+    takes, seen = {flag(f.name) for f in declared(job, "value")}, set()
+    for argument in itertools.takewhile(lambda argument: argument != "--", arguments):
+        name = argument.split("=")[0]
+        if name in takes and name in seen:
+            raise ConfigError(f"saejax {job.name}: {name} is given twice; give it once")
+        seen.add(name)
 
 
 def _unknown(job: Job, argument: str) -> str:

@@ -61,17 +61,18 @@ def prompts_of(file: Path) -> list[str]:
 
 
 def array_of(option: str, file: Path) -> np.ndarray:
-    """The numbers in an .npy file that an option names."""
+    """The numbers in an .npy file that an option names; "": that stands without a name."""
+    given = f"--{option}={file}" if option else str(file)
     try:
         return np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"--{option}={file}: not a readable .npy file of numbers "
-                          f"({' '.join(str(error).split())[:150]})") from error
+        raise ConfigError(f"{given}: not a readable .npy file of numbers ({' '.join(str(error).split())[:150]})") from error
 
 
 def vector_of(option: str, file: Path) -> np.ndarray:
     """The vector [D] float32 in an .npy file that an option names."""
     found = array_of(option, file)
     if found.ndim != 1 or not np.issubdtype(found.dtype, np.number) or not np.isfinite(found).all():
-        raise ConfigError(f"--{option}={file}: shape {found.shape}, {found.dtype}; give one vector of finite numbers")
+        given = f"--{option}={file}" if option else str(file)
+        raise ConfigError(f"{given}: shape {found.shape}, {found.dtype}; give one vector of finite numbers")
     return found.astype(np.float32)

@@ -57,6 +57,9 @@ class Store:
         self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name), pool)
                          for name, array in spec.arrays().items()}
 
+    def __repr__(self) -> str:
+        return f"Store({str(self.path)!r}, {self.rows:,} rows of {', '.join(self.hookpoints)})"[:150]
+
     @classmethod
     def open(cls, path: str | Path, *, full: bool = False) -> "Store":
         """Opens a finished store. Checks the manifest and the size of every file, with `full` also every digest.

@@ -52,6 +52,10 @@ class Text:
         """The text of a config, as it was harvested."""
         return cls(config.text, config.seed_of_data, config.harvest.mask_special)
 
+    def __repr__(self) -> str:
+        o = self.options
+        return f"Text({', '.join(o.source)}, {o.split}, contexts of {o.context} tokens)"[:150]
+
 
 def is_held_out(text: str, holdout: float) -> bool:
     """blake2b(text) / 2^64 < holdout."""

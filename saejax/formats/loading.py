@@ -60,7 +60,7 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
     if name not in OURS and "saejax_version" not in sae.cfg.metadata:
         sae.cfg.metadata.setdefault("source", {"format": name})
         say(f"{path}: {name}, {sae}")
-    sae.writer = saelens.write
+    sae.writer, sae.source = saelens.write, str(path) if source is None else source.origin
     if source is not None:
         sae.cfg.metadata["hub"] = {"repo": source.repo, "path": source.path, "revision": revision}
     return sae

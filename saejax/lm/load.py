@@ -5,7 +5,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from saejax.base import assets
-from saejax.base.errors import LMError
+from saejax.base.errors import HookpointError, LMError
 from saejax.lm import prompts, tokenizer, weights
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_config import from_gguf
@@ -58,6 +58,7 @@ class LM:
     name: str
     digest: str
     revision: str | None = None
+    card: Callable[["LM"], str] | None = field(default=None, repr=False, compare=False)  # HTML for notebooks, where one draws it
 
     def tokens(self, text: prompts.Text) -> np.ndarray:
         """Token ids int32 [T] of a text, or these ids, with BOS before them, once, where the model has one.
@@ -74,6 +75,8 @@ class LM:
         Several hookpoints: a dictionary of them. A list of texts: a list of results. Nothing above the highest hookpoint is
         computed. Raises `HookpointError` and `PromptError`.
         """
+        if not isinstance(hookpoints, str | Sequence):
+            raise HookpointError(f"hookpoint {hookpoints!r}: expected a name, or a list of names")
         names = [hookpoint_of(name, self.cfg) for name in ([hookpoints] if isinstance(hookpoints, str) else hookpoints)]
         for name in names:
             check_hookpoint(self.cfg, name)
@@ -99,7 +102,11 @@ class LM:
 
     def __repr__(self) -> str:
         cfg = self.cfg
-        return f"LM({self.name!r}, {cfg.n_layers} layers, d_model={cfg.d_model}, vocab={cfg.vocab_size})"
+        name = self.name if len(self.name) <= 80 else f"...{self.name[-77:]}"
+        return f"LM({name!r}, {cfg.n_layers} layers, d_model={cfg.d_model}, vocab={cfg.vocab_size})"
+
+    def _repr_html_(self) -> str | None:
+        return None if self.card is None else self.card(self)
 
 
 @contextlib.contextmanager

@@ -31,7 +31,7 @@ class Tokenizer:
     """Text to token ids and back. Ids of special tokens are None when the model has none; 0 is an id like any other."""
 
     backend: Backend = field(repr=False)
-    special_ids: frozenset[int]
+    special_ids: frozenset[int] = field(repr=False)
     bos_id: int | None
     eos_id: int | None
     pad_id: int | None

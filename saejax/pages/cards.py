@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from saejax.base.text import visible
 from saejax.features.index.feature import Example, Feature
+from saejax.lm import LM, hookpoints
 from saejax.pages.templates import render, source
 
 _EXAMPLES, _NEAR, _LONGEST = 8, 5, 200
@@ -49,6 +50,33 @@ class Table:
 def facts(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """A card of (label, value)."""
     return render("facts.html", title=visible(title, _LONGEST), rows=[(visible(a), visible(b, _LONGEST)) for a, b in rows])
+
+
+def sae(found) -> str:
+    """A card of an SAE (`sae.inference.SAE`)."""
+    c = found.cfg
+    k = f", k = {c.k}" if c.k else ""
+    shape = "" if c.spec.shape == "sae" else f" {c.spec.shape}"
+    width = f"{c.d_in:,} wide" + (f", {c.spec.width_out:,} written" if c.spec.width_out != c.d_in else "")
+    norm = "none" if c.input_norm == "none" else f"{c.input_norm} of every row"
+    scales = c.metadata.get("training", {}).get("scales")
+    norm += f"; that of the training (x {scales[0]:.4g}) is in the weights" if scales else ""
+    mesh = "" if found.mesh is None else f", split over {found.mesh.shape['dict']} devices"
+    return facts("SAE", [
+        ("kind", f"{c.kind}{shape}{k}"), ("shape", f"{c.d_sae:,} features, {width}{mesh}"), ("hookpoint", c.place),
+        ("model", c.model), ("norm", norm), ("files", found.source or "none: it was made in Python")])
+
+
+def language_model(found: LM) -> str:
+    """A card of a language model."""
+    cfg, names = found.cfg, hookpoints(found.cfg)
+    inside = [name.removeprefix("blocks.0.") for name in names if name.startswith("blocks.0.")]
+    outside = [name for name in names if not name.startswith("blocks.")]
+    return facts("Language model", [
+        ("name", found.name if found.revision is None else f"{found.name}, revision {found.revision}"),
+        ("layers", f"{cfg.n_layers}"), ("width", f"{cfg.d_model:,}"), ("vocabulary", f"{cfg.vocab_size:,} tokens"),
+        ("context", f"{cfg.max_context:,} tokens"), ("dtype", found.model.dtype.name),
+        ("hookpoints", f"{', '.join(outside)}, and of blocks.0 to blocks.{cfg.n_layers - 1}:"), ("", ", ".join(inside))])
 
 
 def feature(found: Feature) -> str:

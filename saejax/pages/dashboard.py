@@ -11,15 +11,19 @@ number is F / 64 and the page loads what it shows. Every text from the corpus ha
 put on the page as text, never as HTML; the page's policy allows no script but its own files.
 """
 
+import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from urllib.parse import quote
 
 import numpy as np
 
 from saejax.base.errors import FeatureIndexError
 from saejax.base.logs import Progress
-from saejax.base.storage import write_bytes, write_json
+from saejax.base.records import RunPaths
+from saejax.base.storage import read_json, write_bytes, write_json
 from saejax.base.text import script_json, visible
 from saejax.base.version import __version__
 from saejax.features.index.examples import INTERVALS
@@ -30,6 +34,7 @@ LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
 STYLES = ("theme.css", "app.css")
 SCRIPTS = ("elements.js", "data.js", "tip.js", "charts.js", "map.js", "list.js", "feature.js", "app.js")  # in this order
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
+_META = 'saejax("meta",0,'
 _SHOWN_TOKENS = 4        # in a line of the list
 _LONGEST = 400           # characters of an explanation
 
@@ -44,6 +49,8 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
     """
     out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise FeatureIndexError(f"{out}: is a file; choose another directory")
     if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
         raise FeatureIndexError(f"{out}: is not empty and no dashboard; choose another directory")
     for feature in explanations:
@@ -65,6 +72,39 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     _write(out / "data" / "meta.js", "meta", 0,
            _meta(index, title, figures, links) | {"explained": len(explanations), "map": places_F2 is not None})
     return _write_page(out, title)
+
+
+def is_dashboard(path: Path) -> bool:
+    """Whether a finished dashboard lies there."""
+    return (path / MARK).is_file() and (path / "index.html").is_file()
+
+
+def add_link(out: Path, label: str, address: str) -> None:
+    """One more link on the front page of a dashboard, where it is not there yet."""
+    head, meta = _META, out / "data" / "meta.js"
+    said = meta.read_text("ascii") if meta.is_file() else ""
+    if not said.startswith(head):
+        return
+    known = json.loads(said.removeprefix(head).removesuffix(");\n"))
+    if [label, address] not in known["links"]:
+        _write(meta, "meta", 0, known | {"links": [*known["links"], [label, address]]})
+
+
+def address_in(dashboard: Path, feature: int, page: Path) -> str:
+    """The address of a feature's page, relative to another page's file."""
+    there = os.path.relpath((dashboard / "index.html").absolute(), page.absolute().parent)
+    return f"{quote(Path(there).as_posix())}#feature={feature}"
+
+
+def beside(index: FeatureIndex) -> Path | None:
+    """The dashboard of this index where its own place has one, else None."""
+    out = place_of(index.path)
+    return out if is_dashboard(out) and read_json(out / MARK).get("index") == index.manifest["sha256"] else None
+
+
+def place_of(index: Path) -> Path:
+    """Where the dashboard of an index stands when nothing else is said: beside it."""
+    return RunPaths((index.absolute() if index.is_absolute() or index.parent == Path() else index).parent).dashboard
 
 
 def _write(file: Path, kind: str, number: int, value) -> None:

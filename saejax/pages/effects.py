@@ -9,25 +9,30 @@ from saejax.base.storage import write_bytes
 from saejax.base.text import visible
 from saejax.features.effects.attribution import Attribution, agreement
 from saejax.lm import LM
+from saejax.pages.dashboard import address_in
 from saejax.pages.templates import render
 
 _ROWS, _POINTS, _LONGEST = 40, 2000, 10_000
 
 
-def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Sequence[tuple[str, str]],
+def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Sequence[tuple[str, str, str]],
                    rows: Sequence[tuple[str, str, str]]) -> None:
-    """rows: (what was done, how the prompt goes on, what it does to the next token). Raises `DiskError`."""
+    """settings: (of what, what, relative address of a page about it or ""). rows: (what was done, how the prompt goes on, what it
+    does to the next token). Raises `DiskError`.
+    """
     shown = [(visible(label, 200), visible(text, _LONGEST), effect) for label, text, effect in rows]
     _write(file, "steering.html", title=title, model=lm_.name, prompt=visible(prompt, _LONGEST), rows=shown,
-           settings=[(label, visible(value, 200)) for label, value in settings])
+           settings=[(visible(label, 200), visible(value, 200), address) for label, value, address in settings])
 
 
-def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, labels: dict[int, str]) -> None:
-    """labels: what is known of features, by number. Raises `DiskError`."""
+def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, labels: dict[int, str],
+                      dashboard: Path | None = None) -> None:
+    """labels: what is known of features, by number. dashboard: of these features, which pages link to. Raises `DiskError`."""
     text = [visible(t) for t in lm_.tokenizer.token_strings(found.tokens_T)]
     total_T = np.bincount(found.position_P, found.attribution_P, minlength=len(text))
     pairs = [{"token": text[found.position_P[p]], "position": int(found.position_P[p]), "feature": int(found.feature_P[p]),
               "activation": found.activation_P[p], "attribution": found.attribution_P[p], "ablation": found.ablation_P[p],
+              "address": "" if dashboard is None else address_in(dashboard, int(found.feature_P[p]), file),
               "label": visible(labels.get(int(found.feature_P[p]), ""), 200)} for p in found.best(_ROWS)]
     against = "the mean logit" if found.against is None else visible(lm_.tokenizer.decode([found.against]))
     _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.decode([found.target])),

@@ -2,33 +2,51 @@
 
 from pathlib import Path
 
+from markupsafe import Markup
+
 from saejax import config as config_lib
 from saejax.base.logs import read_metrics
 from saejax.base.records import RunPaths
 from saejax.base.storage import write_bytes
 from saejax.config.recipes import WITH_K
+from saejax.pages.dashboard import add_link, is_dashboard
 from saejax.pages.plots import Plot, curves, histogram_plot, line_plot
 from saejax.pages.summary import Result, described, rows
 from saejax.pages.templates import render
 
+LINK = ("Report of the run", "../report.html")  # of the dashboard
+_WITHOUT = '<p id="dashboard"></p>'
+_WITH = '<p id="dashboard"><a href="dashboard/index.html">Dashboard of the features</a></p>'
+
 
 def write_report(paths: RunPaths, result: Result) -> Path:
-    """Writes the report of a run and returns its path. Raises `DiskError`.
+    """Writes the report of a run and returns its path; it and the run's dashboard name each other where that is there. Raises
+    `DiskError`.
 
     Everything in it is text or a picture: the page's policy forbids script and any address but data URIs, and every
     value from config or metrics is escaped.
     """
-    write_bytes(paths.report, html(result, read_metrics(paths.metrics)).encode())
+    there = is_dashboard(paths.dashboard)
+    write_bytes(paths.report, html(result, read_metrics(paths.metrics), dashboard=there).encode())
+    if there:
+        add_link(paths.dashboard, *LINK)
     return paths.report
 
 
-def html(result: Result, lines: list[dict]) -> str:
-    """The page as a string."""
+def link_dashboard(paths: RunPaths) -> None:
+    """Names the run's dashboard in a report that was made before it."""
+    page = paths.report.read_text("utf-8") if paths.report.is_file() and is_dashboard(paths.dashboard) else ""
+    if _WITHOUT in page:
+        write_bytes(paths.report, page.replace(_WITHOUT, _WITH, 1).encode())
+
+
+def html(result: Result, lines: list[dict], *, dashboard: bool = False) -> str:
+    """The page as a string; dashboard: it stands beside it."""
     config = config_lib.flat(result.config)
     defaults = config_lib.flat(config_lib.Config())
     return render(
         "report.html", name=result.config.name, story=_story(result), table=rows(result),
-        plots=plots(result, lines), resamples=_resamples(lines),
+        dashboard=Markup(_WITH if dashboard else _WITHOUT), plots=plots(result, lines), resamples=_resamples(lines),
         config=[(key, repr(value), value != defaults[key]) for key, value in config.items()])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from saejax import lm
 from saejax.base import sharding
-from saejax.base.errors import ConfigError
+from saejax.base.errors import ConfigError, SteeringError
 from saejax.features.effects import steering
 from saejax.features.index.logits import rows_of
 from saejax.features.index.neighbours import nearest
@@ -20,11 +20,13 @@ from saejax.sae.inference import SAE
 MOST = 10  # features that a search gives
 
 
-def top(acts, index: FeatureIndex | None, n: int) -> Table:
-    """The n most active features of each token (or one) of activations [T, F]; their maximum and what they fire on as the index
-    has it.
+def top(acts, features: int, index: FeatureIndex | None, n: int) -> Table:
+    """The n most active of the features of each token (or one) of activations [T, F]; their maximum and what they fire on as the
+    index has it. Raises `ConfigError` for activations of another shape.
     """
     acts_TF = np.atleast_2d(sharding.to_host(acts) if hasattr(acts, "sharding") else np.asarray(acts))
+    if acts_TF.ndim != 2 or acts_TF.shape[1] != features or not np.issubdtype(acts_TF.dtype, np.number):
+        raise ConfigError(f"top: {acts_TF.dtype} of shape {np.shape(acts)}; expected activations [tokens, {features}]")
     maxima = None if index is None else index.column("max")
     rows = []
     for position, acts_F in enumerate(acts_TF):
@@ -44,14 +46,41 @@ def by_prompt(lm_: LM, sae: SAE, index: FeatureIndex | None, given: str, by: str
     return prompt.by_prompt(lm_, sae, given, n, maxima=index.column("max") if by == "relative" else None)
 
 
+def check_search(ways: Mapping[str, object], negatives, by: str | None, n: int) -> None:
+    """Raises `ConfigError` unless there is one way to search, of its kind, and a number of features to find."""
+    given = [name for name, value in ways.items() if value is not None and not (name == "positives" and len(value) == 0)]
+    if len(given) != 1 or (len(negatives) and given != ["positives"]) or (by and given != ["prompt"]):
+        raise ConfigError("search: give one of a prompt (with by), positives (with negatives), find and like")
+    if isinstance(ways["positives"], str) or isinstance(negatives, str):
+        raise ConfigError("search: positives and negatives are lists of prompts")
+    if ways["find"] is not None and not isinstance(ways["find"], str):
+        raise ConfigError(f"search: find={ways['find']!r} is no text")
+    if not isinstance(n, int | np.integer) or n < 1:
+        raise ConfigError(f"search: n={n!r}: expected a whole number of at least 1")
+
+
+def _direction(sae: SAE, given) -> np.ndarray:
+    try:
+        found = np.asarray(given, np.float32)
+    except (TypeError, ValueError):
+        found = None
+    width = sae.params.W_dec.shape[1]
+    if found is None or found.shape != (width,) or not np.isfinite(found).all():
+        what = repr(given)[:40] if found is None else f"shape {found.shape}"
+        raise ConfigError(f"like: {what}; expected the number of a feature, or a vector of {width} finite numbers")
+    return found
+
+
 def alike(sae: SAE, direction: int | np.ndarray, among: SAE | None, n: int) -> list[Found]:
-    """Features whose decoder rows are nearest to that of a feature, or to a vector [d_out]; among those of another SAE."""
+    """Features whose decoder rows are nearest to that of a feature, or to a vector [d_out]; among those of another SAE. Raises
+    `SteeringError` where there is no such feature, `ConfigError` for what is no such vector.
+    """
     where, own = among or sae, None
-    if isinstance(direction, int | np.integer):
+    if isinstance(direction, int | np.integer) and not isinstance(direction, bool):
         number = steering.check_feature(sae, int(direction))
         own = None if among is not None else np.array([number])
         direction = rows_of(sae, sae.params.W_dec, number, number + 1)[0]
-    ids, cosines = nearest(where.params.W_dec, np.asarray(direction, np.float32)[None], n, where.mesh, own=own)
+    ids, cosines = nearest(where.params.W_dec, _direction(sae, direction)[None], n, where.mesh, own=own)
     return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
 
 
@@ -66,10 +95,21 @@ def steer(lm_: LM, sae: SAE, given: str, features: Mapping[int, float], *, sampl
     """How a prompt goes on with these features at these values, beside the unsteered text, `samples` times."""
     for feature in features:
         steering.check_feature(sae, feature)
+    if samples < 1 or tokens < 1:
+        raise SteeringError(f"samples={samples}, tokens={tokens}: expected at least 1 of each")
     label = ", ".join(f"{feature} at {value:.4g}" for feature, value in features.items()) or "unsteered"
     changes = [steering.Change()] * samples + ([steering.Change(label, dict(features))] * samples if features else [])
     texts = steering.continuations(lm_, sae, given, changes, positions=positions, tokens=tokens, sampling=sampling, seed=seed)
     return Table(("change", "text"), [(change.label, said) for change, said in zip(changes, texts, strict=True)])
+
+
+def check_changes(features) -> None:
+    """Raises `SteeringError` unless these are numbers of features with finite numbers."""
+    if not isinstance(features, Mapping):
+        raise SteeringError(f"features: expected {{number: value}}, got {type(features).__name__}")
+    for feature, value in features.items():
+        if not isinstance(feature, int | np.integer) or not isinstance(value, int | float | np.number) or not np.isfinite(value):
+            raise SteeringError(f"{{{feature!r}: {value!r}}}: expected the number of a feature and a finite number")
 
 
 def values_of(index: FeatureIndex, scales: Mapping[int, float]) -> dict[int, float]:

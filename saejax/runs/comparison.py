@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.base.errors import ConfigError
 from saejax.data.store import Store
 from saejax.features.compare.dictionaries import LEAST, Comparison, compare
 from saejax.runs.subject import Subject, open_subject
@@ -13,14 +14,19 @@ _PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firi
 
 def compare_subjects(a: str | Path | Subject, b: str | Path | Subject, *, rows: int = _COMPARED,
                      least: float = LEAST) -> Comparison:
-    """Which features two dictionaries share, which one lacks, which are split; by decoder rows both ways, and where the first has
-    a store by the firing of matched features on `rows` rows of it. Raises `FeatureIndexError` for dictionaries of two places.
+    """Which features two dictionaries share, which one lacks, which are split: by decoder rows both ways, and by the activations
+    on `rows` rows of the first one's store, or the second one's; by decoder rows alone where there is none, or they read
+    different places. Raises `FeatureIndexError` for dictionaries of two places.
     """
+    if rows < 1:
+        raise ConfigError(f"rows={rows}: activations are compared on one row at least")
     first, second = (s if isinstance(s, Subject) else open_subject(s) for s in (a, b))
-    store, pieces = first.store, None
-    if store is not None and first.sae.cfg.hookpoints == second.sae.cfg.hookpoints:
-        starts = range(0, min(rows, store.rows), _PIECE)
-        pieces = (_kept(store, first.sae.cfg.hookpoints, start, min(start + _PIECE, store.rows)) for start in starts)
+    pieces, hookpoints = None, first.sae.cfg.hookpoints
+    if hookpoints == second.sae.cfg.hookpoints:
+        store = first.store or second.store
+        if store is not None:
+            stop = min(rows, store.rows)
+            pieces = (_kept(store, hookpoints, start, min(start + _PIECE, stop)) for start in range(0, stop, _PIECE))
     return compare(first.sae, second.sae, pieces, least=least, progress=first.progress)
 
 

@@ -19,6 +19,7 @@ def evaluated(subject: Subject, contexts: int | None = None) -> dict:
 
     contexts: instead of the config's. Kept is what was measured as the run's config says, not with another model, text or store.
     """
+    subject.require(text=True)
     config = subject.config or Config()
     options = config.eval
     options = options if contexts is None else dataclasses.replace(options, contexts=contexts)

@@ -39,7 +39,7 @@ from saejax.lm.hookpoints import hookpoint_of
 from saejax.lm.load import tapped
 from saejax.pages import cards
 from saejax.pages.cards import Table
-from saejax.runs import actions
+from saejax.runs import actions, missing
 from saejax.runs.layout import located, mesh_of, run_of, saved_config
 from saejax.sae.inference import SAE
 from saejax.train.checkpoint import is_step
@@ -121,7 +121,7 @@ class Subject:
         names = sae.cfg.hookpoints if hookpoint is None else (hookpoint,)
         cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target))
         out = SAE(sae.params, cfg, sae.mesh)
-        out.writer = saelens.write
+        out.writer, out.source, out.card = saelens.write, str(self.source), cards.sae
         return out
 
     @property
@@ -134,12 +134,11 @@ class Subject:
         """The language model; shared with other subjects of the same one. Raises `LMError`; `ConfigError` where its name is not
         known; `HookpointError` and `FormatError` where it has no such hookpoint, or one of another width.
         """
+        self.require()
         given, config = self.given.model, self.config
         named = config.lm.model if config is not None else self._loaded[1].cfg.model
         if isinstance(given, LM):
             found = given
-        elif given is None and named == UNKNOWN:
-            raise ConfigError(self._wanted(["model=NAME"]))
         elif config is not None and given in (None, named):
             mesh = lm_mesh(config) if config.lm.model_parallel > 1 else None
             found = _language_model(named, config.lm.revision, config.lm.dtype, mesh)
@@ -159,7 +158,7 @@ class Subject:
                 hookpoint_of(name, lm_.cfg)  # refused where it fits no family, or means another value in this one
         for names, width in ((cfg.hookpoints, cfg.d_in), (cfg.targets, cfg.spec.width_out)):
             if UNKNOWN in names:
-                raise ConfigError(self._wanted([]))
+                raise ConfigError(f"{self.source}: its files do not say where it writes, and nothing else can; use files that do")
             for name in names:
                 lm.check_hookpoint(lm_.cfg, name)
             found = [lm.width_of(lm_.cfg, name) for name in names]
@@ -167,19 +166,20 @@ class Subject:
                 raise FormatError(f"{self.source}: {width} wide at {', '.join(names)}, which {' + '.join(map(str, found))} is in "
                                   f"{lm_.name}; give the model and the hookpoint that it was trained on")
 
-    def _wanted(self, wanted: list[str]) -> str:
-        """What to give besides, in one line."""
-        cfg = self.sae.cfg
-        if UNKNOWN in cfg.hookpoints:
-            wanted = [*wanted, "hookpoint=NAME (as blocks.9.hook_resid_post)"]
-        elif UNKNOWN in cfg.targets:
-            return f"{self.source}: its files do not say where it writes, and nothing else can; use files that do"
-        return f"{self.source}: its files do not say which model it is for, or where in it it reads; give {' and '.join(wanted)}"
+    def require(self, *also: tuple[str, str], text: bool = False) -> None:
+        """Raises `ConfigError` that names everything that is missing of model and hookpoint, of the text where that is needed,
+        and `also`: (what it is, how it is given), see `runs.missing`.
+        """
+        found = [*missing.of(self._loaded[1].cfg, self.given, self.config, text=text), *also]
+        if found:
+            raise ConfigError(missing.said(self.source, found))
 
     @functools.cached_property
     def text(self) -> Text:
         """The text whose activations it explains. Raises `ConfigError` where neither caller nor files name one."""
-        given, config = self.given.text, self.config
+        given, config, context = self.given.text, self.config, self.given.context
+        if context is not None and context < 1:
+            raise ConfigError(f"context={context}: expected a whole number of at least 1")
         if isinstance(given, Text):
             return given
         if isinstance(given, TextOptions):
@@ -191,8 +191,7 @@ class Subject:
             known = {"source": config.text.source}
         source = known.get("source") if given is None else given.split(",") if isinstance(given, str) else given
         if not source:
-            raise ConfigError(f"{self.source}: its files name no text; give text=SOURCES: presets, files, directories or hub "
-                              "ids, with commas between")
+            self.require(*[] if config is None else [missing.TEXT], text=True)
         base = Text.of(config) if config is not None else Text(TextOptions())
         kept = {key: known[key] for key in ("context", "bos") if config is None and known.get(key)}
         if self.given.context is not None:
@@ -259,12 +258,13 @@ class Subject:
         hookpoints = hookpoints or self.sae.cfg.hookpoints
         if split is None and (self.given.store or self.given.text is None) and self.store is not None:
             return corpus.from_store(self.store, hookpoints, tokens)
+        self.require(text=True)
         batch = 8 if self.config is None else self.config.lm.batch_contexts
         return corpus.from_text(self.text, self.lm, hookpoints, split=split or "train", tokens=tokens or TOKENS, batch=batch)
 
     def top(self, acts, n: int = 5) -> Table:
         """The n most active features of each token of activations [T, F], or of one token [F]."""
-        return actions.top(acts, self.index_if_any(), n)
+        return actions.top(acts, self.sae.cfg.d_sae, self.index_if_any(), n)
 
     def search(self, prompt: str | None = None, *, by: str | None = None, positives: Sequence[str] = (),
                negatives: Sequence[str] = (), find: str | None = None, like=None, n: int = actions.MOST) -> Table:
@@ -274,9 +274,8 @@ class Subject:
         "activation". positives, negatives: those that tell these prompts apart. find: those whose top examples hold this text.
         like: those of the nearest decoder rows to a feature, or to a vector [d_out]. Raises `ConfigError` for several or no ways.
         """
-        ways = prompt is not None, len(positives) > 0, find is not None, like is not None
-        if sum(ways) != 1 or (negatives and not positives) or (by and prompt is None):
-            raise ConfigError("search: give one of a prompt (with by), positives (with negatives), find and like")
+        ways = {"prompt": prompt, "positives": positives, "find": find, "like": like}
+        actions.check_search(ways, negatives, by, n)
         index = self.index if find is not None else self.index_if_any()
         if prompt is not None:
             found = actions.by_prompt(self.lm, self.sae, index, prompt, by, n)
@@ -294,6 +293,7 @@ class Subject:
         values: the numbers are activations, not multiples, and no index is needed. samples: of each, drawn at temperature 1 where
         there are several and nothing else is said. Equal seeds give equal texts. Raises `SteeringError`, `FeatureIndexError`.
         """
+        actions.check_changes(features)
         temperature = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
         wanted = dict(features) if values else actions.values_of(self.index, features) if features else {}
         return actions.steer(self.lm, self._whole_sae(), prompt, wanted, samples=samples, seed=seed, tokens=tokens,
@@ -359,7 +359,7 @@ def _known(name: str) -> str:
 @functools.lru_cache(maxsize=1)
 def _language_model(model: str, revision: str | None, dtype: str, mesh: Mesh | None) -> LM:
     """Loaded once for all subjects that use it."""
-    return lm.load(model, revision=revision, dtype=dtype, mesh=mesh)
+    return dataclasses.replace(lm.load(model, revision=revision, dtype=dtype, mesh=mesh), card=cards.language_model)
 
 
 def forget_language_model() -> None:
@@ -397,6 +397,11 @@ def open_subject(source: str | Path, **given) -> Subject:
     given: `model`, `hookpoint`, `text`, `context`, `index`, `store`, `mesh`, `format`, see `Given`. Raises `FormatError` where
     nothing or more than one format fits, `ConfigError` for a sweep, whose SAEs are opened one by one.
     """
+    if not isinstance(source, str | Path):
+        raise ConfigError(f"{type(source).__name__}: expected a path or a name")
+    unknown = given.keys() - {field.name for field in dataclasses.fields(Given)}
+    if unknown:
+        raise ConfigError(f"{sorted(unknown)[0]}=...: expected some of {', '.join(f.name for f in dataclasses.fields(Given))}")
     found = open_all(source, Given(**given))
     if len(found) > 1:
         raise ConfigError(f"{source}: a sweep of {len(found)} SAEs; open one of {', '.join(str(s.source) for s in found)}")

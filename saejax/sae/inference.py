@@ -57,6 +57,12 @@ class SAEConfig:
         return " ".join(self.hookpoints)
 
     @property
+    def place(self) -> str:
+        """What it reads and writes, in few words."""
+        read = self.hookpoint if len(self.hookpoints) < 3 else f"{self.hookpoints[0]} ... {self.hookpoints[-1]}"
+        return f"{read} -> {self.target}" if self.target else read
+
+    @property
     def targets(self) -> tuple[str, ...]:
         """The hookpoints that are reconstructed."""
         return (self.target,) if self.target else self.hookpoints
@@ -156,6 +162,8 @@ class SAE:
         self.cfg, self.mesh = cfg, mesh
         self.params = jax.device_put(params, param_shardings(mesh, tensors(params))) if mesh is not None else params
         self.writer = None  # (directory, SAE): what writes it; `saejax.load` sets it
+        self.source = None  # where it was read
+        self.card = None    # HTML of it for notebooks, where somebody draws it
 
     @property
     def hookpoint(self) -> str:
@@ -255,5 +263,7 @@ class SAE:
         c = self.cfg
         k = f", k={c.k}" if c.k else ""
         shape = "" if c.spec.shape == "sae" else f" {c.spec.shape}"
-        where = f"{c.hookpoint} -> {c.target}" if c.target else c.hookpoint
-        return f"SAE({c.kind}{shape}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {where} of {c.model})"
+        return f"SAE({c.kind}{shape}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {c.place} of {c.model})"[:150]
+
+    def _repr_html_(self) -> str | None:
+        return None if self.card is None else self.card(self)

@@ -1,5 +1,6 @@
 """`saejax steer`, `saejax attribute` and `saejax neurons` as a user meets them, on a finished run."""
 
+import html
 import json
 import re
 import shutil
@@ -46,6 +47,24 @@ def test_side_by_side(run, alive, tmp_path, capsys):
     assert main([*asked, "--positions=last"]) == 0
     out = capsys.readouterr().out
     assert out.count("\n") == 9 + 2 + 8 and out.startswith("unsteered ") and out.count("KL ") == 8
+
+
+def test_pages_link_to_the_dashboard_of_the_index_that_was_read(run, alive, tmp_path):
+    copy = shutil.copytree(run, tmp_path / "a <run>")
+    steered = copy / "pages" / "steered.html"
+    asked = ["steer", str(copy), "--prompt=the cat", f"--feature={alive},3", "--tokens=2"]
+    attributed = ["attribute", str(copy), "--prompt=the cat", "--token=a", "--pairs=1"]
+    assert main([*asked, f"--html={steered}"]) == 0
+    fires_on = html.escape(FeatureIndex.open(copy / "features").fires_on(alive))
+    assert "href" not in steered.read_text() and f"fires on {fires_on}" in steered.read_text()
+    assert main(["dashboard", str(copy)]) == 0
+    assert main([*asked, f"--html={steered}"]) == 0 and main([*attributed, f"--html={tmp_path / 'attributed.html'}"]) == 0
+    for feature in (alive, 3):
+        assert f'<a href="../dashboard/index.html#feature={feature}">feature {feature}</a>' in steered.read_text()
+    assert '<a href="a%20%3Crun%3E/dashboard/index.html#feature=' in (tmp_path / "attributed.html").read_text()
+    mark = json.loads((copy / "dashboard" / "dashboard.json").read_text())
+    (copy / "dashboard" / "dashboard.json").write_text(json.dumps(mark | {"index": "0" * 64}))
+    assert main([*asked, f"--html={steered}"]) == 0 and "href" not in steered.read_text(), "the dashboard of another index"
 
 
 def test_attribution_with_its_ablation(run, tmp_path, capsys):

@@ -35,6 +35,21 @@ def test_what_a_run_has_afterwards(run, capsys):
     assert "CE recovered" in meta and "../report.html" in meta and (run / "dashboard" / "index.html").is_file()
 
 
+def test_report_and_dashboard_name_each_other_in_either_order(run, finished, tmp_path, capsys):
+    """Whichever is made last; neither names what is not there."""
+    link, other = 'href="dashboard/index.html"', "../report.html"
+    assert link not in (finished[1] / "report.html").read_text() and link in (run / "report.html").read_text()
+    copy = shutil.copytree(run, tmp_path / "run")
+    (copy / "report.html").unlink()
+    assert main(["dashboard", str(copy)]) == 0
+    out, meta = capsys.readouterr().out, copy / "dashboard" / "data" / "meta.js"
+    assert f"next     saejax steer {copy} " in out and other not in meta.read_text()
+    assert main(["run", str(copy)]) == 0 and main(["run", str(copy)]) == 0
+    assert link in (copy / "report.html").read_text() and meta.read_text().count(other) == 1
+    json.loads(meta.read_text().removeprefix('saejax("meta",0,').removesuffix(");\n"))
+    assert main(["features", str(copy)]) == 0 and f"next     saejax dashboard {copy}\n" in capsys.readouterr().out
+
+
 def test_an_index_by_itself(run, tmp_path, capsys):
     shutil.move(shutil.copytree(run / "features", tmp_path / "features"), tmp_path / "mine")
     assert main(["dashboard", str(tmp_path / "mine"), f"--out={tmp_path / 'site'}"]) == 0
@@ -54,7 +69,13 @@ def test_an_index_is_inspected(run, tmp_path, capsys):
     (["features", "RUN", "--split=x"], "choose from"),
     (["features", "RUN/store"], "neither a release nor anything"), (["dashboard", "RUN", "RUN"], "takes SAE_OR_INDEX, not also"),
     (["features", "RUN/checkpoints/FIRST"], "another checkpoint"), (["features", "RUN", "--tokens=1000"], "another corpus"),
-    (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory")])
+    (["dashboard", "RUN", "--out=RUN/store"], "no dashboard; choose another directory"),
+    (["dashboard", "RUN", "--out=RUN/config.json"], "is a file; choose another directory"),
+    (["features", "RUN", "--tokens=3", "--tokens=4"], "--tokens is given twice"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--feature=2"], "--feature is given twice"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--tokens=1", "--html=RUN"], "/run: is a directory; name a file"),
+    (["search", "like", "RUN", "RUN/none.npy"], "/none.npy: not a readable .npy file"),
+    (["compare", "RUN", "RUN", "--least=2"], "least=2"), (["compare", "RUN", "RUN", "--rows=64", "--out=RUN"], "is a directory")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):
     first = min(int(step.name) for step in (run / "checkpoints").iterdir() if step.name.isdigit())
     capsys.readouterr()

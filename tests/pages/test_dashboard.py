@@ -9,12 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from saejax.base.errors import FeatureIndexError
+from saejax.base.records import RunPaths
 from saejax.base.text import LONGEST, script_json, visible
+from saejax.config import default_config, resolve
 from saejax.features.index.reader import FeatureIndex
 from saejax.pages import dashboard
-from saejax.pages.dashboard import write_dashboard
+from saejax.pages.dashboard import add_link, address_in, write_dashboard
+from saejax.pages.report import LINK, html, link_dashboard
+from saejax.pages.summary import Rates, Result
 from tests.features.conftest import DEAD, FEATURES
 from tests.pages.browser import CHROMIUM, Browser
+from tests.pages.test_report import EVALUATION
 
 HOSTILE = ["<script>window.hacked=1</script>", "</script><img src=x onerror='window.hacked=1'>", "a\u202eb\u2066c", "nul\x00nul",
            "\u2028\u2029", "x" * 100_000, "'\"`${1}", "javascript:alert(1)", "{{ 7 * 7 }}", "\ud800", "e" + "\u0301" * 500,
@@ -169,6 +174,28 @@ def test_search_sort_open_hover_and_back(browser, site, index):
     browser.js("history.back()")
     browser.wait("!!document.querySelector('#search')")
     assert browser.js("location.hash") == searched and len(rows_of(browser)) < 38
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_from_the_report_to_a_feature_and_back(browser, index, tmp_path):
+    """The links of the report, of a page about one prompt, and of the dashboard, clicked."""
+    site = write_dashboard(index, tmp_path / "dashboard", title="tiny", progress=False)
+    page = html(Result(resolve(default_config("topk")), RunPaths(tmp_path), 1, EVALUATION, Rates(None, None)), [])
+    (tmp_path / "report.html").write_text(page)
+    link_dashboard(RunPaths(tmp_path))
+    add_link(site.parent, *LINK)
+    browser.size(1280, 1000)
+    browser.open(tmp_path / "report.html")
+    browser.wait("!!document.querySelector('#dashboard a')")
+    browser.click("#dashboard a")
+    browser.wait("document.querySelectorAll('#list tbody tr').length > 5")
+    browser.click("a[href='../report.html']")
+    browser.wait("document.title.endsWith('saejax report')")
+    address = address_in(site.parent, 3, tmp_path / "pages" / "steered.html")
+    assert address == "../dashboard/index.html#feature=3"
+    browser.open((tmp_path / "pages" / address.split("#")[0]).resolve(), "#feature=3")
+    browser.wait("document.querySelector('h1')?.textContent === 'Feature 3'")
     assert browser.troubles() == []
 
 

@@ -19,14 +19,17 @@ from saejax.pages.summary import Rates, Result, described, table
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
 
 
+EVALUATION = {
+    "hookpoint": "blocks.9.hook_resid_post", "model": "smollm2-135m", "tokens": 1000, "outlier_tokens": 3, "contexts": 8,
+    "l0_mean": 31.9, "l0_median": 32.0, "fvu": 0.2, "fvu_no_outliers": 0.25, "explained_variance": 0.8,
+    "explained_variance_no_outliers": 0.75, "ce_clean": 3.0, "ce_spliced": 3.2, "ce_zero": 9.0, "ce_mean": 7.0,
+    "ce_recovered": 0.9667, "ce_recovered_mean": None, "kl": 0.2, "dead_fraction": 0.015,
+    "density_histogram": {"log10_edges": [-7 + 0.5 * i for i in range(15)], "counts": [5] * 14, "never": 9}}
+
+
 @pytest.fixture
 def evaluation():
-    edges = [-7 + 0.5 * i for i in range(15)]
-    return {"hookpoint": "blocks.9.hook_resid_post", "model": "smollm2-135m", "tokens": 1000, "outlier_tokens": 3, "contexts": 8,
-            "l0_mean": 31.9, "l0_median": 32.0, "fvu": 0.2, "fvu_no_outliers": 0.25, "explained_variance": 0.8,
-            "explained_variance_no_outliers": 0.75, "ce_clean": 3.0, "ce_spliced": 3.2, "ce_zero": 9.0, "ce_mean": 7.0,
-            "ce_recovered": 0.9667, "ce_recovered_mean": None, "kl": 0.2, "dead_fraction": 0.015,
-            "density_histogram": {"log10_edges": edges, "counts": [5] * 14, "never": 9}}
+    return dict(EVALUATION)
 
 
 def lines(n=50):

@@ -1,5 +1,7 @@
 """The lines that a notebook begins with, on a finished run and on files of another library."""
 
+import dataclasses
+import re
 import shutil
 
 import jax
@@ -11,6 +13,7 @@ import saejax
 from saejax.base.errors import ConfigError, FeatureIndexError, HookpointError, PromptError, SteeringError
 from saejax.cli.main import main
 from saejax.formats.convert import convert
+from saejax.sae.inference import SAE
 from tests import tiny_experiment as tiny
 
 TEXT = "the cat sat"
@@ -59,8 +62,9 @@ def convert_to(run, directory, name):
 
 
 def test_every_repr_fits_a_line(s, alive):
-    found = [s, s.sae, s.lm, s.index, s.index[alive], s.search(TEXT), s.top(s.sae.encode(s.lm.capture(TEXT, tiny.HOOKPOINT))),
-             s.attribute("the cat", "a"), saejax.compare(s, s), s.steer("the", tokens=2)]
+    found = [s, s.sae, s.lm, s.text, s.store, s.corpus(), s.lm.tokenizer, s.index, s.index[alive], s.search(TEXT),
+             s.top(s.sae.encode(s.lm.capture(TEXT, tiny.HOOKPOINT))), s.attribute("the cat", "a"), saejax.compare(s, s),
+             s.steer("the", tokens=2)]
     for one in found:
         assert len(repr(one)) <= 150 and "\n" not in repr(one), type(one)
     assert dir(saejax) == ["__version__", "compare", "lm", "load", "open"] and saejax.lm.LM is type(s.lm)
@@ -96,6 +100,29 @@ def test_a_text_is_compiled_once_for_each_shape(s):
     (lambda s: s.lm("a" * 64), PromptError, "65 tokens, the model's context 64"),
     (lambda s: s.lm([[1.5]]), PromptError, "whole numbers"),
     (lambda s: s.lm.capture(TEXT, "blocks.3.hook_resid_post"), HookpointError, "use blocks.0 to blocks.2"),
+    (lambda s: s.lm.capture(TEXT, 3), HookpointError, "a list of names"),
+    (lambda s: s.search(like="king"), ConfigError, "like: 'king'"),
+    (lambda s: s.search(like=np.zeros(3)), ConfigError, "of 48 finite"),
+    (lambda s: s.search(like=np.full(48, np.nan)), ConfigError, "finite numbers"),
+    (lambda s: s.search(like=True), ConfigError, "like:"),
+    (lambda s: s.search(TEXT, n=0), ConfigError, "n=0"), (lambda s: s.search(find=3), ConfigError, "find=3"),
+    (lambda s: s.search(positives="a cat"), ConfigError, "lists of prompts"),
+    (lambda s: s.steer("a", [3]), SteeringError, "got list"), (lambda s: s.steer("a", {"3": 1}), SteeringError, "'3'"),
+    (lambda s: s.steer("a", {3: float("nan")}, values=True), SteeringError, "a finite number"),
+    (lambda s: s.steer("a", {3: 1}, values=True, samples=0), SteeringError, "samples=0"),
+    (lambda s: s.steer("a", {3: 1}, values=True, positions="first"), SteeringError, "position first"),
+    (lambda s: s.attribute("a", "b", "b"), PromptError, "against itself"),
+    (lambda s: s.attribute("a", 3), PromptError, "3 is 0 tokens"),
+    (lambda s: s.index["3"], FeatureIndexError, "'3': expected the number"), (lambda s: s.index[1:3], FeatureIndexError, "slice"),
+    (lambda s: s.index[True], FeatureIndexError, "True: expected"),
+    (lambda s: s.top(np.zeros(3)), ConfigError, r"\[tokens, 64\]"),
+    (lambda s: s.top(np.zeros((1, 2, 64))), ConfigError, r"shape \(1, 2, 64\)"),
+    (lambda s: saejax.open(3), ConfigError, "int: expected"),
+    (lambda s: saejax.open(s.run, modell="x"), ConfigError, "modell=...: expected some of model, hookpoint"),
+    (lambda s: saejax.open(s.run, context=0).text, ConfigError, "context=0"),
+    (lambda s: saejax.compare(s, 3), ConfigError, "a path"),
+    (lambda s: saejax.compare(s, s, rows=0), ConfigError, "rows=0"),
+    (lambda s: saejax.compare(s, s, least=2), FeatureIndexError, "least=2"),
     (lambda s: s.search(), ConfigError, "give one of"), (lambda s: s.search(TEXT, find="a"), ConfigError, "give one of"),
     (lambda s: s.search(find="a", by="relative"), ConfigError, "with by"),
     (lambda s: s.search(TEXT, by="size"), ConfigError, "by='size'"),
@@ -176,10 +203,39 @@ def test_cards_are_escaped(s, alive, run):
     assert str(run) in s._repr_html_() and "features" in s._repr_html_()
 
 
+def rows_of_card(page: str) -> dict[str, str]:
+    return dict(re.findall(r"opacity: .7\">(.*?)</td><td style=\"text-align: left\">(.*?)</td>", page))
+
+
+def test_an_sae_and_a_language_model_show_themselves(s, run, tmp_path):
+    found = rows_of_card(s.sae._repr_html_())
+    assert found.keys() == {"kind", "shape", "hookpoint", "model", "norm", "files"}
+    assert (found["kind"], found["hookpoint"], found["files"]) == ("topk, k = 8", tiny.HOOKPOINT, str(run))
+    assert found["shape"] == "64 features, 48 wide" and "of the training" in found["norm"]
+    read = saejax.load(run / "release")
+    assert rows_of_card(read._repr_html_()) == found | {"files": str(run / "release")}
+    model = rows_of_card(s.lm._repr_html_())
+    assert (model["layers"], model["width"], model["context"], model["dtype"]) == ("3", "48", "64 tokens", "float32")
+    assert model["name"] == s.lm.name and "hook_resid_post" in model[""] and "hook_embed" in model["hookpoints"]
+    cfg = dataclasses.replace(s.sae.cfg, model="<script>", hookpoints=("<b>",) * 5, d_in=240, layers=(48,) * 5)
+    hostile = SAE(s.sae.params, cfg)
+    assert hostile._repr_html_() is None, "made in Python: nobody draws it"
+    hostile.card = read.card
+    assert "<script>" not in hostile._repr_html_() and "&lt;b&gt; ... &lt;b&gt;" in hostile._repr_html_()
+
+
+def test_long_names_fit_a_line(s):
+    cfg = dataclasses.replace(s.sae.cfg, model="m" * 200, hookpoints=tuple(f"blocks.{n}.hook_resid_post" for n in range(12)),
+                              d_in=12 * 48, layers=(48,) * 12)
+    for one in (SAE(s.sae.params, cfg), dataclasses.replace(s.lm, name="/long" * 100)):
+        assert len(repr(one)) <= 150 and "\n" not in repr(one)
+    assert "blocks.0.hook_resid_post ... blocks.11.hook_resid_post" in repr(SAE(s.sae.params, cfg))
+
+
 def test_two_dictionaries(s):
     """B is A in another order, with two features more, one of them a copy: shared, alone, split."""
     from saejax.features.compare.dictionaries import compare
-    from saejax.sae.inference import SAE, SAEConfig
+    from saejax.sae.inference import SAEConfig
     order = np.random.default_rng(0).permutation(64)
     W = np.asarray(s.sae.params.W_dec)
     new = np.linalg.svd(W)[2][-1] if np.linalg.matrix_rank(W) < 48 else np.random.default_rng(1).standard_normal(48)
@@ -192,7 +248,7 @@ def test_two_dictionaries(s):
     assert found.shares()["shared_A"] == 1 and found.shared.shape == (64, 2)
     assert found.split[int(order[0])] == [0, 64] and 65 in found.only_B and len(found.only_A) == 0
     same = compare(s.sae, s.sae, [x], progress=False)
-    assert same.shares()["cosine"] == pytest.approx(1) and np.nanmin(same.firing_A) == pytest.approx(1)
+    assert same.shares()["cosine"] == pytest.approx(1) and np.nanmin(same.firing.pair_A) == pytest.approx(1)
     with pytest.raises(FeatureIndexError, match="directions of two places"):
         compare(s.sae, SAE(params, SAEConfig(**{**vars(s.sae.cfg), "d_sae": 66, "hookpoints": ("blocks.0.hook_resid_post",)})))
 

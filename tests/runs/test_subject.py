@@ -198,6 +198,24 @@ def test_what_is_missing_or_does_not_fit(run, forms, model_and_text, given, erro
         subject.lm, subject.text, subject.index  # noqa: B018
 
 
+@pytest.mark.parametrize("job, more, options", [
+    ("features", [], ["model", "hookpoint", "text", "out"]), ("features", ["--out=OUT", "--model=m"], ["hookpoint", "text"]),
+    ("features", ["--out=OUT", "--store=STORE"], ["model", "hookpoint"]), ("eval", [], ["model", "hookpoint", "text"]),
+    ("eval", ["--text=x", "--hookpoint=layers.1"], ["model"]), ("neurons", ["--model=m"], ["hookpoint", "text", "out"]),
+    ("steer", ["--prompt=a", "--feature=1"], ["model", "hookpoint", "index"]), ("steer", ["--prompt=a", "--feature=1", "--max=2"],
+    ["model", "hookpoint"]), ("attribute", ["--prompt=a", "--token=b"], ["model", "hookpoint"]),
+    ("judge", ["--judge=csv:OUT", "--features=1"], ["model", "hookpoint", "text", "index"])])
+def test_all_that_is_missing_is_named_at_once(run, forms, tmp_path, capsys, job, more, options):
+    more = [option.replace("STORE", str(run / "store")).replace("OUT", str(tmp_path / "out")) for option in more]
+    capsys.readouterr()
+    assert main([job, str(forms["gemma_scope"]), *more]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{forms['gemma_scope']}: its files do not say " in said
+    asked = said.split("; give ")[1]
+    assert [name for name in ("model", "hookpoint", "text", "index", "out") if f"{name}=" in asked] == options
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_model_than_the_named_one_is_said(run, model_and_text, tmp_path, capsys):
     shutil.copytree(model_and_text[0], tmp_path / "another")
     assert saejax.open(run, model=str(tmp_path / "another")).lm.name == "another"

@@ -29,6 +29,7 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import one_subject
     from saejax.features.effects.attribution import ablate, agreement, attribute
     from saejax.pages import effects
+    from saejax.pages.dashboard import beside
     subject = one_subject(options, mesh=None)
     lm_, sae = subject.lm, subject.sae
     index = subject.index_if_any()
@@ -41,7 +42,7 @@ def run(options: Options) -> int:
     labels = {} if index is None else {int(f): index.fires_on(int(f)) for f in np.unique(found.feature_P[found.best(100)])}
     if options.html:
         effects.write_attribution(options.html, lm_, found, title=f"{subject.name}: {options.prompt}",
-                                  labels=labels)
+                                  labels=labels, dashboard=None if index is None else beside(index))
     said, text = agreement([found]), lm_.tokenizer.token_strings(found.tokens_T)
     best = [{"position": int(found.position_P[p]), "token": text[found.position_P[p]], "feature": int(found.feature_P[p]),
              "activation": float(found.activation_P[p]), "attribution": float(found.attribution_P[p]),

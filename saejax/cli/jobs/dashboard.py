@@ -1,11 +1,11 @@
 """`saejax dashboard`: the static site of an index."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 from saejax.cli.options import IndexOptions, Job, SubjectOptions, path, places, switch, value
 
-DASHBOARD = "dashboard"
 _FIGURES = ("SAE", "hookpoint", "step", "L0", "explained variance", "CE recovered", "silent on held-out text")
 
 
@@ -27,25 +27,34 @@ def run(options: Options) -> int:
     from saejax.features.compare.picture import plane
     from saejax.features.index.build import is_index
     from saejax.features.index.reader import FeatureIndex
-    from saejax.pages.dashboard import write_dashboard
+    from saejax.pages.dashboard import place_of, write_dashboard
+    from saejax.pages.report import LINK, link_dashboard
     given = Path(options.paths[0])
     if is_index(given) and not RunPaths(given).config.is_file():
-        index, figures, title = FeatureIndex.open(given), [], given.absolute().parent.name
+        subject, index, figures, title = None, FeatureIndex.open(given), [], given.absolute().parent.name
     else:
         subject = one_subject(options)
         index, figures, title = subject.index, _figures(subject), subject.name
-    out = options.out or _beside(index.path)
-    links = [("Report of the run", "../report.html")] if (out.parent / "report.html").is_file() else []
+    out = options.out or place_of(index.path)
+    beside = RunPaths(out.parent)
+    links = [LINK] if beside.report.is_file() else []
     if is_writer():
         places_F2 = plane(index) if options.map else None
         page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=explanations(options),
                                places_F2=places_F2)
+        if out.name == beside.dashboard.name:
+            link_dashboard(beside)
         print(f"dashboard {page}")
+        if subject is not None:
+            print(f"next     {_next(subject, index)}")
     return 0
 
 
-def _beside(index: Path) -> Path:
-    return (index.absolute() if index.is_absolute() or index.parent == Path() else index).parent / DASHBOARD
+def _next(subject, index) -> str:
+    """To look at what the feature that fires most strongly does to a text."""
+    where = f"saejax steer {shlex.quote(str(subject.source))} --prompt='I went to'"
+    feature = f"--feature={int(index.column('max').argmax())} --html=steered.html"
+    return f"{where} {feature}" if subject.run is not None else f"{where} --index={shlex.quote(str(index.path))} {feature}"
 
 
 def _figures(subject) -> list[tuple[str, str]]:

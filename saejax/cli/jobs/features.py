@@ -1,6 +1,7 @@
 """`saejax features`: the index of a dictionary's features over a text."""
 
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import subjects
     from saejax.features.index import fidelity
     from saejax.features.index.build import BuildOptions, build
+    from saejax.runs import missing
     from saejax.runs.baseline import baseline_of, home_of
     found = subjects(options)
     if len(found) > 1 and options.out is not None:
@@ -50,8 +52,7 @@ def run(options: Options) -> int:
     for subject in found:
         baseline = options.baseline
         home = options.out or home_of(subject, baseline)
-        if home is None:
-            raise ConfigError(f"saejax features: {subject.source} is no run with a place for an index: give --out=DIR")
+        subject.require(*[missing.OUT] if home is None else [], text=options.split is not None or options.store is None)
         lm_ = subject.lm
         if options.rebuild:
             _remove(home)
@@ -62,7 +63,14 @@ def run(options: Options) -> int:
         verified = fidelity.check(index, sae, lm_, options.verify).to_json() if options.verify else None
         if is_writer():
             _say(index, verified, _export(subject, index) if options.export else None, options.json)
+            if not options.json and baseline is None:
+                print(f"next     saejax dashboard {_shown(subject, index.path)}")
     return 0
+
+
+def _shown(subject, home: Path) -> str:
+    """What the dashboard's job is to be given: the run, or an index that lies elsewhere."""
+    return shlex.quote(str(subject.source if subject.index_home == home and subject.run is not None else home))
 
 
 def _remove(home: Path) -> None:

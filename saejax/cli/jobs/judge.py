@@ -48,6 +48,7 @@ def run(options: Options) -> int:
     """Asks what has no answer yet, and reports on all answers. A judge that gives up ends it, with what there is reported."""
     from saejax.cli.subjects import one_subject
     from saejax.judging.questions import TASKS
+    from saejax.runs import missing
     from saejax.runs.judging import Asked, judge, judge_of
     unknown = [task for task in options.do if task not in TASKS]
     if unknown:
@@ -55,6 +56,7 @@ def run(options: Options) -> int:
     if (options.features is None) == (options.sample is None):
         raise ConfigError("saejax judge: give the features to judge, as --features=1,2,3, or how many to draw, as --sample=50")
     subject = one_subject(options)
+    subject.require(*[missing.INDEX] if subject.index_home is None else [], text=options.store is None)
     who = judge_of(options.judge, subject, model=options.judge_model, concurrency=options.concurrency, timeout=options.timeout)
     asked = Asked(tuple(dict.fromkeys(options.do)), options.features, options.sample, options.draw or 0, options.explanations,
                   options.baseline)

@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.base.errors import ConfigError
 from saejax.cli.options import SPLITS, Job, Json, SubjectOptions, count, path, places, value
 
 NEURONS = "neurons"
@@ -25,9 +24,9 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import one_subject
     from saejax.features.compare import neurons
     from saejax.features.index import corpus
+    from saejax.runs import missing
     subject = one_subject(options, mesh=None)
-    if options.out is None and subject.run is None:
-        raise ConfigError(f"saejax neurons: {subject.source} is no run with a place for the table: give --out=DIR")
+    subject.require(*[missing.OUT] if options.out is None and subject.run is None else [], text=True)
     path = options.out or subject.run / NEURONS
     text = corpus.from_text(subject.text, subject.lm, subject.sae.cfg.hookpoints, split=options.split, tokens=options.tokens)
     how = neurons.Options(features=options.sample, progress=subject.progress, about=options.tokens)

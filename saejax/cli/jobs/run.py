@@ -1,6 +1,7 @@
 """`saejax run`: harvest, train, evaluate, release, report."""
 
 import gc
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def _report(results: list) -> None:
     for result, page in zip(results, pages, strict=True):
         print(f"release  {result.paths.release}\nreport   {page}")
     if results:
-        print(f"next     saejax features {results[0].paths.root} && saejax dashboard {results[0].paths.root}")
+        root = shlex.quote(str(results[0].paths.root))
+        print(f"next     saejax features {root} && saejax dashboard {root}")
 
 
 JOB = Job(

@@ -116,7 +116,7 @@ def _like(subject, options: Like):
     sae, given = subject.sae, options.paths[1]
     other = _other(options.within, sae) if options.within else None
     if given.endswith(".npy"):
-        direction, width = vector_of("like", Path(given)), sae.params.W_dec.shape[1]
+        direction, width = vector_of("", Path(given)), sae.params.W_dec.shape[1]
         if len(direction) != width:
             raise FeatureIndexError(f"{given}: {len(direction)} numbers; the decoder's directions have {width}")
     elif given.isdecimal():

@@ -93,9 +93,14 @@ def _effect(lm_, one) -> str:
 
 def _page(options: Options, subject, rows, effects: dict[str, str]) -> None:
     from saejax.pages import effects as pages
-    settings = [("positions", options.positions), ("SAE", str(subject.sae))]
+    from saejax.pages.dashboard import address_in, beside
+    settings = [("positions", options.positions, ""), ("SAE", str(subject.sae), "")]
     index = subject.index_if_any()
-    settings += [(f"feature {f}", index.fires_on(f)) for f in options.feature or () if index is not None]
+    dashboard = None if index is None else beside(index)
+    for feature in options.feature or ():
+        fires_on = "" if index is None else f"fires on {index.fires_on(feature)}"
+        settings.append((f"feature {feature}", fires_on,
+                         "" if dashboard is None else address_in(dashboard, feature, options.html)))
     pages.write_steering(options.html, subject.lm, title=f"{subject.name}: {options.prompt}", prompt=options.prompt,
                          settings=settings, rows=[(label, text, effects.get(label, "")) for label, text in rows])
 
@@ -123,7 +128,7 @@ def _of_features(options: Options, subject) -> list:
 def _maxima(subject, chosen: list[int]) -> dict[int, float]:
     from saejax.features.effects import steering
     if subject.index_home is None:
-        raise ConfigError("saejax steer: only an index knows the feature's maximum: give --index=DIR or --max=VALUE")
+        subject.require(("how high the features rise", "index=DIR or max=VALUE"))
     return {feature: steering.maximum(subject.index, feature) for feature in chosen}
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from jax import lax
 
 from saejax.base import sharding
+from saejax.base.errors import PromptError
 from saejax.base.logs import Progress
 from saejax.features.effects.prompting import (
     check_one_place,
@@ -134,7 +135,10 @@ def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
 
 
 def _ids(lm_: LM, target: str, against: str | None) -> np.ndarray:
-    return np.array([single_token(lm_, target), single_token(lm_, against) if against else -1], np.int32)
+    ids = [single_token(lm_, target), single_token(lm_, against) if against else -1]
+    if ids[0] == ids[1]:
+        raise PromptError(f"{target!r} against itself: the difference is always 0; give another token")
+    return np.array(ids, np.int32)
 
 
 def _along(sae: SAE, gradient_TD: np.ndarray, position_P: np.ndarray, feature_P: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ def encoded(lm_: LM, prompt: Text) -> np.ndarray:
 
 def single_token(lm_: LM, text: str) -> int:
     """The id of a text that is one token. Raises `PromptError` where it is none or several."""
-    ids = lm_.tokenizer.encode(text)
+    ids = lm_.tokenizer.encode(text) if isinstance(text, str) else []
     if len(ids) != 1:
         raise PromptError(f"{text!r} is {len(ids)} tokens of this model; give one (a leading blank often matters)")
     return ids[0]

@@ -184,7 +184,7 @@ def places(lm_: LM, tokens_T: np.ndarray, positions: str | Sequence[int] = "all"
     at_T = ~special(lm_, tokens_T) if positions == "all" else np.zeros(len(tokens_T), bool)
     if positions == "all":
         return at_T, True
-    chosen = [len(tokens_T) - 1] if positions == "last" else list(positions)
+    chosen = [len(tokens_T) - 1] if positions == "last" else [positions] if isinstance(positions, str) else list(positions)
     wrong = [p for p in chosen if not (isinstance(p, int | np.integer) and 0 <= p < len(tokens_T))]
     if wrong or not chosen:
         raise SteeringError(f"position {wrong[0] if wrong else '(none)'}: the prompt has tokens 0 to {len(tokens_T) - 1}; give "

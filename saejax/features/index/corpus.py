@@ -43,6 +43,10 @@ class Corpus:
         return {"kind": self.kind, "digest": self.digest, "context": self.context, "model_digest": self.model_digest,
                 "tokenizer_digest": self.tokenizer_digest}
 
+    def __repr__(self) -> str:
+        contexts = "" if self.contexts is None else f"{self.contexts:,} "
+        return f"Corpus({self.kind}, {contexts}contexts of {self.context} tokens)"
+
 
 def from_store(store: Store, hookpoints: tuple[str, ...], tokens: int | None = None) -> Corpus:
     """The first `tokens` rows (all without it) of a store, whole contexts. Raises `StoreError` for a hookpoint it lacks."""

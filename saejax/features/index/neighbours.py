@@ -1,6 +1,7 @@
 """Features near a feature: by the direction of the decoder, and by firing together."""
 
 import functools
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -46,22 +47,81 @@ def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh | 
 @functools.partial(jax.jit, static_argnames="n")
 def _nearest(directions_FD, queries_QD, own_Q, *, n: int):
     def local(rows_FD, queries_QD, own_Q):
-        F = len(rows_FD)
-        number_F = jnp.arange(F, dtype=jnp.int32) + F * lax.axis_index("dict")
-        cosine_QF = jnp.einsum("qd,fd->qf", _unit(queries_QD), _unit(rows_FD), precision="highest")
-        cosine_QF = jnp.where(number_F == own_Q[:, None], -jnp.inf, cosine_QF)
-        value_QN, index_QN = lax.top_k(cosine_QF, min(n, F))
-        value, index = (lax.all_gather(x, "dict", axis=1, tiled=True) for x in (value_QN, number_F[index_QN]))
-        value, place = lax.top_k(value, n)
-        return jnp.take_along_axis(index, place, axis=1), value
+        return _highest(jnp.where(_numbers(len(rows_FD)) == own_Q[:, None], -jnp.inf, _cosines(queries_QD, rows_FD)), n)
 
     return jax.shard_map(local, in_specs=(sharding.spec("features", None), sharding.spec(), sharding.spec()),
                          out_specs=(sharding.spec(), sharding.spec()), check_vma=False)(directions_FD, queries_QD, own_Q)
 
 
+def _numbers(F: int):
+    """Of a shard's F rows in the whole."""
+    return jnp.arange(F, dtype=jnp.int32) + F * lax.axis_index("dict")
+
+
+def _highest(cosine_QF, n: int):
+    """(row [Q, n], cosine [Q, n]) of all shards; n candidates of each are gathered."""
+    F = cosine_QF.shape[1]
+    value_QN, index_QN = lax.top_k(cosine_QF, min(n, F))
+    value, index = (lax.all_gather(x, "dict", axis=1, tiled=True) for x in (value_QN, _numbers(F)[index_QN]))
+    value, place = lax.top_k(value, n)
+    return jnp.take_along_axis(index, place, axis=1), value
+
+
+def _cosines(queries_QD, rows_FD):
+    return jnp.einsum("qd,fd->qf", _unit(queries_QD), _unit(rows_FD), precision="highest")
+
+
 def _unit(rows):
     rows = rows.astype(jnp.float32)
     return rows / jnp.maximum(jnp.linalg.norm(rows, axis=1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+
+
+def nearest_both_ways(directions_FD: jax.Array, blocks: Iterable[np.ndarray], mesh: Mesh | None, *, block: int = 256,
+                      ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(row [Q], cosine [Q], query [F], cosine [F]): of each query the nearest row of `directions_FD`, and of each row the nearest
+    query, in one pass over their cosines. Of equal ones the first.
+
+    blocks: the queries [Q, D], in pieces. directions_FD, mesh: as in `nearest`; what is known of a row stays on its shard, so
+    that the way back adds no communication.
+    """
+    if mesh is None:
+        mesh = sharding.single_device_mesh(next(iter(directions_FD.devices())))
+        directions_FD = jax.device_put(directions_FD, sharding.sharding(mesh, "features", None))
+    F, found, first = directions_FD.shape[0], [], 0
+    best = [sharding.place(np.full(F, fill, dtype), sharding.sharding(mesh, "features"))
+            for fill, dtype in ((0, np.int32), (-np.inf, np.float32))]
+    for queries in blocks:  # made where no mesh is set: they may come from another one
+        for start in range(0, len(queries), block):
+            part = np.asarray(queries[start:start + block], np.float32)
+            padded = np.pad(part, ((0, block - len(part)), (0, 0)))
+            with jax.set_mesh(mesh):
+                *of_queries, best = _both_ways(directions_FD, padded, *best, np.int32(first), np.int32(len(part)))
+            found.append([np.asarray(x)[:len(part), 0] for x in jax.device_get(of_queries)])
+            first += len(part)
+    of_rows = [sharding.to_host(x) for x in best]
+    return (*(np.concatenate(column) for column in zip(*found, strict=True)), *of_rows)
+
+
+@functools.partial(jax.jit, donate_argnums=(2, 3))
+def _both_ways(directions_FD, queries_QD, query_F, cosine_F, first, count):
+    """(row [Q, 1], cosine [Q, 1], (query [F], cosine [F])): the last two gone on with. first: number of a query."""
+    def local(rows_FD, queries_QD, query_F, cosine_F, first, count):
+        cosine_QF = _cosines(queries_QD, rows_FD)
+
+        def step(best, row):  # a running maximum: twice as fast on a CPU as `max` along this axis, and the index comes with it
+            query_F, cosine_F = best
+            number, now_F = row
+            better_F = (now_F > cosine_F) & (number < count)
+            return (jnp.where(better_F, first + number, query_F), jnp.where(better_F, now_F, cosine_F)), None
+
+        numbers = jnp.arange(len(queries_QD), dtype=jnp.int32)
+        best, _ = lax.scan(step, (query_F, cosine_F), (numbers, cosine_QF), unroll=8)
+        return *_highest(cosine_QF, 1), best
+
+    whole, split = sharding.spec(), sharding.spec("features")
+    return jax.shard_map(local, in_specs=(sharding.spec("features", None), whole, split, split, whole, whole),
+                         out_specs=(whole, whole, (split, split)), check_vma=False)(
+        directions_FD, queries_QD, query_F, cosine_F, first, count)
 
 
 class Coactivation:

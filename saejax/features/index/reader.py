@@ -141,6 +141,8 @@ class FeatureIndex:
 
     def __getitem__(self, number: int) -> Feature:
         """A feature by its number. Raises `FeatureIndexError` where there is none."""
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise FeatureIndexError(f"{number!r}: expected the number of a feature, 0 to {self.features - 1}")
         number = self.check_feature(int(number))
         row = self.rows(number, number + 1)[0]
         logits = list(zip(map(self.token, row["logit_ids"]), row["logit_effects"], strict=True))
