@@ -4,7 +4,6 @@
 """
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -14,15 +13,9 @@ from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
+from tests.processes import as_user
+
 ROOT = Path(__file__).parents[2]
-# Of the test suite, which has eight devices and compiles for speed of compilation.
-DROPPED = ("XLA_FLAGS", "JAX_NUM_CPU_DEVICES", "JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "MPLBACKEND")
-
-
-def environment() -> dict[str, str]:
-    """As a user has it, this checkout first on the path."""
-    kept = {name: value for name, value in os.environ.items() if name not in DROPPED}
-    return kept | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
 
 
 def executed(file: Path, folder: Path, timeout: int = 1200) -> nbformat.NotebookNode:
@@ -33,19 +26,22 @@ def executed(file: Path, folder: Path, timeout: int = 1200) -> nbformat.Notebook
         spec.parent.mkdir()
         spec.write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
                                     "display_name": "this interpreter", "language": "python"}))
-        manager = AsyncKernelManager(kernel_name="this", kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]))
+        manager = AsyncKernelManager(kernel_name="this", transport="ipc",
+                                     kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]))
         client = NotebookClient(notebook, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}},
                                 record_timing=False)
-        client.execute(env=environment())
+        client.execute(env=as_user(ROOT))
     return notebook
 
 
 def cleaned(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """Without what differs from machine to machine: metadata of cells, versions, what was only said on the way."""
+    """Without what differs from machine to machine: metadata, versions, what was only said on the way (stderr)."""
     notebook.metadata = nbformat.from_dict({"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
                                             "language_info": {"name": "python"}})
     for cell in notebook.cells:
         cell.metadata = nbformat.from_dict({})
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 
