@@ -4,11 +4,12 @@
     sae = saejax.load("runs/demo")        # a run, a checkpoint step, a release, or files of another library
     acts = sae.encode(x)                  # x: [..., d_in] raw activations, numpy or jax
     s = saejax.open("runs/demo")          # the same with its language model, text and index: s.sae, s.lm, s.index
+    s = saejax.run(config)                # trains one, as the command does: config of saejax.config.default_config
 """
 
 from saejax.base.version import __version__
 
-__all__ = ["__version__", "compare", "lm", "load", "open"]
+__all__ = ["__version__", "compare", "evaluate", "lm", "load", "open", "run"]
 
 
 def __getattr__(name: str):
@@ -22,6 +23,12 @@ def __getattr__(name: str):
     if name == "compare":
         from saejax.runs.comparison import compare_subjects
         return compare_subjects
+    if name == "evaluate":
+        from saejax.runs.evaluation import evaluate_subject
+        return evaluate_subject
+    if name == "run":
+        from saejax.runs.everything import run
+        return run
     if name == "lm":
         import importlib
         return importlib.import_module("saejax.lm")

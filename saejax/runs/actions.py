@@ -1,6 +1,6 @@
 """What a notebook does with an SAE, its language model and its index: tables for people, plain values inside."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -90,20 +90,44 @@ def table_of(found: list[Found], index: FeatureIndex | None) -> Table:
                  [(f.feature, f.score, f.why, "" if index is None else index.fires_on(f.feature)) for f in found])
 
 
-def steer(lm_: LM, sae: SAE, given: str, features: Mapping[int, float], *, samples: int, seed: int, tokens: int,
-          sampling: lm.Sampling, positions) -> Table:
-    """How a prompt goes on with these features at these values, beside the unsteered text, `samples` times."""
-    for feature in features:
-        steering.check_feature(sae, feature)
+Features = Mapping[int, float] | Sequence[Mapping[int, float]]  # {feature: how far}, or several of these
+
+
+def changes_of(sae: SAE, index: Callable[[], FeatureIndex], features: Features, values: bool) -> list[steering.Change]:
+    """One change for each mapping; values: the numbers are activations, else multiples of the feature's maximum in the index."""
+    found = []
+    for wanted in [features] if isinstance(features, Mapping) else features:
+        check_change(wanted)
+        wanted = wanted if values or not wanted else values_of(index(), wanted)
+        for feature in wanted:
+            steering.check_feature(sae, feature)
+        label = ", ".join(f"{feature} at {value:.4g}" for feature, value in wanted.items())
+        found += [steering.Change(label, dict(wanted))] if wanted else []
+    return found
+
+
+def steer(lm_: LM, sae: SAE, given: str, changes: list[steering.Change], *, samples: int, seed: int, temperature: float | None,
+          top_p: float, tokens: int, positions) -> Table:
+    """How a prompt goes on under each change, beside the unsteered text, `samples` times."""
     if samples < 1 or tokens < 1:
         raise SteeringError(f"samples={samples}, tokens={tokens}: expected at least 1 of each")
-    label = ", ".join(f"{feature} at {value:.4g}" for feature, value in features.items()) or "unsteered"
-    changes = [steering.Change()] * samples + ([steering.Change(label, dict(features))] * samples if features else [])
+    sampling = lm.Sampling(float(samples > 1) if temperature is None else temperature, top_p)
+    changes = [change for change in (steering.Change(), *changes) for _ in range(samples)]
     texts = steering.continuations(lm_, sae, given, changes, positions=positions, tokens=tokens, sampling=sampling, seed=seed)
     return Table(("change", "text"), [(change.label, said) for change, said in zip(changes, texts, strict=True)])
 
 
-def check_changes(features) -> None:
+def next_tokens(lm_: LM, sae: SAE, given: str, changes: list[steering.Change], positions, n: int) -> Table:
+    """What each change does to the token behind a prompt."""
+    def shown(pairs) -> str:
+        return ", ".join(f"{lm_.tokenizer.decode([token])!r} {before:.2g} -> {after:.2g}" for token, before, after in pairs)
+
+    found = steering.next_tokens(lm_, sae, given, changes, positions=positions, n=n)
+    return Table(("change", "KL", "rises", "falls"),
+                 [(change.label, one.kl, shown(one.rises), shown(one.falls)) for change, one in zip(changes, found, strict=True)])
+
+
+def check_change(features) -> None:
     """Raises `SteeringError` unless these are numbers of features with finite numbers."""
     if not isinstance(features, Mapping):
         raise SteeringError(f"features: expected {{number: value}}, got {type(features).__name__}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 from saejax.base.records import RunPaths
 from saejax.base.storage import read_json, text_sha256
@@ -9,9 +10,17 @@ from saejax.config import Config, EvalOptions
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.pages.summary import Rates, Result, training_rate
 from saejax.runs.experiment import rates_file
-from saejax.runs.subject import Subject
+from saejax.runs.subject import Subject, open_subject
 from saejax.train.checkpoint import machine_of, read_meta
 from saejax.train.determinism import promise
+
+
+def evaluate_subject(source: str | Path | Subject, *, contexts: int | None = None) -> dict:
+    """L0, explained variance, cross-entropy recovered, KL and densities of an SAE on held-out text; of a run kept in `eval.json`.
+
+    contexts: of the text, instead of the run's `config.eval.contexts`. Raises `HookpointError`, `FormatError`, `TextError`.
+    """
+    return evaluated(source if isinstance(source, Subject) else open_subject(source), contexts)
 
 
 def evaluated(subject: Subject, contexts: int | None = None) -> dict:

@@ -7,10 +7,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import jax
 from jax.sharding import Mesh
@@ -18,7 +17,7 @@ from jax.sharding import Mesh
 from saejax import lm
 from saejax.base import sharding
 from saejax.base.errors import CheckpointError, ConfigError, FeatureIndexError, FormatError, HookpointError
-from saejax.base.logs import say
+from saejax.base.logs import read_metrics, say
 from saejax.base.records import ActivationStats, MeshOptions, RunPaths
 from saejax.config import Config, TextOptions
 from saejax.data.harvest import lm_mesh
@@ -285,19 +284,21 @@ class Subject:
             found = by_text(index, find, n) if find is not None else actions.alike(self.sae, like, None, n)
         return actions.table_of(found, index)
 
-    def steer(self, prompt: str, features: Mapping[int, float] = MappingProxyType({}), *, values: bool = False, samples: int = 1,
-              seed: int = 0, temperature: float | None = None, top_p: float = 1.0, tokens: int = 40, positions="all") -> Table:
-        """How a prompt goes on with features set, `{feature: multiple of its maximum}`, beside the unsteered text; the rest of
-        the SAE and its error are kept.
+    def steer(self, prompt: str, features: actions.Features = (), *, values: bool = False, samples: int = 1, seed: int = 0,
+              temperature: float | None = None, top_p: float = 1.0, tokens: int = 40, positions="all") -> Table:
+        """How a prompt goes on with features at `{feature: multiple of its maximum}`, or several of these, and without.
 
         values: the numbers are activations, not multiples, and no index is needed. samples: of each, drawn at temperature 1 where
-        there are several and nothing else is said. Equal seeds give equal texts. Raises `SteeringError`, `FeatureIndexError`.
+        there are several and nothing else is said. The SAE's error is kept. Raises `SteeringError`, `FeatureIndexError`.
         """
-        actions.check_changes(features)
-        temperature = (1.0 if samples > 1 else 0.0) if temperature is None else temperature
-        wanted = dict(features) if values else actions.values_of(self.index, features) if features else {}
-        return actions.steer(self.lm, self._whole_sae(), prompt, wanted, samples=samples, seed=seed, tokens=tokens,
-                             sampling=lm.Sampling(temperature, top_p), positions=positions)
+        changes = actions.changes_of(self.sae, lambda: self.index, features, values)
+        return actions.steer(self.lm, self._whole_sae(), prompt, changes, samples=samples, seed=seed, temperature=temperature,
+                             top_p=top_p, tokens=tokens, positions=positions)
+
+    def next_tokens(self, prompt: str, features: actions.Features, *, values: bool = False, positions="all", n=3) -> Table:
+        """What features, set as in `steer`, do to the token behind a prompt: KL from the unsteered model, largest changes."""
+        changes = actions.changes_of(self.sae, lambda: self.index, features, values)
+        return actions.next_tokens(self.lm, self._whole_sae(), prompt, changes, positions, n)
 
     def attribute(self, prompt: str, token: str, against: str | None = None) -> Attribution:
         """Which features of a prompt speak for a next token, against another one or the mean logit."""
@@ -317,8 +318,23 @@ class Subject:
 
     def index_of(self, sae: SAE, out: str | Path, *, tokens: int | None = None) -> FeatureIndex:
         """The index of another SAE over this text, or store, with this language model; built at `out`, or opened there."""
-        found = self.corpus(tokens=tokens, hookpoints=sae.cfg.hookpoints)
-        return build(out, sae, found, self.lm, BuildOptions(progress=self.progress))
+        return build(out, sae, self.corpus(tokens=tokens, hookpoints=sae.cfg.hookpoints), self.lm,
+                     BuildOptions(progress=self.progress))
+
+    def build_index(self, *, tokens: int | None = None) -> FeatureIndex:
+        """Its own index, where `index` finds it: built, gone on with, or as it is there. tokens: of the store or text."""
+        if self.index_home is None:
+            raise FeatureIndexError(f"{self.source}: is no run with a place for an index; open it with index=DIR")
+        self.index_of(self.sae, self.index_home, tokens=tokens)
+        self.__dict__.pop("_index_if_any", None)  # that there was none
+        return self.index
+
+    @property
+    def metrics(self) -> list[dict]:
+        """The metric lines of its training, oldest first. Raises `ConfigError` where there is no run."""
+        if self.run is None:
+            raise ConfigError(f"{self.source}: is no run, and has no metrics of its training")
+        return read_metrics(RunPaths(self.run).metrics)
 
     @property
     def progress(self) -> bool:

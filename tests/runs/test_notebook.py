@@ -12,6 +12,7 @@ import pytest
 import saejax
 from saejax.base.errors import ConfigError, FeatureIndexError, HookpointError, PromptError, SteeringError
 from saejax.cli.main import main
+from saejax.config import default_config
 from saejax.formats.convert import convert
 from saejax.sae.inference import SAE
 from tests import tiny_experiment as tiny
@@ -67,7 +68,7 @@ def test_every_repr_fits_a_line(s, alive):
              s.steer("the", tokens=2)]
     for one in found:
         assert len(repr(one)) <= 150 and "\n" not in repr(one), type(one)
-    assert dir(saejax) == ["__version__", "compare", "lm", "load", "open"] and saejax.lm.LM is type(s.lm)
+    assert dir(saejax) == ["__version__", "compare", "evaluate", "lm", "load", "open", "run"] and saejax.lm.LM is type(s.lm)
 
 
 def test_text_or_tokens_one_hookpoint_or_several_bos_once(s):
@@ -181,6 +182,46 @@ def test_steering_several_features_and_samples(s, alive):
     assert s.steer("the", values, values=True, tokens=6).column("text") == both.column("text")
     drawn = [s.steer("the", {alive: 2}, samples=3, seed=seed, tokens=8).column("text") for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2] and len(set(drawn[0])) > 1
+
+
+def test_several_changes_beside_each_other(s, alive):
+    texts = s.steer("the", [{alive: -5}, {alive: 5}, {}], tokens=6)
+    assert texts.column("text")[0] == s.steer("the", tokens=6).column("text")[0]
+    for row, scale in zip(texts.rows[1:], (-5, 5), strict=True):
+        assert row == s.steer("the", {alive: scale}, tokens=6)[1]
+    effects = s.next_tokens("the", [{alive: 0.5}, {alive: 20}], n=2)
+    few, much = effects.column("KL")
+    assert 0 <= few < much and effects[1][0] == f"{alive} at {20 * s.index.column('max')[alive]:.4g}"
+    assert all(row[2].count("->") == row[3].count("->") == 2 for row in effects)
+    assert s.next_tokens("the", {alive: 0.0}, values=True).columns == effects.columns
+
+
+def _config(model_and_text, run_dir):
+    model, text = model_and_text
+    config = default_config("topk")
+    own = {"lm.model": str(model), "text.source": (str(text),), "run_dir": str(run_dir)}
+    config.update_from_flattened_dict(tiny.SETTINGS | own)
+    return config
+
+
+def test_from_a_config_to_an_index(model_and_text, tmp_path):
+    """Trained, measured and indexed without the command; called again it is only opened."""
+    mine = saejax.run(_config(model_and_text, tmp_path / "run"))
+    lines = mine.metrics
+    assert lines[-1]["tokens_seen"] == 2048 and mine.sae.cfg.d_sae == 64
+    measured = saejax.evaluate(mine)
+    assert measured["contexts"] == 8 and (tmp_path / "run/report.html").is_file()
+    assert saejax.evaluate(tmp_path / "run", contexts=2)["contexts"] == 2
+    assert "" == mine.search(TEXT).column("fires on")[0]
+    index = mine.build_index(tokens=640)
+    assert index is mine.index is mine.build_index(tokens=640) and mine.search(TEXT).column("fires on")[0] != ""
+    assert saejax.run(_config(model_and_text, tmp_path / "run")).metrics == lines
+    files = saejax.open(tmp_path / "run/release", mesh=None)
+    alone = saejax.open(shutil.copytree(tmp_path / "run/release", tmp_path / "alone"), mesh=None)
+    assert files.metrics == lines
+    for wish, error in ((lambda: alone.metrics, ConfigError), (alone.build_index, FeatureIndexError)):
+        with pytest.raises(error, match="is no run"):
+            wish()
 
 
 def test_a_feature_is_what_the_tables_say(s, alive):

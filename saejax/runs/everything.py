@@ -1,0 +1,54 @@
+"""A whole experiment: harvest, train, evaluate, release, report."""
+
+import gc
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from saejax.base.logs import say
+from saejax.base.storage import is_writer
+from saejax.config import Config, resolve
+from saejax.formats.release import release
+from saejax.pages.report import write_report
+from saejax.pages.summary import Result
+from saejax.runs.evaluation import evaluated, result_of, scalars
+from saejax.runs.experiment import harvested, preflight, raise_troubles, trained
+from saejax.runs.subject import Given, Subject, forget_language_model, open_subject
+from saejax.train.compilation_cache import kept
+
+
+def run(config: Config | ConfigDict) -> Subject:
+    """Runs an experiment to its end, as `saejax run` does, and opens what it made. Called again it goes on where it was
+    interrupted, and only opens a finished run.
+
+    config: of `saejax.config.default_config`, or a resolved one. Raises `ConfigError` for a sweep, once it is trained: its SAEs
+    are opened one by one.
+    """
+    config = config if isinstance(config, Config) else resolve(config)
+    raise_troubles(made(config)[1])
+    return open_subject(config.run_dir)
+
+
+def made(config: Config) -> tuple[list[Result], list]:
+    """(results of every SAE that was trained to its end, outcomes of all). What is done already is passed over in seconds."""
+    with kept(Path(config.run_dir)):
+        members = preflight(config)
+        say("1/4 harvest")
+        store = harvested(config)
+        gc.collect()  # the language model's weights, before the training state needs the memory
+        say("2/4 train")
+        outcomes = trained(config, members, store)
+        gc.collect()
+        say("3/4 evaluate and release")
+        results = []
+        for outcome in (outcome for outcome in outcomes if not outcome.trouble):
+            paths = outcome.paths
+            subject = Subject(paths.root, Given(), outcome.config, paths.checkpoints / str(outcome.step))
+            evaluation = evaluated(subject)
+            release(subject.sae, paths.release, scalars(evaluation))
+            results.append(result_of(subject, evaluation))
+        forget_language_model()
+        say("4/4 report")
+        for result in results if is_writer() else []:
+            write_report(result.paths, result)
+        return results, outcomes
