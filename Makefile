@@ -4,8 +4,10 @@ WORKERS ?= 2  # processes that tests run in
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The stamp of the `docs` extra, which the site and its slow test need.
+DOCS := $(VENV)/.docs
 
-.PHONY: demo test test-slow test-all tpu-compiler lint clean
+.PHONY: demo test test-slow test-all docs tpu-compiler lint clean
 
 demo: $(STAMP)
 	@$(BIN)/python -m saejax.base.assets
@@ -16,15 +18,19 @@ test: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
 
-test-slow: $(STAMP)
+test-slow: $(DOCS)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow -m slow
 
 # The TPU compiler, which the slow tests of tests/plan/test_tpu.py need; no TPU is needed.
 tpu-compiler: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu-plan]'
 
-test-all: $(STAMP)
+test-all: $(DOCS)
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow
+
+# The documentation as a site, in site/. Pages open from disk; their search wants a server: python -m http.server -d site
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -39,7 +45,11 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $(STAMP)
 
+$(DOCS): $(STAMP)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $(DOCS)
+
 # Leaves runs/ and stores/ alone: they are results.
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .cache *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

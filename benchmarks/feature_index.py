@@ -1,4 +1,4 @@
-"""Cost of the feature index: both passes against encoding alone, and device memory against the formula of docs/features.md.
+"""Cost of the feature index: both passes against encoding alone, and device memory against its formula.
 
     python benchmarks/feature_index.py [--memory_only] [FEATURES ...]      # default 4096 16384 65536; k = 32, width 576
 
@@ -63,7 +63,7 @@ def gather_of(sae: SAE, rows: int, folder):
 
 
 def formula(features: int, rows: int, devices: int) -> float:
-    """Bytes on a device while the first pass adds a batch, beyond the SAE's parameters; see docs/features.md."""
+    """Bytes on a device while the first pass adds a batch, beyond the SAE's parameters; see docs/explanation/feature_index.md."""
     return features / devices * (2 * BYTES_PER_FEATURE + 8 * rows)
 
 

@@ -1,6 +1,6 @@
 """L0 against FVU of every SAE of a finished sweep: a CSV and a plot.
 
-    python benchmarks/frontier.py runs/frontier... [--out docs/frontier.csv]
+    python benchmarks/frontier.py runs/frontier... [--out docs/measurements/frontier.csv]
     python benchmarks/frontier.py runs/frontier_1 --beside runs/frontier_8
 
 Held-out figures of each SAE's newest evaluation, of SAEs in several sweeps those of the last; writes the CSV and a plot and
@@ -25,7 +25,7 @@ def rows_of(sweeps: list[Path]) -> list[dict]:
     out = []
     for evaluation in {file.parent.name: file for sweep in sweeps for file in sweep.glob("*/eval.json")}.values():
         sae = read_config(RunPaths(evaluation.parent).config).sae
-        kind = "matryoshka" if sae.groups else f"jumprelu, {sae.objective}" if sae.kind == "jumprelu" else sae.kind
+        kind = "matryoshka" if sae.groups else f"jumprelu, {sae.penalty}" if sae.kind == "jumprelu" else sae.kind
         result = json.loads(evaluation.read_text())["entries"][-1]["result"]
         out.append({"kind": kind, "run": evaluation.parent.name, **{name: result[name] for name in FIGURES}})
     return sorted(out, key=lambda row: (row["kind"], row["l0_mean"]))
@@ -68,7 +68,7 @@ def compare(a: Path, b: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sweeps", type=Path, nargs="+", metavar="SWEEP")
-    parser.add_argument("--out", type=Path, default=Path("docs/frontier.csv"))
+    parser.add_argument("--out", type=Path, default=Path("docs/measurements/frontier.csv"))
     parser.add_argument("--plot", type=Path, default=Path("docs/images/frontier.png"))
     parser.add_argument("--beside", type=Path, help="another sweep of the same SAEs, to compare with")
     args = parser.parse_args()

@@ -9,8 +9,8 @@
 `sample` draws rows from the peer's own world (sae-lens 6.54.12, the configuration of synth-sae-bench-16k-v2, world
 seed 42) and a held-out set with its true activations; `peer` and `train` read the same rows from DIR, in bfloat16.
 `peer` leaves releases, which `score` measures with the same code and on the same held-out rows as `train` does its
-own; the peer's own figures are kept beside. Kinds: relu topk batchtopk jumprelu matryoshka gated. Ours aim at k by
-`train.target_l0`; the peer's kinds without a k are searched for the coefficient of their penalty until their held-out
+own; the peer's own figures are kept beside. Kinds: relu topk batchtopk jumprelu matryoshka gated. Ours aim at k, relu and
+gated by `train.target_l0`; the peer's kinds without a k are searched for the coefficient of their penalty until their held-out
 L0 is within 3 % of k, at most --tries runs.
 Results are lines of DIR/results.jsonl.
 
@@ -105,10 +105,13 @@ def open_store(directory: Path, size: Size):
 def recipe(kind: str, size: Size, run: Path, args):
     """The recipe of a kind at a size; only what the size decides, and `--set`, differs from `default_config(kind)`."""
     from saejax.config import default_config, resolve
+    from saejax.config.recipes import WITH_K
     c = default_config(kind)
     c.run_dir, c.lm.model, c.seed, c.log.tensorboard = str(run), "synthetic", args.seed, False
     c.harvest.hookpoints, c.sae.hookpoint = ("synthetic",), "synthetic"
-    c.sae.d_sae, c.sae.k, c.train.target_l0 = size.d_sae, size.k, float(size.k)
+    c.sae.d_sae, c.sae.k = size.d_sae, size.k
+    if c.sae.kind not in WITH_K and c.sae.penalty != "target_l0":
+        c.train.target_l0 = float(size.k)
     c.sae.dead_tokens = size.tokens // 10
     if c.sae.aux_k:
         c.sae.aux_k = min(256, size.d_in // 2)

@@ -22,7 +22,7 @@ def get_config():
     c.text.context = 1024
     c.harvest.hookpoints = ("blocks.12.hook_resid_post",)
     c.harvest.tokens = 1_000_000_000
-    c.harvest.batch_contexts = 64
+    c.lm.batch_contexts = 64
     c.sae.hookpoint = "blocks.12.hook_resid_post"
     c.sae.d_in = 2048
     c.sae.d_sae = 2**20

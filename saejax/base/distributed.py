@@ -23,7 +23,7 @@ def announced(env: Mapping[str, str] = os.environ) -> str:
     """Who says that this is one of several processes: "Slurm" (a step of several tasks), "TPU workers" (GKE), "environment"
     (JAX_COORDINATOR_ADDRESS with JAX_NUM_PROCESSES, as launch/jobset.yaml sets them), or nobody ("").
 
-    A Cloud TPU VM does not say it without asking the network: there the processes are named by hand (docs/launch.md).
+    A Cloud TPU VM does not say it without asking the network: there the processes are named by hand (docs/how-to/launch.md).
     """
     if env.get("JAX_COORDINATOR_ADDRESS") and _count(env.get("JAX_NUM_PROCESSES")) > 1:
         return "environment"

@@ -12,8 +12,8 @@ OUTLIER_FACTOR = 10.0  # outlier token: norm > 10 x the median norm
 class MeshOptions:
     """The device mesh ("data", "dict"): batch rows are split over `data`, dictionary features over `dict`."""
 
-    data: int = field(default=1, metadata={"ge": -1, "doc": "devices along the batch axis; -1 takes what `dict` leaves; both -1: "
-                                           "the fastest shape by prediction (docs/plan.md)"})
+    data: int = field(default=-1, metadata={"ge": -1, "doc": "devices along the batch axis; -1 takes what `dict` leaves; both "
+                                            "-1: the fastest shape by prediction (docs/how-to/plan.md)"})
     dict: int = field(default=-1, metadata={"ge": -1, "doc": "devices along the dictionary axis; -1 takes what `data` leaves"})
 
 

@@ -111,11 +111,15 @@ def check_batch(batch: int, mesh: Mesh, key: str = "config.train.batch", parts: 
 def _check_batch(batch: int, data: int, dict_: int, key: str = "config.train.batch", parts: int = 1) -> None:
     n = data * dict_ * parts
     if batch % n:
-        below, above = batch // n * n, math.ceil(batch / n) * n
-        near = f"{above}" if below == 0 else f"{below} or {above}"
         of_parts = f" in {parts} parts (config.train.accumulate)" if parts > 1 else ""
         raise ConfigError(f"{key}: {batch} rows cannot be split over the {data} x {dict_} mesh{of_parts}; "
-                          f"the nearest valid value is {near}")
+                          f"the nearest valid value is {nearest_multiples(batch, n)}")
+
+
+def nearest_multiples(value: int, n: int) -> str:
+    """The multiples of n around a value, for a message; 0 is none."""
+    below, above = value // n * n, math.ceil(value / n) * n
+    return f"{above}" if below == 0 else f"{below} or {above}"
 
 
 def check_features(d_sae: int, mesh: Mesh) -> None:

@@ -1,5 +1,6 @@
 """`--config=FILE --config.key=value`: what config_flags makes of them, with its errors in one line. Does not import jax."""
 
+import functools
 import re
 import typing
 from dataclasses import is_dataclass
@@ -24,6 +25,7 @@ def config_of(job: str, arguments: list[str], *, takes_config: bool) -> tuple[Co
     if not takes_config:
         raise ConfigError(f"saejax {job} takes no --config; see `saejax {job} --help`")
     file, fv = _config_file(mine), flags.FlagValues()
+    mine, nothing = _without_none(mine)
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=fv, lock_config=True)
     try:
         fv["config"]._sys_argv = ["saejax", *mine]
@@ -32,7 +34,17 @@ def config_of(job: str, arguments: list[str], *, takes_config: bool) -> tuple[Co
         raise _flag_error(job, file, error) from None
     except Exception as error:  # whatever a config file can raise
         raise _config_file_error(file, error) from error
-    return config_lib.resolve(_returned(file, fv["config"].value)), rest
+    config = _returned(file, fv["config"].value)
+    for *parents, key in nothing:
+        functools.reduce(getattr, parents, config)[key] = None
+    return config_lib.resolve(config), rest
+
+
+def _without_none(arguments: list[str]) -> tuple[list[str], list[list[str]]]:
+    """(the others, the keys that are set to none), where the key may be none: no parser of numbers knows the word."""
+    found = [(a, re.fullmatch(r"--?config\.([^=]*)=none", a, re.IGNORECASE)) for a in arguments]
+    keys = {a: m[1] for a, m in found if m and "None" in _type_of(f"config.{m[1]}")}
+    return [a for a in arguments if a not in keys], [key.split(".") for key in keys.values()]
 
 
 def _divided(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -95,7 +107,7 @@ def _check_overrides(arguments: list[str], takes_config: bool, job: str) -> None
                             f"{next(k for k in known if k.startswith(f'{key}.')).removeprefix(f'{key}.')}=...")
             continue
         near = nearest(key, known)
-        hint = f"; did you mean --config.{near}?" if near else "; docs/config.md lists all keys"
+        hint = f"; did you mean --config.{near}?" if near else "; docs/reference/config.md lists all keys"
         problems.append(f"config: unknown key {key!r}{hint}")
     if problems:
         raise ConfigError("; ".join(problems))
@@ -128,7 +140,7 @@ def _config_file_error(file: str, error: BaseException) -> ConfigError:
         return ConfigError(f"{where}: {message}")
     if unknown := re.match(r"""['"]?Key "(\w+)" does not exist""", message):
         near = re.search(r'Did you mean "(\w+)"', message)
-        hint = f"did you mean {near[1]!r}?" if near else "docs/config.md lists all keys"
+        hint = f"did you mean {near[1]!r}?" if near else "docs/reference/config.md lists all keys"
         return ConfigError(f"{where}: unknown key {unknown[1]!r}; {hint}")
     return ConfigError(f"{where}: {type(inner).__name__}: {message[:300]}")
 

@@ -14,7 +14,7 @@ WIDTH, _COLUMN = 110, 27
 
 CONFIG = """\
   --config=FILE            Python file whose get_config() returns the config (it is executed)
-  --config.KEY=VALUE       change one key, e.g. --config.train.tokens=2000000; docs/config.md has all
+  --config.KEY=VALUE       change one key, as --config.train.tokens=2000000; docs/reference/config.md has all
 """
 EXIT_CODES = """\
 exit codes:
@@ -53,9 +53,9 @@ def overview() -> str:
 def job_help(job: Job) -> str:
     """What `saejax JOB --help` prints."""
     text = "\n".join(textwrap.fill(part, WIDTH) for part in textwrap.dedent(job.text).strip().split("\n\n"))
-    options = "".join(_described(*line) for line in _lines(job))
+    options = "".join(_described(*line) for line in option_lines(job))
     config = CONFIG if declared(job, "config") else ""
-    return (f"saejax {job.name}: {job.summary}\n\nusage: {_usage(job)}\n\n{text}\n\noptions:\n{options}{config}\n"
+    return (f"saejax {job.name}: {job.summary}\n\nusage: {usage(job)}\n\n{text}\n\noptions:\n{options}{config}\n"
             f"example:\n  {job.example}\n\n{EXIT_CODES}")
 
 
@@ -65,7 +65,8 @@ def family_help(first: str) -> str:
     return "\n".join([f"saejax {first}: one of", *lines, "", f"`saejax {first} WAY --help` says more.", "", EXIT_CODES])
 
 
-def _usage(job: Job) -> str:
+def usage(job: Job) -> str:
+    """How a job is called, a line or two."""
     places = " ".join(f.metadata["metavar"] + (" ..." if f.metadata["most"] is None else "") for f in declared(job, "places"))
     needed = " ".join(f"{flag(f.name)}={f.metadata['metavar']}" for f in declared(job, "value") if f.metadata["required"])
     first = " ".join(filter(None, [f"saejax {job.name}", places, needed, "[--OPTION=VALUE ...]"]))
@@ -73,7 +74,7 @@ def _usage(job: Job) -> str:
     return first + more
 
 
-def _lines(job: Job) -> list[tuple[str, str]]:
+def option_lines(job: Job) -> list[tuple[str, str]]:
     """(name, text) of every option."""
     out = []
     for f in declared(job, "value", "switch", "distributed"):

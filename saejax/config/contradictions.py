@@ -1,6 +1,8 @@
 """Options that contradict each other, each with the key to change: all of them are reported at once."""
 
-from saejax.config.recipes import WITH_AUX, WITH_K
+from saejax.config.recipes import INITS, KINDS, PENALTIES, WITH_AUX, WITH_K
+
+PENALTIES_OF = {kind: tuple(name for name, kinds in PENALTIES.items() if kind in kinds) for kind in KINDS}
 
 
 def contradictions(c) -> list[str]:
@@ -12,43 +14,44 @@ def _of_sae(sae, c) -> list[str]:
     out = _of_shape(sae, c)
     if sae.kind in WITH_K and sae.k > sae.d_sae:
         out.append(f"config.sae.k: {sae.k} active features of config.sae.d_sae = {sae.d_sae}; lower k")
-    if sae.unit_decoder and sae.decoder_init_norm != 1.0:
-        out.append("config.sae.decoder_init_norm: must be 1.0 while config.sae.unit_decoder is set")
+    if sae.unit_decoder and INITS[sae.init].decoder_norm != 1.0:
+        out.append(f"config.sae.init: {sae.init!r} starts with decoder rows of norm {INITS[sae.init].decoder_norm:g}, but "
+                   "config.sae.unit_decoder keeps them at 1; take 'input_scale', or set config.sae.unit_decoder to False")
     if sae.aux_k and sae.kind not in WITH_AUX:
         out.append(f"config.sae.aux_k: {sae.aux_k}, but AuxK belongs to kinds {', '.join(WITH_AUX)} (dead features of "
                    f"{sae.kind!r} have no positive pre-activation to learn from); set it to 0 and use config.train.resample")
     if sae.k_start and (sae.kind not in WITH_K or not sae.k < sae.k_start <= sae.d_sae):
         out.append(f"config.sae.k_start: {sae.k_start} belongs to kinds with k ({', '.join(WITH_K)}), above config.sae.k = "
-                   f"{sae.k} and at most config.sae.d_sae = {sae.d_sae}; set it to 0")
-    if sae.align and not sae.unit_decoder:
-        out.append("config.sae.align: needs unit decoder rows; set config.sae.unit_decoder, or align to False")
-    if sae.align and sae.encoder_init_scale != 1:
-        out.append("config.sae.align: fixes the scale of the encoder; set it to False, or config.sae.encoder_init_scale to 1")
-    if sae.align and sae.target:
-        out.append("config.sae.align: encoder and decoder rows of a transcoder live in different spaces; set it to False")
-    if c.train.target_l0 > sae.d_sae:
-        out.append(f"config.train.target_l0: {c.train.target_l0:g} active features of config.sae.d_sae = {sae.d_sae}; lower it")
-    if sae.kind == "jumprelu" and sae.objective == "target_l0" and not c.train.target_l0:
-        out.append("config.train.target_l0: 0, but jumprelu's objective 'target_l0' needs an L0 to aim at; give one, or set "
-                   "config.sae.objective to 'l0' or 'tanh'")
-    if sae.penalty != "l1" and sae.kind != "relu":
-        out.append(f"config.sae.penalty: {sae.penalty!r} belongs to kind 'relu'; set it to 'l1'")
+                   f"{sae.k} and at most config.sae.d_sae = {sae.d_sae}; set it to None")
+    if c.train.target_l0 is not None:
+        out += _of_target(sae, c.train.target_l0)
+    allowed = PENALTIES_OF[sae.kind] or ("l1",)
+    if sae.penalty not in allowed:
+        out.append(f"config.sae.penalty: {sae.penalty!r} does not belong to kind {sae.kind!r}; set it to "
+                   f"{' or '.join(map(repr, allowed))}")
     if sae.multi_topk and (sae.kind != "topk" or 4 * sae.k > sae.d_sae):
         out.append("config.sae.multi_topk: belongs to kind 'topk' with 4 x config.sae.k <= config.sae.d_sae; turn it off")
-    if sae.kind == "batchtopk" and c.train.batch // c.train.accumulate * max(sae.k, sae.k_start) >= 2**31 - 2**16:
+    if sae.kind == "batchtopk" and c.train.batch // c.train.accumulate * max(sae.k, sae.k_start or 0) >= 2**31 - 2**16:
         out.append(f"config.train.batch: {c.train.batch} rows with config.sae.k = {sae.k} are more choices than 32 bits count; "
                    "lower one, or raise config.train.accumulate")
-    if sae.kind == "jumprelu" and sae.normalize == "none" and not (sae.bandwidth and sae.threshold_init):
-        out.append("config.sae.bandwidth, config.sae.threshold_init: 0 takes them from the scale of normalised inputs, but "
+    if sae.kind == "jumprelu" and sae.normalize == "none" and None in (sae.bandwidth, sae.threshold_init):
+        out.append("config.sae.bandwidth, config.sae.threshold_init: none takes them from the scale of normalised inputs, but "
                    "config.sae.normalize is 'none'; give both")
     if sae.groups and sae.kind not in ("batchtopk", "jumprelu"):
         out.append("config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'; leave it empty")
     if sae.groups and not (abs(sum(sae.groups) - 1) < 1e-6 and min(sae.groups) * sae.d_sae >= 1):
         out.append(f"config.sae.groups: {sae.groups} are not shares that add up to 1 with at least one feature of "
                    f"config.sae.d_sae = {sae.d_sae} each")
-    if sae.frequency_coef and (sae.kind != "jumprelu" or sae.objective == "tanh"):
-        out.append("config.sae.frequency_coef: belongs to kind 'jumprelu' with objective 'l0' or 'target_l0'; set it to 0")
     return out
+
+
+def _of_target(sae, target: float) -> list[str]:
+    key = f"config.train.target_l0: {target:g}"
+    if sae.kind in WITH_K:
+        return [f"{key}, but kind {sae.kind!r} has as many active features as config.sae.k says; set that, and this to None"]
+    if sae.penalty == "target_l0":
+        return [f"{key}, but the penalty 'target_l0' pulls towards config.sae.k by itself; set that, and this to None"]
+    return [f"{key} active features of config.sae.d_sae = {sae.d_sae}; lower it"] if target > sae.d_sae else []
 
 
 def _of_shape(sae, c) -> list[str]:
@@ -72,10 +75,6 @@ def _of_shape(sae, c) -> list[str]:
 
 def _of_data(c) -> list[str]:
     out = []
-    rows = c.harvest.shard_contexts * c.text.context
-    if rows % c.harvest.chunk_rows:
-        out.append(f"config.harvest.chunk_rows: {c.harvest.chunk_rows} does not divide the rows of a shard "
-                   f"(harvest.shard_contexts x text.context = {rows})")
     if c.harvest.shard_contexts % c.stream.block_contexts:
         out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
                    f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
@@ -93,8 +92,6 @@ def _of_run(c) -> list[str]:
         out.append(f"config.train.accumulate: {c.train.accumulate} parts do not divide config.train.batch = {c.train.batch}")
     if 0 in (c.mesh.data, c.mesh.dict):
         out.append("config.mesh: data and dict are device counts or -1, not 0")
-    if c.lm.mesh.data == 0:
-        out.append("config.lm.mesh.data: a device count or -1, not 0")
     return out
 
 
@@ -113,8 +110,8 @@ def _of_optimizer(sae, train) -> list[str]:
 
 def _against_lazy(sae, train) -> list[str]:
     """What would move, or read, the rows of features that did not fire."""
-    term = "the pre-activation loss (config.sae.pre_act_coef)" if sae.objective == "tanh" else (
-        f"the sparsity term (config.sae.objective = {sae.objective!r})")
+    term = "the pre-activation loss of the penalty 'tanh'" if sae.penalty == "tanh" else (
+        f"the penalty (config.sae.penalty = {sae.penalty!r})")
     reasons = {"jumprelu": f"{term} moves features that do not fire"} | dict.fromkeys(
         ("relu", "gated"), f"kind {sae.kind!r} has no sparse path, gradients of every row are computed anyway")
     out = [f"{reasons[sae.kind]}; take kind {' or '.join(WITH_K)}"] if sae.kind in reasons else []
@@ -124,6 +121,4 @@ def _against_lazy(sae, train) -> list[str]:
         out.append("config.train.path = 'dense' computes gradients of every row; set it to 'auto'")
     if sae.multi_topk:
         out.append("config.sae.multi_topk selects again on the dense path; set it to False")
-    if sae.align:
-        out.append("config.sae.align moves the encoder row of every feature; set it to False")
     return out

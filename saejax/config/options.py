@@ -1,8 +1,8 @@
 """One experiment = one `Config`: a `ml_collections.ConfigDict` at the edge, frozen dataclasses inside.
 
 The dataclasses below are the only place where options, defaults and their meaning are written down; the config reference in
-`docs/config.md` is generated from them (`saejax.config.reference`). A config *file* is Python and is executed: run only your own.
-What a run directory keeps is JSON and is never executed.
+`docs/reference/config.md` is generated from them (`saejax.config.reference`). A config *file* is Python and is executed: run only
+your own. What a run directory keeps is JSON and is never executed.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from saejax.base.errors import CheckpointError, ConfigError
 from saejax.base.records import MeshOptions
 from saejax.base.storage import read_json
 from saejax.config.contradictions import contradictions
-from saejax.config.recipes import KINDS, RECIPES, WITH_K
+from saejax.config.recipes import INITS, KINDS, PENALTIES, RECIPES
 from saejax.config.values import base_type, build, join
 
 SCHEMA_VERSION = 1
@@ -33,21 +33,15 @@ def opt(default, doc, **rules):
 
 
 @dataclass(frozen=True)
-class LMMeshOptions:
-    """The language model's mesh over the devices of each process: contexts are split over `data`, weights over `model`."""
-
-    data: int = opt(-1, "copies of the model; -1 takes as many as fit the devices and divide the batch", ge=-1)
-    model: int = opt(1, "devices that share one copy of the weights (heads, MLP units, vocabulary)", ge=1)
-
-
-@dataclass(frozen=True)
 class LMOptions:
     """The language model whose activations are harvested."""
 
     model: str = opt("smollm2-135m", "preset name, .gguf file, local Hugging Face directory, or hub id")
     revision: str | None = opt(None, "hub revision (a commit hash pins the weights)")
     dtype: str = opt("float32", "compute dtype of the forward pass", choices=("float32", "bfloat16"))
-    mesh: LMMeshOptions = field(default_factory=LMMeshOptions)
+    batch_contexts: int = opt(16, "contexts in one forward pass", gt=0)
+    model_parallel: int = opt(1, "devices of a process that share one copy of the weights (heads, MLP units, vocabulary); the "
+                              "others hold copies, as many as divide a batch", ge=1)
 
 
 @dataclass(frozen=True)
@@ -74,9 +68,7 @@ class HarvestOptions:
     store: str = opt("", "store directory; empty: `<run_dir>/store`")
     hookpoints: tuple[str, ...] = opt(("blocks.9.hook_resid_post",), "hookpoints written in the one pass")
     tokens: int = opt(1_000_000, "tokens to harvest (rounded up to whole shards; less where the text ends)", gt=0)
-    batch_contexts: int = opt(16, "contexts in one forward pass", gt=0)
     shard_contexts: int = opt(512, "contexts in one shard file, the unit of resuming", gt=0)
-    chunk_rows: int = opt(256, "activation rows in one checksummed chunk", gt=0)
     mask_special: bool = opt(True, "mask BOS, EOS, pad and the tokenizer's other special tokens")
 
 
@@ -99,48 +91,28 @@ class SAEOptions:
     skip: bool = opt(False, "add x W_skip to what a transcoder predicts")
     crosscoder: tuple[str, ...] = opt((), "crosscoder: the hookpoints that it reads and reconstructs together, instead of "
                                       "`hookpoint`; empty: none", empty=True)
-    crosscoder_norm: str = opt("l1", "decoder norm of a crosscoder's feature in penalties: sum of the layers' norms, or norm of "
-                               "all of them together", choices=("l1", "l2"))
     d_in: int | None = opt(None, "expected width of the activations; none: whatever the store holds", gt=0)
     d_sae: int = opt(4608, "number of features", gt=0)
-    k: int = opt(32, "active features per token (topk), or per token on average over a batch (batchtopk)", gt=0)
-    k_start: int = opt(0, "active features at the first step, falling to `k` step by step over `train.k_anneal` (topk, "
-                       "batchtopk); these steps cost as much as with this k; 0: always `k`", ge=0)
+    k: int = opt(32, "active features per token (topk), per token on average over a batch (batchtopk), or the L0 that penalty "
+                "`target_l0` aims at (jumprelu)", gt=0)
+    k_start: int | None = opt(None, "active features at the first step, falling to `k` step by step over `train.k_anneal` "
+                              "(topk, batchtopk); these steps cost as much as with this k; none: always `k`", gt=0)
     multi_topk: bool = opt(False, "add the error with 4 k features at 1/8, so that k can be changed after training (topk)")
-    penalty: str = opt("l1", "penalty on f ||W_dec|| (relu): f, tanh(c f) / c or log(1 + c f) / c",
-                       choices=("l1", "tanh", "log"))
-    l1: float = opt(5.0, "lambda of the decoder-norm-weighted penalty (relu, gated)", ge=0.0)
-    objective: str = opt("target_l0", "sparsity term of jumprelu: L0, (L0 / train.target_l0 - 1)^2, or tanh with a "
-                         "pre-activation loss", choices=("l0", "target_l0", "tanh"))
-    sparsity: float = opt(1.0, "lambda of the sparsity term (jumprelu)", ge=0.0)
-    bandwidth: float = opt(0.0, "window around a threshold in which it receives gradient (jumprelu); 0: 3/4 of the root mean "
-                           "square of the inputs' entries", ge=0.0)
-    threshold_init: float = opt(0.0, "threshold of a new feature (jumprelu); 0: as `bandwidth`", ge=0.0)
-    threshold_beta: float = opt(0.99, "memory of the running mean of the least kept activation, the threshold after training "
-                                "(batchtopk)", ge=0.0, lt=1.0)
+    penalty: str = opt("l1", "what `penalty_coef` multiplies. relu: f ||W_dec||, or tanh(c f ||W_dec||) / c or log(1 + c f "
+                       "||W_dec||) / c with c = 4; gated: l1 of the gate; jumprelu: L0, (L0 / k - 1)^2, or tanh(4 f ||W_dec||) "
+                       "with a pre-activation loss of weight 3e-6", choices=tuple(PENALTIES))
+    penalty_coef: float = opt(5.0, "lambda, the weight of the penalty (relu, gated, jumprelu)", ge=0.0)
+    bandwidth: float | None = opt(None, "window around a threshold in which it receives gradient (jumprelu); none: 3/4 of the "
+                                  "root mean square of the inputs' entries", gt=0.0)
+    threshold_init: float | None = opt(None, "threshold of a new feature (jumprelu); none: as `bandwidth`", gt=0.0)
     groups: tuple[float, ...] = opt((), "shares of the dictionary, in order, whose nested prefixes each reconstruct the input "
                                     "(Matryoshka; batchtopk, jumprelu); empty: none", empty=True)
-    penalty_scale: float = opt(4.0, "c in the tanh and log penalties (relu; jumprelu with objective `tanh`)", gt=0.0)
-    pre_act_coef: float = opt(3e-6, "weight of the pre-activation loss (jumprelu, objective `tanh`)", ge=0.0)
-    frequency_coef: float = opt(0.0, "weight of sum_i max(p_i / max_frequency - 1, 0)^2, p_i the share of rows on which feature "
-                                "i fires in a batch (jumprelu, objectives `l0` and `target_l0`)", ge=0.0)
-    max_frequency: float = opt(0.1, "firing rate above which a feature is penalised", gt=0.0, le=1.0)
     normalize: str = opt("mean_sq_norm_D", "scalar normalisation of each hookpoint; lambda and thresholds only carry over "
                          "inside one convention", choices=NORMALIZATIONS)
     center: bool = opt(False, "subtract the store's mean from each hookpoint first")
     unit_decoder: bool = opt(True, "keep decoder rows at unit norm and drop the gradient parallel to them")
     pre_bias: bool = opt(True, "subtract b_dec from the input of the encoder")
-    b_dec_init: str = opt("geometric_median", "initial b_dec, from a sample of rows",
-                          choices=("zeros", "mean", "geometric_median"))
-    decoder_init_norm: float = opt(1.0, "norm of the decoder rows at initialisation", gt=0.0)
-    encoder_init: str = opt("input_scale", "W_enc starts as W_dec, or at the multiple of it at which reconstructions are as "
-                            "large as inputs", choices=("tied", "input_scale"))
-    encoder_init_scale: float = opt(1.0, "times this; below 1 the encoder's rows turn faster at the same learning rate; 0: "
-                                    "d_in / d_sae", ge=0.0)
-    init_l0: float = opt(0.0, "features per token that fire at initialisation, by encoder biases taken from a sample of rows; 0: "
-                         "biases 0", ge=0.0)
-    align: bool = opt(False, "keep the inner product of each feature's encoder and decoder rows at 1, which keeps features "
-                      "alive; needs `unit_decoder`")
+    init: str = opt("input_scale", "how weights start (see Initialisation below)", choices=tuple(INITS))
     aux_k: int = opt(256, "dead features asked to explain the residual error; 0 turns AuxK off", ge=0)
     aux_coef: float = opt(1 / 32, "weight of the AuxK loss", ge=0.0)
     dead_tokens: int = opt(10_000_000, "a feature that has not fired for this many tokens is dead: for AuxK, for resampling "
@@ -161,10 +133,9 @@ class SAEOptions:
 class ResampleOptions:
     """Resampling of dead features ("Towards Monosemanticity"); the schedule is counted in tokens."""
 
-    every_tokens: int = opt(0, "tokens between resampling steps; 0 turns resampling off", ge=0)
-    until_tokens: int = opt(0, "no resampling after this many tokens; 0: never stop", ge=0)
+    every_tokens: int | None = opt(None, "tokens between resampling steps; none: no resampling", gt=0)
+    until_tokens: int | None = opt(None, "no resampling after this many tokens; none: never stop", gt=0)
     sample_rows: int = opt(819_200, "rows whose loss is measured to draw replacements from, p ~ loss^2", gt=0)
-    encoder_scale: float = opt(0.2, "norm of a new encoder row over the mean norm of the alive ones", gt=0.0)
 
 
 class Optimizer(NamedTuple):
@@ -186,42 +157,38 @@ class TrainOptions:
     tokens: int = opt(10_000_000, "rows to train on, repeating epochs of the store as needed", gt=0)
     batch: int = opt(4096, "rows of a step; a multiple of the mesh's device count", gt=0)
     lr: float = opt(1e-4, "peak learning rate", gt=0.0)
-    optimizer: str = opt("adam", "Adam, by what it keeps (docs/optimizer.md). adam: two moments, beta1 0.9; second: the second "
-                         "one only, beta1 0; lazy: as second, and only rows of features that fired are read and written "
-                         "(topk, batchtopk). _bf16: moments of matrices in bfloat16", choices=tuple(OPTIMIZERS))
+    optimizer: str = opt("adam", "Adam, by what it keeps (docs/explanation/optimizer.md). adam: two moments, beta1 0.9; second: "
+                         "the second one only, beta1 0; lazy: as second, and only rows of features that fired are read and "
+                         "written (topk, batchtopk). _bf16: moments of matrices in bfloat16", choices=tuple(OPTIMIZERS))
     beta2: float = opt(0.999, "Adam's second-moment decay", ge=0.0, lt=1.0)
     eps: float = opt(6.25e-10, "Adam's epsilon", gt=0.0)
-    clip: float = opt(1.0, "clip the global gradient norm to this; 0 turns it off", ge=0.0)
-    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises from `lr_start`", ge=0.0, le=1.0)
-    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls to `lr_end`", ge=0.0, le=1.0)
-    lr_shape: str = opt("linear", "shape of rise and fall", choices=("linear", "cosine"))
-    lr_start: float = opt(0.0, "learning rate at the start of the rise, as a share of `lr`", ge=0.0, le=1.0)
-    lr_end: float = opt(0.0, "learning rate at the end of the fall, as a share of `lr`", ge=0.0, le=1.0)
-    l1_warmup: float = opt(0.05, "share of the steps over which the penalty's lambda rises from 0", ge=0.0, le=1.0)
-    target_l0: float = opt(0.0, "active features per token to aim at: k of kinds that have one, else the penalty's lambda is "
-                           "steered towards it; 0: off", ge=0.0)
+    clip: float | None = opt(1.0, "clip the global gradient norm to this; none: not at all", gt=0.0)
+    lr_warmup: float = opt(0.0, "share of the steps over which the learning rate rises", ge=0.0, le=1.0)
+    lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls to 0", ge=0.0, le=1.0)
+    lr_shape: str = opt("linear", "shape of rise and fall; cosine: rises from a tenth of `lr`", choices=("linear", "cosine"))
+    penalty_warmup: float = opt(0.05, "share of the steps over which lambda rises from 0", ge=0.0, le=1.0)
+    target_l0: float | None = opt(None, "active features per token towards which lambda is steered (kinds with a penalty; "
+                                  "docs/explanation/kinds.md); none: lambda is `sae.penalty_coef`", gt=0.0)
     k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`, evenly in its logarithm", ge=0.0,
                           le=1.0)
     accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "
-                          "and target_l0 count within a part", gt=0)
-    ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: off",
+                          "and penalty `target_l0` count within a part", gt=0)
+    ema: float = opt(0.0, "memory of a running mean of the parameters, which is then what evaluation and release use; 0: no mean",
                      ge=0.0, lt=1.0)
-    max_skipped: int = opt(10, "steps in a row with a non-finite loss or gradient, each left out, that stop the run", gt=0)
     compute_dtype: str = opt("auto", "dtype of both operands of every matrix product, backward ones too; parameters and sums "
                              "are float32. auto: bfloat16 on GPUs and TPUs, else float32",
                              choices=("auto", "float32", "bfloat16"))
-    path: str = opt("auto", "how a step of kinds with k is computed (docs/concepts.md). sparse: decoding and gradients from the "
-                    "kept features only; dense: from all; auto: as is faster. The result is the same up to rounding",
+    path: str = opt("auto", "how a step of kinds with k is computed (docs/explanation/selection.md). sparse: decoding and "
+                    "gradients from the kept features only; dense: from all; auto: as is faster. The result is the same up "
+                    "to rounding",
                     choices=("auto", "dense", "sparse"))
     deterministic: bool = opt(False, "on a GPU, the same bits in every run and after every resume, at a cost in speed "
-                              "(docs/checkpoint_format.md); CPUs and TPUs give them anyway")
-    init_rows: int = opt(32_768, "rows sampled for the initial b_dec", gt=0)
-    profile: int = opt(0, "steps to trace, once, when the first steps are done: `<run_dir>/profile` (docs/profiling.md); 0: none",
+                              "(docs/reference/checkpoint_format.md); CPUs and TPUs give them anyway")
+    profile: int = opt(0, "steps to trace, once, when the first steps are done: `<run_dir>/profile` "
+                       "(docs/how-to/profiling.md); 0: none",
                        ge=0)
-    compilation_cache: str = opt("auto", "where compiled programs are kept for the next start (docs/profiling.md); auto: beside "
-                                 "the run where it has several processes; on: beside the run; off: nowhere; else a directory")
     init_from: str = opt("", "start from this dictionary: whatever `saejax.load` reads, of the same kind and shape "
-                             "(docs/formats.md)")
+                             "(docs/how-to/other_libraries.md)")
     resample: ResampleOptions = field(default_factory=ResampleOptions)
 
     @property
@@ -246,8 +213,8 @@ class CheckpointOptions:
 
     every_tokens: int = opt(1_000_000, "tokens between checkpoints", gt=0)
     keep: int = opt(2, "newest checkpoints kept", gt=0)
-    keep_every_tokens: int = opt(0, "also keep the checkpoints at multiples of this (rounded up to one of `every_tokens`); "
-                                 "0: none", ge=0)
+    keep_every_tokens: int | None = opt(None, "also keep the checkpoints at multiples of this (rounded up to one of "
+                                        "`every_tokens`); none: the newest only", gt=0)
     strict: bool = opt(False, "stop at a checkpoint that does not verify instead of falling back to an older one")
 
 
@@ -256,7 +223,6 @@ class EvalOptions:
     """Measurements on held-out text."""
 
     contexts: int = opt(128, "held-out contexts", gt=0)
-    batch_contexts: int = opt(16, "contexts in one forward pass", gt=0)
 
 
 @dataclass(frozen=True)
@@ -271,11 +237,11 @@ class LogOptions:
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Several SAEs over one stream of activations, each with its own run directory `<run_dir>/<name>` (docs/sweeps.md)."""
+    """Several SAEs over one stream of activations, each with its own run directory `<run_dir>/<name>` (docs/how-to/sweeps.md)."""
 
     product: tuple[str, ...] = opt((), "keys and their values, as `sae.k=16,32,64`: one SAE for every combination", empty=True)
-    variations: tuple[str, ...] = opt((), "one SAE each, as `recipe=relu sae.l1=3`; with `product` each of them in every "
-                                      "combination", empty=True)
+    variations: tuple[str, ...] = opt((), "one SAE each, as `recipe=relu sae.penalty_coef=3`; with `product` each of them in "
+                                      "every combination", empty=True)
 
 
 @dataclass(frozen=True)
@@ -306,12 +272,11 @@ class Config:
 
 # Keys that may differ between two starts of the same run: they change what is shown or kept, or which way to the same result is
 # taken, never what is learned.
-NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.mesh", "train.path",
-           "train.profile", "train.compilation_cache")
+NEUTRAL = ("run_dir", "harvest.store", "log", "checkpoint", "eval", "mesh", "lm.model_parallel", "train.path", "train.profile")
 
 
 def default_config(kind: str = "topk") -> ml_collections.ConfigDict:
-    """The locked default config with the recipe of this name (docs/config.md), for a config file to change and return."""
+    """The locked default config with the recipe of this name (docs/reference/config.md), for a config file to change."""
     if kind not in RECIPES:
         raise ConfigError(f"default_config: no recipe {kind!r}; choose one of {', '.join(RECIPES)}")
     config = _to_config_dict(Config())
@@ -349,16 +314,10 @@ def resolve(config: ml_collections.ConfigDict) -> Config:
         raise ConfigError("; ".join(problems))
     return dataclasses.replace(
         resolved,
-        sae=dataclasses.replace(resolved.sae, k=_k(resolved)),
         run_dir=resolved.run_dir or f"runs/{resolved.name}",
         harvest=dataclasses.replace(
             resolved.harvest,
             store=resolved.harvest.store or f"{resolved.run_dir or f'runs/{resolved.name}'}/store"))
-
-
-def _k(config: Config) -> int:
-    given = config.train.target_l0 if config.sae.kind in WITH_K else 0
-    return max(1, round(given)) if given else config.sae.k
 
 
 def to_json(config: Config) -> dict:

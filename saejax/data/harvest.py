@@ -78,8 +78,14 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
     shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
     return {"model": model_name(config.lm.model), "lm_dtype": config.lm.dtype,
             "text": text.describe(config.text, sources, config.seed_of_data),
-            "context": config.text.context, "shard_contexts": h.shard_contexts, "chunk_rows": h.chunk_rows,
+            "context": config.text.context, "shard_contexts": h.shard_contexts,
+            "chunk_rows": _chunk_rows(config.text.context * h.shard_contexts),
             "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
+
+
+def _chunk_rows(shard_rows: int) -> int:
+    """Rows of a checksummed chunk of activations: the largest divisor of a shard's rows that is at most 256."""
+    return max(n for n in range(1, min(256, shard_rows) + 1) if shard_rows % n == 0)
 
 
 def _pinned(config: Config) -> bool:
@@ -112,15 +118,15 @@ def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None)
 
 
 def lm_mesh(config: Config) -> Mesh:
-    """The mesh of `config.lm.mesh` over this process's devices. Raises `LMError` when it does not fit them."""
-    return lm.make_mesh(config.lm.mesh.data, config.lm.mesh.model, rows=config.harvest.batch_contexts)
+    """The mesh of `config.lm.model_parallel` over this process's devices. Raises `LMError` when it does not fit them."""
+    return lm.make_mesh(model=config.lm.model_parallel, rows=config.lm.batch_contexts)
 
 
 class _Capture:
     """The compiled forward pass up to the highest hookpoint, on the language model's mesh."""
 
     def __init__(self, lm_: LM, config: Config):
-        self.names, self.batch = tuple(dict.fromkeys(config.harvest.hookpoints)), config.harvest.batch_contexts
+        self.names, self.batch = tuple(dict.fromkeys(config.harvest.hookpoints)), config.lm.batch_contexts
         mesh = lm_mesh(config)
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
         self._model = lm.place(lm_.model, mesh)

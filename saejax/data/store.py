@@ -6,7 +6,7 @@
     acts/<hookpoint>/  [N, D] bf16    tokens/ [N] int32    keep/ [N] uint8    norms/<hookpoint>/ [N] float32 ||x||
 
 N = contexts x context length: row r is token r % T of context r // T. Every row is stored; `keep` is 0 at masked
-special tokens. Equal inputs give equal bytes, whichever process wrote which shard. docs/store_format.md has the
+special tokens. Equal inputs give equal bytes, whichever process wrote which shard. docs/reference/store_format.md has the
 details.
 """
 

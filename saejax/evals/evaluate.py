@@ -26,13 +26,13 @@ _ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
 
 
 def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats], options: EvalOptions, *,
-             progress: bool = True) -> dict:
+             batch_contexts: int = 16, progress: bool = True) -> dict:
     """Everything measured on `options.contexts` contexts of the held-out part of a text, as plain JSON.
 
     The figures are those of `Reconstruction.result` and `SpliceSums.result`, at the hookpoints that the SAE reconstructs; those
     of a crosscoder are replaced together, its reconstruction figures are means over them and each has its own under `layers`.
     stats: of these hookpoints on other text, as the training store's; the mean serves mean ablation, the median norm the outlier
-    bound (10 x). Activations are the language model's own, not rounded to bfloat16. Raises
+    bound (10 x). batch_contexts: in one forward pass. Activations are the language model's own, not rounded to bfloat16. Raises
     `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
     """
     hookpoints, targets = sae.cfg.hookpoints, sae.cfg.targets
@@ -47,10 +47,10 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     contexts = masked = 0
     context = text.options.context
     with Progress("evaluate", options.contexts * context, enabled=progress) as bar:
-        for batch in token_batches(text.options, lm_.tokenizer, options.batch_contexts, seed=text.seed, split="heldout",
+        for batch in token_batches(text.options, lm_.tokenizer, batch_contexts, seed=text.seed, split="heldout",
                                    mask_special=text.mask_special, max_contexts=options.contexts):
             rows = len(batch.tokens_BT)
-            tokens_BT, keep_BT = _padded(batch, options.batch_contexts)
+            tokens_BT, keep_BT = _padded(batch, batch_contexts)
             clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
             recon = _reconstruct(sae, clean, keep_BT, measured)
             sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, rows)

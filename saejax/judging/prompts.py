@@ -1,4 +1,4 @@
-"""The prompts, in full. They are saejax's own words; what each asks for, and after whom, is in docs/judging.md.
+"""The prompts, in full. They are saejax's own words; what each asks for, and after whom, is in docs/how-to/judging.md.
 
 Text of the corpus stands between two lines of dashes. It has gone through `visible`: it cannot end the line it stands on.
 """

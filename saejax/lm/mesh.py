@@ -22,13 +22,13 @@ def make_mesh(data: int = -1, model: int = 1, *, rows: int | None = None, device
     most = len(devices) // model if model > 0 else 0
     if not most or data > most or data == 0 or data < -1:
         raise LMError(
-            f"config.lm.mesh: data x model = {data} x {model} needs more than the {len(devices)} devices of a process; "
-            f"use at most model={len(devices)}, data={max(most, 1)}, or data=-1"
+            f"config.lm.model_parallel: a mesh of data x model = {data} x {model} needs more than the {len(devices)} devices of "
+            f"a process; use at most model={len(devices)}, data={max(most, 1)}, or data=-1"
         )
     if data == -1:
         data = max(n for n in range(1, most + 1) if rows is None or rows % n == 0)
     if rows is not None and rows % data:
-        raise LMError(f"config.lm.mesh.data: {data} does not divide the {rows} contexts of a batch; change one of them")
+        raise LMError(f"a mesh of {data} copies of the model does not divide the {rows} contexts of a batch; change one of them")
     grid = np.array(devices[: data * model]).reshape(data, model)
     return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 

@@ -41,8 +41,10 @@ def described(config: Config) -> str:
     shape = "crosscoder, " if sae.crosscoder else "" if not sae.target else "skip transcoder, " if sae.skip else "transcoder, "
     if sae.kind in WITH_K:
         return f"{shape}{sae.kind}, k = {sae.k}"
-    aim = f"target L0 {target:g}" if target else f"lambda = {sae.sparsity if sae.kind == 'jumprelu' else sae.l1:g}"
-    return f"{shape}{sae.kind}, {f'objective {sae.objective}, ' if sae.kind == 'jumprelu' else ''}{aim}"
+    aim = f"lambda = {sae.penalty_coef:g}" if target is None else f"lambda steered to an L0 of {target:g}"
+    if sae.penalty == "target_l0":
+        aim = f"target L0 {sae.k}"
+    return f"{shape}{sae.kind}, {'' if sae.penalty == 'l1' else f'penalty {sae.penalty}, '}{aim}"
 
 
 def rows(result: Result) -> list[tuple[str, str]]:

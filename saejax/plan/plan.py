@@ -1,4 +1,7 @@
-"""A config and a topology -> what training it there needs and takes, as one JSON value (docs/plan.md has the formulas)."""
+"""A config and a topology -> what training it there needs and takes, as one JSON value.
+
+docs/explanation/plan_model.md has the formulas.
+"""
 
 import dataclasses
 import math

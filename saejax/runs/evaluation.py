@@ -5,7 +5,7 @@ import json
 
 from saejax.base.records import RunPaths
 from saejax.base.storage import read_json, text_sha256
-from saejax.config import EvalOptions
+from saejax.config import Config, EvalOptions
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.pages.summary import Rates, Result, training_rate
 from saejax.runs.experiment import rates_file
@@ -20,13 +20,14 @@ def evaluated(subject: Subject, contexts: int | None = None) -> dict:
     contexts: instead of the config's. Kept is what was measured as the run's config says, not with another model, text or store.
     """
     subject.require(text=True)
-    options = subject.config.eval if subject.config is not None else EvalOptions()
+    config = subject.config or Config()
+    options = config.eval
     options = options if contexts is None else dataclasses.replace(options, contexts=contexts)
     key = _key(subject, options)
     result = None if key is None else cached(RunPaths(subject.run), key)
     if result is None:
         result = evaluate(subject.sae, subject.lm, subject.text, subject.stats(subject.sae.cfg.targets), options,
-                          progress=subject.progress)
+                          batch_contexts=config.lm.batch_contexts, progress=subject.progress)
         if key is not None:
             remember(RunPaths(subject.run), key, result)
     return result

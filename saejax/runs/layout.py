@@ -15,7 +15,6 @@ from saejax.config import Config, read_config
 from saejax.data.store import is_complete
 from saejax.scaling.sweep import is_sweep, members
 from saejax.train.checkpoint import is_step
-from saejax.train.compilation_cache import trusted
 from saejax.train.step_cost import mesh_options
 
 
@@ -35,7 +34,7 @@ def saved_config(run_dir: Path) -> Config:
     elif not store.exists() and store.is_relative_to(Path(config.run_dir).parent):  # a member of a sweep that was moved
         store = run_dir.parent / store.relative_to(Path(config.run_dir).parent)
     harvest_options = dataclasses.replace(config.harvest, store=str(store))
-    return dataclasses.replace(trusted(config), run_dir=str(run_dir), harvest=harvest_options)
+    return dataclasses.replace(config, run_dir=str(run_dir), harvest=harvest_options)
 
 
 def run_of(path: Path) -> Path | None:
@@ -88,7 +87,7 @@ def as_given(saved: Config, given: Config) -> Config:
                           "in place of the config, or the config that it was made with")
     store = given.harvest.store if is_complete(given.harvest.store) else saved.harvest.store
     return dataclasses.replace(saved, eval=given.eval, log=given.log, mesh=given.mesh,
-                               lm=dataclasses.replace(saved.lm, mesh=given.lm.mesh),
+                               lm=dataclasses.replace(saved.lm, model_parallel=given.lm.model_parallel),
                                harvest=dataclasses.replace(saved.harvest, store=store))
 
 

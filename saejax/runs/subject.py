@@ -140,7 +140,7 @@ class Subject:
         if isinstance(given, LM):
             found = given
         elif config is not None and given in (None, named):
-            mesh = lm_mesh(config) if config.lm.mesh.model > 1 else None
+            mesh = lm_mesh(config) if config.lm.model_parallel > 1 else None
             found = _language_model(named, config.lm.revision, config.lm.dtype, mesh)
         else:
             found = _language_model(given or named, None, "float32", None)
@@ -259,7 +259,7 @@ class Subject:
         if split is None and (self.given.store or self.given.text is None) and self.store is not None:
             return corpus.from_store(self.store, hookpoints, tokens)
         self.require(text=True)
-        batch = 8 if self.config is None else self.config.harvest.batch_contexts
+        batch = 8 if self.config is None else self.config.lm.batch_contexts
         return corpus.from_text(self.text, self.lm, hookpoints, split=split or "train", tokens=tokens or TOKENS, batch=batch)
 
     def top(self, acts, n: int = 5) -> Table:

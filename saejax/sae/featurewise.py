@@ -13,6 +13,9 @@ from saejax.sae.activations import activate, fires, thresholds
 from saejax.sae.losses import squared_error
 from saejax.sae.params import SAEParams, SAESpec
 
+STEEPNESS = 4.0        # c of the tanh and log penalties. Source: Transformer Circuits updates February 2024, January 2025
+PRE_ACTIVATION = 3e-6  # weight of the pre-activation loss. Source: Transformer Circuits update January 2025
+
 
 def of_features(spec: SAESpec, options: SAEOptions, params: SAEParams,
                 pre_BF: jax.Array) -> tuple[list[jax.Array], dict[str, jax.Array]]:
@@ -23,14 +26,14 @@ def of_features(spec: SAESpec, options: SAEOptions, params: SAEParams,
     acts_BF = activate(spec, params, pre_BF)
     if spec.kind == "gated":
         gate_BF = jax.nn.relu(pre_BF)
-        return [acts_BF, gate_BF], {"l1": gate_BF.sum(0) * decoder_norms(spec, options, params)}
+        return [acts_BF, gate_BF], {"l1": gate_BF.sum(0) * decoder_norms(spec, params)}
     if spec.kind == "relu":
-        return [acts_BF], {"l1": _bent(options, decoder_norms(spec, options, params), acts_BF)}
+        return [acts_BF], {"l1": _bent(options, decoder_norms(spec, params), acts_BF)}
     threshold_F = thresholds(params)
-    if options.objective != "tanh":
+    if options.penalty != "tanh":
         return [acts_BF], {"fires": fires(pre_BF, threshold_F, spec.bandwidth).sum(0)}
-    norm_F = decoder_norms(spec, options, params)
-    return [acts_BF], {"tanh": jnp.tanh(options.penalty_scale * acts_BF * norm_F).sum(0),
+    norm_F = decoder_norms(spec, params)
+    return [acts_BF], {"tanh": jnp.tanh(STEEPNESS * acts_BF * norm_F).sum(0),
                        "below": jax.nn.relu(threshold_F - pre_BF).sum(0) * norm_F}
 
 
@@ -39,12 +42,11 @@ def decoded(spec: SAESpec) -> int:
     return 2 if spec.kind == "gated" else 1
 
 
-def decoder_norms(spec: SAESpec, options: SAEOptions, params: SAEParams) -> jax.Array:
-    """||W_dec,i|| [F]. Of a crosscoder with `crosscoder_norm` l1 the sum over layers sum_l ||W_dec,i^l||, which keeps its loss
-    comparable with that of one SAE per layer; with l2 the norm of the whole row. Source: Transformer Circuits update October
-    2024.
+def decoder_norms(spec: SAESpec, params: SAEParams) -> jax.Array:
+    """||W_dec,i|| [F]. Of a crosscoder the sum over layers sum_l ||W_dec,i^l||, which keeps its loss comparable with that of one
+    SAE per layer. Source: Transformer Circuits update October 2024.
     """
-    if not spec.layers or options.crosscoder_norm == "l2":
+    if not spec.layers:
         return jnp.linalg.norm(params.W_dec, axis=1)
     ends = itertools.accumulate(spec.layers)
     return sum(jnp.linalg.norm(params.W_dec[:, end - width:end], axis=1) for end, width in zip(ends, spec.layers, strict=True))
@@ -54,12 +56,12 @@ def _bent(options, norm_F, acts_BF):
     """sum_b p(f_i ||W_dec,i||), see `relu`."""
     if options.penalty == "l1":
         return acts_BF.sum(0) * norm_F
-    bend, c = {"tanh": jnp.tanh, "log": jnp.log1p}[options.penalty], options.penalty_scale
-    return bend(c * acts_BF * norm_F).sum(0) / c
+    bend = {"tanh": jnp.tanh, "log": jnp.log1p}[options.penalty]
+    return bend(STEEPNESS * acts_BF * norm_F).sum(0) / STEEPNESS
 
 
 def relu(options, params, seen, inputs):
-    """mean_b [ ||x - x^||^2 + lambda sum_i p(a_i) ],  a_i = f_i ||W_dec,i||,  p of slope 1 at 0 by `sae.penalty`.
+    """mean_b [ ||x - x^||^2 + lambda sum_i p(a_i) ],  a_i = f_i ||W_dec,i||,  p of slope 1 at 0 by `sae.penalty`, c = 4.
 
     l1: p(a) = a. Source: Templeton et al. 2024, "Our SAE training". tanh: p(a) = tanh(c a) / c. Source: Transformer Circuits
     update February 2024. log: p(a) = log(1 + c a) / c. Both punish large activations less, and so shrink them less.
@@ -82,24 +84,22 @@ def gated(options, params, seen, inputs):
 
 
 def jumprelu(options, params, seen, inputs):
-    """mean_b ||x - x^||^2 + lambda * (what `sae.objective` says).
+    """mean_b ||x - x^||^2 + lambda * (what `sae.penalty` says).
 
-    tanh: mean_b sum_i tanh(c f_i ||W_dec,i||), and mean_b sum_i max(threshold_i - pre_i, 0) ||W_dec,i|| with a weight of its own.
+    l0: L0 = mean_b sum_i [f_i > 0]. target_l0: (L0 / k - 1)^2. Source: Rajamanoharan et al. 2024 (JumpReLU SAEs), section 5.
+    tanh: mean_b sum_i tanh(4 f_i ||W_dec,i||), and mean_b sum_i max(threshold_i - pre_i, 0) ||W_dec,i|| with weight 3e-6.
     Gradients reach every parameter; the second term pulls features back that have stopped firing. Source: Transformer Circuits
     update January 2025, "Dictionary learning optimization techniques".
     """
-    if options.objective == "tanh":
+    if options.penalty == "tanh":
         sparsity = seen.mean("tanh")
-        return seen.mse + inputs.sparsity * sparsity + options.pre_act_coef * seen.mean("below"), {"sparsity": sparsity}
+        return seen.mse + inputs.sparsity * sparsity + PRE_ACTIVATION * seen.mean("below"), {"sparsity": sparsity}
     rate_F = seen.sums["fires"] / len(seen.y_BD)
-    if options.objective == "l0":
+    if options.penalty == "l0":
         sparsity = rate_F.sum()
     else:
         sparsity = jnp.square(rate_F.sum() / inputs.target_l0 - 1)
-    loss = seen.mse + inputs.sparsity * sparsity
-    if options.frequency_coef:
-        loss = loss + options.frequency_coef * jnp.square(jax.nn.relu(rate_F / options.max_frequency - 1)).sum()
-    return loss, {"sparsity": sparsity}
+    return seen.mse + inputs.sparsity * sparsity, {"sparsity": sparsity}
 
 
 LOSSES = {"relu": relu, "gated": gated, "jumprelu": jumprelu}

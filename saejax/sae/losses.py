@@ -21,7 +21,7 @@ from saejax.sae.select import UpTo
 class LossInputs:
     """What an objective reads besides params and batch.
 
-    sparsity: lambda at this step. target_l0: what jumprelu's objective of that name aims at. inverse_variance:
+    sparsity: lambda at this step. target_l0: what jumprelu's penalty of that name aims at. inverse_variance:
     1 / E||x - E x||^2 of the normalised data (a constant of the run).
     tokens_since_fired_F, dead_after: counters before this batch, and the bound beyond which a feature counts as dead.
     k_now: active features at this step, at most `SAESpec.k`; None: so many.

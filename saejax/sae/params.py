@@ -10,7 +10,7 @@ from flax import struct
 
 from saejax.base import hardware, sharding
 from saejax.config import SAEOptions
-from saejax.config.recipes import WITH_K
+from saejax.config.recipes import INITS, WITH_K
 
 SHARED = ("b_dec", "W_skip")  # what is not stored by feature
 # What a kind keeps per feature besides the four common arrays.
@@ -54,7 +54,8 @@ class SAESpec:
         typical = 0.75 * entry_scale(options.normalize, read)
         return cls(kind=options.kind, d_in=sum(read), d_sae=options.d_sae, k=options.k if options.kind in WITH_K else 0,
                    pre_bias=options.pre_bias, compute_dtype=hardware.compute_dtype_here(compute_dtype),
-                   bandwidth=options.bandwidth or typical, threshold_init=options.threshold_init or typical,
+                   bandwidth=typical if options.bandwidth is None else options.bandwidth,
+                   threshold_init=(options.bandwidth or typical) if options.threshold_init is None else options.threshold_init,
                    d_out=widths[options.target] if options.target else None, skip=options.skip,
                    layers=read if len(read) > 1 else ())
 
@@ -127,7 +128,7 @@ def initial_per_feature(spec: SAESpec) -> dict[str, float]:
 
 
 def init_params(spec: SAESpec, key: jax.Array, b_dec: jax.Array, options: SAEOptions) -> SAEParams:
-    """Tied initialisation: W_dec rows are uniform random directions of norm `decoder_init_norm`, W_enc = W_dec, b_enc = 0.
+    """Tied initialisation: W_dec rows are uniform random directions of the norm of `sae.init`, W_enc = W_dec, b_enc = 0.
 
     A transcoder's encoder has directions of its own, as its input lives in another space; W_skip = 0. Call it under `jit` with a
     mesh set: each device draws its own rows only, and the values do not depend on the mesh. Source: Transformer Circuits update
@@ -138,7 +139,7 @@ def init_params(spec: SAESpec, key: jax.Array, b_dec: jax.Array, options: SAEOpt
 
     def directions(key: jax.Array, width: int) -> jax.Array:
         W = jax.random.normal(key, (spec.d_sae, width), jnp.float32, out_sharding=sharding.spec("features", None))
-        return W * (options.decoder_init_norm / jnp.linalg.norm(W, axis=1, keepdims=True))
+        return W * (INITS[options.init].decoder_norm / jnp.linalg.norm(W, axis=1, keepdims=True))
 
     W_dec = directions(key, spec.width_out)
     W_enc = W_dec if spec.d_out is None else directions(jax.random.fold_in(key, 1), spec.d_in)

@@ -18,7 +18,7 @@ _STREAM, _SHOWN = "all SAEs of a sweep read one stream of the same rows", "it ch
 COMMON = {
     "text.": _STREAM, "harvest.": _STREAM, "lm.": _STREAM, "stream.": _STREAM, "data_seed": _STREAM, "train.batch": _STREAM,
     "mesh.": "all SAEs of a sweep live on one mesh", "checkpoint.": "all SAEs of a sweep are saved at the same steps",
-    "log.": _SHOWN, "eval.": _SHOWN, "train.profile": _SHOWN, "train.compilation_cache": _SHOWN,
+    "log.": _SHOWN, "eval.": _SHOWN, "train.profile": _SHOWN,
     "run_dir": "it is made from what varies", "name": "it is made from what varies", "sweep.": "a sweep does not nest",
 }
 _LONGEST = 120  # characters of a member's name; file systems take 255 bytes
@@ -106,7 +106,7 @@ def _assignment(key: str, text: str, where: str, problems: list[str]) -> dict[st
         problems.append(f"config.sweep.{where}: {key} cannot vary: {reason}")
     elif found is None:
         near = nearest(key, config_lib.flat(Config()))
-        hint = f"did you mean {near}?" if near else "docs/config.md lists all keys"
+        hint = f"did you mean {near}?" if near else "docs/reference/config.md lists all keys"
         problems.append(f"config.sweep.{where}: unknown key {key!r}; {hint}")
     else:
         try:

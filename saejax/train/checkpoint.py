@@ -75,7 +75,7 @@ def _registry():
 class Checkpoints:
     """The checkpoints of one run directory: `save` them, list their `steps`, `restore` one that verifies."""
 
-    def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int = 0, strict: bool = False):
+    def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int | None = None, strict: bool = False):
         self.directory, self._strict = Path(directory), strict
         with disk_errors(directory):
             if is_writer():
@@ -84,7 +84,7 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self.directory.absolute(), handler_registry=_registry(),
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, keep_period=keep_every_steps or None, cleanup_tmp_directories=True,
+                    max_to_keep=keep, keep_period=keep_every_steps, cleanup_tmp_directories=True,
                     step_prefix=None, async_options=ocp.AsyncOptions(timeout_secs=3600)))
 
     def save(self, step: int, state, spec: SAESpec, data: dict[str, str | list[str]], counters: RunCounters) -> None:

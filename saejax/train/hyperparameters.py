@@ -23,8 +23,8 @@ class Hyperparameters:
     @classmethod
     def of(cls, config: Config) -> "Hyperparameters":
         """Those of a config, in host memory."""
-        penalty = config.sae.sparsity if config.sae.kind == "jumprelu" else config.sae.l1
-        return cls(*map(np.float32, (config.train.lr, penalty, config.train.target_l0)))
+        target = config.sae.k if config.train.target_l0 is None else config.train.target_l0
+        return cls(*map(np.float32, (config.train.lr, config.sae.penalty_coef, target)))
 
     def on(self, mesh: Mesh) -> "Hyperparameters":
         """On every device of a mesh."""
@@ -33,9 +33,9 @@ class Hyperparameters:
 
 def alike(config: Config) -> Config:
     """What of a config is part of a compiled step, the defaults for the rest: equal for SAEs that share one."""
-    sae, train = config.sae, dataclasses.replace(config.train, lr=1.0)
-    sae = dataclasses.replace(sae, sparsity=1.0) if sae.kind == "jumprelu" else dataclasses.replace(sae, l1=1.0)
-    if train.target_l0 and sae.kind not in WITH_K:  # whether there is a target is part of the step
-        train = dataclasses.replace(train, target_l0=1.0)
-    sae = dataclasses.replace(sae, hookpoint="")  # its width is part of the `SAESpec`
+    # Of a hookpoint the width is part of the `SAESpec`; of a target, whether there is one is part of the step.
+    sae = dataclasses.replace(config.sae, penalty_coef=1.0, hookpoint="")
+    train = dataclasses.replace(config.train, lr=1.0, target_l0=None if config.train.target_l0 is None else 1.0)
+    if sae.kind not in WITH_K:
+        sae = dataclasses.replace(sae, k=1)
     return Config(sae=sae, train=train)

@@ -32,8 +32,8 @@ from saejax.train.profile import Profile, window
 from saejax.train.rates import Rates, flops_of_step, on_bar
 from saejax.train.resample import due, resample
 from saejax.train.start_from import Load, started_from
-from saejax.train.state import TrainState, initial_state, measured
-from saejax.train.step import shared_step
+from saejax.train.state import INIT_ROWS, TrainState, initial_state, measured
+from saejax.train.step import MAX_SKIPPED, shared_step
 from saejax.train.step_cost import mesh_options
 
 
@@ -96,9 +96,8 @@ class _Run:
         return [member for member in self.members if member.training]
 
     def go(self) -> None:
-        options = self.members[0].config.train
         try:
-            with compilation_cache.kept(options.compilation_cache, self.where), jax.set_mesh(self.mesh):
+            with compilation_cache.kept(self.where), jax.set_mesh(self.mesh):
                 start = self.resume()
                 if self.training:
                     self.steps(start)
@@ -170,7 +169,7 @@ class _Run:
             if config.sae.aux_k and config.sae.dead_tokens >= config.train.tokens:
                 say(f"config.sae.dead_tokens = {config.sae.dead_tokens:,} is not less than config.train.tokens = "
                     f"{config.train.tokens:,}: no feature can count as dead, and AuxK has nothing to do")
-            key = (config.sae.hookpoints, min(config.train.init_rows, self.store.kept_rows))
+            key = (config.sae.hookpoints, min(INIT_ROWS, self.store.kept_rows))
             if key not in samples:
                 samples[key] = self.sample(*key, origin)
             stats = measured(samples[key], member.stats) if config.stream.mask_outliers else member.stats
@@ -341,7 +340,7 @@ class _Log:
             return False
         with jax.profiler.TraceAnnotation("wait for the step before"):
             self._read(*previous)
-        broken = int(np.asarray(previous[1]["skipped_in_row"])) >= self.config.train.max_skipped
+        broken = int(np.asarray(previous[1]["skipped_in_row"])) >= MAX_SKIPPED
         self.pending = None if broken else self.pending
         return broken
 

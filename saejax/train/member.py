@@ -23,6 +23,7 @@ from saejax.train import optim
 from saejax.train.checkpoint import Checkpoints, RunCounters, restore_scalar, steps_in
 from saejax.train.hyperparameters import Hyperparameters, alike
 from saejax.train.state import TrainState, abstract_state
+from saejax.train.step import MAX_SKIPPED
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,12 @@ class Member:
         self.total, self.every = total_steps(config), checkpoint_steps(config)
         self._annealing = optim.annealing_steps(config.sae, config.train, self.total)
         self._step_fn = functools.cache(self._compiled_step)
-        keep_every = -(-config.checkpoint.keep_every_tokens // config.train.batch)
+        often, batch = config.checkpoint.keep_every_tokens, config.train.batch
+        kept_steps = None if often is None else -(-often // (batch * self.every)) * self.every
         # Several SAEs resume where all of them can: one may have saved a step more than another when they are killed.
         self.checkpoints = Checkpoints(self.paths.checkpoints, strict=config.checkpoint.strict,
                                        keep=config.checkpoint.keep if alone else max(2, config.checkpoint.keep),
-                                       keep_every_steps=-(-keep_every // self.every) * self.every)
+                                       keep_every_steps=kept_steps)
         self.stats = [store.stats(hookpoint) for hookpoint in config.sae.hookpoints]
         self.data = {"hookpoints": list(config.sae.hookpoints), "store_digest": store.digest, "normalize": config.sae.normalize,
                      "stream_order": str(ORDER_VERSION)}
@@ -147,7 +149,7 @@ class Member:
             changed = "; ".join(f"{k}: {meta.data.get(k)} -> {v}" for k, v in self.data.items() if meta.data.get(k) != v)
             raise CheckpointError(f"{self.paths.checkpoints}/{step}: was trained on other data ({changed}); choose another "
                                   "config.run_dir, or restore the store")
-        if self.alone and int(state.skipped_in_row) >= self.config.train.max_skipped:  # stopped for it: gets another chance
+        if self.alone and int(state.skipped_in_row) >= MAX_SKIPPED:  # stopped for it: gets another chance
             state = state.replace(skipped_in_row=state.skipped_in_row * 0)
         return state, meta.counters
 
@@ -166,13 +168,13 @@ class Member:
             skipped = restore_scalar(self.paths.checkpoints / str(step), "skipped_in_row", self.mesh)
         except CheckpointCorruptError:
             return False  # restoring will say so
-        return skipped >= self.config.train.max_skipped
+        return skipped >= MAX_SKIPPED
 
     def stop(self, step: int) -> None:
         """Ends its training, the reason kept in `trouble`."""
         self.training = False
         again = "" if self.alone else f", and go on with `saejax train {self.paths.root}`"
-        self.trouble = (f"{self.paths.root}: loss or gradient not finite in {self.config.train.max_skipped} steps in a row up to "
+        self.trouble = (f"{self.paths.root}: loss or gradient not finite in {MAX_SKIPPED} steps in a row up to "
                         f"step {step}; the parameters from before them are saved. Lower config.train.lr, or look for outlier "
                         f"tokens (config.stream.mask_outliers){again}")
 

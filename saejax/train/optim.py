@@ -6,35 +6,38 @@ import optax
 
 from saejax.config import SAEOptions, TrainOptions
 from saejax.sae.params import SAEParams
-from saejax.train.control import APPROACH
 
 
 def learning_rate(options: TrainOptions, total_steps: int) -> optax.Schedule:
-    """The share of the peak rate at a step: from `lr_start` up to 1 over `lr_warmup`, 1, down to `lr_end` over `lr_decay`."""
+    """The share of the peak rate at a step: up to 1 over `lr_warmup`, 1, down to 0 over `lr_decay`.
+
+    A cosine rises from 0.1 (Lieberum et al. 2024, Gemma Scope), a line from 0.
+    """
     warmup, decay = round(options.lr_warmup * total_steps), round(options.lr_decay * total_steps)
-    bend = {"linear": lambda share: share, "cosine": lambda share: (1 - jnp.cos(jnp.pi * share)) / 2}[options.lr_shape]
+    start, bend = {"linear": (0.0, lambda share: share),
+                   "cosine": (0.1, lambda share: (1 - jnp.cos(jnp.pi * share)) / 2)}[options.lr_shape]
 
     def schedule(step):
         rise = bend(jnp.minimum(1.0, (step + 1) / (warmup + 1)))
         fall = bend(jnp.clip((total_steps - step) / max(decay, 1), 0.0, 1.0))
-        return (options.lr_start + (1 - options.lr_start) * rise) * (options.lr_end + (1 - options.lr_end) * fall)
+        return (start + (1 - start) * rise) * fall
 
     return schedule
 
 
 def penalty_ramp(options: TrainOptions, total_steps: int) -> optax.Schedule:
-    """The share of lambda at a step: linearly from 0 to 1 over the share `l1_warmup` of the steps (April 2024: 5 %).
+    """The share of lambda at a step: linearly from 0 to 1 over the share `penalty_warmup` of the steps (April 2024: 5 %).
 
-    Where L0 is aimed at no longer than the goal moves, half of the run: after that a rise would work against what steers it.
+    Where lambda is steered at most 5 % too: a longer rise works against what steers it.
     """
-    share = min(options.l1_warmup, APPROACH) if options.target_l0 else options.l1_warmup
+    share = options.penalty_warmup if options.target_l0 is None else min(options.penalty_warmup, 0.05)
     warmup = max(round(share * total_steps), 1)
     return lambda step: jnp.minimum(1.0, step / warmup)
 
 
 def annealing_steps(sae: SAEOptions, options: TrainOptions, total_steps: int) -> int:
     """How many steps k takes on its way from `k_start` to `k`."""
-    return round(options.k_anneal * total_steps) if sae.k_start else 0
+    return round(options.k_anneal * total_steps) if sae.k_start is not None else 0
 
 
 def annealed_k(sae: SAEOptions, steps: int) -> optax.Schedule:
@@ -46,31 +49,20 @@ def annealed_k(sae: SAEOptions, steps: int) -> optax.Schedule:
     return at
 
 
-def _without(W: jax.Array, direction: jax.Array) -> jax.Array:
-    return W - (W * direction).sum(1, keepdims=True) * direction
-
-
 def projected(options: SAEOptions, gradients: SAEParams, params: SAEParams) -> SAEParams:
-    """With unit decoder rows: the gradient of each row without its component along the row, which could only change the norm;
-    with aligned rows the same of the encoder's gradient, which could only change the inner product.
-    """
-    if options.unit_decoder:
-        gradients = gradients.replace(W_dec=_without(gradients.W_dec, params.W_dec))
-    if options.align:
-        gradients = gradients.replace(W_enc=_without(gradients.W_enc, params.W_dec))
-    return gradients
+    """With unit decoder rows: the gradient of each row without its component along the row, which could only change the norm."""
+    if not options.unit_decoder:
+        return gradients
+    along_F = (gradients.W_dec * params.W_dec).sum(1, keepdims=True)
+    return gradients.replace(W_dec=gradients.W_dec - along_F * params.W_dec)
 
 
 def constrained(options: SAEOptions, params: SAEParams) -> SAEParams:
-    """Decoder rows rescaled to norm 1 (a row at norm 0 stays); of aligned SAEs the encoder rows moved along them to w_enc . w_dec
-    = 1.
-    """
-    if options.unit_decoder:
-        norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
-        params = params.replace(W_dec=params.W_dec / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-    if options.align:
-        params = params.replace(W_enc=_without(params.W_enc, params.W_dec) + params.W_dec)
-    return params
+    """With unit decoder rows: rows rescaled to norm 1 (a row at norm 0 stays)."""
+    if not options.unit_decoder:
+        return params
+    norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
+    return params.replace(W_dec=params.W_dec / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
 
 
 def reset_rows(opt_state, rows_F: jax.Array):

@@ -70,7 +70,7 @@ class Profile:
         jax.profiler.stop_trace()
         self.running, steps, self.steps = False, self.steps, range(0)
         say(f"profile of steps {steps[0]} to {steps[-1]}: open {traces(self.folder)[-1]} at https://ui.perfetto.dev, or "
-            f"`pip install xprof && xprof --logdir={self.folder}` (docs/profiling.md)")
+            f"`pip install xprof && xprof --logdir={self.folder}` (docs/how-to/profiling.md)")
 
 
 def traces(folder: Path) -> list[Path]:

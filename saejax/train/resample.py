@@ -25,10 +25,12 @@ from saejax.train import determinism, optim
 from saejax.train.state import TrainState
 from saejax.train.step import dead_bound
 
+ENCODER_SCALE = 0.2  # norm of a new encoder row over the mean norm of the alive ones. Source: Bricken et al. 2023
+
 
 def due(options: ResampleOptions, tokens_before: int, tokens_after: int) -> bool:
     """True when a multiple of `every_tokens`, not beyond `until_tokens`, lies in (tokens_before, tokens_after]."""
-    if not options.every_tokens:
+    if options.every_tokens is None:
         return False
     last = min(tokens_after, options.until_tokens or tokens_after)
     return tokens_before < last // options.every_tokens * options.every_tokens
@@ -108,7 +110,7 @@ def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable
     source[dead] = drawn
     source_F = sharding.place(source, dead_F.sharding)
     encoder_norm, decoder_norm = determinism.jit(_alive_norms, config.train)(state, dead_F)
-    encoder_norm = encoder_norm * config.train.resample.encoder_scale
+    encoder_norm = encoder_norm * ENCODER_SCALE
     wanted = np.unique(drawn)
     first = 0
     for x_BD, batch_losses in zip(second_pass, losses, strict=True):

@@ -128,7 +128,7 @@ def applied(step: Step, params: SAEParams, opt_state: Moments, gradient: Gradien
     squares += sum(jnp.square(g).sum() for g in (shared.b_dec, shared.W_skip) if g is not None)
     norm = jnp.sqrt(squares)
     good = jnp.isfinite(parts.loss) & jnp.isfinite(norm) & step.allowed
-    scale = jnp.where(norm < train.clip, 1.0, train.clip / norm) if train.clip else jnp.ones_like(norm)
+    scale = jnp.where(norm < train.clip, 1.0, train.clip / norm) if train.clip is not None else jnp.ones_like(norm)
     scalars = _Scalars(opt_state.count + 1, step.lr, scale, good)
     params, opt_state = _shared_moved(train, params, opt_state, shared, scalars)
     if train.lazy:

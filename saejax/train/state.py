@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from saejax.base import sharding
 from saejax.base.records import ActivationStats
 from saejax.config import Config, SAEOptions
+from saejax.config.recipes import INITS
 from saejax.sae import SAEParams, SAESpec, decode, init_params, pre_activations, reconstruct
 from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns
@@ -21,6 +22,7 @@ from saejax.train import control, determinism, moments
 from saejax.train.hyperparameters import alike
 from saejax.train.moments import Moments
 
+INIT_ROWS = 32_768  # rows that b_dec is taken from at most
 _BIAS_ROWS = 4096  # rows that initial biases are taken from
 
 
@@ -100,9 +102,8 @@ def normalization_of(options: SAEOptions, stats: Sequence[ActivationStats]) -> N
 
 
 def initial_b_dec(how: str, y_ND: np.ndarray) -> np.ndarray:
-    """b_dec from normalised sample rows of what is reconstructed: "zeros", "mean" or "geometric_median"."""
-    value = {"zeros": lambda: np.zeros(y_ND.shape[1]), "mean": lambda: y_ND.mean(0, dtype=np.float64),
-             "geometric_median": lambda: geometric_median(y_ND)}[how]()
+    """b_dec from normalised sample rows of what is reconstructed: "zeros" or "geometric_median"."""
+    value = geometric_median(y_ND) if how == "geometric_median" else np.zeros(y_ND.shape[1])
     return value.astype(np.float32)
 
 
@@ -114,7 +115,7 @@ def initial_state(config: Config, spec: SAESpec, stats: Sequence[ActivationStats
     """
     normalization = normalization_of(config.sae, stats)
     rows_NW = (sample_NW.astype(np.float32) - normalization.center) * normalization.scale
-    b_dec = initial_b_dec(config.sae.b_dec_init, columns(spec, rows_NW)[1])
+    b_dec = initial_b_dec(INITS[config.sae.init].b_dec, columns(spec, rows_NW)[1])
     variances = [s.mean_sq_norm - float(np.square(s.mean_D).sum()) for s in stats]
     firsts = np.cumsum([0] + [len(s.mean_D) for s in stats[:-1]])
     normal = [float(normalization.scale[first])**2 * variance for first, variance in zip(firsts, variances, strict=True)]
@@ -158,12 +159,13 @@ def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) ->
 
 
 def _started(spec: SAESpec, options: SAEOptions, params: SAEParams, key: jax.Array, rows_NW: jax.Array) -> SAEParams:
-    """The encoder at its first scale (`sae.encoder_init`, `sae.encoder_init_scale`) with its first biases (`sae.init_l0`)."""
-    scale = options.encoder_init_scale or spec.d_in / spec.d_sae
-    matched = options.encoder_init == "input_scale" and not options.align
-    if options.init_l0:
-        return _biased(spec, options.init_l0, params, jax.sharding.reshard(rows_NW, sharding.spec("rows", None)), scale, matched)
-    if matched:
+    """The encoder at its first scale, with its first biases, as `sae.init` says."""
+    init = INITS[options.init]
+    scale = spec.d_in / spec.d_sae if init.scale is None else init.scale
+    if init.fired is not None:
+        rows_NW = jax.sharding.reshard(rows_NW, sharding.spec("rows", None))
+        return _biased(spec, init.fired, params, rows_NW, scale, init.matched)
+    if init.matched:
         params = _input_scaled(spec, params, key, spec.d_in ** 0.5 * entry_scale(options.normalize, spec.layers or (spec.d_in,)))
     return params.replace(W_enc=params.W_enc * scale)
 

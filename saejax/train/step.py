@@ -10,7 +10,6 @@ from saejax.config.recipes import WITH_K
 from saejax.sae import SAEParams, SAESpec, sparse
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
-from saejax.sae.params import from_tensors, tensors
 from saejax.sae.row_gradients import merged, parts_of
 from saejax.train import control, determinism, optim, rows
 from saejax.train.hyperparameters import Hyperparameters, alike
@@ -18,6 +17,7 @@ from saejax.train.moments import Moments
 from saejax.train.state import TrainState
 
 SATURATED = 2**31  # dead counters stop here; uint32 leaves room for one more batch
+MAX_SKIPPED = 10  # steps in a row with a non-finite loss or gradient, each left out, that stop a run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,8 +49,8 @@ def shared_step(config: Config, spec: SAESpec, total_steps: int, platform: str |
     `Hyperparameters`.
 
     metrics: device scalars loss, mse, l0, fvu, explained_variance, dead_fraction, grad_norm, lr, skipped, skipped_in_row, and the
-    terms of the kind's own (docs/concepts.md); kinds with a penalty add its coefficient. A step whose loss or gradient is not
-    finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
+    terms of the kind's own (docs/explanation/concepts.md); kinds with a penalty add its coefficient. A step whose loss or
+    gradient is not finite leaves the state as it was but for its counters. Call it with the mesh set (`jax.set_mesh`).
     platform: that it is compiled for, where it is not the one that is here.
     """
     config = alike(config)
@@ -67,22 +67,19 @@ def one_step(config: Config, spec: SAESpec, total_steps: int, own: Hyperparamete
     rows_BW = state.normalization.apply(rows_BW)
     lr = own.lr * optim.learning_rate(config.train, total_steps)(state.step)
     penalty = own.penalty * optim.penalty_ramp(config.train, total_steps)(state.step)
-    inputs = LossInputs(sparsity=penalty * control.penalty_factor(config, state.moving, own.target_l0, state.step, total_steps),
+    inputs = LossInputs(sparsity=penalty * control.penalty_factor(state.moving, own.target_l0, state.step, total_steps),
                         target_l0=own.target_l0, inverse_variance=state.inverse_variance,
                         tokens_since_fired_F=state.tokens_since_fired_F, dead_after=jnp.uint32(dead_bound(config)),
                         k_now=_k_now(config, spec, state.step, total_steps))
-    allowed = state.skipped_in_row < config.train.max_skipped
+    allowed = state.skipped_in_row < MAX_SKIPPED
     update = rows.updated if takes_pairs(config, spec) else _updated
     step = rows.Step(config, spec, inputs, lr, allowed)
     params, opt_state, parts, grad_norm, good = update(step, state.params, state.opt_state, rows_BW)
-    shifts = control.shifts(config, spec, state.moving, own.target_l0, state.step, total_steps)
-    params = from_tensors({name: value + jnp.where(good, shifts[name], 0.0) if name in shifts else value
-                           for name, value in tensors(params).items()})
     counted_F = jnp.minimum(state.tokens_since_fired_F, jnp.uint32(SATURATED)) + jnp.uint32(len(rows_BW))
     rest = state.replace(params=None, opt_state=None)
     new = rest.replace(
         tokens_since_fired_F=jnp.where(parts.fired_F, 0, counted_F),
-        moving=control.moved(config, state.moving, parts, state.step, own.target_l0, total_steps),
+        moving=control.moved(state.moving, parts, state.step, own.target_l0, total_steps),
         ema=None if state.ema is None else _averaged(config.train.ema, state.ema, params, state.step))
     new = _where(good, new, rest).replace(
         params=params, opt_state=opt_state, step=state.step + 1, skipped=state.skipped + ~good,

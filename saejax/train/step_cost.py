@@ -1,14 +1,15 @@
 """What a training step costs on one chip: FLOPs, collectives, seconds; and which mesh shape is the cheapest.
 
-Seconds are a sum of terms, nothing of it overlapped, each of bytes or FLOPs over what a platform reaches; docs/plan.md has the
-formulas and what they were measured against. They describe the step of `saejax.train.step` as it is while nothing is dead; what
-AuxK adds is told apart (`aux_seconds`), resampling is not counted.
+Seconds are a sum of terms, nothing of it overlapped, each of bytes or FLOPs over what a platform reaches. The formulas stand in
+docs/explanation/plan_model.md, what they were measured against in docs/measurements/plan.md. They describe the step of
+`saejax.train.step` as it is while nothing is dead; what AuxK adds is told apart (`aux_seconds`), resampling is not counted.
 """
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from saejax.base import sharding
 from saejax.base.errors import ConfigError
 from saejax.base.hardware import Chip, Topology, present
 from saejax.base.records import MeshOptions
@@ -38,7 +39,7 @@ class Reached:
     sort: float = 12.0
 
 
-# GPU: measured on an H200, CPU: on two cores of a server (docs/plan.md). TPU: not measured.
+# GPU: measured on an H200, CPU: on two cores of a server (docs/measurements/plan.md). TPU: not measured.
 REACHED = {"gpu": Reached(0.69, 0.9, 0.9, 0.63, 0.3, 0.3, 0.4, 270.0), "tpu": Reached(0.65, 0.8, 0.8, 0.8, 0.2, 0.2, 0.2, 12.0),
            "cpu": Reached(0.75, 0.64, 0.14, 0.18, 1.36, 1.4, 0.5, 620.0)}
 
@@ -261,7 +262,7 @@ def best_mesh(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, i
     """
     possible = shapes(topology.size, config.train.batch, config.sae.d_sae)
     if not possible:
-        near = max(1, round(config.train.batch / topology.size)) * topology.size
+        near = sharding.nearest_multiples(config.train.batch, topology.size)
         raise ConfigError(f"config.train.batch: {config.train.batch} rows cannot rest on {topology.size} devices; the nearest "
                           f"valid value is {near}")
 

@@ -19,7 +19,7 @@ USABLE = 0.92      # share of the memory that arrays can have: the rest is the p
 # float32 arrays of [rows, features of a shard] alive at once on the dense path, by what the compilers reserved
 DENSE = {"cpu": {"relu": 3.4, "jumprelu": 4.5, "gated": 4.5, "topk": 4.7, "batchtopk": 4.7},
          "else": {"relu": 1.3, "jumprelu": 1.8, "gated": 1.8, "topk": 1.3, "batchtopk": 1.3}}
-TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's objective tanh
+TANH = {"cpu": 1.9, "else": 1.0}  # times so many with jumprelu's penalty tanh
 # What casts, clipping and the update hold beside the gradients, in multiples of these: dense path, sparse path, lazy rows
 UPDATE = {"cpu": (3.0, 0.0, 0.0), "else": (0.3, 0.8, 0.4)}
 
@@ -61,7 +61,7 @@ class Work:
             decodes=2 if sae.kind == "gated" or sae.multi_topk else 1,
             compute_bytes=2 if compute_dtype(train.compute_dtype, platform) == "bfloat16" else 4,
             state_bytes=bytes_per_parameter(config, spec), lazy=train.lazy, unit_decoder=sae.unit_decoder,
-            pre_bias=spec.pre_bias, tanh=sae.kind == "jumprelu" and sae.objective == "tanh", aux_k=min(sae.aux_k, sae.d_sae),
+            pre_bias=spec.pre_bias, tanh=sae.kind == "jumprelu" and sae.penalty == "tanh", aux_k=min(sae.aux_k, sae.d_sae),
             chip=chip)
 
     @property

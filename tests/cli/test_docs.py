@@ -11,7 +11,7 @@ from saejax.cli.parsing import parse
 
 ROOT = Path(__file__).parents[2]
 FIRST = {name.split()[0] for name in JOBS}
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(page: Path) -> list[str]:
@@ -26,7 +26,7 @@ def commands(page: Path) -> list[str]:
     return found + [c for c in inline if re.search(r"runs/|--config=", c) and not re.search(r"\.\.\.|[A-Z]{2}|\|", c)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_commands_parse(page, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands(page):

@@ -86,7 +86,8 @@ def test_version(capsys):
     (["train", "--config=CONFIG", "--process_id=1"], "need --distributed"),
     (["train", "--config=CONFIG"], "no activation store here"),
     (["train", "--config=CONFIG", "--config.train.batch=100"], "batch: 100 rows.*nearest valid value is 96 or 104"),
-    (["train", "--config=CONFIG", "--config.sae.d_sae=65"], "config.sae.d_sae: 65 features.*nearest valid value is 72"),
+    (["train", "--config=CONFIG", "--config.sae.d_sae=65", "--config.mesh.data=1"],
+     "config.sae.d_sae: 65 features.*nearest valid value is 72"),
     (["train", "--config=CONFIG", "--config.mesh.data=3", "--config.mesh.dict=2"], "does not use the 8 devices here"),
     (["harvest", "--config=CONFIG", "--config.harvest.hookpoints=('blocks.9.hook_resid_post',)",
       "--config.sae.hookpoint=blocks.9.hook_resid_post"], "the model has 3 layers"),
@@ -172,7 +173,7 @@ def test_eval_puts_runs_side_by_side_and_as_json(finished, capsys):
 
 
 def test_evaluation_with_the_model_split_over_devices(finished, model_and_text, tmp_path):
-    extra = "c.lm.mesh.model = 2\nc.harvest.batch_contexts = 4"
+    extra = "c.lm.model_parallel = 2\nc.lm.batch_contexts = 4"
     config = tiny.write_config(tmp_path / "config.py", *model_and_text, tmp_path / "run", extra)
     assert main(["run", f"--config={config}"]) == 0
     split, whole = (next(e["result"] for e in json.loads((run / "eval.json").read_text())["entries"] if e["key"]["contexts"] == 8)

@@ -30,16 +30,16 @@ def test_recipes_resolve_and_round_trip(name):
     ("sae.kind", "jump", "config.sae.kind: 'jump' is not one of relu, topk, "),
     ("harvest.hookpoints", [], "config.harvest.hookpoints: expected a non-empty tuple of strings"),
     ("sae.k", 9999, "config.sae.k: 9999 active features of config.sae.d_sae = 4608"),
-    ("sae.penalty", "log", "config.sae.penalty: 'log' belongs to kind 'relu'"),
+    ("sae.penalty", "log", "config.sae.penalty: 'log' does not belong to kind 'topk'; set it to 'l1'"),
     ("sae.groups", (0.5, 0.5), "config.sae.groups: nested prefixes belong to kind 'batchtopk' or 'jumprelu'"),
     ("sae.groups", "half", "config.sae.groups: expected a tuple of numbers, got 'half'"),
-    ("sae.frequency_coef", 0.1, "config.sae.frequency_coef: belongs to kind 'jumprelu'"),
-    ("sae.kind", "jumprelu", "config.train.target_l0: 0, but jumprelu's objective 'target_l0' needs an L0 to aim at"),
+    ("sae.kind", "jumprelu", "config.sae.penalty: 'l1' does not belong to kind 'jumprelu'; set it to 'tanh' or 'l0' or"),
+    ("train.clip", 0.0, "config.train.clip: 0.0 must be greater than 0"),
     ("sae.kind", "gated", "config.sae.aux_k: 256, but AuxK belongs to kinds topk, batchtopk, jumprelu (dead features of 'gated'"),
     ("sae.k_start", 16, "config.sae.k_start: 16 belongs to kinds with k (topk, batchtopk), above config.sae.k = 32"),
     ("train.accumulate", 3, "config.train.accumulate: 3 parts do not divide config.train.batch = 4096"),
-    ("train.target_l0", 5000.0, "config.train.target_l0: 5000 active features of config.sae.d_sae = 4608; lower it"),
-    ("sae.decoder_init_norm", 0.1, "must be 1.0 while config.sae.unit_decoder is set"),
+    ("train.target_l0", 50.0, "config.train.target_l0: 50, but kind 'topk' has as many active features as config.sae.k says"),
+    ("sae.init", "tied", "config.sae.init: 'tied' starts with decoder rows of norm 0.1, but config.sae.unit_decoder keeps"),
     ("sae.hookpoint", "blocks.3.hook_resid_post", "is not harvested; add it to config.harvest.hookpoints"),
     ("sae.target", "blocks.9.hook_mlp_out", "config.sae.target: 'blocks.9.hook_mlp_out' is not harvested; add it to config"),
     ("sae.target", "blocks.9.hook_resid_post", "is config.sae.hookpoint itself; leave it empty for a plain SAE"),
@@ -47,7 +47,6 @@ def test_recipes_resolve_and_round_trip(name):
     ("sae.skip", True, "config.sae.skip: a skip connection belongs to a transcoder; set config.sae.target, or skip to False"),
     ("sae.crosscoder", ("blocks.9.hook_resid_post",), "should be at least two different hookpoints"),
     ("sae.crosscoder", ("blocks.9.hook_resid_post", "blocks.3.hook_resid_post"), "'blocks.3.hook_resid_post' is not harvested"),
-    ("harvest.chunk_rows", 3000, "config.harvest.chunk_rows: 3000 does not divide"),
     ("stream.window_rows", 100, "config.stream.window_rows: 100 is less than one block"),
     ("mesh.data", 0, "config.mesh: data and dict are device counts or -1, not 0"),
 ])
@@ -134,5 +133,5 @@ def test_any_json_is_a_config_or_a_config_error(values):
 
 
 def test_reference_is_current():
-    path = Path(__file__).parents[2] / "docs" / "config.md"
-    assert path.read_text() == reference() + "\n", "run: python -m saejax.config.reference > docs/config.md"
+    path = Path(__file__).parents[2] / "docs" / "reference" / "config.md"
+    assert path.read_text() == reference() + "\n", "run: python -m saejax.config.reference > docs/reference/config.md"

@@ -60,7 +60,7 @@ def test_rows_are_what_the_model_computes_for_the_packed_text(straight, tiny):
 
 
 def test_a_model_split_over_devices_harvests_the_same_rows(straight, parts, tmp_path):
-    config = tiny_config(*parts, tmp_path / "store", **{"lm.mesh.model": 2, "harvest.batch_contexts": 4})
+    config = tiny_config(*parts, tmp_path / "store", **{"lm.model_parallel": 2, "lm.batch_contexts": 4})
     split = harvest(config)
     whole = straight[1]
     for name in whole.hookpoints:
@@ -217,7 +217,7 @@ def test_the_real_model_equals_a_direct_capture(tmp_path):
     text = write_jsonl(tmp_path / "t.jsonl", sentences(200))
     config = tiny_config("smollm2-135m", text, tmp_path / "store", **{
         "harvest.hookpoints": (hook,), "sae.hookpoint": hook, "text.context": 32, "harvest.tokens": 256,
-        "harvest.batch_contexts": 1})
+        "lm.batch_contexts": 1})
     store = harvest(config, real)
     tokens = store.tokens(0, store.rows).reshape(-1, 1, 32)
     run = jax.jit(lambda model, t: lm.capture(model, t, [hook])[hook].astype(jnp.bfloat16))

@@ -49,7 +49,7 @@ def random_sae(mesh=None, d_sae=64, k=8, seed=0):
 
 
 def evaluate(config, sae, lm, given):
-    return evaluated(sae, lm, Text.of(config), given, config.eval, progress=False)
+    return evaluated(sae, lm, Text.of(config), given, config.eval, batch_contexts=config.lm.batch_contexts, progress=False)
 
 
 def held_out(config, lm):
@@ -148,7 +148,7 @@ def test_neither_batch_size_nor_chunking_changes_the_figures(config, tiny_lm, mo
     monkeypatch.setattr(splice, "_LOGIT_BYTES", 4 * 97 * 7)               # logits of 7 tokens at a time
     for function in (splice.token_nll, splice.token_kl):
         function.clear_cache()
-    other = dataclasses.replace(config, eval=dataclasses.replace(config.eval, batch_contexts=3))
+    other = dataclasses.replace(config, lm=dataclasses.replace(config.lm, batch_contexts=3))
     second = evaluate(other, sae, tiny_lm, stats())
     for name, value in first.items():
         if isinstance(value, float):

@@ -200,7 +200,7 @@ def test_a_sharded_build_gives_the_same_index(index, words, lm_, tmp_path, shape
 
 def test_text_and_its_store_give_the_same_index(index, config, sae, lm_, store, tmp_path):
     text = corpus.from_text(Text.of(config), lm_, (tiny.HOOKPOINT,), split="train", tokens=store.rows,
-                            batch=config.harvest.batch_contexts)
+                            batch=config.lm.batch_contexts)
     other = build(tmp_path / "features", sae, text, lm_, QUIET)
     np.testing.assert_array_equal(other.tokens_NT, index.tokens_NT)
     np.testing.assert_allclose(other.column("max"), index.column("max"), rtol=0.02)

@@ -69,7 +69,7 @@ def test_mesh_sizes():
         (dict(data=3, model=4), "3 x 4 needs more than the 8 devices"),
         (dict(model=9), "use at most model=8"),
         (dict(data=0), "data x model = 0 x 1"),
-        (dict(data=4, rows=6), "4 does not divide the 6 contexts"),
+        (dict(data=4, rows=6), "4 copies of the model does not divide the 6 contexts"),
     ):
         with pytest.raises(LMError, match=part):
             lm.make_mesh(**sizes)

@@ -134,4 +134,4 @@ def test_shapes_are_described():
     c = default_config("relu")
     c.harvest.hookpoints = ("a", "b")
     c.sae.hookpoint, c.sae.target, c.sae.skip, c.train.target_l0 = "a", "b", True, 20.0
-    assert described(resolve(c)) == "skip transcoder, relu, target L0 20"
+    assert described(resolve(c)) == "skip transcoder, relu, lambda steered to an L0 of 20"

@@ -338,7 +338,7 @@ def test_without_the_tpu_compiler_it_says_what_to_install(monkeypatch):
 def test_the_example_in_the_docs_is_current(capsys):
     root = Path(__file__).parents[2]
     assert main(["plan", f"--config={root / 'configs/smollm2_pod.py'}", "--topology=v5p:4x4x4"]) == 0
-    assert capsys.readouterr().out in (root / "docs/plan.md").read_text(), "put what the command in docs/plan.md prints there"
+    assert capsys.readouterr().out in (root / "docs/how-to/plan.md").read_text(), "put there what the command prints"
 
 
 @pytest.mark.slow

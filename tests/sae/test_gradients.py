@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from saejax.config import SAEOptions
-from saejax.sae import SAEParams, SAESpec
+from saejax.sae import SAEParams, SAESpec, featurewise
 from saejax.sae.activations import fires, jumprelu
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
@@ -51,8 +51,8 @@ def test_gradient_with_respect_to_pre_activations():
     np.testing.assert_array_equal(counted, 0)
 
 
-OPTIONS = SAEOptions(kind="jumprelu", d_sae=F, bandwidth=BANDWIDTH, frequency_coef=0.7, max_frequency=0.2,
-                     pre_act_coef=0.3, aux_k=0)
+OPTIONS = SAEOptions(kind="jumprelu", d_sae=F, bandwidth=BANDWIDTH, aux_k=0)
+PRE_ACTIVATION = 0.3  # so large that it can be seen
 LAMBDA, TARGET = 0.9, 5.0
 INPUTS = LossInputs(sparsity=jnp.float32(LAMBDA), target_l0=jnp.float32(TARGET),
                     dead_after=jnp.uint32(9), inverse_variance=jnp.float32(0.3), tokens_since_fired_F=jnp.zeros(F, jnp.uint32))
@@ -71,26 +71,24 @@ def expected(options, p, x):
     d_W_dec = 2 * acts.T @ error / B
     d_pre, d_theta = np.zeros_like(pre), np.zeros(F)
     rate = on.mean(0)
-    over = np.maximum(rate / options.max_frequency - 1, 0)
     loss = np.square(error).sum(1).mean()
-    if options.objective == "tanh":
-        c = options.penalty_scale
+    if options.penalty == "tanh":
+        c = 4.0
         t = np.tanh(c * acts * norm)
         short = np.maximum(theta - pre, 0)
-        loss += LAMBDA * t.sum(1).mean() + options.pre_act_coef * (short * norm).sum(1).mean()
+        loss += LAMBDA * t.sum(1).mean() + PRE_ACTIVATION * (short * norm).sum(1).mean()
         d_acts = d_acts + LAMBDA * (1 - t**2) * c * norm / B
-        d_norm = (LAMBDA * (1 - t**2) * c * acts + options.pre_act_coef * short).mean(0)
+        d_norm = (LAMBDA * (1 - t**2) * c * acts + PRE_ACTIVATION * short).mean(0)
         d_W_dec += d_norm[:, None] * p["W_dec"] / norm[:, None]
-        d_pre -= options.pre_act_coef * (short > 0) * norm / B
-        d_theta += options.pre_act_coef * (short > 0).mean(0) * norm
+        d_pre -= PRE_ACTIVATION * (short > 0) * norm / B
+        d_theta += PRE_ACTIVATION * (short > 0).mean(0) * norm
     else:
         sparsity, slope = rate.sum(), 1.0
-        if options.objective == "target_l0":
+        if options.penalty == "target_l0":
             ratio = sparsity / TARGET
             sparsity, slope = (ratio - 1) ** 2, 2 * (ratio - 1) / TARGET
-        loss += LAMBDA * sparsity + options.frequency_coef * np.square(over).sum()
-        d_rate = LAMBDA * slope + options.frequency_coef * 2 * over / options.max_frequency
-        d_theta -= d_rate * window.mean(0)
+        loss += LAMBDA * sparsity
+        d_theta -= LAMBDA * slope * window.mean(0)
     d_pre += d_acts * on
     d_theta -= theta * (d_acts * window).sum(0)
     return loss, {"W_enc": d_pre.T @ x, "b_enc": d_pre.sum(0), "W_dec": d_W_dec, "b_dec": 2 * error.mean(0),
@@ -98,8 +96,9 @@ def expected(options, p, x):
 
 
 @pytest.mark.parametrize("name", ["l0", "target_l0", "tanh"])
-def test_objective_and_all_its_gradients(name):
-    options = dataclasses.replace(OPTIONS, objective=name)
+def test_objective_and_all_its_gradients(name, monkeypatch):
+    monkeypatch.setattr(featurewise, "PRE_ACTIVATION", PRE_ACTIVATION)
+    options = dataclasses.replace(OPTIONS, penalty=name)
     rng = np.random.default_rng(2)
     p = {"W_enc": rng.standard_normal((F, D)) * 0.4, "b_enc": rng.standard_normal(F) * 0.1, "W_dec": rng.standard_normal((F, D)),
          "b_dec": rng.standard_normal(D), "log_threshold": np.log(rng.uniform(0.1, 0.6, F))}
@@ -127,7 +126,7 @@ def float32_params(seed=3):
                                            ("log", lambda a: np.log(1 + 4 * a) / 4)])
 def test_penalties_of_relu(penalty, bent):
     (W_enc, b_enc, W_dec, b_dec), params, x = float32_params()
-    options = SAEOptions(kind="relu", d_sae=F, aux_k=0, penalty=penalty, penalty_scale=4.0)
+    options = SAEOptions(kind="relu", d_sae=F, aux_k=0, penalty=penalty)
     acts = np.maximum(x @ W_enc.T + b_enc, 0)
     mse = np.square(acts @ W_dec + b_dec - x).sum(1).mean()
     term = bent(acts * np.linalg.norm(W_dec, axis=1)).sum(1).mean()

@@ -10,7 +10,7 @@ import pytest
 from saejax.base import hardware, sharding
 from saejax.base.records import MeshOptions
 from saejax.config import SAEOptions
-from saejax.sae import SAEParams, SAESpec, losses, param_shardings, sparse, tensors, tiles
+from saejax.sae import SAEParams, SAESpec, featurewise, losses, param_shardings, sparse, tensors, tiles
 from saejax.sae.losses import LossInputs
 from saejax.sae.objectives import objective
 from saejax.sae.params import PER_FEATURE
@@ -19,7 +19,6 @@ from tests.sae.test_sparse import check_equal
 from tests.train.synthetic import OnDemand
 
 B, D, OUT, F = 64, 12, 10, 264  # no tile of 16 divides a shard of it
-FREQUENT = {"kind": "jumprelu", "frequency_coef": 0.7, "max_frequency": 0.2}
 SKIP = {"target": "there", "skip": True, "pre_bias": False}
 CASES = {
     "relu": {"kind": "relu"},
@@ -28,11 +27,11 @@ CASES = {
     "crosscoder": {"kind": "relu", "crosscoder": ("here", "there")},
     "gated": {"kind": "gated", "pre_bias": True},
     "gated transcoder": {"kind": "gated", **SKIP},
-    "l0": FREQUENT | {"objective": "l0"},
-    "target_l0": FREQUENT | {"objective": "target_l0", "pre_bias": True},
-    "tanh": {"kind": "jumprelu", "objective": "tanh", "pre_act_coef": 0.3},
-    "matryoshka": FREQUENT | {"objective": "target_l0", "groups": (0.1, 0.3, 0.6), "pre_bias": True},
-    "transcoder": FREQUENT | {"objective": "l0", "aux_k": 8, **SKIP},
+    "l0": {"kind": "jumprelu", "penalty": "l0"},
+    "target_l0": {"kind": "jumprelu", "penalty": "target_l0", "pre_bias": True},
+    "tanh": {"kind": "jumprelu", "penalty": "tanh"},
+    "matryoshka": {"kind": "jumprelu", "penalty": "target_l0", "groups": (0.1, 0.3, 0.6), "pre_bias": True},
+    "transcoder": {"kind": "jumprelu", "penalty": "l0", "aux_k": 8, **SKIP},
 }
 CORE = ("relu", "gated transcoder", "matryoshka")
 MESHES = [pytest.param((1, 1), marks=pytest.mark.slow), (2, 4), pytest.param((1, 8), marks=pytest.mark.slow)]
@@ -78,6 +77,13 @@ def made(name, mesh_shape):
                  sharding.place(x, sharding.sharding(mesh, "rows_at_rest", None)))
         program = jax.jit(of).lower(*given).compile()
         return program, jax.device_get(program(*given))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_pre_activation_loss_that_can_be_seen():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(featurewise, "PRE_ACTIVATION", 0.3)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -39,11 +39,12 @@ def test_a_product_is_all_combinations_in_order():
 
 
 def test_variations_and_their_product():
-    config = sweep(("seed=0,1",), ("recipe=relu sae.l1=3", "sae.kind=topk  sae.k=8", ""))
-    assert names(config) == ["recipe=relu,l1=3,seed=0", "recipe=relu,l1=3,seed=1", "kind=topk,k=8,seed=0", "kind=topk,k=8,seed=1",
+    config = sweep(("seed=0,1",), ("recipe=relu sae.penalty_coef=3", "sae.kind=topk  sae.k=8", ""))
+    assert names(config) == ["recipe=relu,penalty_coef=3,seed=0", "recipe=relu,penalty_coef=3,seed=1",
+                             "kind=topk,k=8,seed=0", "kind=topk,k=8,seed=1",
                              "seed=0", "seed=1"]
     relu = members(config)[0]
-    assert relu.sae.l1 == 3 and relu.sae.decoder_init_norm == 0.1 and relu.train.lr == RECIPES["relu"]["train.lr"]
+    assert relu.sae.penalty_coef == 3 and relu.sae.init == "tied" and relu.train.lr == RECIPES["relu"]["train.lr"]
 
 
 def test_members_share_text_rows_and_store():

@@ -22,7 +22,7 @@ SHAPES = {  # more names for `make_config`: a recipe, and what is changed in it
 VARIANTS = SHAPES | {
     "steered": ("relu", {"train__target_l0": 6.0}),
     "options": ("batchtopk", {"train__ema": 0.9, "train__accumulate": 2, "sae__k_start": 16, "train__k_anneal": 0.3,
-                              "sae__align": True, "train__lr_shape": "cosine", "train__lr_warmup": 0.2}),
+                              "train__lr_shape": "cosine", "train__lr_warmup": 0.2}),
     "pairs": ("topk", {"train__path": "sparse", "train__accumulate": 2}),
     "pairs_of_batch": ("matryoshka", {"train__path": "sparse"}),
 }
@@ -60,18 +60,16 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     c = default_config(kind)
     c.lm.model = "synthetic"
     c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), tuple(WIDTHS), HOOKPOINT
-    c.text.context, c.harvest.shard_contexts, c.harvest.chunk_rows = CONTEXT, SHARD_CONTEXTS, 32
+    c.text.context, c.harvest.shard_contexts = CONTEXT, SHARD_CONTEXTS
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
-    if c.sae.init_l0:
-        c.sae.init_l0 = 8.0
     if c.sae.kind in WITH_K:
         c.sae.aux_k = 16
     else:
-        c.sae.l1 = 0.1
+        c.sae.penalty_coef = 0.1
     if c.sae.kind == "jumprelu":  # windows and targets for a problem of this size
-        c.sae.bandwidth, c.sae.threshold_init, c.train.target_l0, c.sae.sparsity = 0.1, 0.05, 8.0, 0.1
-    c.train.batch, c.train.tokens, c.train.lr, c.train.init_rows = 32, 32 * 50, 3e-3, 128
+        c.sae.bandwidth, c.sae.threshold_init, c.sae.k = 0.1, 0.05, 8
+    c.train.batch, c.train.tokens, c.train.lr = 32, 32 * 50, 3e-3
     c.log.progress, c.log.tensorboard, c.log.every_steps = False, False, 5
     c.checkpoint.every_tokens = 32 * 10
     for key, value in (shape | overrides).items():

@@ -124,12 +124,18 @@ def asked():
     jax.config.update("jax_persistent_cache_min_compile_time_secs", before)
 
 
+def kept_here(monkeypatch):
+    """As where several processes train on chips."""
+    monkeypatch.setattr(compilation_cache, "place", lambda run_dir: run_dir.absolute().parent / compilation_cache.NAME)
+
+
 @pytest.mark.slow
 def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path, monkeypatch, asked):
     straight = fingerprints(loop.train(make_config("topk", tmp_path / "straight"), store).state)
-    config = make_config("topk", tmp_path / "runs" / "run", train__compilation_cache="on")
+    config = make_config("topk", tmp_path / "runs" / "run")
+    kept_here(monkeypatch)
     stopped(config, store, monkeypatch, 16)
-    [folder] = (tmp_path / "runs" / compilation_cache.NAME).iterdir()
+    folder = tmp_path / "runs" / compilation_cache.NAME
     programs = {file.name for file in folder.glob("*-cache")}
     assert any(name.startswith("jit_train_step") for name in programs)
     assert not (tmp_path / "runs" / "run" / compilation_cache.NAME).exists(), "nothing that runs lies in a run directory"
@@ -142,40 +148,37 @@ def test_a_run_that_loads_its_programs_resumes_in_the_same_bits(store, tmp_path,
 
 
 @pytest.mark.slow
-def test_half_an_entry_is_compiled_anew(store, tmp_path, asked):
-    config = make_config("topk", tmp_path / "a" / "run", train__compilation_cache=str(tmp_path / "programs"))
+def test_half_an_entry_is_compiled_anew(store, tmp_path, monkeypatch, asked):
+    config = make_config("topk", tmp_path / "a")
+    kept_here(monkeypatch)
     ends = [fingerprints(loop.train(config, store).state)]
-    for file in (tmp_path / "programs").glob("*/jit_train_step*-cache"):
+    for file in (tmp_path / compilation_cache.NAME).glob("jit_train_step*-cache"):
         file.write_bytes(file.read_bytes()[:100])
     jax.clear_caches()
-    again = dataclasses.replace(config, run_dir=str(tmp_path / "b" / "run"))
+    again = dataclasses.replace(config, run_dir=str(tmp_path / "b"))
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache entry"):
         ends.append(fingerprints(loop.train(again, store).state))
     assert ends[0] == ends[1]
 
 
-def test_where_programs_are_kept(tmp_path, monkeypatch, capsys):
+def test_where_programs_are_kept(tmp_path, monkeypatch):
     run = tmp_path / "runs" / "run"
-    monkeypatch.setattr(jax, "process_count", lambda: 1)
-    assert compilation_cache.place("auto", run) is None and compilation_cache.place("off", run) is None
-    here = compilation_cache.place("on", run)
-    assert here.parent == tmp_path / "runs" / ".compilation_cache" and here.name.startswith("cpu-")
-    assert compilation_cache.place(str(tmp_path / "x"), run).parent == tmp_path / "x"
-    monkeypatch.setattr(jax, "process_count", lambda: 8)
-    assert compilation_cache.place("auto", run) is None and compilation_cache.place("on", run) is None
-    assert "several processes on CPUs" in capsys.readouterr().err
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
     try:
-        assert compilation_cache.place("auto", run) == tmp_path / "runs" / ".compilation_cache" / "gpu"
+        assert compilation_cache.place(run) is None, "one process compiles in seconds"
+        monkeypatch.setattr(jax, "process_count", lambda: 8)
+        assert compilation_cache.place(run) == tmp_path / "runs" / ".compilation_cache" / "gpu"
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
+        assert compilation_cache.place(run) is None, "a cache that jax was told of is left as it is"
+        jax.config.update("jax_compilation_cache_dir", None)
+        monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+        assert compilation_cache.place(run) is None, "collectives of CPUs do not work when they are loaded"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
-    assert compilation_cache.place("auto", run) is None, "a cache that jax was told of is left as it is"
 
 
-def test_neither_key_makes_another_run_and_a_run_directory_names_no_programs(tmp_path):
-    a = make_config("topk", tmp_path / "run")
-    b = make_config("topk", tmp_path / "run", train__profile=20, train__compilation_cache="/elsewhere")
+def test_a_profile_makes_no_other_run(tmp_path):
+    a, b = make_config("topk", tmp_path / "run"), make_config("topk", tmp_path / "run", train__profile=20)
     assert differences(a, b) == []
-    assert compilation_cache.trusted(b).train.compilation_cache == "auto"

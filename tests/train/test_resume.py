@@ -26,12 +26,12 @@ from .synthetic import D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds
 
 # 336 unmasked rows and batches of 32: the epoch edge lies inside step 11. Resampling happens after steps 15, 30 and 45.
 OPTIONS = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
-           "sae__dead_tokens": 64, "sae__l1": 30.0}
+           "sae__dead_tokens": 64, "sae__penalty_coef": 30.0}
 
 
 def options(kind):
     """Features of kinds that start strong die within 50 steps only at a larger learning rate; not all of them should."""
-    return OPTIONS | ({} if kind in ("relu", "topk") else {"train__lr": 0.03, "sae__l1": 0.3})
+    return OPTIONS | ({} if kind in ("relu", "topk") else {"train__lr": 0.03, "sae__penalty_coef": 0.3})
 
 
 def moments(steps, typical):

@@ -13,7 +13,7 @@ from tests.train.synthetic import make_config, make_store
 
 FIXTURES = Path(__file__).parents[1] / "formats" / "fixtures"
 # One step moves nothing that float32 sees, and nothing is steered (which moves the thresholds of jumprelu whatever the rate).
-STILL = {"train__lr": 1e-30, "sae__aux_k": 0, "sae__objective": "l0", "train__target_l0": 0.0}
+STILL = {"train__lr": 1e-30, "sae__aux_k": 0, "sae__penalty": "l0"}
 
 
 @pytest.fixture(scope="module")

@@ -113,6 +113,6 @@ JOB = Job(
     Reads a run (its newest checkpoint that verifies, or one step), its store and its language model, or files of any format
     that saejax.load reads, a text (--text) and the language model; writes the index to DIR: per feature density, histograms,
     examples of every level of activation with their context, top tokens, effect on the next token, neighbours. An interrupted
-    index goes on where it stopped; a finished one is left as it is; one of another checkpoint is refused. docs/features.md
+    index goes on where it stopped; a finished one is left as it is; one of another checkpoint is refused. docs/how-to/features.md
     describes it.
     """, "saejax features runs/demo --verify=1000", Options, run)

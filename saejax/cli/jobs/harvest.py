@@ -18,7 +18,7 @@ def run(options: Options) -> int:
     from saejax.runs.experiment import harvested
     from saejax.train.compilation_cache import kept
     for config in configs(options):
-        with kept(config.train.compilation_cache, Path(config.run_dir)):
+        with kept(Path(config.run_dir)):
             store = harvested(config)
         if is_writer():
             where = ", ".join(store.hookpoints)

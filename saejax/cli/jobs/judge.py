@@ -92,5 +92,5 @@ JOB = Job(
     Reads an SAE, its index (`saejax features`) and its store or language model; writes prompts, raw answers and scores to
     judging/ beside the index, as RUN/judging/features/JUDGE: answers.jsonl, results.json, report.html. Says how many questions
     there are, then asks those that have no answer yet: the same command again goes on, other features are added.
-    docs/judging.md describes methods and files.
+    docs/how-to/judging.md describes methods and files.
     """, "saejax judge runs/demo --judge=http://localhost:11434/v1 --judge-model=qwen3:8b --sample=50", Options, run)

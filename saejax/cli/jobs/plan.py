@@ -32,5 +32,5 @@ JOB = Job(
     "plan", "operate", "what a config needs on a pod: memory, collectives, time", """
     Reads the config, and the width of the activations from the store or the language model's config; writes nothing. Prints
     bytes per chip by kind, FLOPs, collectives, predicted step time and tokens/s, store and harvest, days for
-    config.train.tokens, and the smallest topologies that fit. docs/plan.md has the model.
+    config.train.tokens, and the smallest topologies that fit. docs/explanation/plan_model.md has the model.
     """, "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", Options, run)

@@ -18,7 +18,7 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import configs
     from saejax.train.compilation_cache import kept
     for config in configs(options):
-        with kept(config.train.compilation_cache, Path(config.run_dir)):
+        with kept(Path(config.run_dir)):
             _experiment(config)
     return 0
 
@@ -76,5 +76,5 @@ JOB = Job(
     interrupted one stopped, and only shows the results of a finished one. RUN_DIR goes on with that run's own config.
 
     A config with a sweep trains several SAEs on the same rows, harvested once, each in a run directory of its own below
-    `config.run_dir`, and shows them side by side (docs/sweeps.md).
+    `config.run_dir`, and shows them side by side (docs/how-to/sweeps.md).
     """, "saejax run --config=configs/demo.py", Options, run)

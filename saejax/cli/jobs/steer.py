@@ -160,6 +160,6 @@ def _positions(options: Options) -> str | list[int]:
 JOB = Job(
     "steer", "act", "how a prompt goes on with features set, ablated, or a direction added", """
     Reads a run with its index (RUN/features), or any files that saejax.load reads, and the language model; prints the unsteered
-    continuation and those of each change, all made in one batch; writes nothing but the page of --html. docs/steering.md has
-    the equations.
+    continuation and those of each change, all made in one batch; writes nothing but the page of --html.
+    docs/how-to/steering.md has the equations.
     """, "saejax steer runs/demo --prompt='To be, or not' --feature=123 --scale=-5,0,5 --html=steered.html", Options, run)

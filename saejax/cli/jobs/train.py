@@ -19,7 +19,7 @@ def run(options: Options) -> int:
     from saejax.runs.experiment import preflight, raise_troubles, trained
     from saejax.train.compilation_cache import kept
     for config in configs(options):
-        with kept(config.train.compilation_cache, Path(config.run_dir)):
+        with kept(Path(config.run_dir)):
             outcomes = trained(config, preflight(config), Store.open(config.harvest.store))
         if is_writer():
             for o in outcomes:

@@ -1,4 +1,4 @@
-"""`FeatureIndex`: what is known of every feature, on disk. docs/features.md describes the directory.
+"""`FeatureIndex`: what is known of every feature, on disk. docs/reference/feature_files.md describes the directory.
 
     manifest.json        written last: what it was made from (fingerprints), totals, digests of the files
     features.parquet     one row a feature: counts, maximum, histograms, top tokens, logit effects, neighbours
