@@ -18,7 +18,7 @@ def __getattr__(name: str):
         from saejax.runs.notebook import load
         return load
     if name == "open":
-        from saejax.runs.subject import open_subject
+        from saejax.runs.opening import open_subject
         return open_subject
     if name == "compare":
         from saejax.runs.comparison import compare_subjects

@@ -9,7 +9,8 @@ from saejax.base.errors import ConfigError
 from saejax.config import Config
 from saejax.features.index.explanations import load_explanations
 from saejax.runs.layout import saved_config, without_parts
-from saejax.runs.subject import AUTO, Given, Subject, open_all
+from saejax.runs.opening import open_all
+from saejax.runs.subject import AUTO, Given, Subject
 
 GIVEN = [field.name for field in fields(Given)]
 

@@ -7,7 +7,8 @@ import numpy as np
 from saejax.base.errors import ConfigError
 from saejax.data.store import Store
 from saejax.features.compare.dictionaries import LEAST, Comparison, compare
-from saejax.runs.subject import Subject, open_subject
+from saejax.runs.opening import open_subject
+from saejax.runs.subject import Subject
 
 _PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firing of two dictionaries is compared
 

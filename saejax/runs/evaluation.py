@@ -10,7 +10,8 @@ from saejax.config import Config, EvalOptions
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.pages.summary import Rates, Result, training_rate
 from saejax.runs.experiment import rates_file
-from saejax.runs.subject import Subject, open_subject
+from saejax.runs.opening import open_subject
+from saejax.runs.subject import Subject
 from saejax.train.checkpoint import machine_of, read_meta
 from saejax.train.determinism import promise
 

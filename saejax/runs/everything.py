@@ -13,7 +13,8 @@ from saejax.pages.report import write_report
 from saejax.pages.summary import Result
 from saejax.runs.evaluation import evaluated, result_of, scalars
 from saejax.runs.experiment import harvested, preflight, raise_troubles, trained
-from saejax.runs.subject import Given, Subject, forget_language_model, open_subject
+from saejax.runs.opening import open_subject
+from saejax.runs.subject import Given, Subject, forget_language_model
 from saejax.train.compilation_cache import kept
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from saejax import lm
 from saejax.base import sharding
-from saejax.base.errors import CheckpointError, ConfigError, FeatureIndexError, FormatError, HookpointError
+from saejax.base.errors import ConfigError, FeatureIndexError, FormatError, HookpointError
 from saejax.base.logs import read_metrics, say
 from saejax.base.records import ActivationStats, MeshOptions, RunPaths
 from saejax.config import Config, TextOptions
@@ -31,7 +31,7 @@ from saejax.features.index.build import BuildOptions, build
 from saejax.features.index.reader import MANIFEST, FeatureIndex, check_belongs
 from saejax.features.search.sets import by_sets
 from saejax.features.search.text import by_text
-from saejax.formats import hub, loading, saelens
+from saejax.formats import loading, saelens
 from saejax.formats.keys import UNKNOWN
 from saejax.lm import LM
 from saejax.lm.hookpoints import hookpoint_of
@@ -39,9 +39,8 @@ from saejax.lm.load import tapped
 from saejax.pages import cards
 from saejax.pages.cards import Table
 from saejax.runs import actions, missing
-from saejax.runs.layout import located, mesh_of, run_of, saved_config
+from saejax.runs.layout import mesh_of
 from saejax.sae.inference import SAE
-from saejax.train.checkpoint import is_step
 
 INDEX = "features"          # the index of a run lies there
 TOKENS = 1_000_000          # of an index over a text, where nothing else is said
@@ -381,44 +380,3 @@ def _language_model(model: str, revision: str | None, dtype: str, mesh: Mesh | N
 def forget_language_model() -> None:
     """Frees the language model that was loaded last, once no subject holds it."""
     _language_model.cache_clear()
-
-
-def open_all(source: str | Path, given: Given = Given(), config: Config | None = None) -> list[Subject]:
-    """What a path or name stands for: one subject, or those of all SAEs of a sweep. config: of the same run, with evaluation, log
-    and meshes as they are wanted now. Nothing is read yet but configs. Raises `FormatError`, `CheckpointError`, `ConfigError`.
-    """
-    if given.format == AUTO and (isinstance(source, Path) or hub.parse(source) is None):
-        path = Path(source)
-        kind = loading.recognise(path)
-        if kind in loading.OURS:
-            run = run_of(path) if kind == "checkpoint" else path
-            if run is None or not RunPaths(run).config.is_file():
-                raise CheckpointError(f"{path}: no config.json two levels up; keep the checkpoint inside its run directory")
-            return [_of_run(place, given, found) for found, place in located(path, config)]
-        run = run_of(path)
-        if run is not None:  # a release in its run
-            return [Subject(path, given, saved_config(run))]
-        return [Subject(path, given)]
-    return [Subject(source, given)]
-
-
-def _of_run(place: Path, given: Given, config: Config) -> Subject:
-    return Subject(place, given, config, place if is_step(place) else None)
-
-
-def open_subject(source: str | Path, **given) -> Subject:
-    """What `source` stands for, its parts opened when they are asked for: a run, a checkpoint step, a release, the files of
-    SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI, OpenMOSS or Goodfire, or "org/repo:path" of the Hugging Face hub.
-
-    given: `model`, `hookpoint`, `text`, `context`, `index`, `store`, `mesh`, `format`, see `Given`. Raises `FormatError` where
-    nothing or more than one format fits, `ConfigError` for a sweep, whose SAEs are opened one by one.
-    """
-    if not isinstance(source, str | Path):
-        raise ConfigError(f"{type(source).__name__}: expected a path or a name")
-    unknown = given.keys() - {field.name for field in dataclasses.fields(Given)}
-    if unknown:
-        raise ConfigError(f"{sorted(unknown)[0]}=...: expected some of {', '.join(f.name for f in dataclasses.fields(Given))}")
-    found = open_all(source, Given(**given))
-    if len(found) > 1:
-        raise ConfigError(f"{source}: a sweep of {len(found)} SAEs; open one of {', '.join(str(s.source) for s in found)}")
-    return found[0]

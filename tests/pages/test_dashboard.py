@@ -177,9 +177,14 @@ def test_search_sort_open_hover_and_back(browser, site, index):
     assert browser.troubles() == []
 
 
+def follow(page, selector: str) -> None:
+    """Goes where a link leads; a click leaves the page while the click is still being answered."""
+    page.call("Page.navigate", url=page.js(f"document.querySelector({selector!r}).href"))
+
+
 @pytest.mark.browser
 def test_from_the_report_to_a_feature_and_back(browser, index, tmp_path):
-    """The links of the report, of a page about one prompt, and of the dashboard, clicked."""
+    """The links of the report, of a page about one prompt, and of the dashboard, followed."""
     site = write_dashboard(index, tmp_path / "dashboard", title="tiny", progress=False)
     page = html(Result(resolve(default_config("topk")), RunPaths(tmp_path), 1, EVALUATION, Rates(None, None)), [])
     (tmp_path / "report.html").write_text(page)
@@ -188,9 +193,9 @@ def test_from_the_report_to_a_feature_and_back(browser, index, tmp_path):
     browser.size(1280, 1000)
     browser.open(tmp_path / "report.html")
     browser.wait("!!document.querySelector('#dashboard a')")
-    browser.click("#dashboard a")
+    follow(browser, "#dashboard a")
     browser.wait("document.querySelectorAll('#list tbody tr').length > 5")
-    browser.click("a[href='../report.html']")
+    follow(browser, "a[href='../report.html']")
     browser.wait("document.title.endsWith('saejax report')")
     address = address_in(site.parent, 3, tmp_path / "pages" / "steered.html")
     assert address == "../dashboard/index.html#feature=3"

@@ -108,7 +108,7 @@ def test_a_text_is_compiled_once_for_each_shape(s):
     (lambda s: s.search(like=True), ConfigError, "like:"),
     (lambda s: s.search(TEXT, n=0), ConfigError, "n=0"), (lambda s: s.search(find=3), ConfigError, "find=3"),
     (lambda s: s.search(positives="a cat"), ConfigError, "lists of prompts"),
-    (lambda s: s.steer("a", [3]), SteeringError, "got list"), (lambda s: s.steer("a", {"3": 1}), SteeringError, "'3'"),
+    (lambda s: s.steer("a", [3]), SteeringError, "got int"), (lambda s: s.steer("a", {"3": 1}), SteeringError, "'3'"),
     (lambda s: s.steer("a", {3: float("nan")}, values=True), SteeringError, "a finite number"),
     (lambda s: s.steer("a", {3: 1}, values=True, samples=0), SteeringError, "samples=0"),
     (lambda s: s.steer("a", {3: 1}, values=True, positions="first"), SteeringError, "position first"),

@@ -128,7 +128,7 @@ def _like(subject, options: Like):
 
 def _other(source: str, sae):
     """Another SAE, whose decoder writes to the same place."""
-    from saejax.runs.subject import open_subject
+    from saejax.runs.opening import open_subject
     other = open_subject(source).sae
     if (other.cfg.targets, other.params.W_dec.shape[1]) != (sae.cfg.targets, sae.params.W_dec.shape[1]):
         raise FeatureIndexError(f"--within={source}: its decoder writes to {', '.join(other.cfg.targets)}, this one's to "
