@@ -12,10 +12,11 @@ from saejax.runs.subject import AUTO, Given, Subject
 from saejax.train.checkpoint import is_step
 
 
-def open_all(source: str | Path, given: Given = Given(), config: Config | None = None) -> list[Subject]:
+def open_all(source: str | Path, given: Given | None = None, config: Config | None = None) -> list[Subject]:
     """What a path or name stands for: one subject, or those of all SAEs of a sweep. config: of the same run, with evaluation, log
     and meshes as they are wanted now. Nothing is read yet but configs. Raises `FormatError`, `CheckpointError`, `ConfigError`.
     """
+    given = given or Given()
     if given.format == AUTO and (isinstance(source, Path) or hub.parse(source) is None):
         path = Path(source)
         kind = loading.recognise(path)
