@@ -22,7 +22,7 @@ from saejax.config.contradictions import contradictions
 from saejax.config.recipes import INITS, KINDS, PENALTIES, RECIPES
 from saejax.config.values import base_type, build, join
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 NORMALIZATIONS = ("mean_sq_norm_D", "mean_norm_sqrt_D", "mean_sq_norm_1", "none")
 
