@@ -26,10 +26,9 @@ def executed(file: Path, folder: Path, timeout: int = 1200) -> nbformat.Notebook
         spec.parent.mkdir()
         spec.write_text(json.dumps({"argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
                                     "display_name": "this interpreter", "language": "python"}))
-        manager = AsyncKernelManager(kernel_name="this", transport="ipc",
-                                     kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]))
-        client = NotebookClient(notebook, km=manager, timeout=timeout, resources={"metadata": {"path": str(folder)}},
-                                record_timing=False)
+        manager = AsyncKernelManager(kernel_name="this", kernel_spec_manager=KernelSpecManager(kernel_dirs=[kernels]))
+        client = NotebookClient(notebook, km=manager, timeout=timeout, startup_timeout=300, record_timing=False,
+                                resources={"metadata": {"path": str(folder)}})
         client.execute(env=as_user(ROOT))
     return notebook
 

@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]  # the README makes what the pages go on with
 MARKED = [block for page in PAGES for block in blocks(page, page.relative_to(ROOT).as_posix())]
 
-# The demo with its own language model, text and dictionary, but ready in a minute.
+# The demo with its own language model and text, but ready in a minute.
 SHORT = f'''
 import runpy
 
 def get_config():
     c = runpy.run_path({str(ROOT / "configs/demo.py")!r})["get_config"]()
-    c.harvest.tokens, c.harvest.shard_contexts, c.train.tokens, c.train.batch = 16_384, 64, 49_152, 512
-    c.sae.dead_tokens, c.checkpoint.every_tokens, c.eval.contexts = 16_384, 24_576, 8
+    c.harvest.tokens, c.harvest.shard_contexts, c.train.tokens, c.train.batch = 16_384, 64, 32_768, 512
+    c.sae.d_sae, c.sae.dead_tokens, c.checkpoint.every_tokens, c.eval.contexts = 3072, 16_384, 32_768, 8
     c.log.progress = False
     return c
 '''
