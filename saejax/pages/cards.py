@@ -32,6 +32,11 @@ class Table:
         """The values of a column."""
         return [row[self.columns.index(name)] for row in self.rows]
 
+    def to_pandas(self):
+        """The same as a `pandas.DataFrame`."""
+        import pandas
+        return pandas.DataFrame(self.rows, columns=self.columns)
+
     def __repr__(self) -> str:
         return f"Table({len(self.rows)} rows of {', '.join(self.columns)})"
 

@@ -13,21 +13,23 @@ from saejax.pages.report import write_report
 from saejax.pages.summary import Result
 from saejax.runs.evaluation import evaluated, result_of, scalars
 from saejax.runs.experiment import harvested, preflight, raise_troubles, trained
-from saejax.runs.opening import open_subject
+from saejax.runs.opening import open_all
 from saejax.runs.subject import Given, Subject, forget_language_model
+from saejax.scaling.sweep import is_sweep
 from saejax.train.compilation_cache import kept
 
 
-def run(config: Config | ConfigDict) -> Subject:
-    """Runs an experiment to its end, as `saejax run` does, and opens what it made. Called again it goes on where it was
-    interrupted, and only opens a finished run.
+def run(config: Config | ConfigDict) -> Subject | list[Subject]:
+    """Runs an experiment to its end, as `saejax run` does, and opens what it made: of a sweep a list of its SAEs. Called again
+    it goes on where it was interrupted, and only opens a finished run.
 
-    config: of `saejax.config.default_config`, or a resolved one. Raises `ConfigError` for a sweep, once it is trained: its SAEs
-    are opened one by one.
+    config: of `saejax.config.default_config`, or a resolved one. Raises `NonFiniteError` for an SAE that was stopped for it, when
+    all others are finished.
     """
     config = config if isinstance(config, Config) else resolve(config)
     raise_troubles(made(config)[1])
-    return open_subject(config.run_dir)
+    found = open_all(config.run_dir)
+    return found if is_sweep(config) else found[0]
 
 
 def made(config: Config) -> tuple[list[Result], list]:

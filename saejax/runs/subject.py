@@ -117,7 +117,9 @@ class Subject:
         if hookpoint is not None and len(sae.cfg.hookpoints) > 1:
             raise ConfigError(f"hookpoint={hookpoint}: a crosscoder reads {len(sae.cfg.hookpoints)} of them, as its files say")
         names = sae.cfg.hookpoints if hookpoint is None else (hookpoint,)
-        cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target))
+        given = self.given.model.name if isinstance(self.given.model, LM) else self.given.model
+        model = given if given and sae.cfg.model == UNKNOWN else sae.cfg.model
+        cfg = dataclasses.replace(sae.cfg, hookpoints=tuple(map(_known, names)), target=_known(sae.cfg.target), model=model)
         out = SAE(sae.params, cfg, sae.mesh)
         out.writer, out.source, out.card = saelens.write, str(self.source), cards.sae
         return out

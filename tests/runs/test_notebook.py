@@ -52,6 +52,7 @@ def test_the_fifteen_lines(s, run, model_and_text, alive, tmp_path):
     with s.spliced(error=True):
         assert s.lm(TEXT).shape[0] == 12
     theirs = saejax.open(convert_to(run, tmp_path / "layers.1", "sparsify"), model=str(model_and_text[0]), text=s.text)
+    assert "unknown" not in repr(theirs.sae)
     assert s.index_of(theirs.sae, tmp_path / "theirs", tokens=640).features == 64
     assert saejax.compare(s, theirs).shares()["shared_A"] == 1
     assert saejax.load(s.sae.save(tmp_path / "mine")).cfg.d_sae == 64
@@ -222,6 +223,18 @@ def test_from_a_config_to_an_index(model_and_text, tmp_path):
     for wish, error in ((lambda: alone.metrics, ConfigError), (alone.build_index, FeatureIndexError)):
         with pytest.raises(error, match="is no run"):
             wish()
+
+
+def test_a_sweep_is_a_list(model_and_text, tmp_path):
+    config = _config(model_and_text, tmp_path / "sweep")
+    config.sweep.product = ("sae.k=4,8",)
+    assert [found.sae.cfg.k for found in saejax.run(config)] == [4, 8]
+
+
+def test_a_table_as_pandas(s):
+    found = s.search(TEXT)
+    frame = found.to_pandas()
+    assert list(frame.columns) == list(found.columns) and frame["feature"].tolist() == found.column("feature")
 
 
 def test_a_feature_is_what_the_tables_say(s, alive):
