@@ -51,6 +51,9 @@ def _of_target(sae, target: float) -> list[str]:
         return [f"{key}, but kind {sae.kind!r} has as many active features as config.sae.k says; set that, and this to None"]
     if sae.penalty == "target_l0":
         return [f"{key}, but the penalty 'target_l0' pulls towards config.sae.k by itself; set that, and this to None"]
+    if sae.penalty == "l0":
+        return [f"{key}, but the penalty 'l0' with an L0 to aim at is the penalty 'target_l0': set config.sae.penalty to that, "
+                "config.sae.k to the L0, and this to None"]
     return [f"{key} active features of config.sae.d_sae = {sae.d_sae}; lower it"] if target > sae.d_sae else []
 
 

@@ -167,8 +167,8 @@ class TrainOptions:
     lr_decay: float = opt(0.2, "share of the steps, at the end, over which it falls to 0", ge=0.0, le=1.0)
     lr_shape: str = opt("linear", "shape of rise and fall; cosine: rises from a tenth of `lr`", choices=("linear", "cosine"))
     penalty_warmup: float = opt(0.05, "share of the steps over which lambda rises from 0", ge=0.0, le=1.0)
-    target_l0: float | None = opt(None, "active features per token towards which lambda is steered (kinds with a penalty; "
-                                  "docs/explanation/kinds.md); none: lambda is `sae.penalty_coef`", gt=0.0)
+    target_l0: float | None = opt(None, "active features per token towards which lambda is steered (relu, gated, jumprelu with "
+                                  "tanh; docs/explanation/kinds.md); none: lambda is `sae.penalty_coef`", gt=0.0)
     k_anneal: float = opt(0.1, "share of the steps over which k falls from `sae.k_start`, evenly in its logarithm", ge=0.0,
                           le=1.0)
     accumulate: int = opt(1, "parts of a batch that go through the SAE one after the other, their gradients averaged; batchtopk "

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from saejax.config import Config
 
-PROPORTIONAL, INTEGRAL, APPROACH = 1.0, 10.0, 0.5  # APPROACH: the share of the run in which the goal moves
+PROPORTIONAL, INTEGRAL, APPROACH = 3.0, 10.0, 0.5  # APPROACH: the share of the run in which the goal moves
 MEMORY = 0.02  # share of a run that the running mean of log L0 remembers
 
 

@@ -101,7 +101,7 @@ def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_a
                  "--tokens=4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == expected
     assert main(["steer", str(tmp_path / "foreign"), prompt, feature, f"--model={model_and_text[0]}"]) == 2
-    assert "give --index=DIR or --max=VALUE" in capsys.readouterr().err
+    assert "give index=DIR or max=VALUE" in capsys.readouterr().err
     assert saejax.load(tmp_path / "foreign").cfg.d_sae == 64
 
 

@@ -74,6 +74,18 @@ def test_unknown_keys_and_all_problems_at_once():
         assert part in str(error.value)
 
 
+def test_one_way_to_aim_at_an_l0():
+    for penalty, message in (("target_l0", "pulls towards config.sae.k by itself"), ("l0", "is the penalty 'target_l0'")):
+        values = default_config("jumprelu")
+        values.train.target_l0, values.sae.penalty = 50.0, penalty
+        with pytest.raises(ConfigError, match=message):
+            resolve(values)
+    values = default_config("relu")
+    values.train.target_l0 = 5000.0
+    with pytest.raises(ConfigError, match="5000 active features of config.sae.d_sae = 4608; lower it"):
+        resolve(values)
+
+
 @pytest.mark.parametrize("shares", [(0.5, 0.4), (1e-9, 1.0), (1.5, -0.5)])
 def test_shares_of_nested_prefixes_must_make_sense(shares):
     values = default_config("matryoshka")
