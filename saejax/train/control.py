@@ -1,6 +1,6 @@
 """Running values that steer a run: the batch threshold, and the factor that brings L0 to `train.target_l0`.
 
-A proportional-integral controller on the logarithm of lambda: with e = log(L0 / goal), L0 a running mean,
+A proportional-integral controller on the logarithm of lambda: with e = log(L0 / goal) in [-1, 1], L0 a running mean,
 
     lambda = penalty_coef exp(PROPORTIONAL e + I),    I <- I + INTEGRAL e / steps of the run.
 
