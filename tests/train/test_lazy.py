@@ -31,9 +31,6 @@ F, D, ROOM, PLACES = 24, 3, 12, 4
 SECOND = {"train__optimizer": "second", "train__path": "sparse", "sae__d_sae": 512}
 LAZY = SECOND | {"train__optimizer": "lazy"}
 
-# Two programs round differently, and Adam with beta1 = 0 divides a small gradient by a small mean of its square.
-CLOSE = {"rtol": 5e-4, "atol": 5e-5}
-
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
@@ -200,13 +197,15 @@ def test_gradients_move_along_data_only_and_only_those_of_touched_rows(store, tm
 
 @SLOW
 def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
-    options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
+    """A new row's first step is the sign of its gradient, and rounding decides the sign of a gradient near 0; with this eps not."""
+    options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64,
+               "train__eps": 1e-4}
     both = [loop.train(config_of("few dead", tmp_path / name, train__optimizer=name, **options), store)
             for name in ("second", "lazy")]
     for name in ("second", "lazy"):
         assert sum(line.get("resampled", 0) for line in read_metrics(tmp_path / name / "metrics.jsonl")) > 0
     for a, b in zip(*(jax.tree.leaves(trained.state.params) for trained in both), strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), **CLOSE)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-4, atol=1e-5)
 
 
 @SLOW
