@@ -61,6 +61,10 @@ class DiskError(SaejaxError):
     """Writing failed (disk full, read-only, permission); names the path, nothing half-written is left."""
 
 
+class LeaseError(SaejaxError):
+    """Another job writes in the directory, or has taken it over; names the job."""
+
+
 class PromptError(LMError):
     """A prompt is empty, longer than the model's context, or holds token ids that the model does not have."""
 
@@ -71,5 +75,7 @@ class FeatureIndexError(SaejaxError):
 
 class SteeringError(SaejaxError):
     """A feature that cannot be set, ablated or attributed: no such feature, never active, an SAE for another model."""
+
+
 class JudgeError(SaejaxError):
     """A judge cannot be asked, its answers cannot be read in, or the answers kept belong to another index or other prompts."""

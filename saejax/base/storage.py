@@ -7,10 +7,15 @@ import json
 import os
 import re
 import secrets
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from saejax.base.errors import DiskError, SaejaxError
 
+# A `Path` has lost one of the two strokes.
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+(?=://)|(?:gs|gcs|s3|az|abfs|hdfs|https?)(?=:/))")
+_PLAIN = re.compile(r"[A-Za-z0-9_.\-+=,/]*")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
@@ -92,6 +97,30 @@ def safe_name(name: str, error: type[SaejaxError] = SaejaxError) -> str:
     return name
 
 
+def bucket_trouble(place: str | Path) -> str:
+    """What is wrong with an address such as gs://bucket/run, which a file system would take for a folder "gs:"; else empty."""
+    scheme = _SCHEME.match(str(place))
+    if not scheme:
+        return ""
+    return (f"{str(place)!r} is an address of {scheme[1]!r}, not a path; buckets are not supported yet, mount it as a file "
+            "system or copy it")
+
+
+@contextlib.contextmanager
+def plain_path(path: str | Path) -> Iterator[Path]:
+    """An absolute path to the same place for libraries that take some characters for patterns or parts of an address: where
+    `path` has other than letters, digits and `_ . - + = ,` it leads through a link in the temporary folder.
+    """
+    path = Path(path).absolute()
+    if _PLAIN.fullmatch(str(path)):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="saejax-") as folder:
+        link = Path(folder) / "link"
+        link.symlink_to(path)
+        yield link
+
+
 def inside(root: str | Path, relative: str, error: type[SaejaxError] = SaejaxError) -> Path:
     """`root/relative`, refused when any component is unsafe or when a link leads out of `root`."""
     path = Path(root)
@@ -114,3 +143,24 @@ def barrier(name: str) -> None:
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def together(name: str):
+    """What all processes do or none: a `SaejaxError` in one of them becomes one in every process, after the body."""
+    import jax
+    if jax.process_count() == 1:
+        yield
+        return
+    error = None
+    try:
+        yield
+    except SaejaxError as e:
+        error = e
+    import numpy
+    from jax.experimental import multihost_utils
+    failed_P = multihost_utils.process_allgather(numpy.array([error is not None])).ravel()
+    if error is not None:
+        raise error
+    if failed_P.any():
+        raise SaejaxError(f"{name}: process {failed_P.argmax()} stopped; its own line says why")

@@ -3,6 +3,8 @@
 import difflib
 import os
 import sys
+import threading
+import traceback
 
 from saejax.base.errors import ConfigError, SaejaxError
 from saejax.base.version import __version__
@@ -11,8 +13,10 @@ from saejax.cli.options import Job
 from saejax.cli.parsing import declared, flag, parse
 
 EXIT_MISTAKE = 2       # something that the user can repair; one line on stderr
+EXIT_BUG = 1
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
+GOODBYE = 3.0          # seconds that one of several processes waits for the others to end as it does
 _HELP = {"--help", "-h", "-help"}
 
 
@@ -22,13 +26,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _dispatch(argv)
     except SaejaxError as error:
-        return _failed(error)
+        return _leave(_failed(error))
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except KeyboardInterrupt:
         print("saejax: interrupted; start the same command again to go on", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _leave(EXIT_INTERRUPTED)
+    except Exception:
+        if not _several():
+            raise
+        traceback.print_exc()
+        return _leave(EXIT_BUG)
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -129,9 +138,30 @@ def _quiet() -> None:
     logging.set_verbosity(logging.WARNING)
 
 
+def _several() -> bool:
+    """Whether this is one of several processes that have met."""
+    jax = sys.modules.get("jax")
+    return jax is not None and jax.distributed.is_initialized()
+
+
+def _leave(code: int) -> int:
+    """The exit code; one of several processes ends here and now with it. The interpreter's own end waits in a barrier for the
+    others, who wait for this one in another; so they learn of it as of a process that died.
+    """
+    if not _several():
+        return code
+    import jax
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)  # at once where all end alike
+    goodbye.start()
+    goodbye.join(GOODBYE)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def _failed(error: SaejaxError) -> int:
     """The error's one line. `Preempted` is no failure: its message and its own exit code."""
-    preemption = sys.modules.get("saejax.train.preemption")
+    preemption = sys.modules.get("saejax.base.preemption")
     message = " ".join(str(error).split())
     if preemption is not None and isinstance(error, preemption.Preempted):
         print(f"saejax: {message}", file=sys.stderr)

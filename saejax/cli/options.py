@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from saejax.base.errors import ConfigError
+from saejax.base.storage import bucket_trouble
+
 SPLITS, BASELINES = ("train", "heldout"), ("neurons", "directions", "random_sae")
 
 
@@ -16,6 +19,8 @@ def text(given: str) -> str:
 
 def path(given: str) -> Path:
     """a path"""
+    if trouble := bucket_trouble(given):
+        raise ConfigError(trouble)
     return Path(given)
 
 

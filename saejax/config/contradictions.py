@@ -1,5 +1,6 @@
 """Options that contradict each other, each with the key to change: all of them are reported at once."""
 
+from saejax.base.storage import bucket_trouble
 from saejax.config.recipes import INITS, KINDS, PENALTIES, WITH_AUX, WITH_K
 
 PENALTIES_OF = {kind: tuple(name for name, kinds in PENALTIES.items() if kind in kinds) for kind in KINDS}
@@ -7,7 +8,7 @@ PENALTIES_OF = {kind: tuple(name for name, kinds in PENALTIES.items() if kind in
 
 def contradictions(c) -> list[str]:
     """One line per contradiction of a `Config`, naming keys and fixes."""
-    return _of_sae(c.sae, c) + _of_data(c) + _of_run(c) + _of_optimizer(c.sae, c.train)
+    return _of_places(c) + _of_sae(c.sae, c) + _of_data(c) + _of_run(c) + _of_optimizer(c.sae, c.train)
 
 
 def _of_sae(sae, c) -> list[str]:
@@ -85,6 +86,13 @@ def _of_data(c) -> list[str]:
         out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
                    f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")
     return out
+
+
+def _of_places(c) -> list[str]:
+    places = {"run_dir": c.run_dir, "harvest.store": c.harvest.store, "lm.model": c.lm.model,
+              "train.init_from": c.train.init_from}
+    places |= {f"text.source[{i}]": source for i, source in enumerate(c.text.source)}
+    return [f"config.{key}: {trouble}" for key, place in places.items() if place and (trouble := bucket_trouble(place))]
 
 
 def _of_run(c) -> list[str]:

@@ -21,10 +21,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import lm
-from saejax.base import assets
+from saejax.base import assets, lease
 from saejax.base.errors import StoreError
 from saejax.base.logs import Progress, say
-from saejax.base.storage import barrier, is_writer
+from saejax.base.preemption import Preempted, Preemption
+from saejax.base.storage import barrier, is_writer, together
 from saejax.config import Config
 from saejax.data import sources as src
 from saejax.data import text
@@ -43,7 +44,8 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     Several hookpoints take one pass; layers above the highest are not computed.
 
     Raises `StoreError` (the directory belongs to another config; lists the differences), `HookpointError`, `TextError`,
-    `NonFiniteError` (rows named, their shard not written), `DiskError`.
+    `NonFiniteError` (rows named, their shard not written), `DiskError`, `LeaseError` (another job writes this store),
+    `Preempted` after SIGTERM or Ctrl-C (whole shards are kept).
     """
     sources = src.resolve(config.text)
     path = Path(config.harvest.store)
@@ -53,14 +55,15 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     spec = store_spec(config, lm_, sources)
     if is_complete(path):
         return _open_matching(path, config, sources, lm_)
-    writer = StoreWriter(path, spec)
-    packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, mask_special=config.harvest.mask_special,
-                        sources=sources)
-    n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
-    barrier("saejax_harvest_written")
-    if is_writer():
-        writer.finalize(n_contexts)
-    barrier("saejax_harvest_final")
+    with lease.writing(path):
+        writer = StoreWriter(path, spec)
+        packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, mask_special=config.harvest.mask_special,
+                            sources=sources)
+        n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
+        barrier("saejax_harvest_written")
+        with together("saejax_harvest_final"):
+            if is_writer():
+                writer.finalize(n_contexts)
     return Store.open(path)
 
 
@@ -188,10 +191,13 @@ def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Co
     mine = len(writer.missing_shards(process, n_processes))
     title = "harvest" if n_processes == 1 else f"harvest (process 1 of {n_processes})"
     total = 0
-    with ThreadPoolExecutor(1) as text_pool, ThreadPoolExecutor(1) as disk_pool, \
+    with ThreadPoolExecutor(1) as text_pool, ThreadPoolExecutor(1) as disk_pool, Preemption() as preemption, \
             Progress(title, mine * spec.shard_rows, enabled=config.log.progress) as bar:
-        pipeline = _Pipeline(writer, capture, disk_pool, bar)
+        pipeline = _Pipeline(writer, capture, disk_pool, bar, preemption)
         for shard in _one_ahead(_shards(writer, packed, process, n_processes), text_pool):
+            if preemption.requested(shard.number):
+                pipeline.drain()
+                raise _stopped(writer)
             total += shard.contexts
             if shard.tokens_NT is not None:
                 pipeline.run(shard)
@@ -202,11 +208,17 @@ def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Co
     return total
 
 
+def _stopped(writer: StoreWriter) -> Preempted:
+    there = sum(writer.record(number) is not None for number in range(writer.spec.target_shards))
+    return Preempted(f"{writer.path}: stopped on request with {there} of {writer.spec.target_shards} shards written; start the "
+                     "same command again to go on")
+
+
 class _Pipeline:
     """Device, copy and disk at work at the same time, across the borders of shards, with two shards in host memory."""
 
-    def __init__(self, writer: StoreWriter, capture: _Capture, pool: ThreadPoolExecutor, bar: Progress):
-        self._writer, self._capture, self._pool, self._bar = writer, capture, pool, bar
+    def __init__(self, writer: StoreWriter, capture: _Capture, pool: ThreadPoolExecutor, bar: Progress, preemption: Preemption):
+        self._writer, self._capture, self._pool, self._bar, self._preemption = writer, capture, pool, bar, preemption
         self._buffers = [{name: np.empty((writer.spec.shard_contexts, writer.spec.context, width), ml_dtypes.bfloat16)
                           for name, width in writer.spec.hookpoints} for _ in range(2)]
         self._under_way: deque = deque()
@@ -217,6 +229,9 @@ class _Pipeline:
         self._buffers.reverse()
         acts = {name: x[:shard.contexts] for name, x in self._buffers[0].items()}
         for start in range(0, shard.contexts, self._capture.batch):
+            if self._preemption.asked_alone:  # a shard may take minutes; what is done of it is given up
+                self._finish()
+                raise _stopped(self._writer)
             tokens = shard.tokens_NT[start:start + self._capture.batch]
             self._under_way.append((shard, acts, start, len(tokens), self._capture(tokens)))
             if len(self._under_way) > 1:

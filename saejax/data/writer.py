@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.base import lease
 from saejax.base.errors import NonFiniteError, StoreCorruptError, StoreError
 from saejax.base.records import OUTLIER_FACTOR
 from saejax.base.storage import disk_errors, file_sha256, write_json
@@ -30,7 +31,7 @@ class StoreWriter:
         with disk_errors(self.path):
             # Listed before looking for spec.json: another process may be making the same store at this moment.
             there = list(self.path.iterdir()) if self.path.exists() else []
-            foreign = [p for p in there if SPEC not in p.name and p.name != RECORDS]
+            foreign = [p for p in there if SPEC not in p.name and p.name not in (RECORDS, lease.FILE)]
             if (self.path / SPEC).is_file():
                 self._take_over()
             elif foreign:
@@ -94,6 +95,7 @@ class StoreWriter:
             values[f"acts/{name}"], values[f"norms/{name}"] = x, norms
         arrays = self.spec.arrays()
         record = self.path / record_file(shard)
+        lease.confirm()
         with disk_errors(record):
             record.unlink(missing_ok=True)
         files = write_shard_files(self.path, shard, {arrays[name]: v for name, v in values.items()})
@@ -140,6 +142,7 @@ class StoreWriter:
             values["stats"][name] = _statistics(draft, name, sums[name], kept)
         values["sha256"] = mf.self_digest(values)
         self._remove_leftovers()
+        lease.confirm()
         write_json(self.path / MANIFEST, values)
 
     def _entry(self, shard: int, record: dict) -> dict:
@@ -150,7 +153,8 @@ class StoreWriter:
 
     def _remove_leftovers(self) -> None:
         """Lock and temporary files of processes that were killed."""
-        for file in [*self.path.rglob("*.__lock"), *self.path.rglob(".*.tmp-*")]:
+        locks = [file for file in self.path.rglob("*.__lock") if not file.name.startswith(lease.FILE)]
+        for file in [*locks, *self.path.rglob(".*.tmp-*")]:
             file.unlink(missing_ok=True)
 
 

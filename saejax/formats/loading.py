@@ -12,6 +12,7 @@ from saejax.base import sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.base.logs import say
 from saejax.base.records import RunPaths
+from saejax.base.storage import bucket_trouble
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
 from saejax.formats import dictionary_learning, gemma_scope, goodfire, hub, openai, openmoss, saelens, saelens_read, sparsify
@@ -45,6 +46,8 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
     does, or for anything in the files that is not understood; `CheckpointError` / `CheckpointCorruptError` when nothing of a run
     verifies. Nothing found in the path is executed.
     """
+    if trouble := bucket_trouble(path):
+        raise FormatError(trouble)
     source = hub.parse(path)
     if source is not None:
         path, revision = hub.fetch(source)

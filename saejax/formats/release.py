@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.base import lease
 from saejax.base.logs import Progress, say
 from saejax.base.records import RunPaths
 from saejax.base.storage import is_writer, write_bytes, write_json
@@ -26,10 +27,11 @@ def release(sae: SAE, out: Path, metrics: dict | None = None) -> Path:
     metrics: what evaluation measured, written as `metrics.json` and shown in the README.
     """
     out = Path(out)
-    saelens.write(out, sae)
-    if is_writer():
-        write_json(out / "metrics.json", metrics or {})
-        write_bytes(out / "README.md", _card(sae, metrics or {}).encode())
+    with lease.writing(out):
+        saelens.write(out, sae)
+        if is_writer():
+            write_json(out / "metrics.json", metrics or {})
+            write_bytes(out / "README.md", _card(sae, metrics or {}).encode())
     return out
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from saejax.base import lease
 from saejax.base.logs import say
 from saejax.base.storage import is_writer
 from saejax.config import Config, resolve
@@ -34,7 +35,7 @@ def run(config: Config | ConfigDict) -> Subject | list[Subject]:
 
 def made(config: Config) -> tuple[list[Result], list]:
     """(results of every SAE that was trained to its end, outcomes of all). What is done already is passed over in seconds."""
-    with kept(Path(config.run_dir)):
+    with lease.writing(config.run_dir), kept(Path(config.run_dir)):
         members = preflight(config)
         say("1/4 harvest")
         store = harvested(config)

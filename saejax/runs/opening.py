@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from saejax.base.errors import CheckpointError, ConfigError
+from saejax.base.errors import CheckpointError, ConfigError, FormatError
 from saejax.base.records import RunPaths
+from saejax.base.storage import bucket_trouble
 from saejax.config import Config
 from saejax.formats import hub, loading
 from saejax.runs.layout import located, run_of, saved_config
@@ -17,6 +18,8 @@ def open_all(source: str | Path, given: Given | None = None, config: Config | No
     and meshes as they are wanted now. Nothing is read yet but configs. Raises `FormatError`, `CheckpointError`, `ConfigError`.
     """
     given = given or Given()
+    if trouble := bucket_trouble(source):
+        raise FormatError(trouble)
     if given.format == AUTO and (isinstance(source, Path) or hub.parse(source) is None):
         path = Path(source)
         kind = loading.recognise(path)

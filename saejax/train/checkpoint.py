@@ -16,12 +16,12 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from saejax.base import sharding
+from saejax.base import lease, sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import say
 from saejax.base.records import StreamState
-from saejax.base.storage import barrier, disk_errors, is_writer, text_sha256
+from saejax.base.storage import barrier, disk_errors, is_writer, plain_path, text_sha256
 from saejax.sae import SAEParams, SAESpec, from_tensors, param_shapes, param_shardings, tensors
 from saejax.sae.normalization import Normalization
 from saejax.train import determinism
@@ -51,14 +51,17 @@ class CheckpointMeta:
     machine: dict[str, str] = field(default_factory=dict)
 
 
-def _from_elsewhere(record: logging.LogRecord) -> bool:
-    """orbax logs tracebacks of errors that are raised anyway, and leaves sibling tasks to complain; a user is to see one line."""
+def _said_once(record: logging.LogRecord) -> bool:
+    """orbax logs tracebacks of errors that are raised anyway, and leaves sibling tasks to complain: a user is to see one line.
+    What it only warns of is shown: nothing else says that data was left out.
+    """
     error = record.exc_info[1] if record.exc_info else None
-    return "orbax" not in record.pathname and "OCDBT" not in str(error)
+    from_orbax = "orbax" in record.pathname
+    return not (from_orbax and (error is not None or record.levelno != logging.WARNING)) and "OCDBT" not in str(error)
 
 
 for _logger in ("absl", "asyncio"):
-    logging.getLogger(_logger).addFilter(_from_elsewhere)
+    logging.getLogger(_logger).addFilter(_said_once)
 
 
 def _registry():
@@ -81,8 +84,9 @@ class Checkpoints:
             if is_writer():
                 self.directory.mkdir(parents=True, exist_ok=True)
             barrier("checkpoints-directory")
+            self._open = contextlib.ExitStack()
             self._manager = ocp.CheckpointManager(
-                self.directory.absolute(), handler_registry=_registry(),
+                self._open.enter_context(plain_path(self.directory)), handler_registry=_registry(),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep, keep_period=keep_every_steps, cleanup_tmp_directories=True,
                     step_prefix=None, async_options=ocp.AsyncOptions(timeout_secs=3600)))
@@ -99,6 +103,7 @@ class Checkpoints:
         with disk_errors(self.directory):
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(_on_disk(state)),
                                        meta=ocp.args.JsonSave({**meta, "digest": _digest(meta)}))
+            lease.confirm()
             if not self._manager.save(step, args=items, force=True):
                 raise CheckpointError(f"{self.directory}: step {step} was not saved; a newer step is there already")
 
@@ -109,6 +114,7 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+        self._open.close()
 
     def restore(self, step: int, abstract_state):
         """(state, CheckpointMeta) of a step; None when it does not verify: it is renamed to `corrupt-<step>` and named.
@@ -193,8 +199,8 @@ def read_meta(step_dir: Path) -> CheckpointMeta:
     """
     step_dir = Path(step_dir)
     with _corrupt(f"{step_dir}/meta"):
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            meta = reader.restore((step_dir / "meta").absolute())
+        with plain_path(step_dir) as place, ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(place / "meta")
         version, kind, digest = meta["schema_version"], meta["kind"], meta.pop("digest")
     if kind != "saejax-checkpoint" or version != SCHEMA_VERSION:
         raise CheckpointError(f"{step_dir}: {kind} schema version {version}, this saejax reads {SCHEMA_VERSION}; use the saejax "
@@ -262,9 +268,9 @@ def _restore(step_dir: Path, abstract, partial: bool):
     meta = read_meta(step_dir)
     _check_tree(step_dir, abstract, meta, partial)
     with _corrupt(f"{step_dir}/state"):
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as reader:
+        with plain_path(step_dir) as place, ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as reader:
             item = _on_disk(abstract)
-            found = _by_path(reader.restore((step_dir / "state").absolute(), args=ocp.args.PyTreeRestore(
+            found = _by_path(reader.restore(place / "state", args=ocp.args.PyTreeRestore(
                 item=item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=partial)))
     tree = jax.tree.unflatten(jax.tree.structure(abstract), [found[path] for path in _by_path(abstract)])
     found = fingerprints(tree)
@@ -279,8 +285,8 @@ def _check_tree(step_dir: Path, abstract, meta: CheckpointMeta, partial: bool) -
 
     A sound checkpoint of another state (its own list of fingerprints names other leaves) is an error, not corruption.
     """
-    with _corrupt(f"{step_dir}/state: metadata"):
-        tree = ocp.PyTreeCheckpointHandler().metadata((step_dir / "state").absolute()).tree
+    with plain_path(step_dir) as place, _corrupt(f"{step_dir}/state: metadata"):
+        tree = ocp.PyTreeCheckpointHandler().metadata(place / "state").tree
         saved = {_path(p): (tuple(m.shape), str(jax.numpy.dtype(m.dtype)))
                  for p, m in jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda m: hasattr(m, "shape"))[0]}
     wanted = {path: (tuple(s.shape), str(s.dtype)) for path, s in _by_path(abstract).items()}

@@ -17,9 +17,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax import config as config_lib
-from saejax.base import sharding
+from saejax.base import lease, sharding
 from saejax.base.errors import CheckpointError, NonFiniteError
 from saejax.base.logs import MetricWriter, Progress, say
+from saejax.base.preemption import Preempted, Preemption
 from saejax.base.records import ActivationBatch, RunPaths, StreamState
 from saejax.config import Config
 from saejax.data.store import Store
@@ -27,7 +28,6 @@ from saejax.data.stream import Stream
 from saejax.sae import SAESpec
 from saejax.train import compilation_cache, determinism
 from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
-from saejax.train.preemption import Preempted, Preemption
 from saejax.train.profile import Profile, window
 from saejax.train.rates import Rates, flops_of_step, on_bar
 from saejax.train.resample import due, resample
@@ -53,10 +53,12 @@ def train(config: Config, store: Store, load: Load | None = None) -> Trained:
     load: `saejax.load`, for `train.init_from`.
 
     Raises `ConfigError` / `StoreError` when config, mesh and store do not fit, `NonFiniteError` when the loss or a batch is
-    not finite, `Preempted` after SIGTERM or Ctrl-C (state saved).
+    not finite, `Preempted` after SIGTERM or Ctrl-C (state saved), `LeaseError` where another job writes in the run
+    directory.
     """
-    run = _Run([config], store, load)
-    run.go()
+    with lease.writing(config.run_dir):
+        run = _Run([config], store, load)
+        run.go()
     [member] = run.members
     if member.trouble:
         raise NonFiniteError(member.trouble)
@@ -69,8 +71,9 @@ def train_all(configs: Sequence[Config], store: Store, load: Load | None = None)
     All configs have the same mesh, batch, data seed and checkpoint steps. They resume at the newest step that all unfinished ones
     have. One whose steps are not finite is stopped by itself. Raises what `train` raises but for that.
     """
-    run = _Run(configs, store, load)
-    run.go()
+    with lease.writing(*[config.run_dir for config in configs]):
+        run = _Run(configs, store, load)
+        run.go()
     return [member.outcome for member in run.members]
 
 
@@ -365,6 +368,7 @@ class _Log:
         values = {k: float(np.asarray(v)) for k, v in metrics.items()}
         values = {name: value for name, value in values.items() if math.isfinite(value)}  # those of a step that was left out
         rates = self.rates.at(step)
+        lease.confirm()
         self.writer.write(step, {"tokens_seen": step * batch, **values, **rates, **self.extra})
         self.extra = {}
         names = ["loss", "l0", "fvu", "dead_fraction"] + (["skipped"] if values["skipped"] else [])

@@ -1,5 +1,6 @@
 """Several processes meet within a time limit, say why they do not, and refuse to go on with different configs."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -137,3 +138,51 @@ def test_a_process_that_dies_ends_the_others_within_the_heartbeat(model_and_text
     finally:
         for job in jobs:
             job.kill()
+
+
+def launched(job, config_file, number, of, port, *flags, limit=""):
+    """One process of several, or the only one."""
+    command = [sys.executable, "-m", "saejax.cli.main", job, f"--config={config_file}", *flags]
+    if of > 1:
+        command += ["--distributed", f"--coordinator=127.0.0.1:{port}", f"--num-processes={of}", f"--process-id={number}"]
+    return subprocess.Popen(["bash", "-c", f'{limit} exec "$@"', "-", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=environment(1))
+
+
+def test_an_error_in_one_process_ends_all_and_keeps_its_code(config_file):
+    """Process 1 cannot write files of more than 2 KB: its shards. Process 0 waits for it, until its heart has stopped."""
+    port, heartbeat = free_port(), 10
+    jobs = [launched("harvest", config_file, i, 2, port, f"--heartbeat={heartbeat}", limit="ulimit -f 2;" if i else "")
+            for i in range(2)]
+    try:
+        _, error = jobs[1].communicate(timeout=100)
+        clock = time.monotonic()
+        jobs[0].communicate(timeout=100)
+        seconds = time.monotonic() - clock
+    finally:
+        for job in jobs:
+            job.kill()
+    assert jobs[1].returncode == 2, error
+    assert [line for line in error.splitlines() if "File too large" in line][0].startswith("saejax: error:"), error
+    assert "Traceback" not in error
+    assert jobs[0].returncode != 0 and seconds < heartbeat + 5
+
+
+@pytest.mark.parametrize("of", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_harvest_stops_on_request_and_goes_on(config_file, tmp_path, of):
+    """SIGTERM to the last process: all end with code 75 at a shard's edge, and the same command finishes the store."""
+    port, flags = free_port(), ("--config.harvest.tokens=8192", "--config.harvest.shard_contexts=8",
+                                "--config.stream.block_contexts=4", f"--config.harvest.store={tmp_path}/store")
+    jobs = [launched("harvest", config_file, i, of, port, *flags) for i in range(of)]
+    first, deadline = tmp_path / "store/shards/00000.json", time.monotonic() + 100
+    while not first.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    jobs[-1].send_signal(signal.SIGTERM)
+    errors = [job.communicate(timeout=100)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [75] * of, errors
+    assert "shards written; start the same command again to go on" in errors[0]
+    there = len(list((tmp_path / "store/shards").glob("*.json")))
+    assert 0 < there < 32 and not (tmp_path / "store" / ".lease").exists()
+    again = launched("harvest", config_file, 0, 1, port, *flags)
+    _, error = again.communicate(timeout=100)
+    assert again.returncode == 0, error

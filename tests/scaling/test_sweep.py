@@ -12,6 +12,7 @@ import saejax
 from saejax.base.errors import CheckpointError
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
+from saejax.base.preemption import Preempted
 from saejax.cli.main import main
 from saejax.sae import SAESpec
 from saejax.scaling.sweep import members
@@ -19,7 +20,6 @@ from saejax.train import loop, step
 from saejax.train.checkpoint import Checkpoints, read_meta, steps_in
 from saejax.train.hyperparameters import alike
 from saejax.train.member import total_steps
-from saejax.train.preemption import Preempted
 from tests import tiny_experiment as tiny
 from tests.train.synthetic import D_IN, HOOKPOINT, TARGET, WIDTHS, make_config, make_store
 

@@ -14,9 +14,9 @@ from jax import monitoring
 from saejax.base import hardware
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
+from saejax.base.preemption import Preempted
 from saejax.config import differences
 from saejax.train import compilation_cache, loop, rates
-from saejax.train.preemption import Preempted
 from saejax.train.profile import SETTLED, traces, window
 
 from .synthetic import make_config, make_store

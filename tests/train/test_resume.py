@@ -15,11 +15,11 @@ from saejax.base import sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, StoreError
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
+from saejax.base.preemption import Preempted
 from saejax.base.records import MeshOptions
 from saejax.sae import SAESpec
 from saejax.train import loop
 from saejax.train.checkpoint import read_meta, restore_step, steps_in
-from saejax.train.preemption import Preempted
 from saejax.train.state import abstract_state
 
 from .synthetic import D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store

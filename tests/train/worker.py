@@ -19,9 +19,9 @@ def main(options: dict) -> None:
                                    process_id=options["process"], initialization_timeout=60, heartbeat_timeout_seconds=10,
                                    shutdown_timeout_seconds=15)
     from saejax.base.fingerprints import fingerprints
+    from saejax.base.preemption import EXIT_PREEMPTED, Preempted
     from saejax.data.store import Store
     from saejax.train import loop
-    from saejax.train.preemption import EXIT_PREEMPTED, Preempted
 
     from .synthetic import make_config
 

@@ -77,13 +77,17 @@ def _remove(home: Path) -> None:
     """An index that is there, finished or not; nothing else."""
     import shutil
 
+    from saejax.base import lease
     from saejax.base.storage import barrier, is_writer
     from saejax.features.index.build import is_index
-    if home.exists() and not is_index(home):
+    if not home.exists():
+        return
+    if not is_index(home):
         raise ConfigError(f"saejax features --rebuild: {home} is no index; remove it yourself, or choose another directory")
-    if is_writer() and home.exists():
-        shutil.rmtree(home)
-    barrier("saejax_index_removed")
+    with lease.writing(home):
+        for file in [file for file in home.iterdir() if not file.name.startswith(lease.FILE)] if is_writer() else []:
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        barrier("saejax_index_removed")
 
 
 def _export(subject, index) -> Path:

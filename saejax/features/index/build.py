@@ -16,7 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from saejax.base import sharding
+from saejax.base import lease, sharding
 from saejax.base.errors import FeatureIndexError, FormatError, NonFiniteError
 from saejax.base.logs import Progress
 from saejax.base.storage import barrier, is_writer, read_json, text_sha256, write_bytes, write_json
@@ -65,6 +65,12 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     _check_models(corpus, lm_)
     if (path / MANIFEST).is_file():
         return _reopened(path, source, sae, lm_)
+    with lease.writing(path):
+        _write(path, source, sae, corpus, lm_, options)
+    return FeatureIndex.open(path, sae=sae, lm_=lm_)
+
+
+def _write(path: Path, source: dict, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOptions) -> None:
     _claim(path, source)
     tokens = Tokens.write(path, corpus)
     state = _states(path, sae, corpus, tokens, options)
@@ -74,6 +80,7 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     if is_writer():
         vocabulary = lm_.tokenizer.token_strings(range(lm_.tokenizer.vocab_size))
         totals = tables.write(path, dictionary, vocabulary, state, tables.Found(examples, windows), tokens)
+        lease.confirm()
         tables.write_manifest(path, {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals})
     else:
         for _ in dictionary:  # the collectives of the one that writes
@@ -81,7 +88,6 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     barrier("saejax_index_written")
     if is_writer():
         shutil.rmtree(path / PROGRESS)
-    return FeatureIndex.open(path, sae=sae, lm_=lm_)
 
 
 def is_index(path: Path) -> bool:
@@ -121,7 +127,7 @@ def _claim(path: Path, source: dict) -> None:
             raise FeatureIndexError(f"{path}: holds the unfinished index of another checkpoint, model or corpus; delete it, or "
                                     "choose another directory")
     elif is_writer():
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and any(file for file in path.iterdir() if not file.name.startswith(lease.FILE)):
             raise FeatureIndexError(f"{path}: is not empty and holds no index; choose another directory")
         write_json(file, {"digest": digest})
     barrier("saejax_index_claimed")
@@ -195,6 +201,7 @@ def _save_state(path: Path, state: FeatureState, contexts: int) -> None:
     """One file, by rename: counts and place cannot disagree. The state passes through the host whole (1.9 KB a feature)."""
     arrays = {name: sharding.to_host(getattr(state, name)) for name in FIELDS}
     if is_writer():
+        lease.confirm()
         buffer = io.BytesIO()
         np.savez(buffer, contexts=np.int64(contexts), **arrays)
         write_bytes(path / PROGRESS / "state.npz", buffer.getvalue())

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from saejax.base import sharding
+from saejax.base import lease, sharding
 from saejax.base.errors import FeatureIndexError
 from saejax.base.storage import barrier, is_writer, read_json, write_json
 from saejax.features.index.examples import BEFORE, WINDOW, Examples
@@ -50,6 +50,7 @@ class Windows:
     def save(self) -> None:
         """What is filled is on the disk before the note that says so."""
         if is_writer():
+            lease.confirm()
             if len(self.acts):
                 self.acts.flush()
             write_json(self._folder / "windows.json", {"contexts": self.done})

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C become a question that the loop asks once a step; every process gets the same answer."""
+"""SIGTERM and Ctrl-C become a question that a loop asks once a step; every process gets the same answer."""
 
 import signal
 
@@ -40,6 +40,11 @@ class Preemption:
     def __exit__(self, *_):
         for number, old in self._old.items():
             signal.signal(number, old)
+
+    @property
+    def asked_alone(self) -> bool:
+        """True once a job of a single process was asked to leave; several processes leave together, at a `requested` step."""
+        return self._signal is not None
 
     def requested(self, step: int) -> bool:
         """True when this step is the agreed last one. With several processes: a collective, once per step."""
