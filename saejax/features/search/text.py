@@ -1,5 +1,6 @@
 """Features by the text of their examples, or by what is said of them."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -17,13 +18,13 @@ def places(index: FeatureIndex, wanted: str) -> tuple[np.ndarray, np.ndarray]:
     """Where in the corpus a text in small letters stands, bool [contexts, T] each: at tokens that hold it or a part of it, and
     near tokens that have the whole of it between 8 tokens before them and 3 behind. Upper and lower case are one.
     """
-    lower = [text.lower() for text in index.vocabulary]
+    lower, overlapping = [text.lower() for text in index.vocabulary], re.compile(f"(?={re.escape(wanted)})")
     on_NT, near_NT = (np.zeros(index.tokens_NT.shape, bool) for _ in range(2))
     for context, tokens in enumerate(index.tokens_NT):
         texts = [lower[t] if 0 <= t < len(lower) else index.token(t) for t in tokens.tolist()]
         joined = "".join(texts)
         if wanted in joined:
-            start_S = np.array([i for i in range(len(joined)) if joined.startswith(wanted, i)])
+            start_S = np.array([match.start() for match in overlapping.finditer(joined)])
             end_T = np.cumsum([len(text) for text in texts])
             first_S, last_S = (np.searchsorted(end_T, at_S, side="right") for at_S in (start_S, start_S + len(wanted) - 1))
             on_NT[context] = _covered(first_S, last_S + 1, len(tokens))
