@@ -14,10 +14,12 @@ _EXAMPLES, _NEAR, _LONGEST = 8, 5, 200
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of plain values under names. It prints as aligned text and shows itself as HTML in a notebook."""
+    """Rows of plain values under names, with a note below them. It prints as aligned text and shows itself as HTML in a notebook.
+    """
 
     columns: tuple[str, ...]
     rows: list[tuple]
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -43,10 +45,11 @@ class Table:
     def __str__(self) -> str:
         cells = [self.columns, *self._cells()]
         widths = [max(len(row[i]) for row in cells) for i in range(len(self.columns))]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells)
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+        return "\n".join([*lines, *[self.note] * bool(self.note)])
 
     def _repr_html_(self) -> str:
-        return render("table.html", columns=self.columns, rows=self._cells())
+        return render("table.html", columns=self.columns, rows=self._cells(), note=self.note)
 
     def _cells(self) -> list[tuple[str, ...]]:
         return [tuple(f"{v:.4g}" if isinstance(v, float) else visible(str(v), _LONGEST) for v in row) for row in self.rows]

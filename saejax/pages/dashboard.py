@@ -32,7 +32,8 @@ from saejax.pages.templates import render, source
 
 LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
 STYLES = ("theme.css", "app.css")
-SCRIPTS = ("elements.js", "data.js", "tip.js", "charts.js", "map.js", "list.js", "feature.js", "app.js")  # in this order
+SCRIPTS = (  # in this order
+    "elements.js", "data.js", "tip.js", "charts.js", "map.js", "search.js", "list.js", "feature.js", "app.js")
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
 _META = 'saejax("meta",0,'
 _SHOWN_TOKENS = 4        # in a line of the list

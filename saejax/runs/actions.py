@@ -38,19 +38,25 @@ def top(acts, features: int, index: FeatureIndex | None, n: int) -> Table:
     return Table(("token", "feature", "activation", "of its maximum", "fires on"), rows)
 
 
-def by_prompt(lm_: LM, sae: SAE, index: FeatureIndex | None, given: str, by: str | None, n: int) -> list[Found]:
-    """by: "activation", or "relative" to the feature's maximum in the index (the default where there is one)."""
+def ranking(index: FeatureIndex | None, by: str | None, max_density: float | None) -> prompt.Ranking:
+    """by: "activation", or "relative" to the feature's maximum in the index (the default where there is one). max_density: share
+    of the tokens on which a feature may be active (default 0.01), which the index knows, too.
+    """
     by = by or ("activation" if index is None else "relative")
     if by not in ("activation", "relative") or (by == "relative" and index is None):
         raise ConfigError(f"by={by!r}: choose activation, or relative, which needs an index")
-    return prompt.by_prompt(lm_, sae, given, n, maxima=index.column("max") if by == "relative" else None)
+    if max_density is not None and (index is None or not 0 <= max_density <= 1):
+        raise ConfigError(f"max_density={max_density!r}: expected a share from 0 to 1, and an index, which knows the densities")
+    return prompt.Ranking(index.column("max") if by == "relative" else None, None if index is None else index.column("density"),
+                          prompt.MOST_DENSE if max_density is None else max_density)
 
 
-def check_search(ways: Mapping[str, object], negatives, by: str | None, n: int) -> None:
+def check_search(ways: Mapping[str, object], negatives, ranked: Sequence, n: int) -> None:
     """Raises `ConfigError` unless there is one way to search, of its kind, and a number of features to find."""
     given = [name for name, value in ways.items() if value is not None and not (name == "positives" and len(value) == 0)]
-    if len(given) != 1 or (len(negatives) and given != ["positives"]) or (by and given != ["prompt"]):
-        raise ConfigError("search: give one of a prompt (with by), positives (with negatives), find and like")
+    if len(given) != 1 or (len(negatives) and given != ["positives"]) or (
+            set(ranked) != {None} and given != ["prompt"]):
+        raise ConfigError("search: give one of a prompt (with by, max_density), positives with negatives, find and like")
     if isinstance(ways["positives"], str) or isinstance(negatives, str):
         raise ConfigError("search: positives and negatives are lists of prompts")
     if ways["find"] is not None and not isinstance(ways["find"], str):
@@ -84,10 +90,10 @@ def alike(sae: SAE, direction: int | np.ndarray, among: SAE | None, n: int) -> l
     return [Found(int(i), float(c), "cosine of the decoder directions") for i, c in zip(ids[0], cosines[0], strict=True)]
 
 
-def table_of(found: list[Found], index: FeatureIndex | None) -> Table:
+def table_of(found: list[Found], index: FeatureIndex | None, note: str = "") -> Table:
     """Found features with what they fire on."""
     return Table(("feature", "score", "why", "fires on"),
-                 [(f.feature, f.score, f.why, "" if index is None else index.fires_on(f.feature)) for f in found])
+                 [(f.feature, f.score, f.why, "" if index is None else index.fires_on(f.feature)) for f in found], note)
 
 
 Features = Mapping[int, float] | Sequence[Mapping[int, float]]  # {feature: how far}, or several of these

@@ -29,6 +29,7 @@ from saejax.features.effects.attribution import Attribution, attribute
 from saejax.features.index import corpus
 from saejax.features.index.build import BuildOptions, build
 from saejax.features.index.reader import MANIFEST, FeatureIndex, check_belongs
+from saejax.features.search.prompt import by_prompt
 from saejax.features.search.sets import by_sets
 from saejax.features.search.text import by_text
 from saejax.formats import loading, saelens
@@ -266,24 +267,27 @@ class Subject:
         """The n most active features of each token of activations [T, F], or of one token [F]."""
         return actions.top(acts, self.sae.cfg.d_sae, self.index_if_any(), n)
 
-    def search(self, prompt: str | None = None, *, by: str | None = None, positives: Sequence[str] = (),
-               negatives: Sequence[str] = (), find: str | None = None, like=None, n: int = actions.MOST) -> Table:
+    def search(self, prompt: str | None = None, *, by: str | None = None, max_density: float | None = None,
+               positives: Sequence[str] = (), negatives: Sequence[str] = (), find: str | None = None, like=None,
+               n: int = actions.MOST) -> Table:
         """Features by what they do, one way at a time.
 
         prompt: the most active ones on a text; by: "relative" to their maximum in the index (default where there is one) or
-        "activation". positives, negatives: those that tell these prompts apart. find: those whose top examples hold this text.
-        like: those of the nearest decoder rows to a feature, or to a vector [d_out]. Raises `ConfigError` for several or no ways.
+        "activation"; max_density: those active on more of the index' tokens are left out (0.01). positives, negatives: those that
+        tell these prompts apart better than chance, line by line a pair. find: those whose top examples hold this text. like:
+        those of the nearest decoder rows to a feature, or to a vector [d_out]. Raises `ConfigError` for several or no ways.
         """
         ways = {"prompt": prompt, "positives": positives, "find": find, "like": like}
-        actions.check_search(ways, negatives, by, n)
-        index = self.index if find is not None else self.index_if_any()
+        actions.check_search(ways, negatives, (by, max_density), n)
+        index, note = self.index if find is not None else self.index_if_any(), ""
         if prompt is not None:
-            found = actions.by_prompt(self.lm, self.sae, index, prompt, by, n)
+            found = by_prompt(self.lm, self.sae, prompt, n, actions.ranking(index, by, max_density))
         elif positives:
-            found = by_sets(self.lm, self.sae, positives, negatives, n)
+            tested = by_sets(self.lm, self.sae, positives, negatives, n)
+            found, note = tested.found, str(tested)
         else:
             found = by_text(index, find, n) if find is not None else actions.alike(self.sae, like, None, n)
-        return actions.table_of(found, index)
+        return actions.table_of(found, index, note)
 
     def steer(self, prompt: str, features: actions.Features = (), *, values: bool = False, samples: int = 1, seed: int = 0,
               temperature: float | None = None, top_p: float = 1.0, tokens: int = 40, positions="all") -> Table:

@@ -121,15 +121,54 @@ def test_search_by_a_direction(run, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_search_by_the_command(run, tmp_path, capsys):
-    (tmp_path / "positives.txt").write_text("zz zz\n\nzzz a\n")
-    for way, *more in (["prompt", "the cat"], ["prompt", "the cat", "--by=activation"], ["answer", "the cat", "a", "--against=b"],
-                       ["text", "a"], ["like", "3"], ["like", "3", f"--within={run}"], ["sets", "--set=bias"],
-                       ["sets", "--set=multilingual"], ["sets", f"--positives={tmp_path / 'positives.txt'}"]):
+    for way, *more in (["prompt", "the cat", "--max-density=1"], ["prompt", "the cat", "--by=activation", "--max-density=1"],
+                       ["answer", "the cat", "a", "--against=b"], ["text", "a"], ["like", "3"], ["like", "3", f"--within={run}"]):
         assert main(["search", way, str(run), *more, "--json"]) == 0
         found = json.loads(capsys.readouterr().out)
         assert found and all(0 <= one["feature"] < 64 and one["why"] for one in found), way
-    assert main(["search", "prompt", str(run), "the cat", "--n=3"]) == 0
-    assert "fires on: " in capsys.readouterr().out
+    assert main(["search", "sets", str(run), "--set=multilingual", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"found", "best", "bound", "p"}
+
+
+def test_search_by_a_prompt(run, capsys):
+    """By default without dense features, which on so small a dictionary are all; of each token on request."""
+    ask = ["search", "prompt", str(run), "the cat", "--n=3"]
+    assert main(ask) == 0
+    assert "no feature fits; those active on more than 1 % of the tokens are left out (--max-density)" in capsys.readouterr().out
+    assert main([*ask, "--max-density=1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all("strongest on token " in line and "fires on: " in line for line in lines)
+    assert main([*ask, "--max-density=1", "--per-token"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    headings = [line for line in lines if line.startswith("token ")]
+    assert headings[0].startswith("token 1 ") and len(lines) <= 4 * len(headings)
+    assert main([*ask, "--max-density=1", "--per-token", "--json"]) == 0
+    each = json.loads(capsys.readouterr().out)
+    assert [one["position"] for one in each] == list(range(1, len(headings) + 1))
+    assert "".join(one["token"] for one in each) == "the cat"
+    assert main(["search", "prompt", str(run / "release"), "the cat", "--n=3", "--max-density=0"]) == 0
+    assert "more than 0 %" in capsys.readouterr().out
+
+
+def test_search_by_sets_of_prompts(run, tmp_path, capsys):
+    """Found or not, the bound is said; one pair is refused in one line."""
+    files = [tmp_path / name for name in ("positives.txt", "negatives.txt")]
+    ask = ["search", "sets", str(run), *(f"--{file.stem}={file}" for file in files)]
+    for file, letter in zip(files, "za", strict=True):
+        file.write_text("\n".join(letter * n for n in range(1, 9)))
+    assert main([*ask, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["found"] and said["p"] <= 0.05 and all(one["score"] > said["bound"] for one in said["found"])
+    assert main(ask) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"above chance: best score {said['best']:.3g}, bound ")
+    files[1].write_text(files[0].read_text())
+    assert main(ask) == 0
+    assert capsys.readouterr().out.startswith("nothing above chance, best score 0, bound ")
+    for file in files:
+        file.write_text("one\n")
+    assert main(ask) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "1 pair of prompts" in err and "give at least 5 pairs" in err
 
 
 def test_an_index_of_another_step_names_no_tokens(run, capsys):
@@ -145,7 +184,9 @@ def test_an_index_of_another_step_names_no_tokens(run, capsys):
     (["RUN"], "say which of prompt, answer, sets, text, like"), (["prompt", "RUN"], "give an SAE and a prompt"),
     (["prompt", "RUN", ""], "prompt is empty"), (["like", "RUN", "64"], "numbered 0 to 63"),
     (["like", "RUN", "x"], "no such feature"), (["sets", "RUN", "--set=x"], "choose one of"),
-    (["sets", "RUN", "--positives=no.txt"], "no.txt: no readable text file"), (["sets", "RUN"], "give --set=NAME, or"),
+    (["sets", "RUN", "--positives=no.txt", "--negatives=no.txt"], "no.txt: no readable text file"),
+    (["sets", "RUN"], "give --set=NAME, or"), (["sets", "RUN", "--positives=x"], "give --set=NAME, or"),
+    (["text", "RUN", "king", "--max-density=0.1"], "unknown option"), (["prompt", "RUN", "a", "--max-density=2"], "from 0 to 1"),
     (["sets", "RUN", "--set=bias", "--positives=x"], "give --set=NAME, or"),
     (["sets", "RUN", "--set=bias", "--negatives=x"], "give --set=NAME, or"),
     (["prompt", "RUN", "a", "--within=RUN"], "unknown option --within"), (["like", "RUN", "5", "--answer=a"], "unknown option"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -301,23 +302,86 @@ def test_an_address_of_a_page_opens_that_page(browser, site, tmp_path):
 @pytest.mark.browser
 def test_a_leading_blank_is_seen_and_searched(browser, index, tmp_path):
     blank, none = index.lists("token_ids")[3][:2]
-    other = FeatureIndex.open(index.path)
-    other.__dict__["vocabulary"] = [{blank: " king", none: "king"}.get(i, f"w{i}") for i in range(len(index.vocabulary))]
     holding = {f for f in range(FEATURES) if f not in DEAD for name in ("token_ids", "logit_ids")
                if blank in index.lists(name)[f][:4]}
     assert 0 < len(holding) < FEATURES - len(DEAD)
     browser.size(1280, 1000)
-    browser.open(write_dashboard(other, tmp_path / "site", title="x", explanations={0: "kings"}, progress=False))
+    explanations = {0: "kings", 5: "an old King"}
+    browser.open(named(index, tmp_path / "site", {blank: " king", none: "king"}, explanations))
     browser.wait("document.querySelectorAll('#list tbody tr').length > 5")
     drawn = ("[...document.querySelectorAll('.word')].filter(w => w.textContent === {!r})"
              ".map(w => [...w.querySelectorAll('.blank')].filter(b => b.clientWidth > 3 && b.clientHeight > 2).length)")
     assert set(browser.js(drawn.format(" king"))) == {1} and set(browser.js(drawn.format("king"))) == {0}
-    browser.type("#search", " king ")
-    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(holding | {0})}")
-    assert {int(row[0]) for row in rows_of(browser)} == holding | {0}, "an explanation begins with a word"
+    browser.type("#search", " king")
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(holding | {0, 5})}")
+    assert {int(row[0]) for row in rows_of(browser)} == holding | {0, 5}, "an explanation begins with a word"
     browser.call("Page.reload")
-    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(holding | {0})}")
-    assert browser.js("document.querySelector('#search').value") == " king "
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(holding | {0, 5})}")
+    assert browser.js("document.querySelector('#search').value") == " king"
+    browser.type("#search", " ")
+    browser.wait("document.querySelectorAll('#list tbody tr').length === 1")
+    assert rows_of(browser)[0][:2] == ["5", "an old King"], "a blank behind it counts, too"
+    assert browser.troubles() == []
+
+
+def named(index, out, words: dict[int, str], explanations=None):
+    """The site with other texts of some tokens, and w0, w1, ... of the rest."""
+    other = FeatureIndex.open(index.path)
+    other.__dict__["vocabulary"] = [words.get(i, f"w{i}") for i in range(len(index.vocabulary))]
+    return write_dashboard(other, out, title="x", explanations=explanations or {}, progress=False)
+
+
+@pytest.mark.browser
+def test_the_best_match_comes_first_and_is_lit(browser, index, tmp_path):
+    """What a feature fires on, the text itself before a part of it, then its explanation, then what it promotes."""
+    tokens, logits = index.lists("token_ids"), index.lists("logit_ids")
+    exact, within = tokens[3][0], next(ids[1] for ids in tokens if ids and ids[1] != tokens[3][0])
+    promoted = next(t for ids in logits for t in ids[:4] if t < len(index.vocabulary) and t not in (exact, within))
+    words = {exact: " King", within: "un<b>king", promoted: "kingly"}
+
+    def best(ids):
+        fits = {" King": 0, "kingly": 1, "un<b>king": 2}
+        return min((10 * fits[words[t]] + place for place, t in enumerate(ids[:4]) if t in words), default=None)
+
+    expected = []
+    for f in sorted(set(range(FEATURES)) - set(DEAD)):
+        ranks = [(0, best(tokens[f])), (1, 0 if f == 8 else None), (2, best(logits[f]))]
+        expected += [(*next(rank for rank in ranks if rank[1] is not None), f)] if any(r[1] is not None for r in ranks) else []
+    browser.size(1280, 1000)
+    browser.open(named(index, tmp_path / "site", words, {8: "<i>kings</i>"}), "#q=king")
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {len(expected)}")
+    assert [int(row[0]) for row in rows_of(browser)] == [f for *_, f in sorted(expected)]
+    assert "best match first" in browser.js("document.querySelector('#status').textContent")
+    lit = browser.js("[...document.querySelectorAll('#list .word, #list .said')].map(w => [...w.querySelectorAll('mark')]"
+                     ".map(m => m.textContent).join('').toLowerCase()).filter(text => text)")
+    assert set(lit) == {"king"} and len(lit) >= len(expected)
+    assert browser.js("document.querySelectorAll('#list b, #list i').length") == 0
+    assert "un<b>king" in browser.js("document.querySelector('#list').textContent")
+    browser.click("[data-sort=number]")
+    browser.wait("document.querySelector('th[aria-sort=ascending] [data-sort=number]') !== null")
+    assert [int(row[0]) for row in rows_of(browser)] == sorted(f for *_, f in expected)
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_back_from_a_feature_finds_the_place_again(browser, site, tmp_path):
+    """Gone back to, and reloaded where all the list must be read before."""
+    browser.size(1280, 700)
+    page = grown(site, tmp_path / "dashboard", 400, 60)
+    shutil.copytree(site.parent / "data" / "features", page.parent / "data" / "features")
+    rows = "document.querySelector('#status')?.textContent === '380 features, page 1 of 8'"
+    browser.open(page)
+    browser.wait(rows)
+    browser.js("scrollTo(0, 900)")
+    browser.click("#list tbody tr:nth-child(30) a")
+    browser.wait("document.querySelector('h1')?.textContent.startsWith('Feature') && scrollY === 0")
+    left = browser.js("(history.back(), new Promise(done => setTimeout(() => done(scrollY), 700)))")
+    assert browser.js(rows) and left > 600
+    assert 0 < browser.js("document.querySelector('#list tbody tr:nth-child(30)').getBoundingClientRect().top") < 700
+    browser.call("Page.reload")
+    browser.wait(f"{rows} && Math.abs(scrollY - {left}) < 2")
+    browser.js("location.hash = 'page=2'")
+    browser.wait("scrollY === 0")
     assert browser.troubles() == []
 
 

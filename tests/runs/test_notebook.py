@@ -46,7 +46,10 @@ def test_the_fifteen_lines(s, run, model_and_text, alive, tmp_path):
     assert s.index[alive].number == alive
     frame = s.index.to_pandas()
     assert frame.query("density < .5").sort_values("max").index.isin(range(64)).all() and frame.loc[alive, "max"] > 0
-    assert len(s.search(TEXT, by="relative")) > 0 and len(s.search(positives=["zz", "zzz"], negatives=["the cat"])) > 0
+    assert len(s.search(TEXT, by="relative", max_density=1)) > 0
+    sets = s.search(positives=["z" * n for n in range(1, 9)], negatives=["a" * n for n in range(1, 9)])
+    assert len(sets) > 0 and str(sets).splitlines()[-1] == sets.note and sets.note.startswith("above chance: best score ")
+    assert sets.note in sets._repr_html_() and s.search(TEXT).note == ""
     assert len(s.steer("the", {alive: 5, (alive + 1) % 64: 2}, samples=2, seed=1, tokens=4)) == 4
     assert len(s.attribute("the cat", "a", "b").position_P) > 0
     with s.spliced(error=True):
@@ -127,6 +130,9 @@ def test_a_text_is_compiled_once_for_each_shape(s):
     (lambda s: saejax.compare(s, s, least=2), FeatureIndexError, "least=2"),
     (lambda s: s.search(), ConfigError, "give one of"), (lambda s: s.search(TEXT, find="a"), ConfigError, "give one of"),
     (lambda s: s.search(find="a", by="relative"), ConfigError, "with by"),
+    (lambda s: s.search(find="a", max_density=0.1), ConfigError, "with by, max_density"),
+    (lambda s: s.search(TEXT, max_density=2), ConfigError, "a share from 0 to 1"),
+    (lambda s: s.search(positives=["a"], negatives=["b"]), FeatureIndexError, "1 pair of prompts .* at least 5 pairs"),
     (lambda s: s.search(TEXT, by="size"), ConfigError, "by='size'"),
     (lambda s: s.search(negatives=["a"]), ConfigError, "give one of"),
     (lambda s: s.steer("a", {64: 1.0}), FeatureIndexError, "features 0 to 63"),
@@ -167,11 +173,15 @@ def test_the_top_of_each_token(s):
 
 
 def test_search_relative_to_the_maximum(s):
-    found = s.search(TEXT, by="relative", n=64)
+    found = s.search(TEXT, by="relative", max_density=1, n=64)
     acts = np.asarray(s.sae.encode(s.lm.capture(TEXT, tiny.HOOKPOINT)))[1:].max(0)
     relative = acts / s.index.column("max")
     np.testing.assert_allclose(found.column("score"), np.sort(relative[relative > 0])[::-1], rtol=0.03)
-    assert found.column("feature") != s.search(TEXT, by="activation", n=64).column("feature")
+    assert found.column("feature") != s.search(TEXT, by="activation", max_density=1, n=64).column("feature")
+    density = s.index.column("density")
+    limit = float(np.median(density[found.column("feature")]))
+    rare = [f for f in found.column("feature") if density[f] <= limit]
+    assert s.search(TEXT, max_density=limit, n=64).column("feature") == rare
 
 
 def test_steering_several_features_and_samples(s, alive):
@@ -215,7 +225,7 @@ def test_from_a_config_to_an_index(model_and_text, tmp_path):
     assert saejax.evaluate(tmp_path / "run", contexts=2)["contexts"] == 2
     assert "" == mine.search(TEXT).column("fires on")[0]
     index = mine.build_index(tokens=640)
-    assert index is mine.index is mine.build_index(tokens=640) and mine.search(TEXT).column("fires on")[0] != ""
+    assert index is mine.index is mine.build_index(tokens=640) and mine.search(TEXT, max_density=1).column("fires on")[0] != ""
     assert saejax.run(_config(model_and_text, tmp_path / "run")).metrics == lines
     files = saejax.open(tmp_path / "run/release", mesh=None)
     alone = saejax.open(shutil.copytree(tmp_path / "run/release", tmp_path / "alone"), mesh=None)
@@ -232,7 +242,7 @@ def test_a_sweep_is_a_list(model_and_text, tmp_path):
 
 
 def test_a_table_as_pandas(s):
-    found = s.search(TEXT)
+    found = s.search(TEXT, max_density=1)
     frame = found.to_pandas()
     assert list(frame.columns) == list(found.columns) and frame["feature"].tolist() == found.column("feature")
 

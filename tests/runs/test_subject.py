@@ -107,7 +107,7 @@ def test_commands_on_files(run, forms, model_and_text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 1024
     assert main(["dashboard", source, f"--index={index}"]) == 0 and (tmp_path / "dashboard" / "index.html").is_file()
     capsys.readouterr()
-    assert main(["search", "prompt", source, "the cat", *where, f"--index={index}"]) == 0
+    assert main(["search", "prompt", source, "the cat", "--max-density=1", *where, f"--index={index}"]) == 0
     assert "fires on: " in capsys.readouterr().out
     alive = int(FeatureIndex.open(index).column("max").argmax())
     steered = ["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]

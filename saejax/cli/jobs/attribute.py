@@ -56,8 +56,8 @@ def run(options: Options) -> int:
         ablation = "" if one["ablation"] is None else f"{one['ablation']:.4g}"
         print(f"{one['feature']:>8}  attribution {one['attribution']:>10.4g}  ablation {ablation:>10}  activation "
               f"{one['activation']:>9.4g}  token {one['position']} {visible(one['token'])}  {labels.get(one['feature'], '')}")
-    print(f"correlation with the ablation: attribution {_shown(said['attribution'])} (Templeton et al. 2024: 0.81), activation "
-          f"{_shown(said['activation'])} (0.12)")
+    print(f"correlation with the ablation: attribution {_shown(said['attribution'])}, activation "
+          f"{_shown(said['activation'])}")
     return 0
 
 

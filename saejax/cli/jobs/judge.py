@@ -34,7 +34,7 @@ class Options(Json, IndexOptions, SubjectOptions):
     features: tuple[int, ...] | None = value("features to judge, or", "1,2,3", features)
     sample: int | None = value("so many, drawn at random from those that fire", "N", count)
     do: tuple[str, ...] = value("of explain, rubric, detect, fuzz, simulate", "TASKS", words, default=_DEFAULT)
-    draw: int | None = value("rubric: N activations of each feature drawn from the whole corpus (the paper: 1000) instead of the "
+    draw: int | None = value("rubric: N activations of each feature drawn from the whole corpus instead of the "
                              "index' examples", "N", count)
     explanations: Path | None = value('JSON lines {"feature": 12, "explanation": "..."}, or the answers.jsonl of another judge, '
                                       "instead of asking for explanations", "FILE", path)

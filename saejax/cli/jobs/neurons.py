@@ -39,8 +39,8 @@ def run(options: Options) -> int:
     print(f"neurons  {path / neurons.TABLE}: {said['features']:,} features fired at least {neurons.LEAST_FIRED} times, "
           f"{said['left_out']:,} did not and are left out")
     if said["features"]:
-        print(f"highest correlation with a neuron before it at most {neurons.LOW}: {100 * said['correlation']:.1f} % of them "
-              f"(Templeton et al. 2024: 82 %); of largest size at most that: {100 * said['absolute']:.1f} %")
+        print(f"highest correlation with a neuron before it at most {neurons.LOW}: {100 * said['correlation']:.1f} % of them; "
+              f"of largest size at most that: {100 * said['absolute']:.1f} %")
     return 0
 
 

@@ -45,10 +45,33 @@ window.dashboard = {};
 
   // A token: the blanks that begin it are drawn as open boxes, or written as such where there is only text.
   const marked = (text) => text.replace(/^ +/, (blanks) => "\u2423".repeat(blanks.length));
-  function word(text) {
-    const [, blanks, first, rest] = text.match(/^( *)(.?\p{M}*)(.*)$/su);
-    const boxes = [...blanks].map((blank) => el("span", { class: "blank" }, blank));
-    return el("span", { class: "text word" }, el("span", { class: "lead" }, ...boxes, first), rest);
+  function word(text, query = "") {
+    const found = hits(text, query), [, blanks, first] = text.match(/^( *)(.?\p{M}*)/su), begin = blanks.length;
+    const boxes = [...blanks].map((_, i) => el("span", { class: "blank" }, ...lit(text, found, i, i + 1)));
+    const lead = el("span", { class: "lead" }, ...boxes, ...lit(text, found, begin, begin + first.length));
+    return el("span", { class: "text word" }, lead, ...lit(text, found, begin + first.length));
+  }
+
+  // Where a query in small letters stands in a text: [begin, end] each. Nowhere if small letters have another length.
+  function hits(text, query) {
+    const found = [], low = text.toLowerCase();
+    if (!query || low.length !== text.length) return found;
+    for (let i = low.indexOf(query); i >= 0; i = low.indexOf(query, i + query.length)) found.push([i, i + query.length]);
+    return found;
+  }
+
+  // A text from `begin` to `end`, with what is hit as <mark>.
+  function lit(text, found, begin = 0, end = text.length) {
+    const parts = [];
+    let at = begin;
+    for (const [from, to] of found) {
+      const first = Math.max(from, at), last = Math.min(to, end);
+      if (first < last) {
+        parts.push(text.slice(at, first), el("mark", {}, text.slice(first, last)));
+        at = last;
+      }
+    }
+    return [...parts, text.slice(at, end)];
   }
 
   const link = (feature) => `#feature=${feature}`;
@@ -57,5 +80,5 @@ window.dashboard = {};
     main.replaceChildren(el("p", { class: "notice" }, `${error.message}. Keep the data folder beside index.html.`));
   }
 
-  Object.assign(dashboard, { main, el, svg, card, note, figures, number, count, percent, marked, word, link, failed });
+  Object.assign(dashboard, { main, el, svg, card, note, figures, number, count, percent, marked, word, hits, lit, link, failed });
 })(window.dashboard);

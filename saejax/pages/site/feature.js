@@ -98,7 +98,7 @@
       el("a", { href: "#", id: "all" }, "all features"));
   }
 
-  async function feature(id) {
+  async function feature(id, y) {
     const file = await loadFeatures(id), f = file.features[id - file.first];
     if (new URLSearchParams(location.hash.slice(1)).get("feature") !== String(id)) return; // left meanwhile
     const title = el("h1", {}, `Feature ${id}`, f.said ? el("small", { id: "said" }, f.said) : null);
@@ -107,7 +107,7 @@
     const notice = f.fired === 0 ? el("p", { class: "notice", id: "dead-notice" }, dead) : "";
     main.replaceChildren(ways(id), title, notice, ...body(f, file.words));
     document.title = `Feature ${id} - ${data.meta.title}`;
-    scrollTo(0, 0);
+    scrollTo(0, y);
     main.focus({ preventScroll: true });
   }
 

@@ -1,14 +1,15 @@
 "use strict";
 // The front page: figures, charts, and the list of features with its search.
 ((dashboard) => {
-  const { main, el, card, note, figures, number, count, percent, word, link, failed, data, loadList } = dashboard;
-  const PAGE = 50, SORTS = ["density", "max", "mean"];
+  const { main, el, card, note, figures, number, count, percent, word, hits, lit, link, failed } = dashboard;
+  const { data, loadList, ranking } = dashboard;
+  const PAGE = 50, SORTS = ["number", "density", "max", "mean"];
   let redraw = () => {};
 
   // What the list shows is in the address: a page can be shared and gone back to.
   function stateOf(p) {
     return {
-      q: p.get("q") || "", sort: SORTS.includes(p.get("sort")) ? p.get("sort") : "number", dir: p.get("dir") === "-1" ? -1 : 1,
+      q: p.get("q") || "", sort: SORTS.includes(p.get("sort")) ? p.get("sort") : "", dir: p.get("dir") === "-1" ? -1 : 1,
       page: Math.max(0, parseInt(p.get("page"), 10) || 0), dead: p.get("dead") === "1",
     };
   }
@@ -16,52 +17,50 @@
   function addressOf(state) {
     const p = new URLSearchParams();
     if (state.q) p.set("q", state.q);
-    if (state.sort !== "number") p.set("sort", state.sort);
+    if (state.sort) p.set("sort", state.sort);
     if (state.dir < 0) p.set("dir", "-1");
     if (state.page) p.set("page", state.page);
     if (state.dead) p.set("dead", "1");
     return `#${p}`;
   }
 
-  // A blank before the text counts, for many tokens begin with one; blanks behind it do not.
-  const queryOf = (state) => state.q.trimEnd().toLowerCase();
-
-  function fits(i, query) {
-    if (!query || String(i) === query.trim()) return true;
-    const { tokens, logits, said } = data.list;
-    return [...tokens[i], ...logits[i], ` ${said.get(i) || ""}`].some((t) => t.toLowerCase().includes(query));
-  }
+  const queryOf = (state) => state.q.toLowerCase();
+  const sortOf = (state) => state.sort || (state.q && state.dir > 0 ? "match" : "number");
 
   function chosen(state) {
-    const found = [], query = queryOf(state), { list } = data;
-    for (let i = 0; i < list.ready; i++) if ((state.dead || list.fired[i] !== 0) && fits(i, query)) found.push(i);
-    if (state.sort !== "number") {
-      const key = list[state.sort];
+    const found = [], { list } = data, rank = ranking(queryOf(state)), by = sortOf(state), match = new Float64Array(list.ready);
+    for (let i = 0; i < list.ready; i++) {
+      if (state.dead || list.fired[i] !== 0) match[i] = rank(i);
+      else match[i] = Infinity;
+      if (match[i] < Infinity) found.push(i);
+    }
+    if (by !== "number") {
+      const key = by === "match" ? match : list[by];
       found.sort((a, b) => state.dir * (key[a] - key[b]) || a - b);
     } else if (state.dir < 0) found.reverse();
     return found;
   }
 
-  function row(i) {
-    const { list, meta } = data;
+  function row(i, query) {
+    const { list, meta } = data, said = list.said.get(i) || "", shown = (text) => word(text, query);
     return el("tr", {},
       el("td", {}, el("a", { href: link(i) }, String(i))),
-      meta.explained ? el("td", { class: "said" }, list.said.get(i) || "") : null,
+      meta.explained ? el("td", { class: "said" }, ...lit(said, hits(said, query.trim()))) : null,
       el("td", { class: "n" }, list.fired[i] ? percent(list.density[i]) : "dead"),
       el("td", { class: "n" }, number(list.max[i])),
       el("td", { class: "n wide" }, number(list.mean[i])),
-      el("td", { class: "words" }, ...list.tokens[i].map(word)),
-      el("td", { class: "words wide" }, ...list.logits[i].map(word)));
+      el("td", { class: "words" }, ...list.tokens[i].map(shown)),
+      el("td", { class: "words wide" }, ...list.logits[i].map(shown)));
   }
 
   // The head of a column that sorts by `name`, the largest first but for the number.
   function sorter(state, change, [name, text, kind]) {
     const button = el("button", { type: "button", "data-sort": name, onclick: () => {
-      change({ sort: name, dir: state.sort === name ? -state.dir : name === "number" ? 1 : -1 }, true);
+      change({ sort: name, dir: sortOf(state) === name ? -state.dir : name === "number" ? 1 : -1 }, true);
     } });
     const head = el("th", { class: kind, scope: "col" }, button);
     head.update = () => {
-      const way = state.sort !== name ? "none" : state.dir > 0 ? "ascending" : "descending";
+      const way = sortOf(state) !== name ? "none" : state.dir > 0 ? "ascending" : "descending";
       button.textContent = text + { none: "", ascending: " \u25b2", descending: " \u25bc" }[way];
       head.setAttribute("aria-sort", way);
     };
@@ -104,12 +103,13 @@
     return tools;
   }
 
-  function statusOf(found, page, pages) {
+  function statusOf(found, page, pages, state) {
     const { list, meta } = data;
     const part = list.ready < meta.features ? ` (${count(list.ready)} of ${count(meta.features)} read so far)` : "";
-    if (found) return `${count(found)} features${part}, page ${page + 1} of ${count(pages)}`;
-    return `No feature matches${part}. Search looks at numbers, top tokens, promoted tokens and explanations; `
-      + "a blank before the text counts.";
+    const order = sortOf(state) === "match" ? ", best match first" : "";
+    if (found) return `${count(found)} features${part}, page ${page + 1} of ${count(pages)}${order}`;
+    return `No feature matches${part}. Search looks at numbers, top tokens, explanations and promoted tokens; blanks count. `
+      + "The text of the examples: saejax search text.";
   }
 
   function intro(map) {
@@ -123,7 +123,8 @@
         + "directions, far distances say little. What the search finds stands out.")) : ""];
   }
 
-  function front(state) {
+  // y: where the page is scrolled to once there are rows enough; whoever does something before has his way.
+  function front(state, y) {
     const rows = el("tbody"), status = el("p", { class: "soft", id: "status", role: "status" });
     const map = data.meta.map ? dashboard.map() : null, turn = pageTools(change);
     const columns = [["number", "Feature", ""], ["density", "Density", "n"], ["max", "Max", "n"], ["mean", "Mean", "n wide"]];
@@ -131,7 +132,8 @@
 
     function change(more, push) {
       Object.assign(state, { page: 0 }, more);
-      history[push ? "pushState" : "replaceState"](null, "", addressOf(state));
+      if (push) history.pushState(null, "", addressOf(state));
+      else history.replaceState(history.state, "", addressOf(state));
       draw();
     }
 
@@ -139,11 +141,18 @@
       heads.forEach((head) => head.update());
       const found = chosen(state), pages = Math.max(1, Math.ceil(found.length / PAGE));
       const page = Math.min(state.page, pages - 1); // the page that was asked for may not have been read yet
-      rows.replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map(row));
-      status.textContent = statusOf(found.length, page, pages);
+      rows.replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map((i) => row(i, queryOf(state))));
+      status.textContent = statusOf(found.length, page, pages, state);
       turn.update(page, pages);
       if (map) map.show(found, queryOf(state) !== "");
+      if (wanted === null) return;
+      scrollTo(0, wanted);
+      if (Math.abs(scrollY - wanted) < 2 || data.list.ready === data.meta.features) wanted = null;
     }
+
+    let wanted = y;
+    const stay = () => { wanted = null; };
+    for (const name of ["wheel", "pointerdown", "keydown"]) addEventListener(name, stay, { once: true, passive: true });
 
     redraw = () => { if (rows.isConnected) draw(); };
     loadList().catch(failed);
