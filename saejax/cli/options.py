@@ -59,6 +59,16 @@ def features(given: str) -> tuple[int, ...]:
     return values
 
 
+def ablated(given: str) -> tuple[str, int]:
+    """top:N, random:N or all"""
+    way, _, n = given.partition(":")
+    if way == "all" and not n:
+        return way, 0
+    if way not in ("top", "random"):
+        raise ValueError
+    return way, count(n)
+
+
 def words(given: str) -> tuple[str, ...]:
     """words with commas between"""
     values = tuple(part.strip() for part in given.split(","))
