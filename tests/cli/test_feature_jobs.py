@@ -1,6 +1,7 @@
 """`saejax features` and `saejax dashboard` as a user meets them, on a finished run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,10 @@ def test_judging_goes_on_where_it_stopped(run, capsys):
         assert (folder / "report.html").is_file()
         assert json.loads((folder / "results.json").read_text())["overall"] == found["overall"]
         assert judged(run, server) == 0 and len(server.requests) == asked, "all is answered"
-        assert "rubric, 0 to 3" in capsys.readouterr().out
+        said = re.search(r"rubric, 0 to 3 +features +3\.00 ± 0\.00 \((\d+) answers, 2 features\)", capsys.readouterr().out)
+        assert int(said[1]) == sum(map(sum, found["overall"]["rubric_counts"])), "answers, not features"
+        assert main(["dashboard", str(run), f"--explanations={folder / 'results.json'}", f"--out={run / 'judged'}"]) == 0
+        assert "(rubric 3.00 of 3, " in (run / "judged" / "data" / "list" / "000.js").read_text()
         assert judged(run, server, "--draw=40") == 0 and len(server.requests) > asked, "activations drawn are others"
         assert main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--sample=3", "--do=explain"]) == 0
     assert "SAEJAX_JUDGE_KEY" not in (folder / "judge.json").read_text()
@@ -219,6 +223,8 @@ def test_people_judge(run, tmp_path, capsys):
     (tmp_path / "sheets" / "filled.csv").write_text(f"id,answer\n{first},yes\n")
     assert main([*ask, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["answers"] == 1
+    [report] = (run / "judging" / "features").glob("csv*/report.html")
+    assert ">vowels</td>" in report.read_text() and 'href="answers/3.html"' in report.read_text()
 
 
 @pytest.mark.parametrize("arguments, message", [

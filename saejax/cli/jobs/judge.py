@@ -60,20 +60,21 @@ def run(options: Options) -> int:
     who = judge_of(options.judge, subject, model=options.judge_model, concurrency=options.concurrency, timeout=options.timeout)
     asked = Asked(tuple(dict.fromkeys(options.do)), options.features, options.sample, options.draw or 0, options.explanations,
                   options.baseline)
-    record, name, trouble = judge(subject, who, asked, options.out)
-    _report(record, name, who.name, options.json)
-    if trouble is not None:
-        raise trouble
+    found = judge(subject, who, asked, options.out)
+    _report(found, who.name, options.json)
+    if found.trouble is not None:
+        raise found.trouble
     return 0
 
 
-def _report(record, subject: str, who: str, as_json: bool) -> None:
+def _report(found, who: str, as_json: bool) -> None:
     from saejax.judging.scores import results
     from saejax.pages import judged
-    if not record.lines:
+    record, subject, lines = found.record, found.name, list(found.record.lines.values())
+    if not lines:
         return
-    values = results(record.lines.values())
-    page = judged.write(record.folder, subject, who, values)
+    values = results(lines, found.explanations)
+    page = judged.write(record.folder, subject, who, values, lines)
     if as_json:
         print(json.dumps(values))
         return
@@ -90,7 +91,8 @@ def _report(record, subject: str, who: str, as_json: bool) -> None:
 JOB = Job(
     "judge", "understand", "how specific features are and how well they can be explained, by a model or by people", """
     Reads an SAE, its index (`saejax features`) and its store or language model; writes prompts, raw answers and scores to
-    judging/ beside the index, as RUN/judging/features/JUDGE: answers.jsonl, results.json, report.html. Says how many questions
+    judging/ beside the index, as RUN/judging/features/JUDGE: answers.jsonl, results.json, report.html, answers/ (pages of single
+    answers). Says how many questions
     there are, then asks those that have no answer yet: the same command again goes on, other features are added.
     docs/how-to/judging.md describes methods and files.
     """, "saejax judge runs/demo --judge=http://localhost:11434/v1 --judge-model=qwen3:8b --sample=50", Options, run)
