@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from saejax.base.errors import ConfigError
 
 SPLITS, BASELINES = ("train", "heldout"), ("neurons", "directions", "random_sae")
 
@@ -98,6 +100,15 @@ def switch(help: str) -> Any:
 def places(metavar: str, help: str, *, least: int = 1, most: int | None = None) -> Any:
     """What stands without a name: paths, or names of places on the hub. most: None for any number."""
     return field(default=(), metadata={"role": "places", "help": help, "metavar": metavar, "least": least, "most": most})
+
+
+def refuse(job: str, options: Any, names: tuple[str, ...], why: str) -> None:
+    """Raises `ConfigError` where options that have no effect here, and why, are given other values than their defaults."""
+    changed = [f.name for f in fields(options) if f.name in names and getattr(options, f.name) != f.default]
+    given = [f"--{name.replace('_', '-')}" for name in changed]
+    if given:
+        has, them = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise ConfigError(f"saejax {job}: {', '.join(given)} {has} no effect {why}; leave {them} out")
 
 
 @dataclass(frozen=True)

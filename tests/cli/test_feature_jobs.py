@@ -159,6 +159,19 @@ def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
     assert out == "" and err.count("\n") == 1 and message in err, err
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["features", "RUN", "--split=heldout", "--store=RUN/store"], "features: --store has no effect where the text goes"),
+    (["features", "RUN", "--store=RUN/store", "--text=x", "--context=9"], "--text, --context have no effect where the store is"),
+    (["dashboard", "RUN/features", "--model=m", "--index=x"], "dashboard: --model, --index have no effect as RUN/features is an"),
+    (["search", "like", "RUN", "5", "--within=RUN", "--index=RUN/features"], "search like: --index has no effect with --within"),
+    (["bench", "--only=step", "--megabytes=5", "--tokens=9"], "bench: --megabytes has no effect without reader in --only")])
+def test_options_without_effect_are_refused(run, arguments, message, capsys):
+    capsys.readouterr()
+    assert main([a.replace("RUN", str(run)) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message.replace("RUN", str(run)) in err, err
+
+
 def judged(run, server, *more: str) -> int:
     return main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--features=1,3", *more])
 
@@ -237,6 +250,9 @@ def test_people_judge(run, tmp_path, capsys):
     (["--judge=csv:SHEETS", "--sample=3", "--do=rubrik"], "'rubrik' is none of explain, rubric"),
     (["--judge=csv:SHEETS", "--sample=3", "--explanations=no.jsonl"], "no.jsonl: not readable"),
     (["--judge=csv:SHEETS", "--sample=3", "--baseline=neurons", "--out=SHEETS"], "features_neurons"),
+    (["--judge=csv:SHEETS", "--sample=3", "--judge-model=m", "--timeout=3"], "--judge-model, --timeout have no effect"),
+    (["--judge=csv:SHEETS", "--sample=3", "--do=detect", "--draw=9"], "--draw has no effect without rubric in --do"),
+    (["--judge=csv:SHEETS", "--sample=3", "--do=explain", "--explanations=x"], "--explanations has no effect where nothing but"),
     (["--judge=local:no_such_model", "--sample=3"], "no_such_model")])
 def test_mistaken_judging_ends_in_one_line(run, tmp_path, arguments, message, capsys):
     capsys.readouterr()

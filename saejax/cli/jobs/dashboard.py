@@ -1,10 +1,10 @@
 """`saejax dashboard`: the static site of an index."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from saejax.cli.options import IndexOptions, Job, SubjectOptions, path, places, switch, value
+from saejax.cli.options import IndexOptions, Job, SubjectOptions, path, places, refuse, switch, value
 
 _FIGURES = ("SAE", "hookpoint", "step", "L0", "explained variance", "CE recovered", "silent on held-out text")
 
@@ -32,6 +32,7 @@ def run(options: Options) -> int:
     from saejax.pages.report import LINK, link_dashboard
     given = Path(options.paths[0])
     if is_index(given) and not RunPaths(given).config.is_file():
+        refuse("dashboard", options, ("index", *(f.name for f in fields(SubjectOptions))), f"as {given} is an index")
         subject, index, figures, title = None, FeatureIndex.open(given), [], given.absolute().parent.name
     else:
         subject = one_subject(options)

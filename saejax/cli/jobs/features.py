@@ -16,6 +16,7 @@ from saejax.cli.options import (
     count,
     path,
     places,
+    refuse,
     switch,
     value,
 )
@@ -46,6 +47,10 @@ def run(options: Options) -> int:
     from saejax.features.index.build import BuildOptions, build
     from saejax.runs import missing
     from saejax.runs.baseline import baseline_of, home_of
+    if options.split is not None or options.baseline == "neurons":
+        refuse("features", options, ("store",), "where the text goes through the language model")
+    elif options.store is not None and not options.export:
+        refuse("features", options, ("text", "context"), "where the store is indexed: give --split, or no --store")
     found = subjects(options)
     if len(found) > 1 and options.out is not None:
         raise ConfigError(f"saejax features: --out={options.out} takes one run; index them one by one")

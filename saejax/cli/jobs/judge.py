@@ -16,6 +16,7 @@ from saejax.cli.options import (
     number,
     path,
     places,
+    refuse,
     value,
     words,
 )
@@ -55,6 +56,12 @@ def run(options: Options) -> int:
         raise ConfigError(f"--do={','.join(options.do)}: {', '.join(map(repr, unknown))} is none of {', '.join(TASKS)}")
     if (options.features is None) == (options.sample is None):
         raise ConfigError("saejax judge: give the features to judge, as --features=1,2,3, or how many to draw, as --sample=50")
+    if not options.judge.startswith(("http:", "https:")):
+        refuse("judge", options, ("judge_model", "concurrency", "timeout"), "on a judge that is no endpoint")
+    if "rubric" not in options.do:
+        refuse("judge", options, ("draw",), "without rubric in --do")
+    if set(options.do) == {"explain"}:
+        refuse("judge", options, ("explanations",), "where nothing but explanations is asked for")
     subject = one_subject(options)
     subject.require(*[missing.INDEX] if subject.index_home is None else [], text=options.store is None)
     who = judge_of(options.judge, subject, model=options.judge_model, concurrency=options.concurrency, timeout=options.timeout)

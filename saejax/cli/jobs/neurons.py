@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.cli.options import SPLITS, Job, Json, SubjectOptions, count, path, places, value
+from saejax.cli.options import SPLITS, Job, Json, SubjectOptions, count, path, places, refuse, value
 
 NEURONS = "neurons"
 
@@ -25,6 +25,7 @@ def run(options: Options) -> int:
     from saejax.features.compare import neurons
     from saejax.features.index import corpus
     from saejax.runs import missing
+    refuse("neurons", options, ("store",), "as the text goes through the language model")
     subject = one_subject(options, mesh=None)
     subject.require(*[missing.OUT] if options.out is None and subject.run is None else [], text=True)
     path = options.out or subject.run / NEURONS

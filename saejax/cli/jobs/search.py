@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from saejax.base.errors import ConfigError, FeatureIndexError
-from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, path, places, value
+from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, path, places, refuse, value
 
 _TEXT = "Reads a run or any files of an SAE, {reads}; prints the features that fit best and writes nothing."
 _MODEL = "the language model, and the index (RUN/features or --index) where there is one"
@@ -58,6 +58,8 @@ def _found(find):
 
         from saejax.base.storage import is_writer
         from saejax.cli.subjects import one_subject
+        if getattr(options, "within", None):
+            refuse("search like", options, ("index",), "with --within: it is of the first SAE's features")
         subject = one_subject(replace(options, paths=options.paths[:1]))
         found, tokens = find(subject, options)
         if not is_writer():
