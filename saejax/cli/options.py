@@ -124,11 +124,17 @@ class SubjectOptions:
 
     model: str | None = value("language model, instead of the one that run or files name", "MODEL")
     hookpoint: str | None = value("where in it the SAE reads, as blocks.9.hook_resid_post or model.layers.9", "NAME")
+    format: str | None = value("of the files, where several fit", "NAME")
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """The text that activations come from."""
+
     text: tuple[str, ...] | None = value("its text: presets, files, directories or hub ids, with commas between", "SOURCES",
                                          words)
     context: int | None = value("tokens of a row of the text", "N", count)
     store: Path | None = value("an activation store, for statistics (and the index) instead of the text", "DIR", path)
-    format: str | None = value("of the files, where several fit", "NAME")
 
 
 @dataclass(frozen=True)
@@ -159,7 +165,7 @@ class DistributedOptions:
     heartbeat: int | None = value("until a silent process counts as dead and ends the others (100)", "SECONDS", count)
 
 
-SHARED = (IndexOptions, SubjectOptions, Json, ConfigOptions, DistributedOptions)  # in the order of the help
+SHARED = (IndexOptions, SubjectOptions, CorpusOptions, Json, ConfigOptions, DistributedOptions)  # in the order of the help
 
 
 @dataclass(frozen=True)

@@ -107,13 +107,16 @@ def test_commands_on_files(run, forms, model_and_text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 1024
     assert main(["dashboard", source, f"--index={index}"]) == 0 and (tmp_path / "dashboard" / "index.html").is_file()
     capsys.readouterr()
-    assert main(["search", "prompt", source, "the cat", *where, f"--index={index}"]) == 0
+    named = where[:2]  # no text is read from here on
+    assert main(["search", "prompt", source, "the cat", *where, f"--index={index}"]) == 2
+    assert "unknown option --text" in capsys.readouterr().err
+    assert main(["search", "prompt", source, "the cat", *named, f"--index={index}"]) == 0
     assert "fires on: " in capsys.readouterr().out
     alive = int(FeatureIndex.open(index).column("max").argmax())
-    steered = ["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
+    steered = ["steer", source, *named, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
     assert main([*steered, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 3
-    attributed = ["attribute", source, *where, f"--index={index}", "--prompt=the cat", "--token=a", "--ablate=random:3"]
+    attributed = ["attribute", source, *named, f"--index={index}", "--prompt=the cat", "--token=a", "--ablate=random:3"]
     assert main([*attributed, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["agreement"]["pairs"] == 3
     judged = ["judge", source, *where, f"--index={index}", f"--judge=csv:{tmp_path / 'sheets'}", f"--features={alive}"]

@@ -9,6 +9,7 @@ from saejax.base.errors import ConfigError
 from saejax.cli.options import (
     BASELINES,
     SPLITS,
+    CorpusOptions,
     DistributedOptions,
     Job,
     Json,
@@ -25,7 +26,7 @@ NEURONPEDIA = "neuronpedia"
 
 
 @dataclass(frozen=True)
-class Options(Json, SubjectOptions, DistributedOptions):
+class Options(Json, SubjectOptions, CorpusOptions, DistributedOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE")
     tokens: int | None = value("index the first N tokens (default: all of the store, or 1,000,000)", "N", count)
     split: str | None = value("a split of the text, through the language model, instead of the store", "SPLIT", choices=SPLITS)

@@ -7,6 +7,7 @@ from pathlib import Path
 from saejax.base.errors import ConfigError
 from saejax.cli.options import (
     BASELINES,
+    CorpusOptions,
     IndexOptions,
     Job,
     Json,
@@ -25,7 +26,7 @@ _DEFAULT = ("explain", "rubric", "detect")
 
 
 @dataclass(frozen=True)
-class Options(Json, IndexOptions, SubjectOptions):
+class Options(Json, IndexOptions, SubjectOptions, CorpusOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
     judge: str | None = value("http://localhost:8000/v1: an OpenAI-compatible endpoint, whose key, if it needs one, is read from "
                               "the environment variable SAEJAX_JUDGE_KEY and written nowhere; local:MODEL: a language model that "

@@ -4,13 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.cli.options import SPLITS, Job, Json, SubjectOptions, count, path, places, refuse, value
+from saejax.cli.options import SPLITS, CorpusOptions, Job, Json, SubjectOptions, count, path, places, refuse, value
 
 NEURONS = "neurons"
 
 
 @dataclass(frozen=True)
-class Options(Json, SubjectOptions):
+class Options(Json, SubjectOptions, CorpusOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
     tokens: int = value("of the text", "N", count, default=200_000)
     sample: int | None = value("features, at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)", "N", count)
