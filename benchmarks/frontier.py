@@ -17,7 +17,7 @@ from saejax.base.logs import read_metrics
 from saejax.base.records import RunPaths
 from saejax.config import read_config
 
-FIGURES = ("l0_mean", "fvu", "fvu_no_outliers", "ce_recovered", "dead_fraction")
+FIGURES = ("l0_mean", "fvu", "fvu_no_outliers", "ce_recovered", "dead_fraction", "tokens")
 
 
 def rows_of(sweeps: list[Path]) -> list[dict]:
@@ -86,7 +86,7 @@ def main() -> None:
     print("| kind | L0 | FVU | without outliers | CE recovered | silent on held-out text |\n|---|---|---|---|---|---|")
     for row in rows:
         print(f"| {row['kind']} | {row['l0_mean']:.1f} | {row['fvu']:.4f} | {row['fvu_no_outliers']:.4f} | "
-              f"{row['ce_recovered']:.4f} | {100 * row['dead_fraction']:.2f} % |")
+              f"{row['ce_recovered']:.4f} | {100 * row['dead_fraction']:.2f} % ({row['tokens']:,} tokens) |")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,16 @@ def features(given: str) -> tuple[int, ...]:
     return values
 
 
+def ablated(given: str) -> tuple[str, int]:
+    """top:N, random:N or all"""
+    way, _, n = given.partition(":")
+    if way == "all" and not n:
+        return way, 0
+    if way not in ("top", "random"):
+        raise ValueError
+    return way, count(n)
+
+
 def words(given: str) -> tuple[str, ...]:
     """words with commas between"""
     values = tuple(part.strip() for part in given.split(","))
@@ -95,6 +105,15 @@ def places(metavar: str, help: str, *, least: int = 1, most: int | None = None) 
     return field(default=(), metadata={"role": "places", "help": help, "metavar": metavar, "least": least, "most": most})
 
 
+def refuse(job: str, options: Any, names: tuple[str, ...], why: str) -> None:
+    """Raises `ConfigError` where options that have no effect here, and why, are given other values than their defaults."""
+    changed = [f.name for f in fields(options) if f.name in names and getattr(options, f.name) != f.default]
+    given = [f"--{name.replace('_', '-')}" for name in changed]
+    if given:
+        has, them = ("has", "it") if len(given) == 1 else ("have", "them")
+        raise ConfigError(f"saejax {job}: {', '.join(given)} {has} no effect {why}; leave {them} out")
+
+
 @dataclass(frozen=True)
 class Json:
     """Output."""
@@ -108,11 +127,17 @@ class SubjectOptions:
 
     model: str | None = value("language model, instead of the one that run or files name", "MODEL")
     hookpoint: str | None = value("where in it the SAE reads, as blocks.9.hook_resid_post or model.layers.9", "NAME")
+    format: str | None = value("of the files, where several fit", "NAME")
+
+
+@dataclass(frozen=True)
+class CorpusOptions:
+    """The text that activations come from."""
+
     text: tuple[str, ...] | None = value("its text: presets, files, directories or hub ids, with commas between", "SOURCES",
                                          words)
     context: int | None = value("tokens of a row of the text", "N", count)
     store: Path | None = value("an activation store, for statistics (and the index) instead of the text", "DIR", path)
-    format: str | None = value("of the files, where several fit", "NAME")
 
 
 @dataclass(frozen=True)
@@ -143,7 +168,7 @@ class DistributedOptions:
     heartbeat: int | None = value("until a silent process counts as dead and ends the others (100)", "SECONDS", count)
 
 
-SHARED = (IndexOptions, SubjectOptions, Json, ConfigOptions, DistributedOptions)  # in the order of the help
+SHARED = (IndexOptions, SubjectOptions, CorpusOptions, Json, ConfigOptions, DistributedOptions)  # in the order of the help
 
 
 @dataclass(frozen=True)

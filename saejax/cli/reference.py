@@ -5,11 +5,12 @@ import re
 import textwrap
 
 from saejax.cli.help import EXIT_CODES, GROUPS, JOBS, option_lines, usage
-from saejax.cli.options import DistributedOptions, Job, SubjectOptions
+from saejax.cli.options import CorpusOptions, DistributedOptions, Job, SubjectOptions
 from saejax.cli.parsing import declared
 from saejax.config.reference import linked
 
-SHARED = {"An SAE and what its files do not say": SubjectOptions, "Several processes": DistributedOptions}  # described once
+SHARED = {"An SAE and what its files do not say": SubjectOptions, "The text of an SAE": CorpusOptions,
+          "Several processes": DistributedOptions}  # described once
 
 
 def reference() -> str:

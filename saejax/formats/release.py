@@ -54,7 +54,8 @@ def with_one_threshold(step: Path, mesh: Mesh | None, rows: np.ndarray) -> SAE:
 
 def _card(sae: SAE, metrics: dict) -> str:
     c = sae.cfg
-    rows = "\n".join(f"| {key} | {value:,} |" if isinstance(value, int) else f"| {key} | {value:.4g} |"
+    held_out = f" (silent on {metrics['tokens']:,} tokens)" if "tokens" in metrics else ""
+    rows = "\n".join(f"| {key}{held_out if key == 'dead_fraction' else ''} | {value:{',' if isinstance(value, int) else '.4g'}} |"
                      for key, value in metrics.items() if key in MEASURED and isinstance(value, (int, float)))
     table = f"\n| measured on held-out text | |\n|---|---|\n{rows}\n" if rows else ""
     what = {"sae": "Sparse autoencoder", "transcoder": "Transcoder", "skip transcoder": "Skip transcoder",

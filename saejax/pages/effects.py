@@ -7,12 +7,13 @@ import numpy as np
 
 from saejax.base.storage import write_bytes
 from saejax.base.text import visible
-from saejax.features.effects.attribution import Attribution, agreement
+from saejax.features.effects.attribution import Attribution
 from saejax.lm import LM
 from saejax.pages.dashboard import address_in
 from saejax.pages.templates import render
 
-_ROWS, _POINTS, _LONGEST = 40, 2000, 10_000
+ROWS = 40  # of the largest parts, on the page
+_POINTS, _LONGEST = 2000, 10_000
 
 
 def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Sequence[tuple[str, str, str]],
@@ -26,25 +27,31 @@ def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Se
 
 
 def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, labels: dict[int, str],
-                      dashboard: Path | None = None) -> None:
-    """labels: what is known of features, by number. dashboard: of these features, which pages link to. Raises `DiskError`."""
-    text = [visible(t) for t in lm_.tokenizer.token_strings(found.tokens_T)]
-    total_T = np.bincount(found.position_P, found.attribution_P, minlength=len(text))
-    pairs = [{"token": text[found.position_P[p]], "position": int(found.position_P[p]), "feature": int(found.feature_P[p]),
-              "activation": found.activation_P[p], "attribution": found.attribution_P[p], "ablation": found.ablation_P[p],
-              "address": "" if dashboard is None else address_in(dashboard, int(found.feature_P[p]), file),
-              "label": visible(labels.get(int(found.feature_P[p]), ""), 200)} for p in found.best(_ROWS)]
+                      said: dict | None = None, dashboard: Path | None = None) -> None:
+    """labels: what is known of features, by number. said: `agreement`, of ablated pairs that stand for all. dashboard: of these
+    features, which pages link to. Raises `DiskError`.
+    """
+    text = [visible(t) for t in found.text_T]
+    parts = [part._asdict() | {
+        "token": text[part.position], "label": visible(labels.get(part.feature, ""), 200),
+        "address": "" if dashboard is None or part.feature is None else address_in(dashboard, part.feature, file)}
+        for part in map(found.part, found.largest(ROWS))]
     against = "the mean logit" if found.against is None else visible(lm_.tokenizer.decode([found.against]))
+    tokens = [{"text": t, "features": f, "error": e, "bias": b, "bos": s, "sum": f + e + b + s} for t, f, e, b, s in zip(
+        text, found.features_T, found.error_T, found.bias_T, found.special_T, strict=True)]
     _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.decode([found.target])),
-           against=against, difference=found.difference, tokens=_tinted(text, total_T), pairs=pairs, said=agreement([found]),
-           points=_points(found))
+           against=against, difference=found.difference, sums=found.sums, tints=_tints(text, found), tokens=tokens, parts=parts,
+           said=said, points=_points(found))
 
 
-def _tinted(text: list[str], total_T: np.ndarray) -> list[dict]:
-    """Tokens with the sum of their attributions and its share of the largest, 0 to 1."""
-    most = max(float(np.abs(total_T).max()), 1e-30)
-    return [{"text": t, "total": float(v), "share": round(abs(float(v)) / most, 3), "sign": "up" if v > 0 else "down"}
-            for t, v in zip(text, total_T, strict=True)]
+def _tints(text: list[str], found: Attribution) -> list[tuple[str, str, list[dict]]]:
+    """(name, what it sums, tokens with that sum and its share, 0 to 1, of the largest of all three), one for each tinting."""
+    sums = (("both", "features and error", found.features_T + found.error_T), ("features", "features", found.features_T),
+            ("error", "error", found.error_T))
+    most = max(1e-30, *(float(np.abs(total_T).max()) for _, _, total_T in sums))
+    return [(name, what, [
+        {"text": t, "total": float(v), "share": round(abs(float(v)) / most, 3), "sign": "up" if v > 0 else "down"}
+        for t, v in zip(text, total_T, strict=True)]) for name, what, total_T in sums]
 
 
 def _points(found: Attribution) -> list[tuple[float, float]]:

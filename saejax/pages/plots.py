@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 _MOST_POINTS = 1500
 _THEMES = {
-    "light": {"ink": "#1f2328", "faint": "#d1d9e0", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700")},
-    "dark": {"ink": "#d1d7e0", "faint": "#3d444d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341")},
+    "light": {"ink": "#1f2328", "faint": "#d1d9e0", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")},
+    "dark": {"ink": "#d1d7e0", "faint": "#3d444d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341", "#a371f7")},
 }
 
 
@@ -40,7 +40,7 @@ def curves(lines: list[dict], labels: dict[str, str]) -> list[Curve]:
     out = []
     for key, label in labels.items():
         points = [(line["tokens_seen"], line[key]) for line in lines
-                  if _number(line.get("tokens_seen")) and _number(line.get(key))]
+                  if is_number(line.get("tokens_seen")) and is_number(line.get(key))]
         step = max(1, len(points) // _MOST_POINTS)
         points = points[::step] + (points[-1:] if (len(points) - 1) % step else [])
         if points:
@@ -48,20 +48,21 @@ def curves(lines: list[dict], labels: dict[str, str]) -> list[Curve]:
     return out
 
 
-def _number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether a value of a metric line is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def line_plot(title: str, over: list[Curve], *, log: bool = False, marks: Sequence[float] = (),
               top: float | None = None) -> Plot:
-    """Curves over tokens seen; `marks` are drawn as dotted vertical lines."""
+    """Curves over tokens seen; `marks` are drawn as dotted vertical lines. log: points of 0 and less are left out."""
     def draw(axes, theme):
         for curve, colour in zip(over, theme["lines"], strict=False):
             axes.plot(curve.xs, curve.ys, color=colour, linewidth=1.4, label=curve.label)
         for mark in marks:
             axes.axvline(mark, color=theme["ink"], linewidth=0.8, linestyle=":", alpha=0.7)
-        if log and all(y > 0 for c in over for y in c.ys):
-            axes.set_yscale("log")
+        if log and any(y > 0 for c in over for y in c.ys):
+            axes.set_yscale("log", nonpositive="mask")
         else:
             ceiling = top or 1.08 * max(y for c in over for y in c.ys) or 0.02
             axes.set_ylim(-0.02 * ceiling, ceiling)

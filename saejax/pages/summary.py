@@ -75,7 +75,7 @@ def measured(e: dict) -> list[tuple[str, str]]:
         ("CE zero / mean", f"{_number(e['ce_zero'])} / {_number(e['ce_mean'])}"),
         ("CE recovered", f"{_number(e['ce_recovered'])}, against mean {_number(e['ce_recovered_mean'])}"),
         ("KL(clean || spliced)", _number(e["kl"])),
-        ("silent on held-out text", _percent(e["dead_fraction"])),
+        ("silent on held-out text", f"{_percent(e['dead_fraction'])} ({e['tokens']:,} tokens)"),
     ]
 
 

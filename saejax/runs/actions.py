@@ -7,7 +7,7 @@ import numpy as np
 from saejax import lm
 from saejax.base import sharding
 from saejax.base.errors import ConfigError, SteeringError
-from saejax.features.effects import steering
+from saejax.features.effects import attribution, steering
 from saejax.features.index.logits import rows_of
 from saejax.features.index.neighbours import nearest
 from saejax.features.index.reader import FeatureIndex
@@ -121,6 +121,14 @@ def steer(lm_: LM, sae: SAE, given: str, changes: list[steering.Change], *, samp
     changes = [change for change in (steering.Change(), *changes) for _ in range(samples)]
     texts = steering.continuations(lm_, sae, given, changes, positions=positions, tokens=tokens, sampling=sampling, seed=seed)
     return Table(("change", "text"), [(change.label, said) for change, said in zip(changes, texts, strict=True)])
+
+
+def attribute(lm_: LM, sae: SAE, given: str, token: str, against: str | None, ablate: int) -> attribution.Attribution:
+    """Attribution of all parts of a prompt, with the ablation of the largest. Raises `SteeringError`: fewer than 0 of them."""
+    if ablate < 0:
+        raise SteeringError(f"ablate={ablate}: expected how many of the largest parts are ablated")
+    found = attribution.attribute(lm_, sae, given, token, against)
+    return attribution.ablate(lm_, sae, found, found.largest(ablate)) if ablate else found
 
 
 def next_tokens(lm_: LM, sae: SAE, given: str, changes: list[steering.Change], positions, n: int) -> Table:

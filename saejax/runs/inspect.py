@@ -1,4 +1,4 @@
-"""`saejax inspect`: what a directory is, and whether every byte of it verifies."""
+"""`saejax inspect`: what a directory is, whether every byte with a digest verifies, and what has none and was not read."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,15 +27,20 @@ from saejax.train.determinism import promise
 from saejax.train.member import total_steps
 from saejax.train.state import abstract_state
 
+_NAMED = 20  # of what was not read
+
 
 @dataclass
 class Finding:
-    """What was found at a path: its kind, facts in the order to show, and every problem."""
+    """What was found at a path: its kind, facts in the order to show, every problem, and which files (or directories with all
+    that is in them) were read and compared.
+    """
 
     path: Path
     kind: str
     facts: dict = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    read: set[Path] = field(default_factory=set)
 
     def attempt(self, check: Callable[[], object]):
         """The value of a check, or None with its error among the problems."""
@@ -49,7 +54,27 @@ class Finding:
 
     def to_json(self) -> dict:
         return {"path": str(self.path), "kind": self.kind, "verifies": not self.problems,
-                "bytes": size_on_disk(self.path), **self.facts, "problems": self.problems}
+                "bytes": size_on_disk(self.path), **self.facts, "not_read": self.not_read(), "problems": self.problems}
+
+    def take(self, inner: "Finding") -> None:
+        """Problems of a part, and what was read of it."""
+        self.problems += inner.problems
+        self.read |= inner.read
+
+    def not_read(self) -> list[str]:
+        """What lies below the path and was not read, relative to it; a directory, as `name/`, for all that is in it."""
+        above = {parent for file in self.read for parent in file.parents}
+
+        def below(folder: Path):
+            for child in sorted(folder.iterdir()):
+                if child in self.read:
+                    continue
+                if child in above and child.is_dir():
+                    yield from below(child)
+                else:
+                    yield f"{child.relative_to(self.path).as_posix()}{'/' if child.is_dir() else ''}"
+
+        return [] if self.path in self.read or not self.path.is_dir() else list(below(self.path))
 
 
 def inspect_path(path: Path) -> Finding:
@@ -78,10 +103,11 @@ def _store(path: Path) -> Finding:
     if not is_complete(path):
         return _unfinished_store(path)
     found = Finding(path, "activation store")
-    read = found.attempt(lambda: mf.read_manifest(path / MANIFEST))
-    if read is None:
+    manifest = found.attempt(lambda: mf.read_manifest(path / MANIFEST))
+    found.read.add(path / MANIFEST)
+    if manifest is None:
         return found
-    values, spec = read
+    values, spec = manifest
     found.facts = _store_facts(spec) | {"contexts": values["n_contexts"], "rows": values["rows"],
                                         "unmasked_rows": values["kept_rows"], "shards": len(values["shards"]),
                                         "schema_version": values["schema_version"], "digest": values["sha256"]}
@@ -103,6 +129,7 @@ def _store(path: Path) -> Finding:
 def _unfinished_store(path: Path) -> Finding:
     found = Finding(path, "activation store, unfinished")
     spec = found.attempt(lambda: read_spec(path))
+    found.read.add(path / SPEC)
     if spec is None:
         return found
     records = sorted((path / RECORDS).glob("[0-9]*.json"))
@@ -110,6 +137,7 @@ def _unfinished_store(path: Path) -> Finding:
                                         "schema_version": mf.SCHEMA_VERSION}
     for file in records:
         record = found.attempt(lambda f=file: read_record(f, spec))
+        found.read.add(file)
         for name, array in spec.arrays().items() if record is not None else ():
             shard = int(file.stem)
             if _same(found, path / array.shard_file(shard), record["files"][name]["sha256"]):
@@ -125,6 +153,7 @@ def _store_facts(spec: mf.StoreSpec) -> dict:
 
 def _same(found: Finding, file: Path, expected: str) -> bool:
     """True when a file is there with the digest that was recorded; otherwise one problem."""
+    found.read.add(file)
     digest = found.attempt(lambda: file_sha256(file)) if file.is_file() else None
     if digest is None and not file.is_file():
         found.problems.append(f"{file}: missing")
@@ -134,7 +163,7 @@ def _same(found: Finding, file: Path, expected: str) -> bool:
 
 
 def _checkpoint(path: Path) -> Finding:
-    found = Finding(path, "checkpoint step")
+    found = Finding(path, "checkpoint step", read={path})
     meta = found.attempt(lambda: read_meta(path))
     if meta is None:
         return found
@@ -166,7 +195,7 @@ def _mesh(d_sae: int) -> Mesh:
 
 
 def _release(path: Path) -> Finding:
-    found = Finding(path, "release")
+    found = Finding(path, "release", read={path / saelens.CONFIG, path / saelens.WEIGHTS})
     for name in (saelens.CONFIG, saelens.WEIGHTS):
         if not (path / name).is_file():
             found.problems.append(f"{path / name}: missing")
@@ -185,6 +214,7 @@ def _index(path: Path) -> Finding:
     found = Finding(path, "feature index")
     opened = found.attempt(lambda: index.FeatureIndex.open(path, full=True))
     if opened is not None:
+        found.read |= {path / index.MANIFEST, *(path / name for name in opened.manifest["files"])}
         sae = opened.manifest["sae"]
         found.facts = {"sae": sae["kind"], "d_in": sae["d_in"], "d_sae": opened.features, "model": sae["model"],
                        "hookpoints": sae["hookpoints"], "sae_fingerprint": sae["fingerprint"][:16],
@@ -196,6 +226,7 @@ def _index(path: Path) -> Finding:
 def _run(path: Path) -> Finding:
     found, paths = Finding(path, "run"), RunPaths(path)
     config = found.attempt(lambda: read_config(paths.config))
+    found.read.add(paths.config)
     if config is None:
         return found
     if is_sweep(config):
@@ -210,13 +241,13 @@ def _run(path: Path) -> Finding:
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
                    "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}
     for step in steps:
-        found.problems += _checkpoint(paths.checkpoints / str(step)).problems
+        found.take(_checkpoint(paths.checkpoints / str(step)))
     for part in (paths.release, path / "store", *_indices(path)):
         if part.is_dir():
             inner = found.attempt(lambda p=part: inspect_path(p))
             if inner is not None:
                 found.facts[part.name] = inner.kind
-                found.problems += inner.problems
+                found.take(inner)
     return found
 
 
@@ -233,7 +264,8 @@ def _sweep(found: Finding, config: Config) -> Finding:
     for part in (*runs, found.path / "store"):
         if part.is_dir():
             inner = found.attempt(lambda p=part: inspect_path(p))
-            found.problems += inner.problems if inner is not None else []
+            if inner is not None:
+                found.take(inner)
         elif part in runs:
             found.facts.setdefault("not_begun", []).append(part.name)
     return found
@@ -244,9 +276,14 @@ def shown(found: Finding) -> str:
     facts = {"size": f"{size_on_disk(found.path) / 1e6:,.1f} MB", **found.facts}
     lines = [f"{found.path}: {found.kind}"]
     lines += [f"  {key.replace('_', ' '):<16} {_plain(value)}" for key, value in facts.items()]
+    missed = found.not_read()
+    if missed:
+        more = f" and {len(missed) - _NAMED} more" if len(missed) > _NAMED else ""
+        lines.append(f"  {'not read':<16} {', '.join(missed[:_NAMED])}{more} (no digests)")
     lines += [f"  BAD  {problem}" for problem in found.problems]
-    lines.append("  verifies" if not found.problems else f"  does NOT verify: {len(found.problems)} problem"
-                 f"{'s' if len(found.problems) > 1 else ''}")
+    n = len(found.problems)
+    lines.append(f"  does NOT verify: {n} problem{'s' if n > 1 else ''}" if n else
+                 f"  verifies{', but for what was not read' if missed else ''}")
     return "\n".join(lines)
 
 

@@ -55,8 +55,18 @@ def _same_model(name: str, subject: Subject) -> bool:
     return name == (subject.config.lm.model if subject.config is not None else subject.lm.name)
 
 
-def judge(subject: Subject, who: Judge, asked: Asked, out: Path | None = None) -> tuple[Record, str, JudgeError | None]:
-    """(record of all answers, the name of what was judged, why the judge gave up or None): asks what has no answer yet.
+@dataclass(frozen=True)
+class Judged:
+    """The record of all answers, the name of what was judged, the explanations that were given, why the judge gave up or None."""
+
+    record: Record
+    name: str
+    explanations: dict[int, str]
+    trouble: JudgeError | None = None
+
+
+def judge(subject: Subject, who: Judge, asked: Asked, out: Path | None = None) -> Judged:
+    """Asks what has no answer yet.
 
     out: default judging/NAME/JUDGE beside the index. Raises `JudgeError` and `FeatureIndexError` for features that are none.
     """
@@ -75,8 +85,8 @@ def judge(subject: Subject, who: Judge, asked: Asked, out: Path | None = None) -
     try:
         _ask(who, record, found, asked.tasks, explained, progress=subject.progress)
     except JudgeError as error:
-        return record, index.path.name, error
-    return record, index.path.name, None
+        return Judged(record, index.path.name, explained or {}, error)
+    return Judged(record, index.path.name, explained or {})
 
 
 def _ask(who: Judge, record: Record, found: dict[int, material.Material], wanted: tuple[str, ...],

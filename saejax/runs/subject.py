@@ -25,7 +25,7 @@ from saejax.data.store import Store, check_matches, is_complete, model_name
 from saejax.data.text import Text
 from saejax.evals import statistics
 from saejax.features.effects import splicing
-from saejax.features.effects.attribution import Attribution, attribute
+from saejax.features.effects.attribution import Attribution
 from saejax.features.index import corpus
 from saejax.features.index.build import BuildOptions, build
 from saejax.features.index.reader import MANIFEST, FeatureIndex, check_belongs
@@ -305,9 +305,12 @@ class Subject:
         changes = actions.changes_of(self.sae, lambda: self.index, features, values)
         return actions.next_tokens(self.lm, self._whole_sae(), prompt, changes, positions, n)
 
-    def attribute(self, prompt: str, token: str, against: str | None = None) -> Attribution:
-        """Which features of a prompt speak for a next token, against another one or the mean logit."""
-        return attribute(self.lm, self._whole_sae(), prompt, token, against)
+    def attribute(self, prompt: str, token: str, against: str | None = None, *, ablate: int = 0) -> Attribution:
+        """Which features of a prompt, and errors of the SAE, speak for a next token, against another one or the mean logit.
+
+        ablate: so many of the largest are taken away, too, each by itself. `to_pandas()` gives all of it as a frame.
+        """
+        return actions.attribute(self.lm, self._whole_sae(), prompt, token, against, ablate)
 
     def spliced(self, *, error: bool = False):
         """A context in which calls of language models (`s.lm(text)`) have the SAE in their place; BOS keeps its value.

@@ -213,6 +213,13 @@ class SAE:
         recon = self.decode(acts, x)
         return (recon + self._apply(_skipped, x, self.cfg.d_in, "d_in", "d_out") if self.cfg.skip else recon), acts
 
+    def offset(self, x) -> jax.Array:
+        """What the reconstruction [..., d_out] of rows x is without any feature: b_dec, in the units and with the mean of the row
+        where `cfg.input_norm` normalises rows, and what a skip connection adds.
+        """
+        out = self.decode(np.zeros((*x.shape[:-1], self.cfg.d_sae), np.float32), x)
+        return out + self._apply(_skipped, x, self.cfg.d_in, "d_in", "d_out") if self.cfg.skip else out
+
     def __call__(self, x) -> jax.Array:
         """Reconstruction [..., d_out] (d_in but for a transcoder) from raw activations x [..., d_in]."""
         return self.reconstruct(x)[0]

@@ -9,13 +9,14 @@ from saejax.bench.run import BEGIN, END
 from saejax.cli.main import main
 from tests import tiny_experiment as tiny
 
-TINY = ["--d_in=8", "--d_sae=64", "--batch=8", "--k=2", "--steps=2", "--repeats=2", "--megabytes=1"]
+TINY = ["--d_in=8", "--d_sae=64", "--batch=8", "--k=2", "--steps=2", "--repeats=2"]
+READER = [*TINY, "--megabytes=1"]
 
 
 def test_a_page_and_its_figures(tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nstale\n{END}\nbehind\n")
-    assert main(["bench", "--only=step,reader", "--kind=topk", "--threads=1", *TINY, f"--out={page}", "--json"]) == 0
+    assert main(["bench", "--only=step,reader", "--kind=topk", "--threads=1", *READER, f"--out={page}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["what"] for row in found["results"]["step"]["figures"]] == ["topk, dense", "topk, sparse"]
     assert [row["unit"] for row in found["results"]["reader"]["figures"]] == ["MB/s"] * 4
@@ -26,7 +27,7 @@ def test_a_page_and_its_figures(tmp_path, capsys):
     assert found["machine"]["processors"] == 1 and found["options"]["d_sae"] == 64
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("behind\n") and "stale" not in text
-    command = f"saejax bench --only=step,reader --kind=topk {' '.join(TINY)} --threads=1 --out={page}"
+    command = f"saejax bench --only=step,reader --kind=topk {' '.join(READER)} --threads=1 --out={page}"
     assert command in text and "| topk, sparse |" in text
 
 

@@ -101,3 +101,9 @@ def test_other_kinds_need_no_rows(run, tmp_path):
     assert main(["release", str(tmp_path / "batch"), "--jumprelu"]) == 0
     cfg = json.loads((RunPaths(tmp_path / "batch").release / "cfg.json").read_text())
     assert cfg["architecture"] == "jumprelu" and "calibration" not in cfg["metadata"]["saejax"]
+
+
+def test_kinds_without_a_threshold_have_none_to_measure(tmp_path, capsys):
+    loop.train(make_config("relu", tmp_path / "relu"), make_store(tmp_path / "relu" / "store"))
+    assert main(["release", str(tmp_path / "relu"), "--jumprelu"]) == 2
+    assert "--jumprelu has no effect on a relu SAE" in capsys.readouterr().err

@@ -53,7 +53,7 @@ def test_pages_link_to_the_dashboard_of_the_index_that_was_read(run, alive, tmp_
     copy = shutil.copytree(run, tmp_path / "a <run>")
     steered = copy / "pages" / "steered.html"
     asked = ["steer", str(copy), "--prompt=the cat", f"--feature={alive},3", "--tokens=2"]
-    attributed = ["attribute", str(copy), "--prompt=the cat", "--token=a", "--pairs=1"]
+    attributed = ["attribute", str(copy), "--prompt=the cat", "--token=a", "--ablate=top:1"]
     assert main([*asked, f"--html={steered}"]) == 0
     fires_on = html.escape(FeatureIndex.open(copy / "features").fires_on(alive))
     assert "href" not in steered.read_text() and f"fires on {fires_on}" in steered.read_text()
@@ -69,15 +69,34 @@ def test_pages_link_to_the_dashboard_of_the_index_that_was_read(run, alive, tmp_
 
 def test_attribution_with_its_ablation(run, tmp_path, capsys):
     asked = ["attribute", str(run), "--prompt=the <b>\u202ecat", "--token=a"]
-    assert main([*asked, "--against=b", "--json", f"--html={tmp_path / 'page.html'}"]) == 0
+    assert main([*asked, "--against=b", "--ablate=all", "--json", f"--html={tmp_path / 'page.html'}"]) == 0
     said = json.loads(capsys.readouterr().out)
-    assert said["pairs"] == len(said["found"]) > 20 and said["attribution"] > 0.5
-    assert all(one["ablation"] is not None and 0 <= one["feature"] < 64 for one in said["found"])
+    features, errors, biases = ([one for one in said["found"] if one["kind"] == kind] for kind in ("feature", "error", "bias"))
+    assert said["agreement"]["pairs"] == len(features) > 20 and said["agreement"]["attribution"] > 0.5
+    assert all(one["ablation"] is not None and 0 <= one["feature"] < 64 for one in features)
+    assert sorted(one["position"] for one in errors) == sorted(one["position"] for one in biases) and len(errors) > 5
+    assert sum(one["attribution"] for one in said["found"]) == pytest.approx(said["sums"]["sum"], abs=1e-4)
     page = (tmp_path / "page.html").read_text()
-    assert "<b>" not in page and "\u202e" not in page and page.count("<circle") == said["pairs"]
-    assert main([*asked, "--pairs=5"]) == 0
-    out = capsys.readouterr().out
-    assert "5 ablated" in out and out.count("attribution") >= 15 and "0.81" not in out and "Templeton" not in out + page
+    assert "<b>" not in page and "\u202e" not in page and page.count("<circle") == len(features)
+    assert page.count(">error</td>") > 0 and page.count('type="radio"') == 3 and "<script" not in page
+    assert f"error {said['sums']['error']:.3g}" in page and "correlation with the ablation" in page
+
+
+def test_what_is_shown_is_ablated(run, tmp_path, capsys):
+    """The largest by default; beside those drawn at random, which alone make the correlation."""
+    asked = ["attribute", str(run), "--prompt=the cat", "--token=a"]
+    for more, pairs in ([], 0), (["--ablate=top:3"], 0), (["--ablate=random:5"], 5):
+        assert main([*asked, *more]) == 0
+        out = capsys.readouterr().out
+        first, _, *rows = out.splitlines()
+        assert all(f"{name} " in first for name in ("features", "error", "bias", "BOS", "sum", "logit difference"))
+        rows = [row for row in rows if "  attribution" in row]
+        assert len(rows) == 15 and "nan" not in out and any(row.startswith("   error ") for row in rows)
+        assert (f"over {pairs} pairs, drawn at random" in out) == (pairs > 0) and "Templeton" not in out
+    assert main([*asked, "--ablate=random:5", f"--html={tmp_path / 'page.html'}"]) == 0
+    rows = re.findall(r'<tr><td class="token">(.*?)</tr>', (tmp_path / "page.html").read_text().split("of the largest")[1], re.S)
+    assert len(rows) == 40 and not [row for row in rows if '<td class="n"></td>\n<td class="text' in row]
+    assert "Over 5 pairs" in (tmp_path / "page.html").read_text()
 
 
 def test_neurons_are_counted(run, capsys):
@@ -115,14 +134,22 @@ def test_files_of_another_library_take_a_model_and_a_maximum(run, alive, model_a
     (["steer", "RUN", "--prompt=a", "--scale=3"], "need --feature=N"),
     (["steer", "RUN", "--prompt=a", "--feature=1,1", "--max=1"], "expected feature numbers"),
     (["steer", "RUN", "--prompt=a", "--feature=1", "--values=2", "--scale=3"], "leave --scale and --max out"),
-    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--top-p=2"], "top_p=2.0"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--top-p=2", "--temperature=1"], "top_p=2.0"),
     (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--chat"], "no chat template"),
     (["steer", "RUN", "--prompt=a", "--positives=x"], "go together"),
     (["steer", "RUN", "--prompt=a", "--add-direction=no.npy"], "not a readable .npy"),
     (["steer", "RUN", "--prompt=" + "a" * 63, "--feature=1", "--max=1"], "do not fit the context of 64"),
     (["steer", "STEP", "--prompt=a", "--feature=1"], "another checkpoint"),
     (["steer", "RUN/store", "--prompt=a", "--feature=1"], "neither a release"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--vector-scale=2"], "--vector-scale has no effect without"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--seed=3", "--top-p=.5"], "--seed, --top-p have no effect"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--max=1", "--samples=3", "--temperature=0"], "--samples has no effect"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--ablate", "--max=1"], "--max has no effect where features are only ablated"),
+    (["steer", "RUN", "--prompt=a", "--feature=1", "--values=1", "--index=RUN/features"], "--index has no effect where"),
+    (["neurons", "RUN", "--store=RUN/store"], "--store has no effect as the text"),
     (["attribute", "RUN", "--prompt=a"], "give --token=TOKEN"),
+    (["attribute", "RUN", "--prompt=a", "--token=b", "--ablate=5"], "top:N, random:N or all"),
+    (["attribute", "RUN", "--prompt=a", "--token=b", "--ablate=top:0"], "top:N, random:N or all"),
     (["attribute", "RUN", "--prompt=a", "--token=ab"], "'ab' is 2 tokens"),
     (["attribute", "RUN", "--prompt= ", "--token=a"], "prompt is empty")])
 def test_mistakes_end_in_one_line(run, arguments, message, capsys):

@@ -1,6 +1,7 @@
 """`saejax features` and `saejax dashboard` as a user meets them, on a finished run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -199,6 +200,19 @@ def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
     assert out == "" and err.count("\n") == 1 and message in err, err
 
 
+@pytest.mark.parametrize("arguments, message", [
+    (["features", "RUN", "--split=heldout", "--store=RUN/store"], "features: --store has no effect where the text goes"),
+    (["features", "RUN", "--store=RUN/store", "--text=x", "--context=9"], "--text, --context have no effect where the store is"),
+    (["dashboard", "RUN/features", "--model=m", "--index=x"], "dashboard: --model, --index have no effect as RUN/features is an"),
+    (["search", "like", "RUN", "5", "--within=RUN", "--index=RUN/features"], "search like: --index has no effect with --within"),
+    (["bench", "--only=step", "--megabytes=5", "--tokens=9"], "bench: --megabytes has no effect without reader in --only")])
+def test_options_without_effect_are_refused(run, arguments, message, capsys):
+    capsys.readouterr()
+    assert main([a.replace("RUN", str(run)) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and message.replace("RUN", str(run)) in err, err
+
+
 def judged(run, server, *more: str) -> int:
     return main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--features=1,3", *more])
 
@@ -216,7 +230,10 @@ def test_judging_goes_on_where_it_stopped(run, capsys):
         assert (folder / "report.html").is_file()
         assert json.loads((folder / "results.json").read_text())["overall"] == found["overall"]
         assert judged(run, server) == 0 and len(server.requests) == asked, "all is answered"
-        assert "rubric, 0 to 3" in capsys.readouterr().out
+        said = re.search(r"rubric, 0 to 3 +features +3\.00 ± 0\.00 \((\d+) answers, 2 features\)", capsys.readouterr().out)
+        assert int(said[1]) == sum(map(sum, found["overall"]["rubric_counts"])), "answers, not features"
+        assert main(["dashboard", str(run), f"--explanations={folder / 'results.json'}", f"--out={run / 'judged'}"]) == 0
+        assert "(rubric 3.00 of 3, " in (run / "judged" / "data" / "list" / "000.js").read_text()
         assert judged(run, server, "--draw=40") == 0 and len(server.requests) > asked, "activations drawn are others"
         assert main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--sample=3", "--do=explain"]) == 0
     assert "SAEJAX_JUDGE_KEY" not in (folder / "judge.json").read_text()
@@ -260,6 +277,8 @@ def test_people_judge(run, tmp_path, capsys):
     (tmp_path / "sheets" / "filled.csv").write_text(f"id,answer\n{first},yes\n")
     assert main([*ask, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["overall"]["answers"] == 1
+    reports = [page.read_text() for page in (run / "judging" / "features").glob("*/report.html")]
+    assert [page for page in reports if ">vowels</td>" in page and 'href="answers/3.html"' in page]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -272,6 +291,9 @@ def test_people_judge(run, tmp_path, capsys):
     (["--judge=csv:SHEETS", "--sample=3", "--do=rubrik"], "'rubrik' is none of explain, rubric"),
     (["--judge=csv:SHEETS", "--sample=3", "--explanations=no.jsonl"], "no.jsonl: not readable"),
     (["--judge=csv:SHEETS", "--sample=3", "--baseline=neurons", "--out=SHEETS"], "features_neurons"),
+    (["--judge=csv:SHEETS", "--sample=3", "--judge-model=m", "--timeout=3"], "--judge-model, --timeout have no effect"),
+    (["--judge=csv:SHEETS", "--sample=3", "--do=detect", "--draw=9"], "--draw has no effect without rubric in --do"),
+    (["--judge=csv:SHEETS", "--sample=3", "--do=explain", "--explanations=x"], "--explanations has no effect where nothing but"),
     (["--judge=local:no_such_model", "--sample=3"], "no_such_model")])
 def test_mistaken_judging_ends_in_one_line(run, tmp_path, arguments, message, capsys):
     capsys.readouterr()

@@ -27,7 +27,7 @@ for way, *more_ in (["prompt", "the cat"], ["answer", "the cat", "a"], ["text", 
     assert json.loads(job("search", way, run, *more_, "--json")), way
 job("dashboard", run), job("eval", run, "--contexts=2"), job("release", run, "--jumprelu", "--out=" + more)
 job("steer", run, "--prompt=a", f"--feature={alive}", "--tokens=2"), job("neurons", run, "--tokens=320")
-job("attribute", run, "--prompt=the cat", "--token=a", "--pairs=2")
+job("attribute", run, "--prompt=the cat", "--token=a", "--ablate=top:2")
 job("features", run, "--baseline=random_sae", "--tokens=512"), job("features", run, "--baseline=directions", "--tokens=512")
 job("judge", run, "--judge=csv:" + more + "/sheets", f"--features={alive}", "--do=explain,detect")
 job("search", "like", more, "3", "--json"), job("compare", run, more)

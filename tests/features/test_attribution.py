@@ -58,13 +58,75 @@ def test_attribution_is_the_slope_and_ablation_the_step(lm_, kind, norm, target)
     assert agreement([measured])["attribution"] > 0.5
 
 
+def pairs_only(activation_P, attribution_P, ablation_P, **more):
+    """An `Attribution` of 3 tokens whose pairs are all at the first; more: instead of zeros."""
+    zero_T, n = {name: np.zeros(3) for name in ("error_T", "bias_T", "special_T", "error_ablation_T")}, len(activation_P)
+    return attribution.Attribution(np.zeros(3), ("<s>", "a", "b"), 0, None, 0.0, **zero_T | more, position_P=np.zeros(n, int),
+                                   feature_P=np.arange(n), activation_P=activation_P, attribution_P=attribution_P,
+                                   ablation_P=ablation_P)
+
+
+SUMS = [("topk", "none", "", False), ("relu", "layer_norm", "", False), ("topk", "none", "blocks.1.hook_mlp_out", False),
+        ("relu", "none", "blocks.1.hook_mlp_out", True)]
+
+
+@pytest.mark.parametrize("kind, norm, target, skip", SUMS)
+def test_features_error_bias_and_bos_add_up_to_the_first_order_sum(lm_, kind, norm, target, skip):
+    """The sum over tokens of x . grad, from the model differentiated as a whole; each part from its own definition."""
+    sae = random_sae(kind, norm, hookpoint="blocks.1.hook_mlp_in" if target else tiny.HOOKPOINT, target=target, skip=skip)
+    found = attribute(lm_, sae, PROMPT, "a", "b")
+    place, hookpoint, tokens = sae.cfg.targets[0], sae.cfg.hookpoints[0], found.tokens_T[None]
+    both = attribution.values(lm_.model, tokens, (hookpoint, place))
+    x, y = (np.asarray(both[name][0], np.float64) for name in (hookpoint, place))
+    a, b = (lm_.tokenizer.encode(text)[0] for text in "ab")
+
+    def difference(parts):
+        logits = lm_.model(tokens, taps={place: lambda value: value + parts})[0, -1]
+        return logits[a] - logits[b]
+
+    slope = np.asarray(jax.jit(jax.grad(difference))(jnp.zeros((1, *y.shape), jnp.float32))[0], np.float64)
+    first_order = (slope * y).sum()
+    assert found.sums["sum"] == pytest.approx(first_order, rel=1e-4, abs=1e-4)
+    assert sum(value for name, value in found.sums.items() if name != "sum") == pytest.approx(first_order, rel=1e-4, abs=1e-4)
+    assert sum(part.attribution for part in found.parts()) == pytest.approx(first_order, rel=1e-4, abs=1e-4)
+    error = (slope * (y - np.asarray(sae(x), np.float64))).sum(-1)
+    assert found.error_T[0] == found.bias_T[0] == 0 and not found.special_T[1:].any(), "BOS apart"
+    np.testing.assert_allclose(found.error_T[1:], error[1:], atol=1e-4)
+    assert found.sums["BOS"] == pytest.approx((slope * y)[0].sum(), abs=1e-4)
+    bias = np.broadcast_to(np.asarray(sae.b_dec, np.float64), y.shape)
+    if norm == "layer_norm":
+        bias = bias * x.std(-1, ddof=1, keepdims=True) + x.mean(-1, keepdims=True)
+    if skip:
+        bias = bias + x @ np.asarray(sae.params.W_skip, np.float64)
+    np.testing.assert_allclose(found.bias_T[1:], (slope * bias).sum(-1)[1:], atol=2e-4)
+
+
+def test_the_error_is_ablated_as_a_feature_is(lm_):
+    sae = random_sae("topk", "none", hookpoint=tiny.HOOKPOINT)
+    found = attribute(lm_, sae, PROMPT, "a", "b")
+    every = found.largest(10 ** 6)
+    assert len(every) == len(found.position_P) + len(found.tokens_T) - 1, "BOS has no error"
+    sizes = [abs(found.part(number).attribution) for number in every]
+    assert sizes == sorted(sizes, reverse=True)
+    token = 3
+    measured = ablate(lm_, sae, found, np.array([len(found.position_P) + token, every[0]]), batch=4, progress=False)
+    x = np.asarray(attribution.values(lm_.model, found.tokens_T[None], sae.cfg.hookpoints)[tiny.HOOKPOINT][0])
+    parts = np.zeros((2, *x.shape), np.float32)
+    parts[1, token] = np.asarray(sae(x))[token] - x[token]
+    whole, without = runner(lm_, found.tokens_T, tiny.HOOKPOINT)(parts)
+    assert measured.error_ablation_T[token] == pytest.approx(whole - without, abs=2e-5)
+    frame = measured.to_pandas()
+    assert frame.ablation.notna().sum() == 2 and set(frame.kind) == {"feature", "error", "bias", "BOS"}
+    assert frame.attribution.sum() == pytest.approx(measured.sums["sum"]) and frame.feature.isna().sum() > 0
+    assert "features " in repr(measured) and ", error " in repr(measured) and "; logit difference " in repr(measured)
+
+
 def test_agreement_counts_pairs_of_all_prompts():
     rng = np.random.default_rng(0)
 
     def made(n):
         a, b, c = rng.standard_normal((3, n))
-        return attribution.Attribution(np.zeros(3), 0, None, 0.0, np.zeros(n, int), np.arange(n), a, b,
-                                       np.where(c > -1.5, b + c, np.nan))
+        return pairs_only(a, b, np.where(c > -1.5, b + c, np.nan))
 
     founds = [made(60), made(30)]
     said = agreement(founds)
@@ -72,8 +134,7 @@ def test_agreement_counts_pairs_of_all_prompts():
                for name in ("activation_P", "attribution_P", "ablation_P"))
     assert said["pairs"] == len(c) < 90 and said["attribution"] == pytest.approx(np.corrcoef(b, c)[0, 1])
     assert said["activation"] == pytest.approx(np.corrcoef(a, c)[0, 1])
-    same = [attribution.Attribution(np.zeros(3), 0, None, 0.0, np.zeros(20, int), np.arange(20), np.ones(20),
-                                    v := rng.random(20), v)]
+    same = [pairs_only(np.ones(20), v := rng.random(20), v)]
     assert agreement(same)["top_by_attribution"] == 10 and agreement(same)["activation"] is None
 
 

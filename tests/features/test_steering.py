@@ -23,15 +23,17 @@ from tests.features.conftest import DEAD, FEATURES, make_sae
 PROMPT = "the quick brown fox"
 
 
-def random_sae(kind: str, norm: str = "none", hookpoint: str = tiny.HOOKPOINT, target: str = "", mesh=None) -> SAE:
+def random_sae(kind: str, norm: str = "none", hookpoint: str = tiny.HOOKPOINT, target: str = "", mesh=None,
+               skip: bool = False) -> SAE:
     rng = np.random.default_rng(1)
     W, V = rng.standard_normal((2, FEATURES, tiny.D_IN)).astype(np.float32) / tiny.D_IN**0.5
     own = {"jumprelu": {"threshold": 0.2}, "gated": {"r_mag": 0.3, "b_mag": 0.1}}.get(kind, {})
     params = SAEParams(W_enc=jnp.asarray(W), b_enc=jnp.full(FEATURES, -0.1), W_dec=jnp.asarray(V),
                        b_dec=jnp.asarray(rng.standard_normal(tiny.D_IN), jnp.float32),
-                       per_feature={name: jnp.full(FEATURES, value) for name, value in own.items()})
+                       per_feature={name: jnp.full(FEATURES, value) for name, value in own.items()},
+                       W_skip=jnp.asarray(rng.standard_normal((tiny.D_IN, tiny.D_IN)), jnp.float32) if skip else None)
     cfg = SAEConfig(kind, tiny.D_IN, FEATURES, 8 if kind == "topk" else 0, True, (hookpoint,), "tiny", target=target,
-                    d_out=tiny.D_IN if target else None, input_norm=norm)
+                    d_out=tiny.D_IN if target else None, input_norm=norm, skip=skip)
     return SAE(params, cfg, mesh)
 
 

@@ -70,6 +70,11 @@ def test_card_and_metrics(released):
     assert json.loads((released / "metrics.json").read_text())["l0"] == 4.0
 
 
+def test_the_card_says_on_how_many_tokens_features_are_silent(released, tmp_path):
+    card = release(saejax.load(released), tmp_path / "out", {"tokens": 8126, "dead_fraction": 0.07}) / "README.md"
+    assert "| dead_fraction (silent on 8,126 tokens) | 0.07 |" in card.read_text()
+
+
 @pytest.mark.parametrize("position", [0.02, 0.3, 0.6, 0.999])
 def test_flipped_bit(copy, position):
     data = bytearray((copy / "sae_weights.safetensors").read_bytes())

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from saejax.base.errors import JudgeError
+from saejax.features.index.explanations import load_explanations
 from saejax.judging.endpoint import Endpoint, Patience
 from saejax.judging.questions import Question
 from saejax.judging.record import ANSWERS, Record, put, read_answers
-from saejax.judging.scores import results
+from saejax.judging.scores import results, scores_in
 from saejax.pages import judged as report
 from saejax.pages import sheets
 from saejax.pages.sheets import Sheets
@@ -176,16 +177,18 @@ def test_results_are_plain_means():
         *lines_of("explain", [(0, 0, None, "vowels"), (1, 0, None, None)]),
         *lines_of("rubric", [(0, 10, None, 3), (0, 10, None, 1), (0, 1, None, None), (1, 1, None, 0)]),
         *lines_of("detect", [(0, 10, 1, 1), (0, 9, 1, 0), (0, 0, 0, 0), (0, 0, 0, 0), (1, 5, 1, 1)]),
-        *lines_of("simulate", [(0, 5, [0.0, 0.5, 1.0], [0, 4, 9]), (1, 5, [0.0, 1.0], [3, 3])])])
+        *lines_of("simulate", [(0, 5, [0.0, 0.5], [0, 4]), (0, 9, [1.0], [9]), (1, 5, [0.0, 1.0], [3, 3])])])
     zero, one, overall = found["features"]["0"], found["features"]["1"], found["overall"]
     assert zero["explanation"] == "vowels" and "explanation" not in one
-    assert zero["rubric"] == {"counts": [0, 1, 0, 1], "mean": 2.0} and zero["unscored"] == 1 and one["unscored"] == 1
+    assert zero["rubric"] == {"counts": [0, 1, 0, 1], "mean": 2.0, "answers": 2}
+    assert zero["unscored"] == 1 and one["unscored"] == 1
     assert zero["detect"] == {"active_found": 0.5, "silent_found": 1.0, "answers": 4, "balanced_accuracy": 0.75}
     assert one["detect"]["balanced_accuracy"] is None, "there were no silent samples"
     assert zero["simulate"]["pearson"] == pytest.approx(np.corrcoef([0, .5, 1], [0, 4, 9])[0, 1])
     assert zero["simulate"]["spearman"] == pytest.approx(1)
     assert one["simulate"]["pearson"] is None, "of a constant there is none"
-    assert overall["rubric"] == {"mean": 1.0, "features": 2, "standard_error": 1.0}
+    assert overall["rubric"] == {"mean": 1.0, "features": 2, "answers": 3, "standard_error": 1.0}
+    assert one["rubric"] == {"counts": [1, 0, 0, 0], "mean": None, "answers": 1}, "no mean of one answer"
     assert overall["rubric_counts"][9] == [0, 1, 0, 1] and overall["rubric_counts"][0] == [1, 0, 0, 0]
     assert overall["detect_found"][9] == [1, 1] and overall["detect_found"][8] == [0, 1]
     assert overall["unscored"] == {"detect": 0, "explain": 1, "rubric": 1, "simulate": 0} and overall["fuzz"] is None
@@ -196,8 +199,46 @@ def test_drawn_activations_stand_for_themselves():
     """A feature's answers from two samplings are not mixed; those of another feature stay."""
     lines = lines_of("rubric", [(0, 9, None, 3), (0, 1, None, 0), (1, 1, None, 2)])
     found = results([lines[0], lines[1] | {"drawn": True}, lines[2]])
-    assert found["features"]["0"]["rubric"]["mean"] == 0 and found["features"]["1"]["rubric"]["mean"] == 2
+    assert [found["features"][f]["rubric"]["counts"] for f in "01"] == [[1, 0, 0, 0], [0, 0, 1, 0]]
     assert sum(map(sum, found["overall"]["rubric_counts"])) == found["overall"]["answers"] == 2
+
+
+def test_every_mean_says_how_many_answers_it_is_of(tmp_path):
+    """And there is none of one: not of a feature, not over features, not as a bar."""
+    one = results(lines_of("rubric", [(7, 3, None, 1), (7, 9, None, None)]))
+    assert one["overall"]["rubric"]["mean"] is None and one["features"]["7"]["rubric"]["mean"] is None
+    page = report.write(tmp_path / "features" / "judge", "features", "judge", one).read_text()
+    assert page.count("too few answers (1)") == 2 and "1.00" not in page
+    assert report.compared(tmp_path / "features" / "judge", "features", one["overall"])[0][1] == "too few answers (1)"
+    two = results([*lines_of("rubric", [(7, 3, None, 1), (7, 9, None, 2)]), *lines_of("detect", [(7, 3, 1, 1), (7, 0, 0, 0)])])
+    assert report.compared(tmp_path, "features", two["overall"])[0][1:3] == ("1.50 (2 answers, 1 feature)",
+                                                                            "1.00 (2 answers, 1 feature)")
+    assert "1.50 (2 answers)" in report.write(tmp_path / "features" / "judge", "features", "judge", two).read_text()
+    many = results(lines_of("rubric", [(f, 3, None, f) for f in range(3)]))
+    assert many["overall"]["rubric"]["mean"] == 1.0 and many["overall"]["rubric"]["answers"] == 3, "one answer each will do"
+
+
+def test_given_explanations_and_single_answers_are_in_the_report(tmp_path):
+    lines = [line | {"raw": ["so: 2", "<b>2"], "prompt": f"Is it {HOSTILE}?", "trouble": "", "id": str(i)} for i, line in
+             enumerate(lines_of("rubric", [(7, 3, None, 2), (7, 9, None, None), (8, 1, None, 0)]))]
+    found = results(lines, {7: f"vowels {HOSTILE}", 9: "nobody asked"})
+    assert list(found["features"]) == ["7", "8"] and "explanation" not in found["features"]["8"]
+    page = report.write(tmp_path, "features", "judge", found, lines).read_text()
+    assert "vowels =HYPERLINK" in page and "<script" not in page
+    for number, answers in (("7", 2), ("8", 1)):
+        assert f'<a href="answers/{number}.html">{number}</a>' in page
+        single = (tmp_path / "answers" / f"{number}.html").read_text()
+        assert single.count("<summary>") == answers and "&lt;script&gt;alert(1)" in single and "<script" not in single
+        assert "&lt;b&gt;2" in single and "../report.html" in single
+    assert all(word in (tmp_path / "answers" / "7.html").read_text() for word in ("vowels", "unscored"))
+    assert load_explanations(tmp_path / "results.json") == {7: f"vowels {HOSTILE}"}
+    assert scores_in(tmp_path / "answers.jsonl") == {}, "of one answer each"
+    assert scores_in(tmp_path / "nowhere" / "answers.jsonl") == {}
+    report.write(tmp_path, "features", "judge", results(lines_of("rubric", [(7, 3, None, 2), (7, 9, None, 3)])))
+    assert scores_in(tmp_path / "results.json") == {7: "rubric 2.50 of 3, 2 answers"}
+    (tmp_path / "results.json").write_text('{"features": {"7": {"rubric": {"mean": 1}}}}')
+    with pytest.raises(JudgeError, match="another version"):
+        scores_in(tmp_path / "results.json")
 
 
 def test_reports_are_text_and_pictures(tmp_path):

@@ -8,12 +8,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from saejax.base.records import RunPaths
 from saejax.config import default_config, resolve
 from saejax.config.recipes import RECIPES
+from saejax.pages import plots
 from saejax.pages.plots import curves
-from saejax.pages.report import html, write_report
+from saejax.pages.report import html, loss_parts, write_report
 from saejax.pages.summary import Rates, Result, described, table
 
 HOSTILE = "</td></table><script>alert(1)</script><img src=x onerror=alert(2)>\"'{{ 7 * 7 }}"
@@ -86,6 +88,49 @@ def test_pictures_hold_no_script_and_no_text(tmp_path, evaluation):
     assert len(pictures) == 2 * 10  # loss, L0, variance, dead, learning rate, rate, MFU, memory, waiting, histogram; two themes
     for svg in pictures:
         assert "<script" not in svg and "<text" not in svg and "onload" not in svg and "foreignObject" not in svg
+
+
+def loss_line(kind: str, **terms) -> dict:
+    """A metric line of a kind whose loss is put together as its objective says."""
+    aux, mse = terms.get("aux", 0.0), terms["mse"]
+    own = sum(terms.get(name, 0.0) * terms.get(f"{name}_coefficient", 0.0) for name in ("l1", "sparsity"))
+    loss = mse / 0.5 + aux / 32 if kind == "topk" else mse + own + terms.get("gate_error", 0.0) + 0.5 * aux / 32
+    return {"step": 1, "tokens_seen": 1, "loss": loss, **terms}
+
+
+@pytest.mark.parametrize("kind, terms, expected", [
+    ("topk", {"mse": 0.06, "aux": 1.0}, {"reconstruction": 0.12, "auxk": 1 / 32}),
+    ("relu", {"mse": 0.3, "l1": 4.0, "l1_coefficient": 0.1}, {"reconstruction": 0.3, "penalty": 0.4}),
+    ("relu", {"mse": 0.3, "l1": 4.0, "l1_coefficient": 0.1, "aux": 1.0},
+     {"reconstruction": 0.3, "penalty": 0.4, "auxk": 1 / 64}),
+    ("gated", {"mse": 0.3, "l1": 4.0, "l1_coefficient": 0.1, "gate_error": 0.2},
+     {"reconstruction": 0.3, "penalty": 0.4, "gate": 0.2}),
+    ("jumprelu", {"mse": 0.3, "sparsity": 2.0, "sparsity_coefficient": 0.1}, {"reconstruction": 0.3, "penalty": 0.2})])
+def test_the_parts_of_the_loss_add_up(kind, terms, expected):
+    line = loss_line(kind, **terms)
+    found = loss_parts(resolve(default_config(kind)).sae, line)
+    assert found == pytest.approx(expected) and sum(found.values()) == pytest.approx(line["loss"])
+    assert loss_parts(resolve(default_config(kind)).sae, line | {"mse": HOSTILE}) == {}
+
+
+def test_a_log_axis_stays_log_where_some_are_zero(monkeypatch):
+    scales = []
+    monkeypatch.setattr(plots, "_plot", lambda title, draw: [draw(axes := Figure().add_subplot(), plots._THEMES["light"]),
+                                                            scales.append(axes.get_yscale())])
+    for ys in ([1.0, 0.1], [0.0, 0.1], [0.0, 0.0]):
+        plots.line_plot("t", [plots.Curve("c", [0.0, 1.0], ys)], log=True)
+    assert scales == ["log", "log", "linear"]
+
+
+def test_auxk_near_one_is_put_in_words(tmp_path, evaluation):
+    near, far = ([line | {"aux": value} for line in lines()] for value in (1.001, 0.4))
+    assert "AuxK is 1.00 at the end" in html(result(tmp_path, evaluation), near)
+    assert "AuxK is" not in html(result(tmp_path, evaluation), far) + html(result(tmp_path, evaluation), lines())
+
+
+def test_silent_says_on_how_many_tokens(tmp_path, evaluation):
+    assert re.search(r"silent on held-out text +1\.50 % \(1,000 tokens\)", table([result(tmp_path, evaluation)]))
+    assert "1.50 % (1,000 tokens)" in html(result(tmp_path, evaluation), lines())
 
 
 @pytest.mark.parametrize("n", [1, 2, 1499, 1500, 1501, 3000, 3001, 3002])

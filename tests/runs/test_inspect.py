@@ -34,14 +34,36 @@ def flip(file, at=-100):
 
 def test_every_kind_is_recognised_and_verifies(original, capsys):
     step = newest(original)
-    for path, kind in ((original, "run"), (original / "store", "activation store"), (step, "checkpoint step"),
-                       (original / "release", "release")):
+    for path, kind, whole in ((original, "run", False), (original / "store", "activation store", True),
+                              (step, "checkpoint step", True), (original / "release", "release", False)):
         assert main(["inspect", str(path)]) == 0
         out = capsys.readouterr().out
-        assert out.startswith(f"{path}: {kind}\n") and out.endswith("  verifies\n")
+        assert out.startswith(f"{path}: {kind}\n") and out.endswith("  verifies\n" if whole else "but for what was not read\n")
     assert main(["inspect", "--json", str(original / "store")]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["verifies"] and facts["hookpoints"] == {tiny.HOOKPOINT: tiny.D_IN} and facts["rows"] == 4096
+
+
+def test_what_has_no_digest_is_named(run, capsys):
+    """All files below a run are read, or named as not read."""
+    for name in ("neurons/neurons.parquet", "judging/features/me/answers.jsonl", "dashboard/index.html", "store/acts/more",
+                 "checkpoints/corrupt-7/state", "features/progress/state.npz"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("x")
+    assert main(["inspect", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)["not_read"]
+    assert {"neurons/", "judging/", "dashboard/", "store/acts/more", "checkpoints/corrupt-7/", "features/", "metrics.jsonl",
+            "release/README.md"} <= set(said)
+    assert not [name for name in said if name.startswith(("config.json", "store/tokens", f"checkpoints/{newest(run).name}"))]
+    for file in (f for f in run.rglob("*") if f.is_file()):
+        name = file.relative_to(run).as_posix()
+        if not any(name == one or (one.endswith("/") and name.startswith(one)) for one in said):
+            before = file.read_bytes()
+            if before and name.startswith(("store/", "release/sae_weights")):  # cfg.json and config.json are only parsed
+                flip(file, len(before) // 2)
+                assert main(["inspect", str(run)]) == 2, f"{name} is neither read nor named"
+                file.write_bytes(before)
+    assert main(["inspect", str(run)]) == 0 and "not read         " in capsys.readouterr().out
 
 
 def test_every_bad_file_of_a_store_is_named(run, capsys):

@@ -51,7 +51,9 @@ def test_the_fifteen_lines(s, run, model_and_text, alive, tmp_path):
     assert len(sets) > 0 and str(sets).splitlines()[-1] == sets.note and sets.note.startswith("above chance: best score ")
     assert sets.note in sets._repr_html_() and s.search(TEXT).note == ""
     assert len(s.steer("the", {alive: 5, (alive + 1) % 64: 2}, samples=2, seed=1, tokens=4)) == 4
-    assert len(s.attribute("the cat", "a", "b").position_P) > 0
+    found = s.attribute("the cat", "a", "b", ablate=5)
+    frame = found.to_pandas()
+    assert frame.ablation.notna().sum() == 5 and frame.attribution.sum() == pytest.approx(found.sums["sum"])
     with s.spliced(error=True):
         assert s.lm(TEXT).shape[0] == 12
     theirs = saejax.open(convert_to(run, tmp_path / "layers.1", "sparsify"), model=str(model_and_text[0]), text=s.text)
@@ -117,6 +119,7 @@ def test_a_text_is_compiled_once_for_each_shape(s):
     (lambda s: s.steer("a", {3: 1}, values=True, samples=0), SteeringError, "samples=0"),
     (lambda s: s.steer("a", {3: 1}, values=True, positions="first"), SteeringError, "position first"),
     (lambda s: s.attribute("a", "b", "b"), PromptError, "against itself"),
+    (lambda s: s.attribute("a", "b", ablate=-1), SteeringError, "ablate=-1"),
     (lambda s: s.attribute("a", 3), PromptError, "3 is 0 tokens"),
     (lambda s: s.index["3"], FeatureIndexError, "'3': expected the number"), (lambda s: s.index[1:3], FeatureIndexError, "slice"),
     (lambda s: s.index[True], FeatureIndexError, "True: expected"),

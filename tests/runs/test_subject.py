@@ -107,14 +107,18 @@ def test_commands_on_files(run, forms, model_and_text, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["rows"] == 1024
     assert main(["dashboard", source, f"--index={index}"]) == 0 and (tmp_path / "dashboard" / "index.html").is_file()
     capsys.readouterr()
-    assert main(["search", "prompt", source, "the cat", "--max-density=1", *where, f"--index={index}"]) == 0
+    named = where[:2]  # no text is read from here on
+    assert main(["search", "prompt", source, "the cat", *where, f"--index={index}"]) == 2
+    assert "unknown option --text" in capsys.readouterr().err
+    assert main(["search", "prompt", source, "the cat", "--max-density=1", *named, f"--index={index}"]) == 0
     assert "fires on: " in capsys.readouterr().out
     alive = int(FeatureIndex.open(index).column("max").argmax())
-    steered = ["steer", source, *where, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
+    steered = ["steer", source, *named, f"--index={index}", "--prompt=the cat", f"--feature={alive}", "--tokens=4"]
     assert main([*steered, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 3
-    assert main(["attribute", source, *where, f"--index={index}", "--prompt=the cat", "--token=a", "--pairs=3", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pairs"] == 3
+    attributed = ["attribute", source, *named, f"--index={index}", "--prompt=the cat", "--token=a", "--ablate=random:3"]
+    assert main([*attributed, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["agreement"]["pairs"] == 3
     judged = ["judge", source, *where, f"--index={index}", f"--judge=csv:{tmp_path / 'sheets'}", f"--features={alive}"]
     assert main([*judged, "--do=explain"]) == 0 and (tmp_path / "sheets" / "round_1.html").is_file()
     capsys.readouterr()
@@ -152,7 +156,7 @@ def counted(monkeypatch):
     (["features", "RUN"], (1, 1, 1)), (["dashboard", "RUN"], (1, 0, 1)), (["eval", "RUN"], (1, 0, 0)),
     (["eval", "RUN", "--contexts=3"], (1, 1, 0)), (["release", "RUN"], (1, 0, 0)),
     (["steer", "RUN", "--prompt=a", "--feature=ALIVE", "--tokens=2"], (1, 1, 1)),
-    (["attribute", "RUN", "--prompt=the cat", "--token=a", "--pairs=2"], (1, 1, 1)),
+    (["attribute", "RUN", "--prompt=the cat", "--token=a", "--ablate=top:2"], (1, 1, 1)),
     (["neurons", "RUN", "--tokens=320"], (1, 1, 0)), (["run", "RUN"], (1, 1, 0))])
 def test_every_part_is_opened_once(run, counted, command, expected, capsys):
     alive = str(int(FeatureIndex.open(run / "features").column("max").argmax()))

@@ -1,13 +1,13 @@
 """`saejax attribute`: which features of a prompt speak for its next token."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, path, places, value
+from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, ablated, path, places, value
 
-_SHOWN = 15
+_SHOWN, _TOP = 15, 50
+_SAID = {"all": "", "random": ", drawn at random"}
 
 
 @dataclass(frozen=True)
@@ -16,49 +16,63 @@ class Options(Json, IndexOptions, SubjectOptions):
     prompt: str | None = value("what the token follows", "TEXT", required=True)
     token: str | None = value("a next token; a leading blank often matters", "TOKEN", required=True)
     against: str | None = value("another one (default: the mean logit)", "TOKEN")
-    pairs: int | None = value("ablate N of the active pairs of token and feature, drawn at random (default: all)", "N", count)
+    ablate: tuple[str, int] | None = value(
+        "what is ablated: top:N: of features at tokens, and errors, the N of the largest attribution (default top:50); random:N: "
+        "N features at tokens, for the correlation, beside those shown; all", "WHICH", ablated)
     html: Path | None = value("write a page, too", "FILE", path)
 
 
 def run(options: Options) -> int:
-    """Prints the pairs of token and feature that speak most for a next token, with what ablating them does."""
-    import numpy as np
-
+    """Prints what speaks most for a next token, features and errors at tokens, and what ablating it does."""
     from saejax.base.storage import is_writer
     from saejax.base.text import visible
     from saejax.cli.subjects import one_subject
-    from saejax.features.effects.attribution import ablate, agreement, attribute
+    from saejax.features.effects.attribution import agreement, attribute
     from saejax.pages import effects
     from saejax.pages.dashboard import beside
     subject = one_subject(options, mesh=None)
-    lm_, sae = subject.lm, subject.sae
     index = subject.index_if_any()
-    found = attribute(lm_, sae, options.prompt, options.token, options.against)
-    total, wanted = len(found.position_P), options.pairs or math.inf
-    chosen = None if wanted >= total else np.sort(np.random.default_rng(0).choice(total, wanted, replace=False))
-    found = ablate(lm_, sae, found, chosen)
+    found = attribute(subject.lm, subject.sae, options.prompt, options.token, options.against)
+    found, sample = _ablated(subject, found, options)
     if not is_writer():
         return 0
-    labels = {} if index is None else {int(f): index.fires_on(int(f)) for f in np.unique(found.feature_P[found.best(100)])}
+    said = None if sample is None else agreement([found], [sample])
+    named = {found.part(p).feature for p in found.largest(100)} - {None}
+    labels = {} if index is None else {feature: index.fires_on(feature) for feature in named}
     if options.html:
-        effects.write_attribution(options.html, lm_, found, title=f"{subject.name}: {options.prompt}",
+        effects.write_attribution(options.html, subject.lm, found, title=f"{subject.name}: {options.prompt}", said=said,
                                   labels=labels, dashboard=None if index is None else beside(index))
-    said, text = agreement([found]), lm_.tokenizer.token_strings(found.tokens_T)
-    best = [{"position": int(found.position_P[p]), "token": text[found.position_P[p]], "feature": int(found.feature_P[p]),
-             "activation": float(found.activation_P[p]), "attribution": float(found.attribution_P[p]),
-             "ablation": float(found.ablation_P[p]) if np.isfinite(found.ablation_P[p]) else None}
-            for p in found.best(total if options.json else _SHOWN)]
     if options.json:
-        print(json.dumps({"difference": found.difference, **said, "found": best}))
+        print(json.dumps({"difference": found.difference, "sums": found.sums, "agreement": said,
+                          "found": [part._asdict() for part in found.parts()]}))
         return 0
-    print(f"logit difference {found.difference:.4g}; {total:,} active pairs of token and feature, {said['pairs']:,} ablated")
-    for one in best:
-        ablation = "" if one["ablation"] is None else f"{one['ablation']:.4g}"
-        print(f"{one['feature']:>8}  attribution {one['attribution']:>10.4g}  ablation {ablation:>10}  activation "
-              f"{one['activation']:>9.4g}  token {one['position']} {visible(one['token'])}  {labels.get(one['feature'], '')}")
-    print(f"correlation with the ablation: attribution {_shown(said['attribution'])}, activation "
-          f"{_shown(said['activation'])}")
+    print(f"{found.summary}\n{len(found.position_P):,} active pairs of token and feature")
+    for part in map(found.part, found.largest(_SHOWN)):
+        name, active = (part.kind, "") if part.feature is None else (part.feature, f"{part.activation:.4g}")
+        print(f"{name:>8}  attribution {part.attribution:>10.4g}  ablation {part.ablation:>10.4g}  activation {active:>9}  "
+              f"token {part.position} {visible(part.token)}  {labels.get(part.feature, '')}".rstrip())
+    if said is not None:
+        print(f"correlation with the ablation over {said['pairs']:,} pairs{_SAID[options.ablate[0]]}: attribution "
+              f"{_shown(said['attribution'])}, activation {_shown(said['activation'])}")
     return 0
+
+
+def _ablated(subject, found, options: Options):
+    """(with ablations, the pairs that the correlation is over or None): what is shown is ablated in any case."""
+    import numpy as np
+
+    from saejax.features.effects.attribution import ablate, drawn
+    from saejax.pages.effects import ROWS
+    (way, n), sample = options.ablate or ("top", _TOP), None
+    wanted = found.largest(ROWS if options.html else _SHOWN)
+    if way == "all":
+        wanted, sample = None, np.arange(len(found.position_P))
+    elif way == "top":
+        wanted = found.largest(max(n, len(wanted)))
+    else:
+        sample = drawn(found, n)
+        wanted = np.union1d(wanted, sample)
+    return ablate(subject.lm, subject.sae, found, wanted), sample
 
 
 def _shown(value: float | None) -> str:
@@ -68,5 +82,6 @@ def _shown(value: float | None) -> str:
 JOB = Job(
     "attribute", "act", "which features of a prompt speak for its next token, by attribution and by ablation", """
     Reads a run, or any files that saejax.load reads, and the language model; prints attribution and ablation of features at
-    tokens for logit(token) - logit(against), and how the two correlate; writes nothing but the page of --html.
+    tokens, and of what the SAE misses there (error), for logit(token) - logit(against), and what features, error, bias and BOS
+    add up to; writes nothing but the page of --html.
     """, "saejax attribute runs/demo --prompt='The capital of France is' --token=' Paris' --against=' Rome'", Options, run)

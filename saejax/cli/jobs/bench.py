@@ -5,9 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from saejax.bench.options import BenchOptions
-from saejax.cli.options import Job, Json, count, path, places, value
+from saejax.cli.options import Job, Json, count, path, places, refuse, value
 
 _D = BenchOptions()
+_USERS = {("kind", "compute_dtype"): ("step", "devices"), ("batch", "d_sae", "k", "steps"): ("selection", "step", "devices"),
+          ("d_in",): ("step", "devices", "reader"), ("devices",): ("devices",), ("megabytes",): ("reader",),
+          ("model", "source", "hookpoint", "tokens"): ("harvest",)}  # options of some benchmarks only
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class Options(Json):
 def run(options: Options) -> int:
     """The job."""
     from saejax.bench import run as bench
+    only = set(options.only.split(","))
+    for names, users in _USERS.items():
+        if not only & set(users):
+            refuse("bench", options, names, f"without {' or '.join(users)} in --only")
     given = {name: value for name, value in asdict(options).items() if hasattr(_D, name) and value != getattr(_D, name)}
     result = bench.run(given, options.threads, options.out)
     print(json.dumps(result) if options.json else bench.markdown(result))

@@ -1,10 +1,10 @@
 """`saejax dashboard`: the static site of an index."""
 
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-from saejax.cli.options import IndexOptions, Job, SubjectOptions, path, places, switch, value
+from saejax.cli.options import IndexOptions, Job, SubjectOptions, path, places, refuse, switch, value
 
 _FIGURES = ("SAE", "hookpoint", "step", "L0", "explained variance", "CE recovered", "silent on held-out text")
 
@@ -13,7 +13,8 @@ _FIGURES = ("SAE", "hookpoint", "step", "L0", "explained variance", "CE recovere
 class Options(IndexOptions, SubjectOptions):
     paths: tuple[str, ...] = places("SAE_OR_INDEX", "one SAE or one index", most=1)
     explanations: Path | None = value('what somebody says of features, to show and to search: JSON lines {"feature": 12, '
-                                      '"explanation": "..."}, or the answers.jsonl of saejax judge', "FILE", path)
+                                      '"explanation": "..."}, or the answers.jsonl or results.json of saejax judge, with its '
+                                      'scores', "FILE", path)
     map: bool = switch("a picture of all features by UMAP: near are those of like decoder directions (needs pip install "
                        "'saejax[umap]')")
     out: Path | None = value("where to write (default dashboard/ beside the index)", "DIR", path)
@@ -23,7 +24,7 @@ def run(options: Options) -> int:
     """The job, of an index, or of a subject that has one; of a run also with the run's figures."""
     from saejax.base.records import RunPaths
     from saejax.base.storage import is_writer
-    from saejax.cli.subjects import explanations, one_subject
+    from saejax.cli.subjects import one_subject
     from saejax.features.compare.picture import plane
     from saejax.features.index.build import is_index
     from saejax.features.index.reader import FeatureIndex
@@ -31,6 +32,7 @@ def run(options: Options) -> int:
     from saejax.pages.report import LINK, link_dashboard
     given = Path(options.paths[0])
     if is_index(given) and not RunPaths(given).config.is_file():
+        refuse("dashboard", options, ("index", *(f.name for f in fields(SubjectOptions))), f"as {given} is an index")
         subject, index, figures, title = None, FeatureIndex.open(given), [], given.absolute().parent.name
     else:
         subject = one_subject(options)
@@ -40,7 +42,7 @@ def run(options: Options) -> int:
     links = [LINK] if beside.report.is_file() else []
     if is_writer():
         places_F2 = plane(index) if options.map else None
-        page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=explanations(options),
+        page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=_said(options),
                                places_F2=places_F2)
         if out.name == beside.dashboard.name:
             link_dashboard(beside)
@@ -48,6 +50,16 @@ def run(options: Options) -> int:
         if subject is not None:
             print(f"next     {_next(subject, index)}")
     return 0
+
+
+def _said(options: Options) -> dict[int, str]:
+    """Explanations, each with the judge's score where the file is a judge's."""
+    from saejax.cli.subjects import explanations
+    from saejax.judging.record import ANSWERS
+    from saejax.judging.scores import RESULTS, scores_in
+    said, file = explanations(options), options.explanations
+    scores = scores_in(file) if file is not None and file.name in (ANSWERS, RESULTS) else {}
+    return {feature: f"{text} ({scores[feature]})" if feature in scores else text for feature, text in said.items()}
 
 
 def _next(subject, index) -> str:

@@ -3,11 +3,11 @@
 import json
 from dataclasses import dataclass
 
-from saejax.cli.options import ConfigOptions, DistributedOptions, Job, Json, SubjectOptions, count, places, value
+from saejax.cli.options import ConfigOptions, CorpusOptions, DistributedOptions, Job, Json, SubjectOptions, count, places, value
 
 
 @dataclass(frozen=True)
-class Options(Json, SubjectOptions, ConfigOptions, DistributedOptions):
+class Options(Json, SubjectOptions, CorpusOptions, ConfigOptions, DistributedOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE")
     contexts: int | None = value("held-out contexts, instead of the run's config.eval.contexts", "N", count)
 

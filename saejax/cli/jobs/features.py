@@ -9,6 +9,7 @@ from saejax.base.errors import ConfigError
 from saejax.cli.options import (
     BASELINES,
     SPLITS,
+    CorpusOptions,
     DistributedOptions,
     Job,
     Json,
@@ -16,6 +17,7 @@ from saejax.cli.options import (
     count,
     path,
     places,
+    refuse,
     switch,
     value,
 )
@@ -24,7 +26,7 @@ NEURONPEDIA = "neuronpedia"
 
 
 @dataclass(frozen=True)
-class Options(Json, SubjectOptions, DistributedOptions):
+class Options(Json, SubjectOptions, CorpusOptions, DistributedOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE")
     tokens: int | None = value("index the first N tokens (default: all of the store, or 1,000,000)", "N", count)
     split: str | None = value("a split of the text, through the language model, instead of the store", "SPLIT", choices=SPLITS)
@@ -46,6 +48,10 @@ def run(options: Options) -> int:
     from saejax.features.index.build import BuildOptions, build
     from saejax.runs import missing
     from saejax.runs.baseline import baseline_of, home_of
+    if options.split is not None or options.baseline == "neurons":
+        refuse("features", options, ("store",), "where the text goes through the language model")
+    elif options.store is not None and not options.export:
+        refuse("features", options, ("text", "context"), "where the store is indexed: give --split, or no --store")
     found = subjects(options)
     if len(found) > 1 and options.out is not None:
         raise ConfigError(f"saejax features: --out={options.out} takes one run; index them one by one")

@@ -1,4 +1,4 @@
-"""`saejax inspect`: what a directory is, and whether every byte of it verifies."""
+"""`saejax inspect`: what a directory is, whether all of it that has a digest verifies, and what has none."""
 
 import json
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ def run(options: Options) -> int:
 
 JOB = Job(
     "inspect", "operate", "say what a store, run, checkpoint or release is, and verify it", """
-    Reads everything under PATH and checks it against its digests; writes nothing. Exit code 0 when all of it verifies, 2 when
-    not, with one line for every file or array that does not.
+    Reads everything under PATH that has a digest and checks it: stores, checkpoints, releases, indices, of a sweep those of all
+    its SAEs; writes nothing. Names what it did not read: dashboards, reports, logs, answers of judges, neurons have no digests
+    (config.json and cfg.json have none either; they are parsed).
+    Exit code 0 when all that was read verifies, 2 when not, with one line for every file or array that does not.
     """, "saejax inspect runs/demo", Options, run)

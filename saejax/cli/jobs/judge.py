@@ -7,6 +7,7 @@ from pathlib import Path
 from saejax.base.errors import ConfigError
 from saejax.cli.options import (
     BASELINES,
+    CorpusOptions,
     IndexOptions,
     Job,
     Json,
@@ -16,6 +17,7 @@ from saejax.cli.options import (
     number,
     path,
     places,
+    refuse,
     value,
     words,
 )
@@ -24,7 +26,7 @@ _DEFAULT = ("explain", "rubric", "detect")
 
 
 @dataclass(frozen=True)
-class Options(Json, IndexOptions, SubjectOptions):
+class Options(Json, IndexOptions, SubjectOptions, CorpusOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
     judge: str | None = value("http://localhost:8000/v1: an OpenAI-compatible endpoint, whose key, if it needs one, is read from "
                               "the environment variable SAEJAX_JUDGE_KEY and written nowhere; local:MODEL: a language model that "
@@ -55,25 +57,32 @@ def run(options: Options) -> int:
         raise ConfigError(f"--do={','.join(options.do)}: {', '.join(map(repr, unknown))} is none of {', '.join(TASKS)}")
     if (options.features is None) == (options.sample is None):
         raise ConfigError("saejax judge: give the features to judge, as --features=1,2,3, or how many to draw, as --sample=50")
+    if not options.judge.startswith(("http:", "https:")):
+        refuse("judge", options, ("judge_model", "concurrency", "timeout"), "on a judge that is no endpoint")
+    if "rubric" not in options.do:
+        refuse("judge", options, ("draw",), "without rubric in --do")
+    if set(options.do) == {"explain"}:
+        refuse("judge", options, ("explanations",), "where nothing but explanations is asked for")
     subject = one_subject(options)
     subject.require(*[missing.INDEX] if subject.index_home is None else [], text=options.store is None)
     who = judge_of(options.judge, subject, model=options.judge_model, concurrency=options.concurrency, timeout=options.timeout)
     asked = Asked(tuple(dict.fromkeys(options.do)), options.features, options.sample, options.draw or 0, options.explanations,
                   options.baseline)
-    record, name, trouble = judge(subject, who, asked, options.out)
-    _report(record, name, who.name, options.json)
-    if trouble is not None:
-        raise trouble
+    found = judge(subject, who, asked, options.out)
+    _report(found, who.name, options.json)
+    if found.trouble is not None:
+        raise found.trouble
     return 0
 
 
-def _report(record, subject: str, who: str, as_json: bool) -> None:
+def _report(found, who: str, as_json: bool) -> None:
     from saejax.judging.scores import results
     from saejax.pages import judged
-    if not record.lines:
+    record, subject, lines = found.record, found.name, list(found.record.lines.values())
+    if not lines:
         return
-    values = results(record.lines.values())
-    page = judged.write(record.folder, subject, who, values)
+    values = results(lines, found.explanations)
+    page = judged.write(record.folder, subject, who, values, lines)
     if as_json:
         print(json.dumps(values))
         return
@@ -90,7 +99,8 @@ def _report(record, subject: str, who: str, as_json: bool) -> None:
 JOB = Job(
     "judge", "understand", "how specific features are and how well they can be explained, by a model or by people", """
     Reads an SAE, its index (`saejax features`) and its store or language model; writes prompts, raw answers and scores to
-    judging/ beside the index, as RUN/judging/features/JUDGE: answers.jsonl, results.json, report.html. Says how many questions
+    judging/ beside the index, as RUN/judging/features/JUDGE: answers.jsonl, results.json, report.html, answers/ (pages of single
+    answers). Says how many questions
     there are, then asks those that have no answer yet: the same command again goes on, other features are added.
     docs/how-to/judging.md describes methods and files.
     """, "saejax judge runs/demo --judge=http://localhost:11434/v1 --judge-model=qwen3:8b --sample=50", Options, run)

@@ -4,13 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from saejax.cli.options import SPLITS, Job, Json, SubjectOptions, count, path, places, value
+from saejax.cli.options import SPLITS, CorpusOptions, Job, Json, SubjectOptions, count, path, places, refuse, value
 
 NEURONS = "neurons"
 
 
 @dataclass(frozen=True)
-class Options(Json, SubjectOptions):
+class Options(Json, SubjectOptions, CorpusOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE", most=1)
     tokens: int = value("of the text", "N", count, default=200_000)
     sample: int | None = value("features, at random (default: all, or as many as fit in 1 GiB, 8 bytes a pair)", "N", count)
@@ -25,6 +25,7 @@ def run(options: Options) -> int:
     from saejax.features.compare import neurons
     from saejax.features.index import corpus
     from saejax.runs import missing
+    refuse("neurons", options, ("store",), "as the text goes through the language model")
     subject = one_subject(options, mesh=None)
     subject.require(*[missing.OUT] if options.out is None and subject.run is None else [], text=True)
     path = options.out or subject.run / NEURONS

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saejax.base.errors import ConfigError
-from saejax.cli.options import ConfigOptions, DistributedOptions, Job, path, places, switch, value
+from saejax.cli.options import ConfigOptions, DistributedOptions, Job, path, places, refuse, switch, value
 
 CALIBRATION_ROWS = 65_536  # rows that --jumprelu measures its threshold on, or all that the store has
 
@@ -32,6 +32,8 @@ def run(options: Options) -> int:
         if not subject.trained_here:
             raise ConfigError(f"saejax release: {subject.source} is no run or checkpoint step; saejax convert writes other files")
         sae, step = subject.sae, subject.step_dir
+        if "threshold" not in sae.params.per_feature and subject.config.sae.kind != "topk":
+            refuse("release", options, ("jumprelu",), f"on a {subject.config.sae.kind} SAE, which has no threshold to measure")
         if options.jumprelu and subject.config.sae.kind == "topk":
             sae = with_one_threshold(step, subject.mesh, rows_ahead(subject))
         out = release(sae, options.out or RunPaths(subject.run).release, scalars(known(subject) or {}))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from saejax.base.errors import ConfigError, FeatureIndexError
-from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, number, path, places, switch, value
+from saejax.cli.options import IndexOptions, Job, Json, SubjectOptions, count, number, path, places, refuse, switch, value
 
 _TEXT = "Reads a run or any files of an SAE, {reads}; prints the features that fit best and writes nothing."
 _MODEL = "the language model, and the index (RUN/features or --index) where there is one"
@@ -80,6 +80,8 @@ def _found(find):
 
         from saejax.base.storage import is_writer
         from saejax.cli.subjects import one_subject
+        if getattr(options, "within", None):
+            refuse("search like", options, ("index",), "with --within: it is of the first SAE's features")
         subject = one_subject(replace(options, paths=options.paths[:1]))
         answer = find(subject, options)
         if not is_writer():

@@ -16,6 +16,7 @@ from saejax.cli.options import (
     numbers,
     path,
     places,
+    refuse,
     switch,
     value,
     whole,
@@ -55,6 +56,7 @@ def run(options: Options) -> int:
     from saejax.base.text import visible
     from saejax.cli.subjects import one_subject
     from saejax.features.effects import steering
+    _refused(options)
     subject = one_subject(options, mesh=None)
     changes = [steering.Change(), *_of_features(options, subject), *_of_vectors(options, subject)]
     if len(changes) == 1:
@@ -82,6 +84,19 @@ def run(options: Options) -> int:
     if options.html:
         print(f"page     {options.html}")
     return 0
+
+
+def _refused(options: Options) -> None:
+    """What is given without effect."""
+    if options.add_direction is None and options.positives is None and options.negatives is None:
+        refuse("steer", options, ("vector_scale",), "without --add-direction, or --positives and --negatives")
+    if options.temperature == 0 or (options.temperature is None and options.samples == 1):
+        refuse("steer", options, ("seed", "top_p", "samples"), "at temperature 0: the most likely token is taken")
+    only_ablated = options.ablate and not options.scale
+    if options.feature is not None and only_ablated and not options.values:
+        refuse("steer", options, ("max",), "where features are only ablated")
+    if not options.html and (only_ablated or options.feature is None or options.values or options.max is not None):
+        refuse("steer", options, ("index",), "where no maximum is read from it, and no page is written")
 
 
 def _effect(lm_, one) -> str:

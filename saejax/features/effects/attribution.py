@@ -1,15 +1,21 @@
-"""What the features of a prompt do to its next token: attribution from one gradient, ablation by running the model again.
+"""What the parts of a prompt do to its next token: attribution from one gradient, ablation by running the model again.
 
     attribution = a_i s d_i . grad_x (logit(target) - logit(against))      a feature at a token, all of them from one pass
-    ablation    = difference of the logits - the same with that feature at that token set to 0, the error kept
+    ablation    = difference of the logits - the same with that feature at that token set to 0, all else kept
 
 The first is the second to first order. Both are for one feature at one token; logits at the prompt's last token, gradient with
-respect to the value that the SAE reconstructs, at that token. Source: Templeton et al. 2024; Transformer Circuits update March
-2024.
+respect to the value that the SAE reconstructs, at that token. That value is the sum of features, the SAE's error and its bias,
+so that what they and the special tokens, which the SAE does not see, are given adds up:
+
+    sum over t of x_t . grad_t = features + error + bias + BOS
+
+Source: Templeton et al. 2024; Transformer Circuits update March 2024; error nodes: Marks et al. 2024 (Sparse Feature Circuits).
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,86 +43,191 @@ from saejax.sae.inference import SAE
 TOP = 10  # of the most ablating pairs, how many are among the most attributed
 
 
+class Part(NamedTuple):
+    """One part of the value at one token. kind: "feature", "error", "bias" or "BOS"; None: does not apply, was not measured."""
+
+    kind: str
+    position: int
+    token: str
+    feature: int | None
+    activation: float | None
+    attribution: float
+    ablation: float | None
+
+
 @dataclass(frozen=True)
 class Attribution:
-    """The P pairs (token, feature) that are active on a prompt, by token and then by feature; special tokens have none.
+    """The P pairs (token, feature) that are active on a prompt, by token and then by feature, and what else has part in it.
 
-    difference: logit(target) - logit(against) (without it: the mean logit). ablation: NaN where it was not measured.
+    difference: logit(target) - logit(against) (without it: the mean logit). error_T: (x - SAE(x)) . grad; bias_T: b_dec . grad,
+    with the row's mean and a skip connection where the SAE has them; both 0 at special tokens, which have no pairs, and whose
+    x . grad is special_T. ablation_P, error_ablation_T: NaN where it was not measured.
     """
 
     tokens_T: np.ndarray
+    text_T: tuple[str, ...]
     target: int
     against: int | None
     difference: float
+    error_T: np.ndarray
+    bias_T: np.ndarray
+    special_T: np.ndarray
+    error_ablation_T: np.ndarray
     position_P: np.ndarray
     feature_P: np.ndarray
     activation_P: np.ndarray
     attribution_P: np.ndarray
     ablation_P: np.ndarray
 
+    @property
+    def features_T(self) -> np.ndarray:
+        """Sum over the features of every token."""
+        return np.bincount(self.position_P, self.attribution_P, minlength=len(self.tokens_T))
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Attribution of all features, of the error, the bias and BOS (with it other special tokens), and their sum."""
+        out = {"features": self.attribution_P.sum(), "error": self.error_T.sum(), "bias": self.bias_T.sum(),
+               "BOS": self.special_T.sum()}
+        return {name: float(value) for name, value in (out | {"sum": sum(out.values())}).items()}
+
+    @property
+    def summary(self) -> str:
+        """The sums and the logit difference in a line."""
+        return ", ".join(f"{name} {value:.3g}" for name, value in self.sums.items()) + f"; logit difference {self.difference:.3g}"
+
     def __repr__(self) -> str:
-        return f"Attribution(logit difference {self.difference:.4g}, {len(self.position_P):,} active pairs of token and feature)"
+        return f"Attribution({self.summary}; {len(self.position_P):,} active pairs)"
 
     def best(self, n: int) -> np.ndarray:
         """The n pairs of the largest attribution, either sign."""
-        return np.argsort(-np.abs(self.attribution_P), kind="stable")[:n]
+        return _top(np.abs(self.attribution_P), n)
+
+    def largest(self, n: int) -> np.ndarray:
+        """The n parts of the largest attribution, either sign: p < P is a pair, P + t the error at token t."""
+        every = np.concatenate([self.attribution_P, self.error_T])
+        best = _top(np.abs(every), len(every))
+        return best[(best < len(self.position_P)) | (every[best] != 0)][:n]
+
+    def part(self, number: int) -> Part:
+        """A part as `largest` numbers them."""
+        pairs = len(self.position_P)
+        if number >= pairs:
+            t = int(number) - pairs
+            return Part("error", t, self.text_T[t], None, None, float(self.error_T[t]), _known(self.error_ablation_T[t]))
+        t = int(self.position_P[number])
+        return Part("feature", t, self.text_T[t], int(self.feature_P[number]), float(self.activation_P[number]),
+                    float(self.attribution_P[number]), _known(self.ablation_P[number]))
+
+    def parts(self) -> list[Part]:
+        """All of it, the largest first; the attributions add up to `sums["sum"]`."""
+        out = [self.part(number) for number in self.largest(len(self.position_P) + len(self.tokens_T))]
+        for kind, values_T in (("bias", self.bias_T), ("BOS", self.special_T)):
+            out += [Part(kind, t, self.text_T[t], None, None, float(v), None) for t, v in enumerate(values_T) if v]
+        return sorted(out, key=lambda part: -abs(part.attribution))
+
+    def to_pandas(self):
+        """`parts` as a `pandas.DataFrame`."""
+        import pandas
+        return pandas.DataFrame(self.parts(), columns=Part._fields).astype({"feature": "Int64"})
+
+
+def _known(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None
 
 
 def attribute(lm_: LM, sae: SAE, prompt: str, target: str, against: str | None = None) -> Attribution:
-    """Attribution of every active pair of a prompt, by one pass forward and one back.
+    """Attribution of every active pair of a prompt, of error, bias and special tokens, by one pass forward and one back.
 
     Raises `PromptError` for an empty or too long prompt and for a target of several tokens, `SteeringError` for an SAE that
-    does not fit the model. Memory beyond the model's pass: activations [T, F] once on device and host, decoder rows of the active
-    features.
+    does not fit the model. Memory beyond the model's pass: activations [T, F] twice on device, once on host, decoder rows of the
+    active features.
     """
     check_place(lm_, sae)
     tokens_T, ids = encoded(lm_, prompt), _ids(lm_, target, against)
-    last = len(tokens_T) - 1
+    last, unseen_T = len(tokens_T) - 1, special(lm_, tokens_T)
     difference, found, gradient = _gradient(lm_.model, padded(lm_, tokens_T), last, ids, sae.cfg.hookpoints, sae.cfg.targets)
-    x_TD = jnp.concatenate([found[name][0, :last + 1] for name in sae.cfg.hookpoints], axis=-1)
+    x_TD, y_TD = (jnp.concatenate([found[name][0, :last + 1] for name in names], axis=-1)
+                  for names in (sae.cfg.hookpoints, sae.cfg.targets))
     gradient_TD = np.concatenate([np.asarray(gradient[name])[0, :last + 1] for name in sae.cfg.targets], axis=-1)
-    acts_TF = sharding.to_host(sae.encode(x_TD)) * ~special(lm_, tokens_T)[:, None]
+    recon_TD, acts_TF = map(sharding.to_host, sae.reconstruct(x_TD))
+    value_T, error_T, bias_T = (_dot(rows_TD, gradient_TD) for rows_TD in (
+        y_TD, np.asarray(y_TD) - recon_TD, sharding.to_host(sae.offset(x_TD))))
+    acts_TF = acts_TF * ~unseen_T[:, None]
     position_P, feature_P = np.nonzero(acts_TF)
     activation_P = acts_TF[position_P, feature_P]
-    gradient_TD = gradient_TD * np.asarray(row_scales(sae, x_TD))
-    return Attribution(tokens_T, int(ids[0]), int(ids[1]) if against else None, float(difference), position_P, feature_P,
-                       activation_P, activation_P * _along(sae, gradient_TD, position_P, feature_P),
-                       np.full(len(position_P), np.nan))
+    along_P = _along(sae, gradient_TD * np.asarray(row_scales(sae, x_TD)), position_P, feature_P)
+    return Attribution(
+        tokens_T, tuple(lm_.tokenizer.token_strings(tokens_T)), int(ids[0]), int(ids[1]) if against else None, float(difference),
+        np.where(unseen_T, 0, error_T), np.where(unseen_T, 0, bias_T), np.where(unseen_T, value_T, 0),
+        np.full(len(tokens_T), np.nan), position_P, feature_P, activation_P, activation_P * along_P,
+        np.full(len(position_P), np.nan))
 
 
-def ablate(lm_: LM, sae: SAE, found: Attribution, pairs: np.ndarray | None = None, *, batch: int = 16,
+def _dot(rows_TD, gradient_TD: np.ndarray) -> np.ndarray:
+    """[T] float64: the outliers of a row are a thousand times what is left of the sum."""
+    return np.einsum("td,td->t", np.asarray(rows_TD, np.float64), gradient_TD.astype(np.float64))
+
+
+def ablate(lm_: LM, sae: SAE, found: Attribution, parts: np.ndarray | None = None, *, batch: int = 16,
            progress: bool = True) -> Attribution:
-    """`found` with the ablation of these pairs (None: of all): one pass through the layers above the SAE for each.
+    """`found` with the ablation of these parts, numbered as by `largest` (None: of all): one pass through the layers above the
+    SAE for each.
 
     Memory: a pass of `batch` copies of the prompt, of logits [batch, V]. Raises `SteeringError` for a crosscoder.
     """
     check_one_place(sae)
-    pairs = np.arange(len(found.position_P)) if pairs is None else np.asarray(pairs)
+    parts = found.largest(len(found.position_P) + len(found.tokens_T)) if parts is None else np.asarray(parts, np.int64)
     tokens, last, place = padded(lm_, found.tokens_T), len(found.tokens_T) - 1, sae.cfg.targets[0]
     clean = values(lm_.model, tokens, tuple({*sae.cfg.hookpoints, place}))
-    scale = np.broadcast_to(np.asarray(row_scales(sae, clean[sae.cfg.hookpoints[0]][0])), (tokens.shape[1], 1))
+    row_of = _rows(sae, found, clean[sae.cfg.hookpoints[0]][0, :last + 1], clean[place][0, :last + 1])
     ids = np.array([found.target, -1 if found.against is None else found.against], np.int32)
     run = functools.partial(_without, lm_.model, tokens, last, ids, clean[place], place=place)
     whole = float(run(np.zeros(batch, np.int32), np.zeros((batch, sae.cfg.spec.width_out), np.float32))[0])
-    ablation_P = found.ablation_P.copy()
-    with Progress("ablation", len(pairs), unit="pair", enabled=progress) as bar:
-        for start in range(0, len(pairs), batch):
-            part = pairs[start:start + batch]
-            room = batch - len(part)
-            position, size = found.position_P[part], found.activation_P[part, None] * scale[found.position_P[part]]
-            rows = size * rows_at(sae, sae.params.W_dec, found.feature_P[part])
+    ablation = np.concatenate([found.ablation_P, found.error_ablation_T])
+    with Progress("ablation", len(parts), unit="part", enabled=progress) as bar:
+        for start in range(0, len(parts), batch):
+            here = parts[start:start + batch]
+            room = batch - len(here)
+            position, rows = row_of(here)
             without = run(np.pad(position, (0, room)).astype(np.int32), np.pad(rows, ((0, room), (0, 0))).astype(np.float32))
-            ablation_P[part] = whole - np.asarray(without)[:len(part)]
-            bar.advance(len(part))
-    return replace(found, ablation_P=ablation_P)
+            ablation[here] = whole - np.asarray(without)[:len(here)]
+            bar.advance(len(here))
+    pairs = len(found.position_P)
+    return replace(found, ablation_P=ablation[:pairs], error_ablation_T=ablation[pairs:])
 
 
-def agreement(founds: list[Attribution]) -> dict:
-    """Over the pairs of all these prompts that were ablated: Pearson correlations with the ablation, of attribution and of
-    activation (None where one of them does not vary), and how many of a prompt's 10 pairs of the greatest ablation are among
-    the 10 of the greatest attribution, and of the highest activation, on average.
+def drawn(found: Attribution, n: int, seed: int = 0) -> np.ndarray:
+    """n of the pairs, or all where there are fewer, drawn at random: of these `agreement` says how they are in all."""
+    pairs = len(found.position_P)
+    return np.sort(np.random.default_rng(seed).choice(pairs, min(n, pairs), replace=False))
+
+
+def _rows(sae: SAE, found: Attribution, x_TD, y_TD) -> Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """parts [B] -> (positions [B], what each adds to the value there [B, D])."""
+    scale_T = np.broadcast_to(np.asarray(row_scales(sae, x_TD)), (len(found.tokens_T), 1))[:, 0]
+    error_TD, pairs = np.asarray(y_TD) - sharding.to_host(sae(x_TD)), len(found.position_P)
+
+    def row_of(parts):
+        is_pair = parts < pairs
+        chosen, token = parts[is_pair], parts[~is_pair] - pairs
+        position, rows = np.empty(len(parts), np.int64), np.empty((len(parts), error_TD.shape[1]), np.float32)
+        position[is_pair], position[~is_pair], rows[~is_pair] = found.position_P[chosen], token, error_TD[token]
+        if len(chosen):
+            size = found.activation_P[chosen] * scale_T[found.position_P[chosen]]
+            rows[is_pair] = size[:, None] * rows_at(sae, sae.params.W_dec, found.feature_P[chosen])
+        return position, rows
+
+    return row_of
+
+
+def agreement(founds: list[Attribution], pairs: list[np.ndarray] | None = None) -> dict:
+    """Over the pairs of all these prompts that were ablated, or over `pairs` of each (as from `drawn`): Pearson correlations with
+    the ablation, of attribution and of activation (None where one of them does not vary), and how many of a prompt's 10 pairs of
+    the greatest ablation are among the 10 of the greatest attribution, and of the highest activation, on average.
     """
-    parts = [tuple(x_P[np.isfinite(f.ablation_P)] for x_P in (f.activation_P, f.attribution_P, f.ablation_P)) for f in founds]
+    pairs = [np.flatnonzero(np.isfinite(f.ablation_P)) for f in founds] if pairs is None else pairs
+    parts = [(f.activation_P[p], f.attribution_P[p], f.ablation_P[p]) for f, p in zip(founds, pairs, strict=True)]
     activation, attribution, ablation = (np.concatenate(column) for column in zip(*parts, strict=True))
     shared = np.array([[len(np.intersect1d(_top(abs(p[2])), _top(abs(by)))) for by in (p[1], p[0])] for p in parts])
     return {"prompts": len(founds), "pairs": len(ablation), "attribution": _pearson(attribution, ablation),
@@ -124,8 +235,8 @@ def agreement(founds: list[Attribution]) -> dict:
             "top_by_activation": float(shared[:, 1].mean())}
 
 
-def _top(values_P: np.ndarray) -> np.ndarray:
-    return np.argsort(-values_P, kind="stable")[:TOP]
+def _top(values_P: np.ndarray, n: int = TOP) -> np.ndarray:
+    return np.argsort(-values_P, kind="stable")[:n]
 
 
 def _pearson(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -162,7 +273,7 @@ def _difference(model, tokens_BT, last, ids, taps) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("read", "written"))
 def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple[str, ...]):
-    """(difference, values [1, T, D] at `read`, gradient [1, T, D] at `written`)."""
+    """(difference, values [1, T, D] at `read` and `written`, gradient [1, T, D] at `written`)."""
     def forward(added):
         seen = {}
 
@@ -171,7 +282,7 @@ def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple
             return value + added[name].astype(value.dtype) if name in added else value
 
         taps = {name: functools.partial(tap, name) for name in {*read, *written}}
-        return _difference(model, tokens_1T, last, ids, taps)[0], {name: seen[name] for name in read}
+        return _difference(model, tokens_1T, last, ids, taps)[0], seen
 
     zero = {name: jnp.zeros((*tokens_1T.shape, width_of(model.cfg, name))) for name in written}
     (difference, found), gradient = jax.value_and_grad(forward, has_aux=True)(zero)
