@@ -9,6 +9,7 @@ from saejax.base.storage import write_bytes
 from saejax.base.text import visible
 from saejax.features.effects.attribution import Attribution, agreement
 from saejax.lm import LM
+from saejax.lm.token_text import joined
 from saejax.pages.dashboard import address_in
 from saejax.pages.templates import render
 
@@ -28,16 +29,23 @@ def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Se
 def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, labels: dict[int, str],
                       dashboard: Path | None = None) -> None:
     """labels: what is known of features, by number. dashboard: of these features, which pages link to. Raises `DiskError`."""
-    text = [visible(t) for t in lm_.tokenizer.token_strings(found.tokens_T)]
-    total_T = np.bincount(found.position_P, found.attribution_P, minlength=len(text))
-    pairs = [{"token": text[found.position_P[p]], "position": int(found.position_P[p]), "feature": int(found.feature_P[p]),
+    name = [visible(lm_.tokenizer.token(t)) for t in found.tokens_T]
+    total_T = np.bincount(found.position_P, found.attribution_P, minlength=len(name))
+    pairs = [{"token": name[found.position_P[p]], "position": int(found.position_P[p]), "feature": int(found.feature_P[p]),
               "activation": found.activation_P[p], "attribution": found.attribution_P[p], "ablation": found.ablation_P[p],
               "address": "" if dashboard is None else address_in(dashboard, int(found.feature_P[p]), file),
               "label": visible(labels.get(int(found.feature_P[p]), ""), 200)} for p in found.best(_ROWS)]
-    against = "the mean logit" if found.against is None else visible(lm_.tokenizer.decode([found.against]))
-    _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.decode([found.target])),
-           against=against, difference=found.difference, tokens=_tinted(text, total_T), pairs=pairs, said=agreement([found]),
+    against = "the mean logit" if found.against is None else visible(lm_.tokenizer.token(found.against))
+    _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.token(found.target)),
+           against=against, difference=found.difference, tokens=_tinted(*_characters(lm_, found.tokens_T, total_T)), pairs=pairs, said=agreement([found]),
            points=_points(found))
+
+
+def _characters(lm_: LM, tokens_T: np.ndarray, total_T: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """The text of the tokens and their totals; where several make one character, the first has it and the sum of their totals."""
+    sums_T = np.zeros(len(tokens_T))
+    np.add.at(sums_T, joined(lm_.tokenizer.pieces(tokens_T))[1], total_T)
+    return [*map(visible, lm_.tokenizer.token_strings(tokens_T))], sums_T
 
 
 def _tinted(text: list[str], total_T: np.ndarray) -> list[dict]:

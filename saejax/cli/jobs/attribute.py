@@ -43,7 +43,7 @@ def run(options: Options) -> int:
     if options.html:
         effects.write_attribution(options.html, lm_, found, title=f"{subject.name}: {options.prompt}",
                                   labels=labels, dashboard=None if index is None else beside(index))
-    said, text = agreement([found]), lm_.tokenizer.token_strings(found.tokens_T)
+    said, text = agreement([found]), [*map(lm_.tokenizer.token, found.tokens_T)]
     best = [{"position": int(found.position_P[p]), "token": text[found.position_P[p]], "feature": int(found.feature_P[p]),
              "activation": float(found.activation_P[p]), "attribution": float(found.attribution_P[p]),
              "ablation": float(found.ablation_P[p]) if np.isfinite(found.ablation_P[p]) else None}

@@ -202,7 +202,7 @@ def continuations(lm_: LM, sae: SAE, prompt: Text, changes: Sequence[Change], *,
     stops = [] if lm_.tokenizer.eos_id is None else [lm_.tokenizer.eos_id]
     rows = generate(lm_.model, [tokens_T.tolist()] * len(changes), tokens, sampling=sampling, seed=seed, stop_ids=stops,
                     taps=taps)
-    return [lm_.tokenizer.decode(row) for row in rows]
+    return ["".join(lm_.tokenizer.token_strings(row, begins=False)) for row in rows]
 
 
 @dataclass(frozen=True)

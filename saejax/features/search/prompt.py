@@ -36,7 +36,7 @@ def by_prompt(lm_: LM, sae: SAE, prompt: str, n: int = 10, *, last: int | None =
         acts_TF = np.divide(acts_TF, maxima, out=np.zeros_like(acts_TF), where=maxima > 0)
     best = np.argsort(-acts_TF.max(0), kind="stable")[:n]
     at = acts_TF.argmax(0)
-    return [Found(int(f), float(acts_TF[at[f], f]), f"token {at[f]} {lm_.tokenizer.decode([tokens_T[at[f]]])!r}")
+    return [Found(int(f), float(acts_TF[at[f], f]), f"token {at[f]} {lm_.tokenizer.token(tokens_T[at[f]])!r}")
             for f in best if acts_TF[at[f], f] > 0]
 
 
@@ -51,5 +51,5 @@ def by_attribution(lm_: LM, sae: SAE, prompt: str, target: str, baseline: str | 
     total_F = np.bincount(found.feature_P, found.attribution_P, minlength=sae.cfg.d_sae)
     most = {int(found.feature_P[p]): int(found.position_P[p]) for p in found.best(len(found.feature_P))[::-1]}
     best = np.argsort(-total_F, kind="stable")[:n]
-    return [Found(int(f), float(total_F[f]), f"most at token {most[f]} {lm_.tokenizer.decode([found.tokens_T[most[f]]])!r}")
+    return [Found(int(f), float(total_F[f]), f"most at token {most[f]} {lm_.tokenizer.token(found.tokens_T[most[f]])!r}")
             for f in best if total_F[f] > 0]

@@ -27,7 +27,7 @@ def by_text(index: FeatureIndex, text: str, n: int = 10) -> list[Found]:
             if interval == 0:
                 tokens = index.tokens_NT[context, max(0, position - 8):position + 4]
                 totals[feature] += 1
-                hits[feature] += wanted in "".join(map(index.token, tokens.tolist())).lower()
+                hits[feature] += wanted in "".join(index.texts(tokens)).lower()
     share = hits / np.maximum(totals, 1)
     best = np.lexsort((-hits, -share))[:n]
     return [Found(int(f), float(share[f]), f"{int(hits[f])} of {int(totals[f])} top contexts") for f in best if hits[f]]
