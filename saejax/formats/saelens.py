@@ -31,6 +31,11 @@ TRANSPOSED = ("W_enc", "W_skip")  # stored here the other way round
 SAELENS_VERSION = "6.54.12"  # the reader that releases are checked against; readers treat < 6 as an older layout
 
 
+def _begins_rows(bos: str | None) -> bool:
+    """Of `config.text.bos`."""
+    return bos is not None and bos.partition(":")[0] not in ("none", "doc")
+
+
 def is_release(path: Path) -> bool:
     """True for a directory that holds both files of a release."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
@@ -75,7 +80,7 @@ def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
         "apply_b_dec_to_input": cfg.pre_bias, "normalize_activations": cfg.input_norm,
         "reshape_activations": cfg.metadata.get("reshape", "none"),
         "metadata": {**theirs, "sae_lens_version": SAELENS_VERSION, "model_name": cfg.model, "hook_name": cfg.hookpoint,
-                     "hook_head_index": None, "context_size": text.get("context"), "prepend_bos": text.get("bos") == "row",
+                     "hook_head_index": None, "context_size": text.get("context"), "prepend_bos": _begins_rows(text.get("bos")),
                      "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": __version__,
                                 "weights_sha256": weights_sha256}},
     }

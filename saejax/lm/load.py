@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -59,6 +60,11 @@ class LM:
     digest: str
     revision: str | None = None
     card: Callable[["LM"], str] | None = field(default=None, repr=False, compare=False)  # HTML for notebooks, where one draws it
+
+    @functools.cached_property
+    def known_V(self) -> np.ndarray:
+        """bool [V]: which rows of the embedding belong to a token. Models have rows beyond their tokenizer, which mean nothing."""
+        return np.array(self.tokenizer.known(self.cfg.vocab_size))
 
     def tokens(self, text: prompts.Text) -> np.ndarray:
         """Token ids int32 [T] of a text, or these ids, with BOS before them, once, where the model has one.

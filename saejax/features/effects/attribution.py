@@ -41,7 +41,7 @@ TOP = 10  # of the most ablating pairs, how many are among the most attributed
 class Attribution:
     """The P pairs (token, feature) that are active on a prompt, by token and then by feature; special tokens have none.
 
-    difference: logit(target) - logit(against) (without it: the mean logit). ablation: NaN where it was not measured.
+    difference: logit(target) - logit(against) (without it: the mean logit of all tokens). ablation: NaN where it was not measured.
     """
 
     tokens_T: np.ndarray
@@ -72,7 +72,8 @@ def attribute(lm_: LM, sae: SAE, prompt: str, target: str, against: str | None =
     check_place(lm_, sae)
     tokens_T, ids = encoded(lm_, prompt), _ids(lm_, target, against)
     last = len(tokens_T) - 1
-    difference, found, gradient = _gradient(lm_.model, padded(lm_, tokens_T), last, ids, sae.cfg.hookpoints, sae.cfg.targets)
+    weight_V = _weights(lm_, *ids)
+    difference, found, gradient = _gradient(lm_.model, padded(lm_, tokens_T), last, weight_V, sae.cfg.hookpoints, sae.cfg.targets)
     x_TD = jnp.concatenate([found[name][0, :last + 1] for name in sae.cfg.hookpoints], axis=-1)
     gradient_TD = np.concatenate([np.asarray(gradient[name])[0, :last + 1] for name in sae.cfg.targets], axis=-1)
     acts_TF = sharding.to_host(sae.encode(x_TD)) * ~special(lm_, tokens_T)[:, None]
@@ -95,8 +96,8 @@ def ablate(lm_: LM, sae: SAE, found: Attribution, pairs: np.ndarray | None = Non
     tokens, last, place = padded(lm_, found.tokens_T), len(found.tokens_T) - 1, sae.cfg.targets[0]
     clean = values(lm_.model, tokens, tuple({*sae.cfg.hookpoints, place}))
     scale = np.broadcast_to(np.asarray(row_scales(sae, clean[sae.cfg.hookpoints[0]][0])), (tokens.shape[1], 1))
-    ids = np.array([found.target, -1 if found.against is None else found.against], np.int32)
-    run = functools.partial(_without, lm_.model, tokens, last, ids, clean[place], place=place)
+    weight_V = _weights(lm_, found.target, -1 if found.against is None else found.against)
+    run = functools.partial(_without, lm_.model, tokens, last, weight_V, clean[place], place=place)
     whole = float(run(np.zeros(batch, np.int32), np.zeros((batch, sae.cfg.spec.width_out), np.float32))[0])
     ablation_P = found.ablation_P.copy()
     with Progress("ablation", len(pairs), unit="pair", enabled=progress) as bar:
@@ -141,6 +142,13 @@ def _ids(lm_: LM, target: str, against: str | None) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
+def _weights(lm_: LM, target: int, against: int) -> np.ndarray:
+    """float32 [V] whose product with the logits is logit(target) - logit(against), against < 0: - the mean logit of all tokens."""
+    weight_V = np.where(lm_.known_V, -1 / lm_.known_V.sum(), 0) if against < 0 else -1.0 * (np.arange(lm_.cfg.vocab_size) == against)
+    weight_V[target] += 1
+    return weight_V.astype(np.float32)
+
+
 def _along(sae: SAE, gradient_TD: np.ndarray, position_P: np.ndarray, feature_P: np.ndarray) -> np.ndarray:
     """[P] gradient at the token along the feature's decoder row."""
     chosen, at_P = np.unique(feature_P, return_inverse=True)
@@ -152,16 +160,16 @@ def _along(sae: SAE, gradient_TD: np.ndarray, position_P: np.ndarray, feature_P:
     return out_P
 
 
-def _difference(model, tokens_BT, last, ids, taps) -> jax.Array:
-    """[B] logit(ids[0]) - logit(ids[1]) after token `last`, float32; ids[1] < 0: the mean logit. No logits of other tokens."""
+def _difference(model, tokens_BT, last, weight_V, taps) -> jax.Array:
+    """[B] the weighted sum of the logits after token `last`, float32. No logits of other tokens."""
     before = taps.get(FINAL, lambda value: value)
     final = {FINAL: lambda value: lax.dynamic_slice_in_dim(before(value), last, 1, axis=1)}
     logits_BV = model(tokens_BT, taps=taps | final)[:, 0].astype(jnp.float32)
-    return logits_BV[:, ids[0]] - jnp.where(ids[1] < 0, logits_BV.mean(-1), logits_BV[:, ids[1]])
+    return (logits_BV * weight_V).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnames=("read", "written"))
-def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple[str, ...]):
+def _gradient(model, tokens_1T, last, weight_V, read: tuple[str, ...], written: tuple[str, ...]):
     """(difference, values [1, T, D] at `read`, gradient [1, T, D] at `written`)."""
     def forward(added):
         seen = {}
@@ -171,7 +179,7 @@ def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple
             return value + added[name].astype(value.dtype) if name in added else value
 
         taps = {name: functools.partial(tap, name) for name in {*read, *written}}
-        return _difference(model, tokens_1T, last, ids, taps)[0], {name: seen[name] for name in read}
+        return _difference(model, tokens_1T, last, weight_V, taps)[0], {name: seen[name] for name in read}
 
     zero = {name: jnp.zeros((*tokens_1T.shape, width_of(model.cfg, name))) for name in written}
     (difference, found), gradient = jax.value_and_grad(forward, has_aux=True)(zero)
@@ -179,9 +187,9 @@ def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple
 
 
 @functools.partial(jax.jit, static_argnames="place")
-def _without(model, tokens_1T, last, ids, clean_1TD, position_B, part_BD, *, place: str):
+def _without(model, tokens_1T, last, weight_V, clean_1TD, position_B, part_BD, *, place: str):
     """[B] the difference with `part` taken from the value at one place, at one token; below it nothing is computed again."""
     here_BT = jnp.arange(tokens_1T.shape[1]) == position_B[:, None]
     changed_BTD = (clean_1TD - here_BT[..., None] * part_BD[:, None]).astype(model.dtype)
     tokens_BT = jnp.broadcast_to(tokens_1T, (len(position_B), tokens_1T.shape[1]))
-    return _difference(model, tokens_BT, last, ids, {place: lambda _: changed_BTD})
+    return _difference(model, tokens_BT, last, weight_V, {place: lambda _: changed_BTD})
