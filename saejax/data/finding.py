@@ -70,8 +70,8 @@ def _of_folder(folder: Path, source: str, split: str) -> list[Path]:
         wanted = _SPLITS.get(split, split)
         found = [p for p in data if splits[p] == wanted]
         if not found:
-            raise TextError(f"config.text.split: {source!r} has files of {' and of '.join(there)}, none of {split!r}; name one of "
-                            "these")
+            raise TextError(f"config.text.split: {source!r} has files of {' and of '.join(there)}, none of {split!r}; name one "
+                            "of these")
     if len(found) < len(every):
         names = ", ".join(str(p.relative_to(folder)) for p in found[:3]) + (", ..." if len(found) > 3 else "")
         say(f"text: of {source}, {len(found)} of {len(every)} files are read: {names}")

@@ -2,8 +2,8 @@
 
 A source is one of
 - a preset of `saejax.base.assets` ("shakespeare"),
-- a file, directory or glob: `.jsonl .json .parquet .arrow .csv` (also `.gz`, `.zst`) with a text column, or plain text, one document
-  per file (`finding` says which files of a directory),
+- a file, directory or glob: `.jsonl .json .parquet .arrow .csv` (also `.gz`, `.zst`) with a text column, or plain text, one
+  document per file (`finding` says which files of a directory),
 - a hub dataset `owner/name`, `owner/name:config`, `owner/name@revision` or `owner/name:config@revision`.
 """
 
@@ -53,7 +53,8 @@ class Sources:
     def datasets(self) -> list:
         """The datasets, loaded once, each checked to have a text column. Raises `TextError`."""
         if not self._loaded:
-            local = [self._load(builder, ", ".join(sorted({f.name for f in files})[:3]), data_files=[glob.escape(str(f)) for f in files],
+            local = [self._load(builder, ", ".join(sorted({f.name for f in files})[:3]),
+                                data_files=[glob.escape(str(f)) for f in files],
                                 **({"sample_by": "document"} if builder == "text" else {}))
                      for builder, files in self._files.items()]
             hub = [self._load(name, name, name=config, revision=revision) for name, config, revision in self._hub]

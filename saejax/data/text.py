@@ -1,13 +1,13 @@
 """Documents -> packed rows of tokens.
 
-The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut
-into rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a
-row, as in the pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row
-("row"), of every document ("doc"), or nowhere ("none"). A document may also be a conversation, which goes through the model's chat
-template, or token ids; one that begins with BOS or ends with the separator already gets no second. What is left at the end and does not fill a row is dropped
-and counted.
+The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut into
+rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a row, as
+in the pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row ("row"),
+of every document ("doc"), or nowhere ("none"). A document may also be a conversation, which goes through the model's
+chat template, or token ids; one that begins with BOS or ends with the separator already gets no second. What is left at
+the end and does not fill a row is dropped and counted.
 
-The first tokens of a row, and special ones, are masked: `keep` is False there, for everything that is trained, measured or indexed.
+The first tokens of a row, and special ones, are masked: `keep` is False there, for all that is trained, measured or indexed.
 
 A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or
 seed, and copies of a document are on the same side.
@@ -103,7 +103,8 @@ class PackedText:
             raise TextError("config.text.holdout: 0 keeps no document for evaluation; set it to 0.02, for example")
         bos, place = _ids_of(tokenizer, options.bos, options.bos_token, tokenizer.bos_id, "bos"), options.bos_place
         plain = options.separator in ("eos", "none")
-        self._after = _ids_of(tokenizer, options.separator, None if plain else options.separator, tokenizer.separator_id, "separator")
+        self._after = _ids_of(tokenizer, options.separator, None if plain else options.separator, tokenizer.separator_id,
+                              "separator")
         self._options, self._tokenizer, self._split = options, tokenizer, split
         self._masked = np.array(sorted(tokenizer.special_ids) if mask_special else [], np.int32)
         self._row = bos if place == "row" else []

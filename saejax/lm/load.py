@@ -63,7 +63,7 @@ class LM:
 
     @functools.cached_property
     def known_V(self) -> np.ndarray:
-        """bool [V]: which rows of the embedding belong to a token. Models have rows beyond their tokenizer, which mean nothing."""
+        """bool [V]: which rows of the embedding belong to a token: models have rows beyond their tokenizer."""
         return np.array(self.tokenizer.known(self.cfg.vocab_size))
 
     def tokens(self, text: prompts.Text) -> np.ndarray:

@@ -1,7 +1,7 @@
 """What a token stands for: the bytes that it puts into a text, and how tokens side by side read.
 
-The bytes are those of the tokenizer's decoder, followed step by step for one token; only what a decoder does to the beginning of a
-whole text (the blank that sentencepiece puts there) is left to `begin`. A token may hold a part of a character.
+The bytes are those of the tokenizer's decoder, followed step by step for one token; only what a decoder does to the beginning of
+a whole text (the blank that sentencepiece puts there) is left to `begin`. A token may hold a part of a character.
 """
 
 import json
@@ -37,14 +37,15 @@ class TokenBytes:
 def token_bytes(backend: Backend) -> TokenBytes:
     """The bytes of every token. Added tokens are their own text, whatever the decoder would make of it.
 
-    Decoders followed: ByteLevel, Metaspace, and Replace, ByteFallback, Fuse and Strip in a sequence. Of any other (WordPiece), and
-    without one, a token is what a second one adds to the decoded text.
+    Decoders followed: ByteLevel, Metaspace, and Replace, ByteFallback, Fuse and Strip in a sequence. Of any other (WordPiece) a
+    token is what a second one adds to the decoded text. Without a decoder it is its word, behind a blank where blanks between words are
+    dropped.
     """
     words = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
     added = backend.get_added_tokens_decoder()
-    decoder = json.loads(backend.to_str())["decoder"]
-    steps = decoder["decoders"] if decoder and decoder["type"] == "Sequence" else [decoder]
-    begin = _begin(steps)
+    rules = json.loads(backend.to_str())
+    decoder = rules["decoder"] or _of_words(rules["pre_tokenizer"])
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     followed = all(map(_known, steps))
     pieces = [b""] * (max(words, default=-1) + 1)
     for i, word in words.items():
@@ -53,20 +54,28 @@ def token_bytes(backend: Backend) -> TokenBytes:
             pieces[i] = (text if added[i].special or not followed else _replaced(steps, text)).encode("utf-8", "surrogatepass")
         else:
             pieces[i] = _piece(steps, word) if followed else _difference(backend, i).encode()
-    return TokenBytes(pieces, begin if followed else " ")
+    return TokenBytes(pieces, _begin(steps) if followed else " ")
 
 
-def _known(step: dict | None) -> bool:
-    return bool(step) and step["type"] in ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip") or \
-        bool(step) and step["type"] == "Replace" and "String" in step["pattern"]
+def _of_words(splitting: dict | None) -> dict:
+    """What stands for the decoder of a tokenizer without one."""
+    steps = (splitting or {}).get("pretokenizers", [splitting])
+    names = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
+    drops = any(step and (step["type"] in names or step.get("behavior") == "Removed") for step in steps)
+    return {"type": "Words"} if drops else {"type": "Fuse"}
 
 
-def _begin(steps: list[dict | None]) -> str:
+def _known(step: dict) -> bool:
+    return step["type"] in ("ByteLevel", "Metaspace", "ByteFallback", "Fuse", "Strip") or \
+        step["type"] == "Replace" and "String" in step["pattern"]
+
+
+def _begin(steps: list[dict]) -> str:
     """The characters that go at the beginning of a whole text."""
     for step, before in zip(steps, [None, *steps], strict=False):
-        if step and step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
+        if step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never":
             return " "
-        if step and step["type"] == "Strip" and before and before["type"] == "Fuse":
+        if step["type"] == "Strip" and before and before["type"] == "Fuse":
             return step["content"] * step["start"]
     return ""
 
@@ -111,8 +120,8 @@ def text_of(piece: bytes) -> str:
 def joined(pieces: Sequence[bytes]) -> tuple[list[str], list[int]]:
     """(text of each token, the token that shows it) of neighbours: together the texts are the text of all.
 
-    A character that several tokens make is the text of the first of them; one that has nothing else to show is empty, and is shown
-    by the token with the character. A byte that belongs to no whole character is written `<0xF0>`.
+    A character that several tokens make is the text of the first of them; one that has nothing else to show is empty, and is
+    shown by the token with the character. A byte that belongs to no whole character is written `<0xF0>`.
     """
     try:
         return [piece.decode() for piece in pieces], list(range(len(pieces)))

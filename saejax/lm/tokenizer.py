@@ -50,8 +50,8 @@ class Tokenizer:
 
     @property
     def separator_id(self) -> int | None:
-        """The token that ends a document in pre-training: EOS, or where that ends a turn of a conversation (`<|im_end|>`), the one
-        that the same tokenizer has for documents (`<|endoftext|>`).
+        """The token that ends a document in pre-training: EOS, or where that ends a turn of a conversation (`<|im_end|>`), the
+        one that the same tokenizer has for documents (`<|endoftext|>`).
         """
         end = _DOCUMENT_ENDS.get(self.backend.id_to_token(self.eos_id) or "") if self.eos_id is not None else None
         index = self.backend.token_to_id(end) if end else None
@@ -91,8 +91,8 @@ class Tokenizer:
     def with_rows(self, ids: list[int]) -> list[int]:
         """The same ids, or `TokenizerError` for one that the model has no embedding of."""
         if self._beyond and ids and max(ids) >= self.rows:
-            raise TokenizerError(f"the text gives token id {max(ids)} ({self.token(max(ids))!r}), but the model's embedding has rows 0 "
-                                 f"to {self.rows - 1}: leave it out, or use the tokenizer that belongs to the model")
+            raise TokenizerError(f"the text gives token id {max(ids)} ({self.token(max(ids))!r}), but the model's embedding has rows "
+                                 f"0 to {self.rows - 1}: leave it out, or use the tokenizer that belongs to the model")
         return ids
 
     def known(self, rows: int) -> list[bool]:
@@ -121,8 +121,8 @@ class Tokenizer:
     def token_strings(self, ids: Iterable[int], *, begins: bool = True) -> list[str]:
         """Text of each id among its neighbours: together they are the text (see `token_text.joined`).
 
-        begins: the ids are a text from its beginning, so that the blank goes which some tokenizers put there. Special tokens before
-        it do not count.
+        begins: the ids are a text from its beginning, so that the blank goes which some tokenizers put there. Special tokens
+        before it do not count.
         """
         ids = [int(i) for i in ids]
         texts, begin = joined(self.pieces(ids))[0], self.token_bytes.begin

@@ -37,8 +37,8 @@ def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, la
               "label": visible(labels.get(int(found.feature_P[p]), ""), 200)} for p in found.best(_ROWS)]
     against = "the mean logit" if found.against is None else visible(lm_.tokenizer.token(found.against))
     _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.token(found.target)),
-           against=against, difference=found.difference, tokens=_tinted(*_characters(lm_, found.tokens_T, total_T)), pairs=pairs, said=agreement([found]),
-           points=_points(found))
+           against=against, difference=found.difference, tokens=_tinted(*_characters(lm_, found.tokens_T, total_T)), pairs=pairs,
+           said=agreement([found]), points=_points(found))
 
 
 def _characters(lm_: LM, tokens_T: np.ndarray, total_T: np.ndarray) -> tuple[list[str], np.ndarray]:

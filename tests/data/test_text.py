@@ -116,7 +116,8 @@ def test_conversations_and_token_ids(tmp_path):
     tokenizer = replace(word_tokenizer(), chat_template="{% for m in messages %}{{ m.role }} {{ m.content }} w1 {% endfor %}")
     said = [[{"role": "w5", "content": "w6 w7"}, {"role": "w8", "content": "w9"}]] * 9
     path = tmp_path / "a.parquet"
-    datasets.Dataset.from_dict({"messages": said, "input_ids": [[0, 5, 6]] * 9, "odd": [[1.5]] * 9, "far": [[99]] * 9}).to_parquet(path)
+    columns = {"messages": said, "input_ids": [[0, 5, 6]] * 9, "odd": [[1.5]] * 9, "far": [[99]] * 9}
+    datasets.Dataset.from_dict(columns).to_parquet(path)
     for streaming in (False, True):
         options = TextOptions(source=(str(path),), holdout=0.0, context=7, bos="doc", streaming=streaming)
         rows = PackedText(replace(options, field="messages"), tokenizer, seed=0).take(2)

@@ -32,7 +32,7 @@ def test_the_most_active_features_of_a_prompt(lm_, sae, acts):
     found = by_prompt(lm_, sae, PROMPT, 5)
     np.testing.assert_allclose([f.score for f in found], np.sort(expected.max(0))[::-1][:5], rtol=0.02)
     at = int(expected[:, found[0].feature].argmax())
-    assert found[0].why == f"token {at} {lm_.tokenizer.decode([tokens[at]])!r}"
+    assert found[0].why == f"token {at} {lm_.tokenizer.token(tokens[at])!r}"
     last = by_prompt(lm_, sae, PROMPT, 3, last=1)
     np.testing.assert_allclose([f.score for f in last], np.sort(expected[-1])[::-1][:3], rtol=0.02)
 

@@ -60,8 +60,7 @@ def test_digest_depends_on_bytes_and_config_only(folder, tmp_path):
 
 
 def test_token_without_an_embedding(folder):
-    """Gemma 3 270M and 1B: the tokenizer has an id for images, the model no embedding for it. Only a text that gives it is refused.
-    """
+    """Gemma 3 270M and 1B: the tokenizer has an id for images, the model no embedding for it: a text that gives it is refused."""
     write_tokenizer(folder, 97, "<image_soft_token>")
     found = lm.load(str(folder))
     assert (found.tokenizer.vocab_size, found.tokenizer.rows) == (98, 97)

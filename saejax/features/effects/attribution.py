@@ -41,7 +41,8 @@ TOP = 10  # of the most ablating pairs, how many are among the most attributed
 class Attribution:
     """The P pairs (token, feature) that are active on a prompt, by token and then by feature; special tokens have none.
 
-    difference: logit(target) - logit(against) (without it: the mean logit of all tokens). ablation: NaN where it was not measured.
+    difference: logit(target) - logit(against) (without it: the mean logit of all tokens). ablation: NaN where it was not
+    measured.
     """
 
     tokens_T: np.ndarray
@@ -143,8 +144,10 @@ def _ids(lm_: LM, target: str, against: str | None) -> np.ndarray:
 
 
 def _weights(lm_: LM, target: int, against: int) -> np.ndarray:
-    """float32 [V] whose product with the logits is logit(target) - logit(against), against < 0: - the mean logit of all tokens."""
-    weight_V = np.where(lm_.known_V, -1 / lm_.known_V.sum(), 0) if against < 0 else -1.0 * (np.arange(lm_.cfg.vocab_size) == against)
+    """float32 [V] whose product with the logits is logit(target) - logit(against), or with against < 0 - the mean logit of all.
+    """
+    weight_V = np.zeros(lm_.cfg.vocab_size)
+    weight_V[lm_.known_V if against < 0 else against] = -1 / lm_.known_V.sum() if against < 0 else -1
     weight_V[target] += 1
     return weight_V.astype(np.float32)
 

@@ -32,7 +32,8 @@ def logit_effects(lm_: LM, sae: SAE, first: int, last: int, n: int) -> tuple[np.
 
     effect = U (g * d) less its mean over the tokens, which no softmax sees; U [V, D] the unembedding, d the decoder row (of a
     LayerNorm d - mean d), g the gain of the final norm: the first-order change of the logits per unit of activation, but for the
-    norm's 1 / sigma, which is the same for all tokens. Rows of U that belong to no token are left out. None where the decoder does not write into the residual stream.
+    norm's 1 / sigma, which is the same for all tokens. Rows of U that belong to no token are left out. None
+    where the decoder does not write into the residual stream.
     """
     columns = residual_columns(sae)
     if columns is None or columns.stop - columns.start != lm_.cfg.d_model:

@@ -222,7 +222,8 @@ def read_manifest(path: Path) -> dict:
         raise FeatureIndexError(f"{path / MANIFEST}: not the manifest of a feature index")
     if values.get("schema_version") != SCHEMA_VERSION:
         raise FeatureIndexError(f"{path / MANIFEST}: schema version {values.get('schema_version')!r}, this saejax reads "
-                                f"{SCHEMA_VERSION}; use the saejax that wrote it, or build the index again (`saejax features`, rebuild)")
+                                f"{SCHEMA_VERSION}; use the saejax that wrote it, or build the index again (`saejax features`, "
+                                "rebuild)")
     if values.get("sha256") != manifest_digest(values):
         raise FeatureIndexError(f"{path / MANIFEST}: altered since it was written; build the index again")
     return values

@@ -74,7 +74,8 @@ def write(path: Path, dictionary: Iterable[tuple[int, int, dict]], vocabulary: l
             features_file.write_table(pa.table(columns, schema=FEATURE_SCHEMA), row_group_size=GROUP)
             part = slice(borders[number], borders[number + 1])
             examples_file.write_table(_examples(examples, windows, part), row_group_size=1 << 30)
-        pq.write_table(pa.table({"text": [*map(text_of, vocabulary)], "bytes": vocabulary}), path / f".{VOCABULARY}.tmp", compression="zstd")
+        words = pa.table({"text": [*map(text_of, vocabulary)], "bytes": vocabulary})
+        pq.write_table(words, path / f".{VOCABULARY}.tmp", compression="zstd")
     for name in (FEATURES, EXAMPLES, VOCABULARY):
         (path / f".{name}.tmp").rename(path / name)
     return _totals(state, tokens, rows, len(examples.row))
