@@ -91,8 +91,8 @@ class Tokenizer:
     def with_rows(self, ids: list[int]) -> list[int]:
         """The same ids, or `TokenizerError` for one that the model has no embedding of."""
         if self._beyond and ids and max(ids) >= self.rows:
-            raise TokenizerError(f"the text gives token id {max(ids)} ({self.token(max(ids))!r}), but the model's embedding has rows "
-                                 f"0 to {self.rows - 1}: leave it out, or use the tokenizer that belongs to the model")
+            raise TokenizerError(f"the text gives token id {max(ids)} ({self.token(max(ids))!r}), but the model's embedding has "
+                                 f"rows 0 to {self.rows - 1}: leave it out, or use the tokenizer that belongs to the model")
         return ids
 
     def known(self, rows: int) -> list[bool]:

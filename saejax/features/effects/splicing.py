@@ -17,7 +17,7 @@ from saejax.sae.inference import SAE, SAEConfig
 
 
 def plan(lm_: LM, sae: SAE, *, error: bool = False) -> Partial:
-    """A `Partial` that makes the taps of a model in which the SAE stands; the first token, which it has not seen, keeps its value.
+    """A `Partial` that makes the taps of a model in which the SAE stands; the first token, which it has not seen, stays.
 
     error: what the SAE misses is added. Raises `SteeringError` for a crosscoder, an SAE split over devices or one that does not
     fit the model, `HookpointError`.
