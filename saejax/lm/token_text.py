@@ -38,8 +38,8 @@ def token_bytes(backend: Backend) -> TokenBytes:
     """The bytes of every token. Added tokens are their own text, whatever the decoder would make of it.
 
     Decoders followed: ByteLevel, Metaspace, and Replace, ByteFallback, Fuse and Strip in a sequence. Of any other (WordPiece) a
-    token is what a second one adds to the decoded text. Without a decoder it is its word, behind a blank where blanks between
-    words are dropped.
+    token is what a second one adds to the decoded text. Without a decoder it is what undoes the
+    splitting, or its word, behind a blank where blanks between words are dropped.
     """
     words = {i: token for token, i in backend.get_vocab(with_added_tokens=True).items()}
     added = backend.get_added_tokens_decoder()
@@ -58,8 +58,11 @@ def token_bytes(backend: Backend) -> TokenBytes:
 
 
 def _of_words(splitting: dict | None) -> dict:
-    """What stands for the decoder of a tokenizer without one."""
+    """What stands for the decoder of a tokenizer without one: it undoes what splits the text."""
     steps = (splitting or {}).get("pretokenizers", [splitting])
+    undone = next((step for step in steps if step and step["type"] in ("ByteLevel", "Metaspace")), None)
+    if undone:
+        return undone
     names = ("Whitespace", "WhitespaceSplit", "BertPreTokenizer")
     drops = any(step and (step["type"] in names or step.get("behavior") == "Removed") for step in steps)
     return {"type": "Words"} if drops else {"type": "Fuse"}

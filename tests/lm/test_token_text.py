@@ -24,9 +24,10 @@ def forms(tmp_path_factory):
 def test_token_strings_are_the_text(forms, name):
     tokenizer, text = forms[name], "the king has a daughter"
     ids = tokenizer.encode(text)
-    assert "".join(tokenizer.token_strings(ids)) == text == tokenizer.decode(ids)
+    assert "".join(tokenizer.token_strings(ids)) == text
+    assert name == "no_decoder" or tokenizer.decode(ids) == text
     assert "".join(tokenizer.token_strings([tokenizer.bos_id, *ids])) == f"<|endoftext|>{text}"
-    if name not in ("byte_level", "gemma"):  # which have a letter a token here
+    if name not in ("byte_level", "gemma", "no_decoder"):  # which have a letter a token here
         assert tokenizer.token_strings(ids[1:], begins=False) == [" king", " has", " a", " daughter"]
         assert [tokenizer.token(i) for i in ids[1:]] == [" king", " has", " a", " daughter"]
 
@@ -36,7 +37,7 @@ def test_token_strings_are_the_text(forms, name):
 @settings(max_examples=60, deadline=None)
 def test_any_text_comes_back(forms, name, text):
     tokenizer = forms[name]
-    if any(token in text for token in ("<unk>", "<|endoftext|>")) or (name != "byte_level" and "\u2581" in text):
+    if any(token in text for token in ("<unk>", "<|endoftext|>")) or (name not in ("byte_level", "no_decoder") and "\u2581" in text):
         return  # sentencepiece writes blanks so
     ids = tokenizer.encode(text)
     assert "".join(tokenizer.token_strings(ids)) == text

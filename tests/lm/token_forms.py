@@ -72,8 +72,15 @@ def _with_specials(backend: Tokenizer) -> Tokenizer:
     return backend
 
 
-FORMS = {f.__name__: f for f in (byte_level, llama2, gemma, metaspace, words, word_pieces)}
-WITH_BYTES = ("byte_level", "llama2", "gemma")
+def no_decoder() -> Tokenizer:
+    """Bytes as GPT-2 writes them, by the splitting alone."""
+    backend = byte_level()
+    backend.decoder = None
+    return backend
+
+
+FORMS = {f.__name__: f for f in (byte_level, llama2, gemma, metaspace, words, word_pieces, no_decoder)}
+WITH_BYTES = ("byte_level", "llama2", "gemma", "no_decoder")
 
 
 def save(backend: Tokenizer, folder, **config) -> None:
