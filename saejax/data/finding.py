@@ -95,10 +95,23 @@ def _split_of(path: Path) -> str | None:
 def _of_hub(source: str, path: Path) -> Hub:
     match = _HUB.fullmatch(source)
     missing = f"config.text.source: {source!r} is missing: no such file, directory or preset ({', '.join(assets.TEXTS)})"
-    if not match or _ending(path) in KNOWN:
+    if not match or _ending(path) in KNOWN or source.startswith(("~", "./", "../")):
         raise TextError(missing)
+    near = _misspelt(Path(match["name"]))
     above = Path(match["name"]).parent
-    near = difflib.get_close_matches(Path(match["name"]).name, [p.name for p in above.iterdir()] if above.is_dir() else [], n=1)
     if near or above != Path(".") and above.is_dir():  # a misspelt path, which the hub need not be asked about
-        raise TextError(missing + (f"; did you mean {above / near[0]}?" if near else ""))
+        raise TextError(missing + (f"; did you mean {near}?" if near else ""))
     return match["name"], match["config"], match["revision"]
+
+
+def _misspelt(path: Path) -> Path | None:
+    """What is there under nearly the same name, or under the same name in a folder of nearly the same name."""
+    def nearly(name: str, folder: Path) -> list[Path]:
+        there = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+        return [folder / found for found in difflib.get_close_matches(name, there)]
+
+    if path.parent.is_dir():
+        found = nearly(path.name, path.parent)
+    else:
+        found = [p / path.name for p in nearly(path.parent.name, Path(".")) if (p / path.name).exists()]
+    return found[0] if found else None

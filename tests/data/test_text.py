@@ -190,7 +190,8 @@ def test_a_misspelt_folder_is_no_hub_dataset(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "corpora" / "english").mkdir(parents=True)
     for source, near in (("corpora/englsh", "did you mean corpora/english"), ("corpra", "did you mean corpora"),
-                         ("corpora/other", "is missing: no such file")):
+                         ("corpra/english", "did you mean corpora/english"), ("corpora/other", "is missing: no such file"),
+                         ("./nowhere", "is missing"), ("nowhere/", "is missing")):
         with pytest.raises(TextError, match=near):
             src.resolve(TextOptions(source=(source,)))
 
