@@ -3,10 +3,10 @@
     python benchmarks/faults.py writers --trials=20 --seed=0
     python benchmarks/faults.py disk --trials=8 --seed=0        (mounts file systems in memory: Linux, as root)
 
-`writers`: two equal `saejax run` at a random distance. Right: one does the work, the other is refused in one line or finds all done; no
-traceback, and no metric line is lost. `disk`: harvest, train, features and release on a file system with too little room, of a random
-size. Right: one line, exit code 2, and the same command finishes when there is room. Prints a Markdown table; exit code 1 when any
-trial went wrong.
+`writers`: two equal `saejax run` at a random distance. Right: one does the work, the other is refused in one line or finds all
+done; no traceback, and no metric line is lost. `disk`: harvest, train, features and release on a file system with too little room
+of a random size. Right: one line, exit code 2, and the same command finishes when there is room. Prints a Markdown table. Exit code
+1 when any trial went wrong.
 """
 
 import argparse
@@ -176,9 +176,10 @@ def main() -> None:
     parser.add_argument("what", choices=("writers", "disk"))
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--jobs", default=",".join(JOBS), help="of `disk`: which of " + ", ".join(JOBS))
+    parser.add_argument("--jobs", default=",".join(JOBS), help="of `disk`: some of harvest, train, features, release")
     args = parser.parse_args()
-    good = writers(args.trials, args.seed) if args.what == "writers" else disk(args.trials, args.seed, tuple(args.jobs.split(",")))
+    jobs = tuple(args.jobs.split(","))
+    good = writers(args.trials, args.seed) if args.what == "writers" else disk(args.trials, args.seed, jobs)
     sys.exit(0 if good else 1)
 
 

@@ -50,15 +50,30 @@ class TextOptions:
 
     source: tuple[str, ...] = opt(
         ("shakespeare", "python-stdlib"), "presets, local text/jsonl/parquet/arrow files, globs or directories, or hub ids")
-    split: str = opt("train", "split of a hub dataset")
-    field: str = opt("text", "name of the text column")
+    split: str = opt("train", "split of a hub dataset, or of a folder whose data files are named by split")
+    field: str = opt("text", "name of the column: of text, of conversations (`messages`, put into the model's chat template) or "
+                     "of token ids (`input_ids`)")
     streaming: bool = opt(False, "stream a hub dataset or large local files instead of materialising them")
     shuffle: bool = opt(True, "shuffle documents with the config seed (a buffer of 10,000 when streaming)")
     context: int = opt(128, "tokens of a packed row (the language model's context)", ge=2)
-    bos: str = opt("row", "where the BOS token goes: first token of every row, of every document, or nowhere",
-                   choices=("row", "doc", "none"))
-    separator: str = opt("eos", "token between packed documents", choices=("eos", "none"))
+    bos: str = opt("row", "where the BOS token goes: `row` (first token of every row), `doc` (of every document) or `none`; "
+                   "another token in its place: its text, or `doc:` and its text")
+    separator: str = opt("eos", "token behind every document: `none`, the text of a token, or `eos`: EOS, but where that ends a "
+                         "turn of a conversation, the token that ends a document in pre-training")
+    special: bool = opt(False, "read strings of a document that spell a special token as that token; off: they are text")
+    mask_first: int = opt(1, "tokens at the beginning of every row that are never trained on, measured or indexed: models make "
+                          "them attention sinks, whatever token is there", ge=0)
     holdout: float = opt(0.02, "share of documents (by hash of their text) kept for evaluation", ge=0.0, lt=1.0)
+
+    @property
+    def bos_place(self) -> str:
+        """`row`, `doc` or `none`."""
+        return self.bos if self.bos in ("row", "doc", "none") else "doc" if self.bos.startswith("doc:") else "row"
+
+    @property
+    def bos_token(self) -> str | None:
+        """The text of the token that stands for BOS; None: the tokenizer's own."""
+        return None if self.bos in ("row", "doc", "none") else self.bos.removeprefix("doc:")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,14 @@
 
 A source is one of
 - a preset of `saejax.base.assets` ("shakespeare"),
-- a file, directory or glob: `.jsonl .json .parquet .arrow` with a text column, or plain text, one document per file,
+- a file, directory or glob: `.jsonl .json .parquet .arrow .csv` (also `.gz`, `.zst`) with a text column, or plain text, one
+  document per file (`finding` says which files of a directory),
 - a hub dataset `owner/name`, `owner/name:config`, `owner/name@revision` or `owner/name:config@revision`.
 """
 
 import contextlib
 import glob
 import itertools
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,11 @@ from saejax.base import assets
 from saejax.base.errors import TextError
 from saejax.base.storage import file_sha256, text_sha256
 from saejax.config import TextOptions
+from saejax.data import finding
 from saejax.data.permutation import Permutation, derive_key
 
-_BUILDERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
-_PLAIN = (".txt", ".md", ".rst", ".py", ".tex", ".html", ".c", ".h", ".js", ".java", ".rs", ".go")
-_HUB = re.compile(r"(?P<name>[\w.\-]+(/[\w.\-]+)?)(:(?P<config>[\w.\-]+))?(@(?P<revision>[\w.\-]+))?")
+Document = str | list[int] | list[dict]  # text, token ids, a conversation
+
 _DOCUMENT_ORDER = 3
 _STREAM_BUFFER = 10_000
 _BATCH = 256
@@ -53,7 +53,8 @@ class Sources:
     def datasets(self) -> list:
         """The datasets, loaded once, each checked to have a text column. Raises `TextError`."""
         if not self._loaded:
-            local = [self._load(builder, ", ".join(sorted({f.name for f in files})[:3]), data_files=[str(f) for f in files],
+            local = [self._load(builder, ", ".join(sorted({f.name for f in files})[:3]),
+                                data_files=[glob.escape(str(f)) for f in files],
                                 **({"sample_by": "document"} if builder == "text" else {}))
                      for builder, files in self._files.items()]
             hub = [self._load(name, name, name=config, revision=revision) for name, config, revision in self._hub]
@@ -101,14 +102,14 @@ def resolve(options: TextOptions) -> Sources:
     hub, names, parts, problems = [], [], [], []
     for source in options.source:
         try:
-            found = _find(source)
+            found = finding.find(source, options.split)
         except TextError as e:
             problems.append(str(e))
             continue
         if isinstance(found, list):
             names.append(source if source in assets.TEXTS else Path(source).name)
             for path in found:
-                files.setdefault(_BUILDERS.get(path.suffix, "text"), []).append(path)
+                files.setdefault(finding.builder(path), []).append(path)
         else:
             names.append(source)
             hub.append(found)
@@ -122,28 +123,6 @@ def resolve(options: TextOptions) -> Sources:
     return Sources(names, text_sha256(*parts), options, files, hub)
 
 
-def _find(source: str) -> list[Path] | tuple[str, str | None, str | None]:
-    if source in assets.TEXTS:
-        return [assets.text_path(source)]
-    path = Path(source).expanduser()
-    known = (*_BUILDERS, *_PLAIN)
-    if path.is_file():
-        if path.suffix not in known:
-            raise TextError(f"config.text.source: {source!r} ends in none of {' '.join(known)}")
-        return [path]
-    if path.is_dir() or glob.has_magic(source):
-        every = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
-        found = sorted(p for p in every if p.is_file() and p.suffix in known)
-        if not found:
-            raise TextError(f"config.text.source: {source!r} holds no file ending in {' '.join(known)}")
-        return found
-    match = _HUB.fullmatch(source)
-    if not match or path.suffix in known:
-        raise TextError(f"config.text.source: {source!r} is missing: no such file, directory or preset "
-                        f"({', '.join(assets.TEXTS)})")
-    return match["name"], match["config"], match["revision"]
-
-
 def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
     """The commit that the hub dataset stands at; `datasets` calls it the builder's hash."""
     import datasets
@@ -155,7 +134,7 @@ def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
                         f"readable from the hub ({type(e).__name__}: {reason})") from e
 
 
-def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[str | None]]:
+def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[Document | None]]:
     """Batches of documents in shuffled order (or in reading order), from document `start` on.
 
     Map-style data use a keyed permutation of all documents: any start costs nothing. Streamed data use the library's
@@ -167,7 +146,7 @@ def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[str | Non
     return _read_map(parts, options, seed, start)
 
 
-def _read_map(parts: list, options: TextOptions, seed: int, start: int) -> Iterator[list[str | None]]:
+def _read_map(parts: list, options: TextOptions, seed: int, start: int) -> Iterator[list[Document | None]]:
     ends = np.cumsum([len(p) for p in parts])
     total = int(ends[-1])
     order = Permutation(total, derive_key(seed, _DOCUMENT_ORDER))
@@ -179,11 +158,11 @@ def _read_map(parts: list, options: TextOptions, seed: int, start: int) -> Itera
         for p in np.unique(which):
             mine = np.flatnonzero(which == p)
             local = rows[mine] - (ends[p - 1] if p else 0)
-            out[mine] = _strings(parts[p][local.tolist()]["text"])
+            out[mine] = _documents(parts[p][local.tolist()]["text"])
         yield out.tolist()
 
 
-def _read_stream(parts: list, options: TextOptions, seed: int, start: int, shown: str) -> Iterator[list[str | None]]:
+def _read_stream(parts: list, options: TextOptions, seed: int, start: int, shown: str) -> Iterator[list[Document | None]]:
     import datasets
     with _readable(shown):
         data = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
@@ -191,7 +170,7 @@ def _read_stream(parts: list, options: TextOptions, seed: int, start: int, shown
             data = data.shuffle(seed=seed, buffer_size=_STREAM_BUFFER)
         rows = iter(data.skip(start) if start else data)
         while batch := list(itertools.islice(rows, _BATCH)):
-            yield _strings([row["text"] for row in batch])
+            yield _documents([row["text"] for row in batch])
 
 
 class Reader:
@@ -202,14 +181,14 @@ class Reader:
 
     def __init__(self, sources: Sources, seed: int):
         self._sources, self._seed = sources, seed
-        self._batches: Iterator[list[str | None]] | None = None
+        self._batches: Iterator[list[Document | None]] | None = None
         self._read = self.position = 0
 
     def seek(self, document: int) -> None:
         """Goes to a document; nothing is read before `next_batch`."""
         self.position = document
 
-    def next_batch(self) -> list[str | None] | None:
+    def next_batch(self) -> list[Document | None] | None:
         """The documents from `position` on; None at the end. Raises `TextError`."""
         far = self.position != self._read and not self._sources.streaming
         if self._batches is None or self.position < self._read or far:
@@ -222,8 +201,17 @@ class Reader:
         return None
 
 
-def _strings(values: list) -> list[str | None]:
-    for value in values:
-        if value is not None and not isinstance(value, str):
-            raise TextError(f"config.text.field: the column holds {type(value).__name__}, not text")
-    return values
+def _documents(values: list) -> list[Document | None]:
+    return [value if value is None or isinstance(value, str) else _not_text(value) for value in values]
+
+
+def _not_text(value) -> Document:
+    """Token ids or a conversation, as plain Python. Raises `TextError` for what is neither."""
+    if isinstance(value, dict) and all(isinstance(column, list) for column in value.values()):  # a list of structs, by column
+        value = [dict(zip(value, row, strict=True)) for row in zip(*value.values(), strict=True)]
+    if isinstance(value, list) and all(isinstance(item, int) and not isinstance(item, bool) for item in value):
+        return value
+    if isinstance(value, list) and all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in value):
+        return [{name: said for name, said in item.items() if said is not None} for item in value]
+    raise TextError(f"config.text.field: the column holds {type(value).__name__}, not text, token ids or conversations (lists of "
+                    "role and content)")

@@ -1,16 +1,20 @@
 """Documents -> packed rows of tokens.
 
-The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut
-into rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a
-row, as in the pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row
-("row"), of every document ("doc"), or nowhere ("none"). What is left at the end and does not fill a row is dropped
-and counted.
+The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut into
+rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a row, as
+in the pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every row ("row"),
+of every document ("doc"), or nowhere ("none"). A document may also be a conversation, which goes through the model's
+chat template, or token ids; one that begins with BOS or ends with the separator already gets no second. What is left at
+the end and does not fill a row is dropped and counted.
+
+The first tokens of a row, and special ones, are masked: `keep` is False there, for all that is trained, measured or indexed.
 
 A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or
 seed, and copies of a document are on the same side.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -20,7 +24,7 @@ from saejax.base.errors import TextError
 from saejax.base.records import TokenBatch
 from saejax.config import Config, TextOptions
 from saejax.data import sources as src
-from saejax.data.sources import Reader, Sources
+from saejax.data.sources import Document, Reader, Sources
 from saejax.lm import Tokenizer
 
 
@@ -57,8 +61,9 @@ class Text:
         return f"Text({', '.join(o.source)}, {o.split}, contexts of {o.context} tokens)"[:150]
 
 
-def is_held_out(text: str, holdout: float) -> bool:
-    """blake2b(text) / 2^64 < holdout."""
+def is_held_out(text: Document, holdout: float) -> bool:
+    """blake2b(text) / 2^64 < holdout. Of conversations and token ids the text is their JSON."""
+    text = text if isinstance(text, str) else json.dumps(text)
     digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64 < holdout
 
@@ -67,7 +72,22 @@ def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
     """What decides the token rows, as plain JSON for a manifest; no paths."""
     return {"sources": sources.names, "digest": sources.digest, "field": options.field, "split": options.split,
             "streaming": options.streaming, "shuffle": options.shuffle, "seed": seed, "bos": options.bos,
-            "separator": options.separator, "holdout": options.holdout}
+            "separator": options.separator, "holdout": options.holdout, "special": options.special,
+            "mask_first": options.mask_first}
+
+
+def _ids_of(tokenizer: Tokenizer, option: str, text: str | None, own: int | None, key: str) -> list[int]:
+    """The token that an option stands for: none, the tokenizer's own, or the one with this text. Raises `TextError`."""
+    if option == "none":
+        return []
+    found = own if text is None else tokenizer.backend.token_to_id(text)
+    if found is None and text is not None:
+        ids = tokenizer.encode(text)
+        found = ids[0] if len(ids) == 1 and tokenizer.token(ids[0]).strip() == text.strip() else None
+    if found is None:
+        what = f"{text!r} is no token of this tokenizer" if text is not None else "the tokenizer has no such token"
+        raise TextError(f"config.text.{key}: {what}; set config.text.{key}='none', or give the text of a token")
+    return tokenizer.with_rows([found])
 
 
 class PackedText:
@@ -81,15 +101,14 @@ class PackedText:
                  mask_special: bool = True, sources: Sources | None = None, start: TextState | None = None):
         if split == "heldout" and options.holdout == 0:
             raise TextError("config.text.holdout: 0 keeps no document for evaluation; set it to 0.02, for example")
-        for key, value, name in ((options.bos != "none", tokenizer.bos_id, "bos"),
-                                 (options.separator == "eos", tokenizer.eos_id, "separator")):
-            if key and value is None:
-                raise TextError(f"config.text.{name}: the tokenizer has no such token; set config.text.{name}='none'")
+        bos, place = _ids_of(tokenizer, options.bos, options.bos_token, tokenizer.bos_id, "bos"), options.bos_place
+        plain = options.separator in ("eos", "none")
+        self._after = _ids_of(tokenizer, options.separator, None if plain else options.separator, tokenizer.separator_id,
+                              "separator")
         self._options, self._tokenizer, self._split = options, tokenizer, split
         self._masked = np.array(sorted(tokenizer.special_ids) if mask_special else [], np.int32)
-        self._row = [tokenizer.bos_id] if options.bos == "row" else []
-        self._before = [tokenizer.bos_id] if options.bos == "doc" else []
-        self._after = [tokenizer.eos_id] if options.separator == "eos" else []
+        self._row = bos if place == "row" else []
+        self._before = bos if place == "doc" else []
         self._sources = sources or src.resolve(options)
         self._reader = Reader(self._sources, seed)
         start = start or TextState()
@@ -135,8 +154,10 @@ class PackedText:
         return out
 
     def keep(self, tokens: np.ndarray) -> np.ndarray:
-        """bool, False at special tokens when these are masked."""
-        return ~np.isin(tokens, self._masked)
+        """bool [..., T] of rows [..., T]: False at the first `mask_first` tokens, and at special ones when these are masked."""
+        keep = ~np.isin(tokens, self._masked)
+        keep[..., :self._options.mask_first] = False
+        return keep
 
     def _refuse_nothing(self, rows: int) -> None:
         if self.state.contexts or rows:
@@ -162,13 +183,29 @@ class PackedText:
                 break
             first, heldout = self._reader.position - len(batch), self._split == "heldout"
             mine = [(i, t) for i, t in enumerate(batch) if t and is_held_out(t, self._options.holdout) == heldout]
-            for (i, _), ids in zip(mine, self._tokenizer.encode_batch([t for _, t in mine]), strict=True):
+            for (i, _), ids in zip(mine, self._encode([t for _, t in mine]), strict=True):
                 if ids:
-                    pieces.append(np.array([*self._before, *ids, *self._after], np.int32))
+                    before = self._before if ids[0] not in self._before else []
+                    after = self._after if ids[-1] not in self._after else []
+                    pieces.append(np.array([*before, *ids, *after], np.int32))
                     numbers.append(first + i)
                     have += len(pieces[-1])
         if pieces:
             self._append(pieces, np.array(numbers, np.int64))
+
+    def _encode(self, documents: list[Document]) -> list[list[int]]:
+        """Token ids of documents: of texts, of conversations through the chat template, and those that are ids already."""
+        texts = [d for d in documents if isinstance(d, str)]
+        of_texts = iter(self._tokenizer.encode_batch(texts, special=self._options.special))
+        return [next(of_texts) if isinstance(d, str) else self._tokenizer.chat(d, answer=False) if isinstance(d[0], dict)
+                else self._checked(d) for d in documents]
+
+    def _checked(self, ids: list[int]) -> list[int]:
+        least, most = min(ids), max(ids)
+        if least < 0 or most >= self._tokenizer.vocab_size:
+            raise TextError(f"config.text.field: token id {least if least < 0 else most}: the tokenizer has ids 0 to "
+                            f"{self._tokenizer.vocab_size - 1}; give ids of this model's tokenizer, or the text")
+        return self._tokenizer.with_rows(ids)
 
     def _append(self, pieces: list[np.ndarray], numbers: np.ndarray) -> None:
         self._seen = True

@@ -19,6 +19,7 @@ from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.base.version import __version__
 from saejax.sae import tensors
 from saejax.sae.inference import SAE, SAEConfig
+from saejax.sae.row_norm import CENTER, NONE
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
@@ -29,6 +30,18 @@ ARCHITECTURES = {(kind, "sae"): name for kind, name in _PLAIN.items()} | {
 KNOWN_TO_SAELENS = (*_PLAIN.values(), "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 TRANSPOSED = ("W_enc", "W_skip")  # stored here the other way round
 SAELENS_VERSION = "6.54.12"  # the reader that releases are checked against; readers treat < 6 as an older layout
+
+
+def _begins_rows(bos: str | None) -> bool:
+    """Of `config.text.bos`."""
+    return bos is not None and bos.partition(":")[0] not in ("none", "doc")
+
+
+def _centred(cfg: SAEConfig, theirs: dict) -> dict:
+    """How a reader is told that rows are centred."""
+    if cfg.input_norm != CENTER:
+        return {}
+    return {"model_from_pretrained_kwargs": (theirs.get("model_from_pretrained_kwargs") or {}) | {"center_writing_weights": True}}
 
 
 def is_release(path: Path) -> bool:
@@ -72,10 +85,11 @@ def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
     own = {name: value for name, value in cfg.metadata.items() if name != "saelens"}
     out = {
         "architecture": architecture(cfg), "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": "float32", "device": "cpu",
-        "apply_b_dec_to_input": cfg.pre_bias, "normalize_activations": cfg.input_norm,
+        "apply_b_dec_to_input": cfg.pre_bias, "normalize_activations": NONE if cfg.input_norm == CENTER else cfg.input_norm,
         "reshape_activations": cfg.metadata.get("reshape", "none"),
         "metadata": {**theirs, "sae_lens_version": SAELENS_VERSION, "model_name": cfg.model, "hook_name": cfg.hookpoint,
-                     "hook_head_index": None, "context_size": text.get("context"), "prepend_bos": text.get("bos") == "row",
+                     "hook_head_index": None, "context_size": text.get("context"),
+                     "prepend_bos": _begins_rows(text.get("bos")), **_centred(cfg, theirs),
                      "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": __version__,
                                 "weights_sha256": weights_sha256}},
     }

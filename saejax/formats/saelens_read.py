@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
 from saejax.base.storage import file_sha256
+from saejax.formats import saelens_model
 from saejax.formats.arrays import FLOATS, ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
 from saejax.formats.keys import UNKNOWN, file_keys
@@ -19,7 +20,7 @@ from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams
 from saejax.sae.folding import decoder_norms, fold_input_scale, scale_features
 from saejax.sae.inference import SAE, SAEConfig
-from saejax.sae.row_norm import ROW_NORMS
+from saejax.sae.row_norm import CONSTANT_NORM, LAYER_NORM, NONE
 
 SCALER = "activation_scaler.json"
 AVERAGE = "expected_average_only_in"
@@ -96,7 +97,7 @@ def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
     name = keys.one_of("architecture", architectures)
     kind, shape = architectures[name]
     transcoder = shape.endswith("transcoder")
-    norm = keys.one_of("normalize_activations", (*ROW_NORMS, AVERAGE), "none")
+    norm = keys.one_of("normalize_activations", (NONE, LAYER_NORM, CONSTANT_NORM, AVERAGE), NONE)
     if norm == AVERAGE and transcoder:
         raise FormatError(f"{keys.source}: normalize_activations={norm!r} in a transcoder: the scale of its output is not known")
     reshape = keys.one_of("reshape_activations", ("none", "hook_z"), "none")
@@ -104,14 +105,16 @@ def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
     if transcoder and pre_bias and not own:
         raise FormatError(f"{keys.source}: apply_b_dec_to_input=True in a transcoder, whose b_dec has the width of its output")
     written = keys.section("metadata")
-    k = _k(keys, name)
+    k, hookpoints, model = _k(keys, name), _hookpoints(written, shape), written.get("model_name", str, None) or UNKNOWN
+    kwargs = written.get(saelens_model.KEY, dict, {})
+    rows = saelens_model.input_norm(kwargs, model, hookpoints, NONE if norm == AVERAGE else norm, keys.source)
     cfg = SAEConfig(
         kind=kind, d_in=keys.size("d_in"), d_sae=keys.size("d_sae"), k=k if kind == "topk" else 0, pre_bias=pre_bias,
-        model=written.get("model_name", str, None) or UNKNOWN, hookpoints=_hookpoints(written, shape),
+        model=model, hookpoints=hookpoints,
         target=(written.get("hook_name_out", str, None) or UNKNOWN) if transcoder else "",
         d_out=keys.size("d_out") if transcoder else None, skip=shape == "skip transcoder",
         layers=tuple(map(int, keys.get("layers", list))) if shape == "crosscoder" else (),
-        input_norm="none" if norm == AVERAGE else norm, metadata=own or _metadata(written.values, name, norm, reshape, k))
+        input_norm=rows, metadata=own or _metadata(written.values, name, norm, reshape, k))
     rescaled = keys.get("rescale_acts_by_decoder_norm", bool, False)
     keys.ignore(*_TRAINING_KEYS)
     keys.finish()

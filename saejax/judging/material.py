@@ -169,8 +169,9 @@ class _Pass:
 
 
 def _window(index: FeatureIndex, feature: int, context: int, position: int, start: int, value: float, top: float, acts) -> Window:
-    tokens = tuple(map(index.token, index.tokens_NT[context, start:start + len(acts)]))
-    return Window(feature, context, position, start, value, top, tokens, tuple(acts))
+    tokens, acts, shown_by = index.shown(context, start, acts)
+    position = start + shown_by[position - start]
+    return Window(feature, context, position, start, value, top, tuple(tokens), tuple(acts))
 
 
 def _material(index: FeatureIndex, feature: int, silent: list[Window], drawn: list[Window]) -> Material:

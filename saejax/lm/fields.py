@@ -9,12 +9,19 @@ from saejax.base.keys import REQUIRED, Keys
 # Keys that never change the forward pass at inference.
 HARMLESS = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _name_or_path architectures attention_dropout attn_pdrop auto_map
-    bos_token_id cache_implementation chunk_size_feed_forward classifier_dropout dtype embd_pdrop eos_token_id
-    finetuning_task gradient_checkpointing hidden_dropout id2label initializer_range is_llama_config label2id n_ctx
-    output_attentions output_hidden_states pad_token_id problem_type reorder_and_upcast_attn resid_pdrop return_dict
-    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params
-    tokenizer_class torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path _num_labels architectures
+    attention_dropout attn_dropout attn_pdrop auto_map bad_words_ids begin_suppress_tokens bos_token_id
+    cache_implementation chunk_size_feed_forward classifier_dropout decoder_start_token_id diversity_penalty do_sample
+    dropout dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing hidden_dropout id2label
+    initializer_range is_llama_config label2id length_penalty max_length min_length mlp_dropout model_max_length n_ctx
+    n_special no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+    output_hidden_states output_logits output_past output_scores pad_token_id predict_special_tokens prefix problem_type
+    remove_invalid_values reorder_and_upcast_attn repetition_penalty resid_dropout resid_pdrop return_dict
+    return_dict_in_generate sep_token_id summary_activation summary_first_dropout summary_proj_to_labels summary_type
+    summary_use_proj suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class top_k top_p
+    torch_dtype torchscript transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed
+    unsloth_version use_bfloat16 use_cache xla_device
 """.split()
 )
 

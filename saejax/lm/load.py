@@ -2,12 +2,13 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,11 @@ class LM:
     digest: str
     revision: str | None = None
     card: Callable[["LM"], str] | None = field(default=None, repr=False, compare=False)  # HTML for notebooks, where one draws it
+
+    @functools.cached_property
+    def known_V(self) -> np.ndarray:
+        """bool [V]: which rows of the embedding belong to a token: models have rows beyond their tokenizer."""
+        return np.array(self.tokenizer.known(self.cfg.vocab_size))
 
     def tokens(self, text: prompts.Text) -> np.ndarray:
         """Token ids int32 [T] of a text, or these ids, with BOS before them, once, where the model has one.
@@ -152,8 +158,7 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
 def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
     file = GGUFFile(path)
     cfg = from_gguf(file.fields(), file.shapes(), file.read)
-    tok = tokenizer.from_gguf(file)
-    tokenizer.check_fits(tok, cfg.vocab_size)
+    tok = replace(tokenizer.from_gguf(file), rows=cfg.vocab_size)
     model = weights.from_gguf_file(cfg, file, dtype=DTYPES[dtype], mesh=mesh)
     return LM(model, cfg, tok, name, _digest(cfg, [path]))
 
@@ -167,8 +172,7 @@ def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh
     if not isinstance(raw, dict):
         raise LMError(f"{config}: a model config is a JSON object, this is {type(raw).__name__}")
     cfg = from_hf(raw)
-    tok = tokenizer.without_image_token(tokenizer.from_pretrained(folder), cfg.vocab_size)
-    tokenizer.check_fits(tok, cfg.vocab_size)
+    tok = replace(tokenizer.from_pretrained(folder), rows=cfg.vocab_size)
     model = weights.from_safetensors(cfg, folder, dtype=DTYPES[dtype], mesh=mesh)
     return LM(model, cfg, tok, name, _digest(cfg, weights.weight_files(folder)), revision)
 

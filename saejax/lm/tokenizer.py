@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -13,14 +13,15 @@ from tokenizers import pre_tokenizers
 
 from saejax.base.errors import TokenizerError
 from saejax.lm.gguf_file import GGUFFile
+from saejax.lm.token_text import TokenBytes, joined, text_of, token_bytes
 
 # GGUF pre-tokenizers that transformers leaves at GPT-2's split: rightly for the first set; for the second every digit
 # must be split off first, which shows on "  1". Its own table covers the others.
 _GPT2_SPLITS = frozenset({"gpt-2", "olmo"})
 _DIGIT_SPLITS = frozenset({"smollm", "starcoder", "refact"})
 
-# Placeholder that Gemma 3 gives one id beyond the text-only models' vocabulary; only its image processor writes it.
-_IMAGE_TOKEN = "<image_soft_token>"
+# Tokens that end a turn of a conversation, which instruction-tuned models call their EOS -> what ends a document in pre-training.
+_DOCUMENT_ENDS = {"<|im_end|>": "<|endoftext|>", "<|end|>": "<|endoftext|>", "<|eot_id|>": "<|end_of_text|>"}
 
 # transformers advises on import to install torch, which saejax does not need.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -28,7 +29,10 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to token ids and back. Ids of special tokens are None when the model has none; 0 is an id like any other."""
+    """Text to token ids and back. Ids of special tokens are None when the model has none; 0 is an id like any other.
+
+    rows: of the model's embedding, where they are known; a text that gives a token without one raises `TokenizerError`.
+    """
 
     backend: Backend = field(repr=False)
     special_ids: frozenset[int] = field(repr=False)
@@ -37,27 +41,95 @@ class Tokenizer:
     pad_id: int | None
     chat_template: str | None = field(default=None, repr=False)
     special_tokens: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False, hash=False)
+    rows: int | None = field(default=None, repr=False)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included: one more than the largest id."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; adds no BOS or EOS."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    @property
+    def separator_id(self) -> int | None:
+        """The token that ends a document in pre-training: EOS, or where that ends a turn of a conversation (`<|im_end|>`), the
+        one that the same tokenizer has for documents (`<|endoftext|>`).
+        """
+        end = _DOCUMENT_ENDS.get(self.backend.id_to_token(self.eos_id) or "") if self.eos_id is not None else None
+        index = self.backend.token_to_id(end) if end else None
+        return self.eos_id if index is None or index not in self.special_ids else index
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of many texts, in parallel threads; adds no BOS or EOS."""
-        return [item.ids for item in self.backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens that it spells among them; adds no BOS or EOS."""
+        return self.with_rows(self.backend.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Token ids of many texts, in parallel threads; adds no BOS or EOS. special: strings that spell a special token are that
+        token; without it they are text like any other.
+        """
+        backend = self.backend if special else self._plain
+        return [self.with_rows(item.ids) for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    @cached_property
+    def _plain(self) -> Backend:
+        """The tokenizer that knows no special token in a text, neither as an added token nor as a word or a piece."""
+        rules = json.loads(self.backend.to_str())
+        model, added = rules["model"], rules["added_tokens"]
+        special = {token["content"]: token["id"] for token in added if token["special"] or token["id"] in self.special_ids}
+        rules["added_tokens"] = [token for token in added if token["content"] not in special]
+        if model["type"] == "Unigram":
+            for word, i in special.items():
+                if i < len(model["vocab"]) and i != model["unk_id"] and model["vocab"][i][0] == word:
+                    model["vocab"][i][0] = f"\0{i}"
+        elif model["type"] != "BPE":  # which makes words from letters
+            model["vocab"] = {f"\0{i}" if word in special and word != model["unk_token"] else word: i
+                              for word, i in model["vocab"].items()}
+        return Backend.from_str(json.dumps(rules | {"post_processor": None}))
+
+    @cached_property
+    def _beyond(self) -> bool:
+        return self.rows is not None and self.vocab_size > self.rows
+
+    def with_rows(self, ids: list[int]) -> list[int]:
+        """The same ids, or `TokenizerError` for one that the model has no embedding of."""
+        if self._beyond and ids and max(ids) >= self.rows:
+            raise TokenizerError(f"the text gives token id {max(ids)} ({self.token(max(ids))!r}), but the model's embedding has "
+                                 f"rows 0 to {self.rows - 1}: leave it out, or use the tokenizer that belongs to the model")
+        return ids
+
+    def known(self, rows: int) -> list[bool]:
+        """Of each of `rows` ids, whether there is such a token: models have rows beyond their tokenizer."""
+        there = set(self.backend.get_vocab(with_added_tokens=True).values())
+        return [i in there for i in range(rows)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids`, special tokens written out."""
+        """Text of `ids`, special tokens written out, as the tokenizer's own decoder gives it."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def token_strings(self, ids: Iterable[int]) -> list[str]:
-        """Text of each id by itself; bytes that are not whole characters show as U+FFFD."""
-        return [self.decode([i]) for i in ids]
+    @cached_property
+    def token_bytes(self) -> TokenBytes:
+        """The bytes that each token puts into a text."""
+        return token_bytes(self.backend)
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes of each id, none where there is no such token."""
+        every = self.token_bytes.pieces
+        return [every[i] if 0 <= i < len(every) else b"" for i in map(int, ids)]
+
+    def token(self, i: int) -> str:
+        """Text of one token by itself; a byte that is no whole character is `<0xF0>`."""
+        return text_of(self.pieces([i])[0])
+
+    def token_strings(self, ids: Iterable[int], *, begins: bool = True) -> list[str]:
+        """Text of each id among its neighbours: together they are the text (see `token_text.joined`).
+
+        begins: the ids are a text from its beginning, so that the blank goes which some tokenizers put there. Special tokens
+        before it do not count.
+        """
+        ids = [int(i) for i in ids]
+        texts, begin = joined(self.pieces(ids))[0], self.token_bytes.begin
+        first = next((n for n, i in enumerate(ids) if i not in self.special_ids), None)
+        if begins and begin and first is not None:
+            texts[first] = texts[first].removeprefix(begin)
+        return texts
 
     def chat(self, messages: Sequence[Mapping[str, str]], *, answer: bool = True) -> list[int]:
         """Token ids of a conversation in the model's own chat template; `answer` opens the assistant's turn.
@@ -83,32 +155,9 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the tokenizer's serialised rules and vocabulary."""
-        return hashlib.sha256(self.backend.to_str().encode()).hexdigest()
-
-
-def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Raises TokenizerError when the tokenizer can produce an id that the model has no embedding for."""
-    if tokenizer.vocab_size > vocab_size:
-        raise TokenizerError(
-            f"tokenizer has ids up to {tokenizer.vocab_size - 1} but the model's vocab_size is "
-            f"{vocab_size}: use the tokenizer that belongs to the model"
-        )
-
-
-def without_image_token(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    """The tokenizer without Gemma 3's image placeholder where the model has no embedding for it, else unchanged.
-
-    The tokenizers of Gemma 3 270M and 1B have it although these models read text only
-    (https://github.com/huggingface/transformers/issues/37011). Text that spells it is then encoded like other text.
-    """
-    index = tokenizer.backend.token_to_id(_IMAGE_TOKEN)
-    if index is None or index < vocab_size:
-        return tokenizer
-    rules = json.loads(tokenizer.backend.to_str())
-    rules["added_tokens"] = [token for token in rules["added_tokens"] if token["content"] != _IMAGE_TOKEN]
-    backend = Backend.from_str(json.dumps(rules))
-    return replace(tokenizer, backend=backend, special_ids=tokenizer.special_ids - {index})
+        """sha256 of the rules and vocabulary, of the ids of BOS, EOS, pad and all special tokens, and of the chat template."""
+        rest = [self.bos_id, self.eos_id, self.pad_id, sorted(self.special_ids), self.chat_template]
+        return hashlib.sha256(f"{self.backend.to_str()}\n{json.dumps(rest)}".encode()).hexdigest()
 
 
 def from_pretrained(folder: Path) -> Tokenizer:

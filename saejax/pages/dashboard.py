@@ -158,7 +158,7 @@ class _Labels:
     def token(self, number: int) -> str:
         """The text of a token id, safe to look at."""
         if number not in self._shown:
-            self._shown[number] = visible(self._index.token(number)) or "\u2205"
+            self._shown[number] = visible(self._index.token(number)) or "\u2205"  # a token of no characters
         return self._shown[number]
 
     def of(self, feature: int) -> str:
@@ -188,7 +188,10 @@ def _features(index: FeatureIndex, labels: _Labels, first: int, last: int) -> di
     def word(token: int) -> int:
         return words.setdefault(labels.token(int(token)), len(words))
 
-    examples = _examples(index, first, last, word)
+    def text(shown: str) -> int:
+        return words.setdefault(visible(shown), len(words))
+
+    examples = _examples(index, first, last, text)
     features = [_feature(row, labels, word) | {"examples": examples[row["feature"]]} for row in index.rows(first, last)]
     return {"first": first, "words": list(words), "features": features}
 
@@ -209,16 +212,14 @@ def _feature(row: dict, labels: _Labels, word) -> dict:
         "up": logits[:half], "down": logits[half:], "cosine": near("cosine"), "firing": near("firing", "firing_support")}
 
 
-def _examples(index: FeatureIndex, first: int, last: int, word) -> dict[int, list]:
+def _examples(index: FeatureIndex, first: int, last: int, text) -> dict[int, list]:
     """By feature: [interval, value, context, position, start, token words, [offset, activation, ...]] of every example."""
     table = index.table(EXAMPLES, first, last)
     columns = [table[name].to_numpy().tolist() for name in ("feature", "interval", "value", "context", "position", "start")]
     acts_EW = table["acts"].combine_chunks().flatten().to_numpy().reshape(-1, index.window)
     out: dict[int, list] = {feature: [] for feature in range(first, last)}
     for feature, interval, value, context, position, start, acts_W in zip(*columns, acts_EW, strict=True):
-        tokens = index.tokens_NT[context, start:start + index.window].tolist()
-        offsets = np.flatnonzero(acts_W > 0)
-        acts = [x for offset, act in zip(offsets.tolist(), acts_W[offsets].tolist(), strict=True)
-                for x in (offset, float(f"{act:.4g}"))]
-        out[feature].append([interval, float(f"{value:.4g}"), context, position, start, [word(t) for t in tokens], acts])
+        texts, shown, _ = index.shown(context, start, acts_W)
+        acts = [x for offset, act in enumerate(shown) if act > 0 for x in (offset, float(f"{act:.4g}"))]
+        out[feature].append([interval, float(f"{value:.4g}"), context, position, start, [*map(text, texts)], acts])
     return out

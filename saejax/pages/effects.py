@@ -9,6 +9,7 @@ from saejax.base.storage import write_bytes
 from saejax.base.text import visible
 from saejax.features.effects.attribution import Attribution
 from saejax.lm import LM
+from saejax.lm.token_text import joined
 from saejax.pages.dashboard import address_in
 from saejax.pages.templates import render
 
@@ -36,18 +37,23 @@ def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, la
         "token": text[part.position], "label": visible(labels.get(part.feature, ""), 200),
         "address": "" if dashboard is None or part.feature is None else address_in(dashboard, part.feature, file)}
         for part in map(found.part, found.largest(ROWS))]
-    against = "the mean logit" if found.against is None else visible(lm_.tokenizer.decode([found.against]))
+    against = "the mean logit" if found.against is None else visible(lm_.tokenizer.token(found.against))
     tokens = [{"text": t, "features": f, "error": e, "bias": b, "bos": s, "sum": f + e + b + s} for t, f, e, b, s in zip(
         text, found.features_T, found.error_T, found.bias_T, found.special_T, strict=True)]
-    _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.decode([found.target])),
-           against=against, difference=found.difference, sums=found.sums, tints=_tints(text, found), tokens=tokens, parts=parts,
+    _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.token(found.target)),
+           against=against, difference=found.difference, sums=found.sums, tints=_tints(lm_, found), tokens=tokens, parts=parts,
            said=said, points=_points(found))
 
 
-def _tints(text: list[str], found: Attribution) -> list[tuple[str, str, list[dict]]]:
-    """(name, what it sums, tokens with that sum and its share, 0 to 1, of the largest of all three), one for each tinting."""
-    sums = (("both", "features and error", found.features_T + found.error_T), ("features", "features", found.features_T),
-            ("error", "error", found.error_T))
+def _tints(lm_: LM, found: Attribution) -> list[tuple[str, str, list[dict]]]:
+    """(name, what it sums, tokens with that sum and its share, 0 to 1, of the largest of all three), one for each tinting. Where
+    several tokens make one character, the first has it and the sum of theirs.
+    """
+    text = [visible(t) for t in lm_.tokenizer.token_strings(found.tokens_T)]
+    shown_by = joined(lm_.tokenizer.pieces(found.tokens_T))[1]
+    sums = [(name, what, np.bincount(shown_by, total_T, minlength=len(text))) for name, what, total_T in (
+        ("both", "features and error", found.features_T + found.error_T), ("features", "features", found.features_T),
+        ("error", "error", found.error_T))]
     most = max(1e-30, *(float(np.abs(total_T).max()) for _, _, total_T in sums))
     return [(name, what, [
         {"text": t, "total": float(v), "share": round(abs(float(v)) / most, 3), "sign": "up" if v > 0 else "down"}

@@ -134,7 +134,7 @@ def attribute(lm_: LM, sae: SAE, given: str, token: str, against: str | None, ab
 def next_tokens(lm_: LM, sae: SAE, given: str, changes: list[steering.Change], positions, n: int) -> Table:
     """What each change does to the token behind a prompt."""
     def shown(pairs) -> str:
-        return ", ".join(f"{lm_.tokenizer.decode([token])!r} {before:.2g} -> {after:.2g}" for token, before, after in pairs)
+        return ", ".join(f"{lm_.tokenizer.token(token)!r} {before:.2g} -> {after:.2g}" for token, before, after in pairs)
 
     found = steering.next_tokens(lm_, sae, given, changes, positions=positions, n=n)
     return Table(("change", "KL", "rises", "falls"),

@@ -148,7 +148,13 @@ def _unfinished_store(path: Path) -> Finding:
 def _store_facts(spec: mf.StoreSpec) -> dict:
     return {"model": spec.model, "weights": spec.model_digest[:16], "lm_dtype": spec.lm_dtype,
             "hookpoints": {name: width for name, width in spec.hookpoints}, "context": spec.context,
-            "text": spec.text.get("sources"), "masked": "special tokens" if spec.mask_special else "nothing"}
+            "text": spec.text.get("sources"), "masked": _masked(spec)}
+
+
+def _masked(spec: mf.StoreSpec) -> str:
+    first = spec.text.get("mask_first", 0)
+    what = [f"the first {first} of every row"] * bool(first) + ["special tokens"] * spec.mask_special
+    return " and ".join(what) or "nothing"
 
 
 def _same(found: Finding, file: Path, expected: str) -> bool:

@@ -18,7 +18,7 @@ from saejax.sae.model import decode, encode, skipped
 from saejax.sae.normalization import Normalization
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
 from saejax.sae.products import product
-from saejax.sae.row_norm import NONE, normalise_rows
+from saejax.sae.row_norm import CENTER, NONE, normalise_rows
 from saejax.sae.saebench import config_for
 
 
@@ -196,10 +196,12 @@ class SAE:
         """Reconstruction [..., d_out] in raw units from feature activations [..., d_sae]; without what a skip connection adds.
 
         x: the rows [..., d_in] that the activations come from; needed, and only read, where `cfg.input_norm` normalises every row
-        by itself. Raises `FormatError` where it is missing.
+        by itself. Raises `FormatError` where it is missing; only "center" gives the reconstruction of the centred row then.
         """
         recon = self._apply(_decode, acts, self.cfg.d_sae, "features", "d_out")
         if self.cfg.input_norm == NONE or self.cfg.d_out is not None:
+            return recon
+        if x is None and self.cfg.input_norm == CENTER:
             return recon
         if x is None:
             raise FormatError(f"this SAE normalises every row by itself ({self.cfg.input_norm}): decode(acts, x) needs the "

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,9 @@ from saejax.data.harvest import harvest
 from saejax.data.store import Store
 from saejax.data.text import token_batches
 from saejax.data.writer import StoreWriter
-from tests.data.making import bits, directory, sentences, tiny_config, tiny_model, write_jsonl
+from tests.data.making import HOOK, bits, directory, sentences, tiny_config, tiny_model, write_jsonl
+from tests.lm import families
+from tests.lm.token_forms import save, words
 from tests.processes import environment, free_port
 
 N_CONTEXTS = 40     # 640 tokens in contexts of 16, shards of 4
@@ -57,6 +60,25 @@ def test_rows_are_what_the_model_computes_for_the_packed_text(straight, tiny):
         assert np.allclose(got.astype(np.float32), expected, rtol=2**-8, atol=1e-5)
         rounded = np.asarray(jnp.asarray(expected).astype(jnp.bfloat16))
         assert (bits(got) == bits(rounded)).mean() > 0.99
+
+
+@pytest.mark.parametrize("first, most, least", [(1, 1.5, 0), (0, np.inf, 5)])
+def test_sinks_at_the_first_token_are_left_out(parts, tmp_path, first, most, least):
+    """A model without BOS whose first position is an outlier, whatever token is there: root mean square norm / median norm."""
+    config = families.CONFIGS["gpt2"]
+    tensors = families.tensors(config)
+    place = next(name for name in tensors if name.endswith("wpe.weight"))
+    tensors[place][0] *= 1000
+    save(words(), families.write(tmp_path / "lm", config, tensors), bos_token=None, eos_token=None)
+    config = tiny_config(tmp_path / "lm", parts[1], tmp_path / "store", **{
+        "text.bos": "none", "text.separator": "none", "text.mask_first": first, "harvest.mask_special": False})
+    store = harvest(config)
+    stats = store.stats(HOOK)
+    assert least < stats.mean_sq_norm ** 0.5 / stats.median_norm <= most
+    keep_NT = store.keep(0, store.rows).reshape(-1, store.context)
+    assert np.array_equal(keep_NT, np.tile(np.arange(store.context) >= first, (store.n_contexts, 1)))
+    with pytest.raises(StoreError, match="text.mask_first: "):
+        harvest(replace(config, text=replace(config.text, mask_first=2)))
 
 
 def test_a_model_split_over_devices_harvests_the_same_rows(straight, parts, tmp_path):

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import datasets
@@ -8,9 +9,12 @@ from hypothesis import strategies as st
 
 from saejax.base.errors import TextError
 from saejax.config import TextOptions
+from saejax.data import finding
 from saejax.data import sources as src
 from saejax.data.text import PackedText, TextState, is_held_out, token_batches
+from saejax.lm.tokenizer import from_pretrained
 from tests.data.making import documents, loaded, sentences, word_tokenizer, write_jsonl
+from tests.lm.token_forms import byte_level, save
 
 word = st.integers(2, 49)
 document = st.one_of(st.none(), st.just(""), st.lists(word, min_size=1, max_size=30))
@@ -79,10 +83,117 @@ def test_special_ids_are_masked_whether_or_not_id_0_is_one(special, masked):
     batches = list(token_batches(options, word_tokenizer(special=special), 3, seed=0, sources=sources))
     tokens, keep = (np.concatenate([getattr(b, f) for b in batches]) for f in ("tokens_BT", "keep_BT"))
     assert {0, 1, 3} <= set(tokens.ravel().tolist())
-    assert np.array_equal(keep, ~np.isin(tokens, masked))
+    assert np.array_equal(keep[:, 1:], ~np.isin(tokens, masked)[:, 1:]) and not keep[:, 0].any()
     unmasked = next(token_batches(options, word_tokenizer(special=special), 3, seed=0, sources=sources,
                                   mask_special=False))
-    assert unmasked.keep_BT.all()
+    assert unmasked.keep_BT[:, 1:].all()
+
+
+@pytest.mark.parametrize("bos", ["row", "doc", "none"])
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_the_first_tokens_of_a_row_are_masked_whatever_they_are(bos, first):
+    options = TextOptions(context=8, holdout=0.0, bos=bos, mask_first=first)
+    sources = loaded(options, ["w5 w3 w4 w6 w7"] * 20)
+    packed = PackedText(options, word_tokenizer(special=()), seed=0, sources=sources, mask_special=False)
+    assert np.array_equal(packed.keep(packed.take(4)), np.tile(np.arange(8) >= first, (4, 1)))
+
+
+def test_bos_and_separator_by_their_text():
+    def rows(bos, separator):
+        options = TextOptions(context=8, holdout=0.0, bos=bos, separator=separator)
+        return pack(options, sources=loaded(options, ["w3 w4"] * 20)).ravel().tolist()
+
+    assert rows("w7", "w8") == [7, 3, 4, 8, 3, 4, 8, 3] and rows("w7", "none") == [7, *[3, 4] * 3, 3]
+    assert rows("doc:w7", "w8") == [7, 3, 4, 8, 7, 3, 4, 8] and rows("doc", "eos") == [0, 3, 4, 1, 0, 3, 4, 1]
+    with pytest.raises(TextError, match="config.text.bos: 'rows' is no token of this tokenizer"):
+        rows("rows", "eos")
+    with pytest.raises(TextError, match="config.text.separator: 'doc:' is no token"):
+        rows("none", "doc:")
+
+
+def test_conversations_and_token_ids(tmp_path):
+    """One BOS and one separator, also where the document has them already; ids that the tokenizer lacks are refused."""
+    tokenizer = replace(word_tokenizer(), chat_template="{% for m in messages %}{{ m.role }} {{ m.content }} w1 {% endfor %}")
+    said = [[{"role": "w5", "content": "w6 w7"}, {"role": "w8", "content": "w9"}]] * 9
+    path = tmp_path / "a.parquet"
+    columns = {"messages": said, "input_ids": [[0, 5, 6]] * 9, "odd": [[1.5]] * 9, "far": [[99]] * 9}
+    datasets.Dataset.from_dict(columns).to_parquet(path)
+    for streaming in (False, True):
+        options = TextOptions(source=(str(path),), holdout=0.0, context=7, bos="doc", streaming=streaming)
+        rows = PackedText(replace(options, field="messages"), tokenizer, seed=0).take(2)
+        assert rows.ravel().tolist() == [0, 5, 6, 7, 1, 8, 9, 1, 0, 5, 6, 7, 1, 8]
+        assert pack(replace(options, field="input_ids")).ravel().tolist() == [0, 5, 6, 1, 0, 5, 6]
+        with pytest.raises(TextError, match="holds list, not text, token ids or conversations"):
+            pack(replace(options, field="odd"))
+        with pytest.raises(TextError, match="token id 99: the tokenizer has ids 0 to 49"):
+            pack(replace(options, field="far"))
+
+
+def test_strings_that_spell_a_special_token_are_text_unless_asked_otherwise(tmp_path):
+    save(byte_level(), tmp_path)
+    tokenizer = from_pretrained(tmp_path)
+    for special in (False, True):
+        options = TextOptions(context=24, holdout=0.0, bos="none", separator="none", special=special)
+        packed = PackedText(options, tokenizer, seed=0, sources=loaded(options, ["a<|endoftext|>b" * 9]))
+        tokens = packed.take(1)
+        assert (tokenizer.bos_id in tokens) == special == (not packed.keep(tokens)[0, 1:].all())
+
+
+def test_a_folder_as_cloned_from_the_hub(tmp_path, capsys):
+    """Data files of the wanted split only: not the card, not the other splits, nothing hidden."""
+    folder = tmp_path / "clone"
+    (folder / "data").mkdir(parents=True)
+    (folder / ".cache").mkdir()
+    for place in (folder / "README.md", folder / ".cache" / "x.txt", folder / "notes.txt", folder / "dataset_infos.json"):
+        place.write_text("---\n# no document\n" * 9)
+    texts = {split: sentences(3, seed) for seed, split in enumerate(("train", "test", "validation"))}
+    for split, some in texts.items():
+        datasets.Dataset.from_dict({"text": some}).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
+    for split in texts:
+        assert sorted(documents(TextOptions(source=(str(folder),), holdout=0.0, split=split), 0)) == sorted(texts[split])
+        said = capsys.readouterr().err
+        assert f"1 of 5 files are read: data/{split}-00000-of-00001.parquet" in said.replace("\\", "/")
+    with pytest.raises(TextError, match="has files of test and of train and of validation, none of 'all'"):
+        src.resolve(TextOptions(source=(str(folder),), split="all"))
+    for file in (folder / "data").iterdir():
+        file.unlink()
+    assert [p.name for p in finding.find(str(folder), "train")] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["in[1]/a.jsonl", "in[ab]/*.jsonl", "a?b/a.jsonl", "a*b/a.jsonl", "[x]", "a b/#1.jsonl"])
+def test_any_path(tmp_path, name, streaming):
+    texts = sentences(5)
+    folder = tmp_path / name.partition("/")[0]
+    folder.mkdir()
+    write_jsonl(folder / (name.partition("/")[2] or "a.jsonl").replace("*", "x"), texts)
+    source = str(tmp_path / name.replace("in[ab]/*", "in[[]ab]/*"))
+    assert sorted(documents(TextOptions(source=(source,), holdout=0.0, streaming=streaming), 0)) == sorted(texts)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "csv", "csv.gz", "json"])
+def test_packed_files_and_csv(tmp_path, ending, streaming):
+    import gzip
+
+    import zstandard
+    texts = sentences(5)
+    plain = 'text,n\n' + "".join(f'"{t}",1\n' for t in texts) if "csv" in ending else "".join(
+        json.dumps({"text": t}) + "\n" for t in texts)
+    pack_ = {"gz": gzip.compress, "zst": zstandard.compress}.get(ending.rpartition(".")[2], bytes)
+    (tmp_path / f"a.{ending}").write_bytes(pack_(plain.encode()))
+    options = TextOptions(source=(str(tmp_path),), holdout=0.0, streaming=streaming)
+    assert sorted(documents(options, 0)) == sorted(texts)
+
+
+def test_a_misspelt_folder_is_no_hub_dataset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpora" / "english").mkdir(parents=True)
+    for source, near in (("corpora/englsh", "did you mean corpora/english"), ("corpra", "did you mean corpora"),
+                         ("corpra/english", "did you mean corpora/english"), ("corpora/other", "is missing: no such file"),
+                         ("./nowhere", "is missing"), ("nowhere/", "is missing")):
+        with pytest.raises(TextError, match=near):
+            src.resolve(TextOptions(source=(source,)))
 
 
 def test_context_ids_do_not_depend_on_the_batch_size():
@@ -137,7 +248,7 @@ def test_every_kind_of_file_gives_its_documents(tmp_path):
     datasets.Dataset.from_dict({"text": d}).save_to_disk(tmp_path / "saved")
     arrow = next((tmp_path / "saved").glob("*.arrow"))
     (folder / "ignored.bin").write_bytes(b"\0")
-    options = TextOptions(source=(str(folder), str(arrow)), holdout=0.0)
+    options = TextOptions(source=(str(folder), str(arrow), str(folder / "*.md")), holdout=0.0)
     found = sorted(t.split("\n")[0] for t in documents(options, 0))
     assert found == sorted(a + b + c + d)
     globbed = TextOptions(source=(str(folder / "*.md"),), holdout=0.0)

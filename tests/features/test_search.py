@@ -35,7 +35,7 @@ def test_the_most_active_features_of_a_prompt(lm_, sae, acts):
     found = by_prompt(lm_, sae, PROMPT, 5)
     np.testing.assert_allclose([f.score for f in found], np.sort(expected.max(0))[::-1][:5], rtol=0.02)
     at = int(expected[:, found[0].feature].argmax())
-    assert found[0].why.startswith(f"strongest on token {at} {lm_.tokenizer.decode([tokens[at]])!r}, activation ")
+    assert found[0].why.startswith(f"strongest on token {at} {lm_.tokenizer.token(tokens[at])!r}, activation ")
 
 
 def test_a_prompt_ranks_by_share_of_the_maximum_without_dense_features(lm_, sae, acts):
@@ -59,7 +59,7 @@ def test_the_features_of_each_token(lm_, sae, acts):
     tokens, expected = acts
     found = by_token(lm_, sae, PROMPT, 3)
     assert [one.position for one in found] == list(range(1, len(tokens))), "BOS is left out"
-    assert [one.token for one in found] == lm_.tokenizer.token_strings(tokens[1:])
+    assert [one.token for one in found] == [lm_.tokenizer.token(t) for t in tokens[1:]]
     for one in found:
         highest = np.sort(expected[one.position])[::-1][:3]
         np.testing.assert_allclose([f.score for f in one.found], highest[highest > 0], rtol=0.02)

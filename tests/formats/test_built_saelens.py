@@ -7,6 +7,7 @@ import pytest
 
 import saejax
 from saejax.base import sharding
+from saejax.base.errors import FormatError
 from saejax.base.records import MeshOptions
 from tests.formats.building import (
     D,
@@ -198,3 +199,40 @@ def test_dtypes_that_lose_nothing(tmp_path, dtype):
     sae = saejax.load(tmp_path)
     np.testing.assert_array_equal(sae.W_enc, w["W_enc"])
     np.testing.assert_array_equal(sae.W_dec, w["W_dec"])
+
+
+def _centred(model="gpt2-small", hook="blocks.1.hook_resid_pre", **kwargs):
+    return {"model_name": model, "hook_name": hook, "prepend_bos": True, "context_size": 128, "sae_lens_version": "6.0.0",
+            "model_from_pretrained_kwargs": kwargs}
+
+
+@pytest.mark.parametrize("model, hook, centred", [
+    ("gpt2-small", "blocks.1.hook_resid_pre", True), ("EleutherAI/pythia-70m-deduped", "blocks.0.hook_mlp_out", True),
+    ("gpt2-small", "blocks.1.mlp.hook_post", False), ("google/gemma-2-2b", "blocks.1.hook_resid_pre", False),
+])
+def test_saelens_centred_writing_weights(tmp_path, model, hook, centred):
+    """Rows less their mean, where the model has LayerNorm and the hookpoint is in the residual stream."""
+    w = weights()
+    write_lens(tmp_path / "a", common(w), metadata=_centred(model, hook, center_writing_weights=True, fold_ln=True))
+    mean = X.mean(1, keepdims=True) if centred else 0
+    acts = relu(pre(w, X - mean, True))
+    recon = acts @ w["W_dec"] + w["b_dec"]
+    sae = loaded(tmp_path / "a", "saelens")
+    check(sae, X, acts, recon + mean)
+    if centred:
+        np.testing.assert_allclose(np.asarray(sae.decode(sae.encode(X))), recon, atol=1e-4)
+    sae.save(tmp_path / "b")
+    check(saejax.load(tmp_path / "b"), X, acts, recon + mean)
+
+
+@pytest.mark.parametrize("model, hook, kwargs, part", [
+    ("any", "blocks.1.hook_resid_pre", {"center_writing_weights": True}, "center_writing_weights=True .*whether 'any' is one"),
+    ("gpt2", "blocks.1.hook_resid_pre", {"checkpoint_index": 3, "fold_ln": True}, "checkpoint_index=3 .changes what"),
+    ("gpt2", "blocks.1.attn.hook_z", {"fold_value_biases": True}, "fold_value_biases=True .changes what"),
+    ("gpt2", "blocks.1.ln2.hook_normalized", {"fold_ln": True}, "fold_ln=True .changes what"),
+])
+def test_saelens_models_that_were_changed_are_refused_by_name(tmp_path, model, hook, kwargs, part):
+    write_lens(tmp_path, common(weights()), metadata=_centred(model, hook, **kwargs))
+    with pytest.raises(FormatError, match=part) as caught:
+        saejax.load(tmp_path)
+    assert "\n" not in str(caught.value)

@@ -254,3 +254,13 @@ def test_gguf_fields_that_are_not_computed_are_refused():
         gguf_config.from_gguf(fields | {"llama.rope.scaling.type": "longrope"}, shapes, read)
     with pytest.raises(LMError, match="general.architecture='rwkv'"):
         gguf_config.from_gguf({"general.architecture": "rwkv"}, {}, read)
+
+
+@pytest.mark.parametrize("extra", [
+    {}, {"n_special": 0, "predict_special_tokens": True}, {"_num_labels": 1}, {"output_past": True},
+    {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}},
+    {"max_length": 4096, "temperature": 0.6, "top_p": 0.9, "do_sample": True}])
+def test_keys_that_change_no_result_are_no_obstacle(extra):
+    """As gpt2-medium, gpt2-large, distilgpt2 and older Llama 2 have them."""
+    gpt2 = {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 1024, "n_head": 16, "n_layer": 24, "n_positions": 1024}
+    assert hf_config.from_hf(gpt2 | extra) == hf_config.from_hf(gpt2)

@@ -102,7 +102,7 @@ def _refused(options: Options) -> None:
 def _effect(lm_, one) -> str:
     """KL and the largest changes of the next token's probability, safe to look at."""
     from saejax.base.text import visible
-    moved = [f"{visible(repr(lm_.tokenizer.decode([token])))} {before:.2g} -> {after:.2g}" for token, before, after in one.rises]
+    moved = [f"{visible(repr(lm_.tokenizer.token(token)))} {before:.2g} -> {after:.2g}" for token, before, after in one.rises]
     return f"KL {one.kl:.3g}; {', '.join(moved)}"
 
 

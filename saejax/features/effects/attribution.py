@@ -59,9 +59,9 @@ class Part(NamedTuple):
 class Attribution:
     """The P pairs (token, feature) that are active on a prompt, by token and then by feature, and what else has part in it.
 
-    difference: logit(target) - logit(against) (without it: the mean logit). error_T: (x - SAE(x)) . grad; bias_T: b_dec . grad,
-    with the row's mean and a skip connection where the SAE has them; both 0 at special tokens, which have no pairs, and whose
-    x . grad is special_T. ablation_P, error_ablation_T: NaN where it was not measured.
+    difference: logit(target) - logit(against) (without it: the mean logit of all tokens). error_T: (x - SAE(x)) . grad; bias_T:
+    b_dec . grad, with the row's mean and a skip connection where the SAE has them; both 0 at special tokens, which have no
+    pairs, and whose x . grad is special_T. ablation_P, error_ablation_T: NaN where it was not measured.
     """
 
     tokens_T: np.ndarray
@@ -146,7 +146,8 @@ def attribute(lm_: LM, sae: SAE, prompt: str, target: str, against: str | None =
     check_place(lm_, sae)
     tokens_T, ids = encoded(lm_, prompt), _ids(lm_, target, against)
     last, unseen_T = len(tokens_T) - 1, special(lm_, tokens_T)
-    difference, found, gradient = _gradient(lm_.model, padded(lm_, tokens_T), last, ids, sae.cfg.hookpoints, sae.cfg.targets)
+    weight_V = _weights(lm_, *ids)
+    difference, found, gradient = _gradient(lm_.model, padded(lm_, tokens_T), last, weight_V, sae.cfg.hookpoints, sae.cfg.targets)
     x_TD, y_TD = (jnp.concatenate([found[name][0, :last + 1] for name in names], axis=-1)
                   for names in (sae.cfg.hookpoints, sae.cfg.targets))
     gradient_TD = np.concatenate([np.asarray(gradient[name])[0, :last + 1] for name in sae.cfg.targets], axis=-1)
@@ -158,7 +159,7 @@ def attribute(lm_: LM, sae: SAE, prompt: str, target: str, against: str | None =
     activation_P = acts_TF[position_P, feature_P]
     along_P = _along(sae, gradient_TD * np.asarray(row_scales(sae, x_TD)), position_P, feature_P)
     return Attribution(
-        tokens_T, tuple(lm_.tokenizer.token_strings(tokens_T)), int(ids[0]), int(ids[1]) if against else None, float(difference),
+        tokens_T, tuple(map(lm_.tokenizer.token, tokens_T)), int(ids[0]), int(ids[1]) if against else None, float(difference),
         np.where(unseen_T, 0, error_T), np.where(unseen_T, 0, bias_T), np.where(unseen_T, value_T, 0),
         np.full(len(tokens_T), np.nan), position_P, feature_P, activation_P, activation_P * along_P,
         np.full(len(position_P), np.nan))
@@ -181,8 +182,8 @@ def ablate(lm_: LM, sae: SAE, found: Attribution, parts: np.ndarray | None = Non
     tokens, last, place = padded(lm_, found.tokens_T), len(found.tokens_T) - 1, sae.cfg.targets[0]
     clean = values(lm_.model, tokens, tuple({*sae.cfg.hookpoints, place}))
     row_of = _rows(sae, found, clean[sae.cfg.hookpoints[0]][0, :last + 1], clean[place][0, :last + 1])
-    ids = np.array([found.target, -1 if found.against is None else found.against], np.int32)
-    run = functools.partial(_without, lm_.model, tokens, last, ids, clean[place], place=place)
+    weight_V = _weights(lm_, found.target, -1 if found.against is None else found.against)
+    run = functools.partial(_without, lm_.model, tokens, last, weight_V, clean[place], place=place)
     whole = float(run(np.zeros(batch, np.int32), np.zeros((batch, sae.cfg.spec.width_out), np.float32))[0])
     ablation = np.concatenate([found.ablation_P, found.error_ablation_T])
     with Progress("ablation", len(parts), unit="part", enabled=progress) as bar:
@@ -252,6 +253,15 @@ def _ids(lm_: LM, target: str, against: str | None) -> np.ndarray:
     return np.array(ids, np.int32)
 
 
+def _weights(lm_: LM, target: int, against: int) -> np.ndarray:
+    """float32 [V] whose product with the logits is logit(target) - logit(against), or with against < 0 - the mean logit of all.
+    """
+    weight_V = np.zeros(lm_.cfg.vocab_size)
+    weight_V[lm_.known_V if against < 0 else against] = -1 / lm_.known_V.sum() if against < 0 else -1
+    weight_V[target] += 1
+    return weight_V.astype(np.float32)
+
+
 def _along(sae: SAE, gradient_TD: np.ndarray, position_P: np.ndarray, feature_P: np.ndarray) -> np.ndarray:
     """[P] gradient at the token along the feature's decoder row."""
     chosen, at_P = np.unique(feature_P, return_inverse=True)
@@ -263,16 +273,16 @@ def _along(sae: SAE, gradient_TD: np.ndarray, position_P: np.ndarray, feature_P:
     return out_P
 
 
-def _difference(model, tokens_BT, last, ids, taps) -> jax.Array:
-    """[B] logit(ids[0]) - logit(ids[1]) after token `last`, float32; ids[1] < 0: the mean logit. No logits of other tokens."""
+def _difference(model, tokens_BT, last, weight_V, taps) -> jax.Array:
+    """[B] the weighted sum of the logits after token `last`, float32. No logits of other tokens."""
     before = taps.get(FINAL, lambda value: value)
     final = {FINAL: lambda value: lax.dynamic_slice_in_dim(before(value), last, 1, axis=1)}
     logits_BV = model(tokens_BT, taps=taps | final)[:, 0].astype(jnp.float32)
-    return logits_BV[:, ids[0]] - jnp.where(ids[1] < 0, logits_BV.mean(-1), logits_BV[:, ids[1]])
+    return (logits_BV * weight_V).sum(-1)
 
 
 @functools.partial(jax.jit, static_argnames=("read", "written"))
-def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple[str, ...]):
+def _gradient(model, tokens_1T, last, weight_V, read: tuple[str, ...], written: tuple[str, ...]):
     """(difference, values [1, T, D] at `read` and `written`, gradient [1, T, D] at `written`)."""
     def forward(added):
         seen = {}
@@ -282,7 +292,7 @@ def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple
             return value + added[name].astype(value.dtype) if name in added else value
 
         taps = {name: functools.partial(tap, name) for name in {*read, *written}}
-        return _difference(model, tokens_1T, last, ids, taps)[0], seen
+        return _difference(model, tokens_1T, last, weight_V, taps)[0], seen
 
     zero = {name: jnp.zeros((*tokens_1T.shape, width_of(model.cfg, name))) for name in written}
     (difference, found), gradient = jax.value_and_grad(forward, has_aux=True)(zero)
@@ -290,9 +300,9 @@ def _gradient(model, tokens_1T, last, ids, read: tuple[str, ...], written: tuple
 
 
 @functools.partial(jax.jit, static_argnames="place")
-def _without(model, tokens_1T, last, ids, clean_1TD, position_B, part_BD, *, place: str):
+def _without(model, tokens_1T, last, weight_V, clean_1TD, position_B, part_BD, *, place: str):
     """[B] the difference with `part` taken from the value at one place, at one token; below it nothing is computed again."""
     here_BT = jnp.arange(tokens_1T.shape[1]) == position_B[:, None]
     changed_BTD = (clean_1TD - here_BT[..., None] * part_BD[:, None]).astype(model.dtype)
     tokens_BT = jnp.broadcast_to(tokens_1T, (len(position_B), tokens_1T.shape[1]))
-    return _difference(model, tokens_BT, last, ids, {place: lambda _: changed_BTD})
+    return _difference(model, tokens_BT, last, weight_V, {place: lambda _: changed_BTD})

@@ -24,8 +24,8 @@ def single_token(lm_: LM, text: str) -> int:
 
 
 def special(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:
-    """bool [T]: the special tokens, which an SAE has not seen."""
-    return np.isin(tokens_T, sorted(lm_.tokenizer.special_ids))
+    """bool [T]: the first token and the special ones, which an SAE has not seen."""
+    return np.isin(tokens_T, sorted(lm_.tokenizer.special_ids)) | (np.arange(len(tokens_T)) == 0)
 
 
 def padded(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from saejax.sae.inference import SAE, SAEConfig
 
 
 def plan(lm_: LM, sae: SAE, *, error: bool = False) -> Partial:
-    """A `Partial` that makes the taps of a model in which the SAE stands; BOS keeps its value, which the SAE has not seen.
+    """A `Partial` that makes the taps of a model in which the SAE stands; the first token, which it has not seen, stays.
 
     error: what the SAE misses is added. Raises `SteeringError` for a crosscoder, an SAE split over devices or one that does not
     fit the model, `HookpointError`.
@@ -26,11 +26,11 @@ def plan(lm_: LM, sae: SAE, *, error: bool = False) -> Partial:
     check_one_place(sae)
     if sae.mesh is not None and sae.mesh.size > 1:
         raise SteeringError("the SAE is split over devices: open it with mesh=None to run it inside the model")
-    return Partial(_maker(sae.cfg, error, lm_.tokenizer.bos_id is not None), sae.params)
+    return Partial(_maker(sae.cfg, error), sae.params)
 
 
 @functools.lru_cache(maxsize=64)
-def _maker(cfg: SAEConfig, error: bool, bos: bool):
+def _maker(cfg: SAEConfig, error: bool):
     def make(params) -> dict:
         sae, seen = SAE(params, cfg), []
 
@@ -42,8 +42,7 @@ def _maker(cfg: SAEConfig, error: bool, bos: bool):
             clean = x_BTD.astype(jnp.float32)
             recon = sae((seen[0] if cfg.target else x_BTD).astype(jnp.float32))
             recon = recon + jax.lax.stop_gradient(clean - recon) if error else recon
-            here_BT = positions_BT > 0 if bos else positions_BT >= 0
-            return jnp.where(here_BT[..., None], recon, clean).astype(x_BTD.dtype)
+            return jnp.where((positions_BT > 0)[..., None], recon, clean).astype(x_BTD.dtype)
 
         return {cfg.hookpoints[0]: keep, cfg.target: change} if cfg.target else {cfg.targets[0]: change}
 

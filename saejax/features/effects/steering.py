@@ -202,7 +202,7 @@ def continuations(lm_: LM, sae: SAE, prompt: Text, changes: Sequence[Change], *,
     stops = [] if lm_.tokenizer.eos_id is None else [lm_.tokenizer.eos_id]
     rows = generate(lm_.model, [tokens_T.tolist()] * len(changes), tokens, sampling=sampling, seed=seed, stop_ids=stops,
                     taps=taps)
-    return [lm_.tokenizer.decode(row) for row in rows]
+    return ["".join(lm_.tokenizer.token_strings(row, begins=False)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -224,12 +224,12 @@ def next_tokens(lm_: LM, sae: SAE, prompt: Text, changes: Sequence[Change], *, p
     taps = plan(lm_, sae, changes, np.tile(at_T, (len(changes), 1)), after=after)
     logits_BV = prompts.logits(lm_.model, prompts.padded(lm_.cfg, [tokens_T] * len(changes)), taps)[:, len(tokens_T) - 1]
     clean_V, *changed = np.asarray(jax.nn.log_softmax(logits_BV, axis=-1), np.float64)
-    return [_next_token(clean_V, log_V, n) for log_V in changed]
+    return [_next_token(clean_V, log_V, np.flatnonzero(lm_.known_V), n) for log_V in changed]
 
 
-def _next_token(clean_V: np.ndarray, log_V: np.ndarray, n: int) -> NextToken:
+def _next_token(clean_V: np.ndarray, log_V: np.ndarray, known: np.ndarray, n: int) -> NextToken:
     before_V, after_V = np.exp(clean_V), np.exp(log_V)
-    order = np.argsort(after_V - before_V, kind="stable")
+    order = known[np.argsort((after_V - before_V)[known], kind="stable")]
 
     def of(ids) -> list[tuple[int, float, float]]:
         return [(int(i), float(before_V[i]), float(after_V[i])) for i in ids]

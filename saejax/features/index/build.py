@@ -78,8 +78,7 @@ def _write(path: Path, source: dict, sae: SAE, corpus: Corpus, lm_: LM, options:
     windows = _surroundings(path, sae, corpus, tokens, examples, options)
     dictionary = tables.blocks(sae, lm_, progress=options.progress)
     if is_writer():
-        vocabulary = lm_.tokenizer.token_strings(range(lm_.tokenizer.vocab_size))
-        totals = tables.write(path, dictionary, vocabulary, state, tables.Found(examples, windows), tokens)
+        totals = tables.write(path, dictionary, lm_.tokenizer.token_bytes.pieces, state, tables.Found(examples, windows), tokens)
         lease.confirm()
         tables.write_manifest(path, {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals})
     else:

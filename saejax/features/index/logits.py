@@ -30,21 +30,22 @@ def residual_columns(sae: SAE) -> slice | None:
 def logit_effects(lm_: LM, sae: SAE, first: int, last: int, n: int) -> tuple[np.ndarray, np.ndarray] | None:
     """(token [f, 2 n], effect [f, 2 n]) of features first .. last - 1: the n largest effects falling, then the n least rising.
 
-    effect = U (g * d) less its mean over the vocabulary, which no softmax sees; U [V, D] the unembedding, d the decoder row (of a
+    effect = U (g * d) less its mean over the tokens, which no softmax sees; U [V, D] the unembedding, d the decoder row (of a
     LayerNorm d - mean d), g the gain of the final norm: the first-order change of the logits per unit of activation, but for the
-    norm's 1 / sigma, which is the same for all tokens. None where the decoder does not write into the residual stream.
+    norm's 1 / sigma, which is the same for all tokens. Rows of U that belong to no token are left out. None
+    where the decoder does not write into the residual stream.
     """
     columns = residual_columns(sae)
     if columns is None or columns.stop - columns.start != lm_.cfg.d_model:
         return None
     normed = sae.cfg.targets[-1] == FINAL
     block = max(1, min(last - first, _BLOCK_BYTES // (4 * lm_.cfg.vocab_size)))
-    n = min(n, lm_.cfg.vocab_size)
+    n = min(n, int(lm_.known_V.sum()))
     found = []
     W = rows_of(sae, sae.params.W_dec, first, last)[:, columns]
     for start in range(0, len(W), block):
         part = np.pad(W[start:start + block], ((0, max(0, start + block - len(W))), (0, 0)))
-        found.append([np.asarray(x)[:len(W) - start] for x in _effects(lm_.model, part, normed=normed, n=n)])
+        found.append([np.asarray(x)[:len(W) - start] for x in _effects(lm_.model, part, lm_.known_V, normed=normed, n=n)])
     return tuple(np.concatenate(column) for column in zip(*found, strict=True))
 
 
@@ -67,7 +68,7 @@ def _gathered(value, rows):
 
 
 @functools.partial(jax.jit, static_argnames=("normed", "n"))
-def _effects(model, W_fD, *, normed: bool, n: int):
+def _effects(model, W_fD, known_V, *, normed: bool, n: int):
     cfg = model.cfg
     d_fD = W_fD.astype(jnp.float32)
     gain_D = model.whole["final_norm"][...].astype(jnp.float32) + cfg.norm_offset
@@ -77,7 +78,7 @@ def _effects(model, W_fD, *, normed: bool, n: int):
         d_fD = d_fD * gain_D
     table_VD = model.whole["embed" if cfg.tied_embeddings else "unembed"][...].astype(jnp.float32)
     effect_fV = jnp.einsum("fd,vd->fv", d_fD, table_VD, precision="highest")
-    effect_fV = effect_fV - effect_fV.mean(-1, keepdims=True)
-    high, high_ids = lax.top_k(effect_fV, n)
-    low, low_ids = lax.top_k(-effect_fV, n)
+    effect_fV = effect_fV - effect_fV.mean(-1, keepdims=True, where=known_V)
+    high, high_ids = lax.top_k(jnp.where(known_V, effect_fV, -jnp.inf), n)
+    low, low_ids = lax.top_k(jnp.where(known_V, -effect_fV, -jnp.inf), n)
     return jnp.concatenate([high_ids, low_ids], 1), jnp.concatenate([high, -low], 1)

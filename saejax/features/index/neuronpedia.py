@@ -80,7 +80,7 @@ def _activation(index: FeatureIndex, example: dict, top: float, bounds: list[tup
     """interval 0: a top example, for which SAEDashboard writes -1, the maximum and -1."""
     interval, start = example["interval"], example["start"]
     low, high, share = bounds[interval - 1] if interval else (-1, top, -1)
-    tokens = index.tokens_NT[example["context"], start:start + index.window]
+    tokens, acts, shown_by = index.shown(example["context"], start, example["acts"])
     return {"bin_min": round(low, 3), "bin_max": round(high, 3), "bin_contains": round(share, 5),
-            "tokens": [*map(index.token, tokens)], "values": _rounded(example["acts"]),
-            "qualifying_token_index": example["position"] - start}
+            "tokens": tokens, "values": _rounded(acts),
+            "qualifying_token_index": shown_by[example["position"] - start]}

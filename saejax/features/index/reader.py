@@ -3,7 +3,7 @@
     manifest.json        written last: what it was made from (fingerprints), totals, digests of the files
     features.parquet     one row a feature: counts, maximum, histograms, top tokens, logit effects, neighbours
     examples.parquet     one row an example, by feature; a row group holds those of 256 features
-    vocabulary.parquet   the text of every token id
+    vocabulary.parquet   the text of every token id, and its bytes
     tokens.npy keep.npy  [contexts, T] the corpus' tokens, and which of them are unmasked
 """
 
@@ -25,10 +25,11 @@ from saejax.base.verified import VerifiedFile
 from saejax.features.index.corpus import Tokens
 from saejax.features.index.feature import Example, Feature
 from saejax.lm import LM
+from saejax.lm.token_text import joined
 from saejax.sae import tensors
 from saejax.sae.inference import SAE
 
-KIND, SCHEMA_VERSION = "saejax-feature-index", 2
+KIND, SCHEMA_VERSION = "saejax-feature-index", 3
 MANIFEST, FEATURES, EXAMPLES, VOCABULARY = "manifest.json", "features.parquet", "examples.parquet", "vocabulary.parquet"
 FILES = (FEATURES, EXAMPLES, VOCABULARY, *Tokens.FILES)
 GROUP = 256  # features of a row group of examples
@@ -123,8 +124,16 @@ class FeatureIndex:
 
     @functools.cached_property
     def vocabulary(self) -> list[str]:
-        """The text of every token id, as the tokenizer gives it: whatever the corpus holds."""
-        return pq.read_table(self._verified(VOCABULARY))["text"].to_pylist()
+        """The text of every token id by itself: whatever the corpus holds; a byte that is no whole character is `<0xF0>`."""
+        return self._vocabulary["text"].to_pylist()
+
+    @functools.cached_property
+    def _vocabulary(self) -> pa.Table:
+        return pq.read_table(self._verified(VOCABULARY))
+
+    @functools.cached_property
+    def _pieces(self) -> list[bytes]:
+        return self._vocabulary["bytes"].to_pylist()
 
     def fires_on(self, feature: int, n: int = 5) -> str:
         """The tokens that a feature fires on most, safe to look at, with blanks between."""
@@ -135,6 +144,23 @@ class FeatureIndex:
         tokenizer knows: those are called `token N`.
         """
         return self.vocabulary[number] if 0 <= number < len(self.vocabulary) else f"token {number}"
+
+    def texts(self, ids) -> list[str]:
+        """The texts of neighbouring tokens: together they are the text, as it is (`saejax.lm.token_text.joined`)."""
+        return self._joined(ids)[0]
+
+    def _joined(self, ids) -> tuple[list[str], list[int]]:
+        ids = [int(i) for i in ids]
+        return joined([self._pieces[i] if 0 <= i < len(self._pieces) else self.token(i).encode() for i in ids])
+
+    def shown(self, context: int, start: int, acts) -> tuple[list[str], list[float], list[int]]:
+        """(text, activation, the token that shows it) of the tokens of a context from `start` on, one for each of `acts`. Where
+        several tokens make one character, the first has the character and the largest of their activations, the others neither.
+        """
+        texts, shown_by = self._joined(self.tokens_NT[context, start:start + len(acts)])
+        acts_W = np.zeros(len(texts), np.float32)
+        np.maximum.at(acts_W, shown_by, np.asarray(acts, np.float32))
+        return texts, acts_W.tolist(), shown_by
 
     def __len__(self) -> int:
         return self.features
@@ -147,15 +173,15 @@ class FeatureIndex:
         row = self.rows(number, number + 1)[0]
         logits = list(zip(map(self.token, row["logit_ids"]), row["logit_effects"], strict=True))
         half = len(logits) // 2
-        examples = [Example(e["interval"], e["value"], [self.token(t) for t in self._window(e)], np.array(e["acts"]),
-                            e["context"], e["position"]) for e in self.examples(number)]
+        examples = [self._example(e) for e in self.examples(number)]
         tokens = list(zip(map(self.token, row["token_ids"]), row["token_shares"], strict=True))
         near = list(zip(row["cosine_ids"], row["cosine_scores"], strict=True))
         return Feature(number, row["fired"], row["density"], row["max"], row["mean"], tokens, logits[:half], logits[half:], near,
                        examples, self.card)
 
-    def _window(self, example: dict) -> np.ndarray:
-        return self.tokens_NT[example["context"], example["start"]:example["start"] + self.window]
+    def _example(self, e: dict) -> Example:
+        texts, acts, _ = self.shown(e["context"], e["start"], e["acts"])
+        return Example(e["interval"], e["value"], texts, np.array(acts), e["context"], e["position"])
 
     def to_pandas(self):
         """A data frame of all features: the columns of `FEATURE_SCHEMA` with `feature` as index, and `fires_on`."""
@@ -196,7 +222,8 @@ def read_manifest(path: Path) -> dict:
         raise FeatureIndexError(f"{path / MANIFEST}: not the manifest of a feature index")
     if values.get("schema_version") != SCHEMA_VERSION:
         raise FeatureIndexError(f"{path / MANIFEST}: schema version {values.get('schema_version')!r}, this saejax reads "
-                                f"{SCHEMA_VERSION}; use the saejax that wrote it, or build the index again")
+                                f"{SCHEMA_VERSION}; use the saejax that wrote it, or build the index again (`saejax features`, "
+                                "rebuild)")
     if values.get("sha256") != manifest_digest(values):
         raise FeatureIndexError(f"{path / MANIFEST}: altered since it was written; build the index again")
     return values

@@ -30,6 +30,7 @@ from saejax.features.index.reader import (
 from saejax.features.index.state import LOG_BINS, FeatureState
 from saejax.features.index.windows import Windows
 from saejax.lm import LM
+from saejax.lm.token_text import text_of
 from saejax.sae.inference import SAE
 
 NEAR, LOGITS = 10, 10
@@ -55,7 +56,7 @@ def blocks(sae: SAE, lm_: LM, *, progress: bool) -> Iterator[tuple[int, int, dic
             bar.advance(last - first)
 
 
-def write(path: Path, dictionary: Iterable[tuple[int, int, dict]], vocabulary: list[str], state: FeatureState, found: Found,
+def write(path: Path, dictionary: Iterable[tuple[int, int, dict]], vocabulary: list[bytes], state: FeatureState, found: Found,
           tokens: Tokens) -> dict:
     """Writes `features.parquet`, `examples.parquet` and `vocabulary.parquet`; returns the totals of the manifest. In memory: 256
     features. dictionary: `blocks`.
@@ -73,7 +74,8 @@ def write(path: Path, dictionary: Iterable[tuple[int, int, dict]], vocabulary: l
             features_file.write_table(pa.table(columns, schema=FEATURE_SCHEMA), row_group_size=GROUP)
             part = slice(borders[number], borders[number + 1])
             examples_file.write_table(_examples(examples, windows, part), row_group_size=1 << 30)
-        pq.write_table(pa.table({"text": vocabulary}), path / f".{VOCABULARY}.tmp", compression="zstd")
+        words = pa.table({"text": [*map(text_of, vocabulary)], "bytes": vocabulary})
+        pq.write_table(words, path / f".{VOCABULARY}.tmp", compression="zstd")
     for name in (FEATURES, EXAMPLES, VOCABULARY):
         (path / f".{name}.tmp").rename(path / name)
     return _totals(state, tokens, rows, len(examples.row))

@@ -51,7 +51,7 @@ def by_prompt(lm_: LM, sae: SAE, prompt: str, n: int = 10, ranking: Ranking = Ra
     """
     tokens_T = encoded(lm_, prompt)
     acts_TF = activations(lm_, sae, tokens_T)
-    score_TF, text_T = ranking.scores(acts_TF), lm_.tokenizer.token_strings(tokens_T)
+    score_TF, text_T = ranking.scores(acts_TF), [*map(lm_.tokenizer.token, tokens_T)]
     score_F, at_F = score_TF.max(0), score_TF.argmax(0)
     return [Found(int(f), float(score_F[f]), f"strongest on token {at_F[f]} {text_T[at_F[f]]!r}, activation "
                   f"{acts_TF[at_F[f], f]:.4g}") for f in np.argsort(-score_F, kind="stable")[:n] if score_F[f] > 0]
@@ -61,7 +61,7 @@ def by_token(lm_: LM, sae: SAE, prompt: str, n: int = 10, ranking: Ranking = Ran
     """Of each token of a prompt that is not special the n features with the highest score there."""
     tokens_T = encoded(lm_, prompt)
     acts_TF = activations(lm_, sae, tokens_T)
-    score_TF, text_T, special_T = ranking.scores(acts_TF), lm_.tokenizer.token_strings(tokens_T), special(lm_, tokens_T)
+    score_TF, text_T, special_T = ranking.scores(acts_TF), [*map(lm_.tokenizer.token, tokens_T)], special(lm_, tokens_T)
     return [TokenFound(int(t), text_T[t], [
         Found(int(f), float(score_TF[t, f]), f"activation {acts_TF[t, f]:.4g}")
         for f in np.argsort(-score_TF[t], kind="stable")[:n] if score_TF[t, f] > 0]) for t in np.flatnonzero(~special_T)]
@@ -78,5 +78,5 @@ def by_attribution(lm_: LM, sae: SAE, prompt: str, target: str, baseline: str | 
     total_F = np.bincount(found.feature_P, found.attribution_P, minlength=sae.cfg.d_sae)
     most = {int(found.feature_P[p]): int(found.position_P[p]) for p in found.best(len(found.feature_P))[::-1]}
     best = np.argsort(-total_F, kind="stable")[:n]
-    text_T = lm_.tokenizer.token_strings(found.tokens_T)
-    return [Found(int(f), float(total_F[f]), f"most at token {most[f]} {text_T[most[f]]!r}") for f in best if total_F[f] > 0]
+    return [Found(int(f), float(total_F[f]), f"most at token {most[f]} {lm_.tokenizer.token(found.tokens_T[most[f]])!r}")
+            for f in best if total_F[f] > 0]

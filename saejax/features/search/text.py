@@ -18,10 +18,10 @@ def places(index: FeatureIndex, wanted: str) -> tuple[np.ndarray, np.ndarray]:
     """Where in the corpus a text in small letters stands, bool [contexts, T] each: at tokens that hold it or a part of it, and
     near tokens that have the whole of it between 8 tokens before them and 3 behind. Upper and lower case are one.
     """
-    lower, overlapping = [text.lower() for text in index.vocabulary], re.compile(f"(?={re.escape(wanted)})")
+    overlapping = re.compile(f"(?={re.escape(wanted)})")
     on_NT, near_NT = (np.zeros(index.tokens_NT.shape, bool) for _ in range(2))
     for context, tokens in enumerate(index.tokens_NT):
-        texts = [lower[t] if 0 <= t < len(lower) else index.token(t) for t in tokens.tolist()]
+        texts = [text.lower() for text in index.texts(tokens)]
         joined = "".join(texts)
         if wanted in joined:
             start_S = np.array([match.start() for match in overlapping.finditer(joined)])
