@@ -4,9 +4,9 @@
     python benchmarks/faults.py disk --trials=8 --seed=0        (mounts file systems in memory: Linux, as root)
 
 `writers`: two equal `saejax run` at a random distance. Right: one does the work, the other is refused in one line or finds all
-done; no traceback, and no metric line is lost. `disk`: harvest, train, features and release on a file system with too little room
-of a random size. Right: one line, exit code 2, and the same command finishes when there is room. Prints a Markdown table. Exit code
-1 when any trial went wrong.
+done; no traceback, and no metric line is lost. `disk`: harvest, train, features and release on a disk with too little room,
+of a random size. Right: one line, exit code 2, and the same command finishes when there is room. Prints a table in Markdown; exit
+code 1 when any trial went wrong.
 """
 
 import argparse
