@@ -83,6 +83,10 @@ class RunPaths:
         return self.root / "checkpoints"
 
     @property
+    def statistics(self) -> Path:
+        return self.root / "statistics.json"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "eval.json"
 

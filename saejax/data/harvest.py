@@ -34,7 +34,7 @@ from saejax.data.sources import Sources
 from saejax.data.store import Store, is_complete, model_name
 from saejax.data.text import PackedText, TextState
 from saejax.data.writer import StoreWriter
-from saejax.lm import LM
+from saejax.lm import LM, Files
 
 
 def harvest(config: Config, lm_: LM | None = None) -> Store:
@@ -49,12 +49,10 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     """
     sources = src.resolve(config.text)
     path = Path(config.harvest.store)
-    if is_complete(path) and (lm_ is not None or _pinned(config)):
+    if is_complete(path):
         return _open_matching(path, config, sources, lm_)
     lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype, mesh=lm_mesh(config))
     spec = store_spec(config, lm_, sources)
-    if is_complete(path):
-        return _open_matching(path, config, sources, lm_)
     with lease.writing(path):
         writer = StoreWriter(path, spec)
         packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, mask_special=config.harvest.mask_special,
@@ -67,7 +65,7 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     return Store.open(path)
 
 
-def store_spec(config: Config, lm_: LM, sources: Sources | None = None) -> StoreSpec:
+def store_spec(config: Config, lm_: LM | Files, sources: Sources | None = None) -> StoreSpec:
     """The `StoreSpec` of a config. Raises `HookpointError` for a hookpoint that the model does not have."""
     h = config.harvest
     widths = tuple((name, lm.width_of(lm_.cfg, name)) for name in dict.fromkeys(h.hookpoints))
@@ -105,8 +103,8 @@ def _pinned(config: Config) -> bool:
 
 def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None) -> Store:
     store = Store.open(path)
-    if lm_ is not None:
-        wanted = store_spec(config, lm_, sources)
+    if lm_ is not None or not _pinned(config):
+        wanted = store_spec(config, lm_ or lm.files(config.lm.model, config.lm.revision), sources)
     else:
         widths = dict(store.spec.hookpoints)
         names = dict.fromkeys(config.harvest.hookpoints)

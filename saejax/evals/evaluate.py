@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,8 @@ from saejax.sae.inference import SAE
 
 SCHEMA_VERSION = 1
 KIND = "saejax-evaluation"
-PER_LAYER = ("fvu", "explained_variance", "fvu_no_outliers", "explained_variance_no_outliers", "normalized_mse", "mse", "cosine")
+PER_LAYER = ("fvu", "explained_variance", "normalized_mse", "mse", "cosine")
+PER_LAYER += tuple(f"{name}_no_outliers" for name in PER_LAYER)
 _ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
 
 
@@ -32,8 +34,10 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     The figures are those of `Reconstruction.result` and `SpliceSums.result`, at the hookpoints that the SAE reconstructs; those
     of a crosscoder are replaced together, its reconstruction figures are means over them and each has its own under `layers`.
     stats: of these hookpoints on other text, as the training store's; the mean serves mean ablation, the median norm the outlier
-    bound (10 x). batch_contexts: in one forward pass. Activations are the language model's own, not rounded to bfloat16. Raises
-    `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
+    bound (10 x). Cross-entropy and KL come with outlier tokens only: every token after an outlier reads it, so that what the
+    model loses "without" it is no part of a sum. batch_contexts: in one forward pass. Activations are the language model's own,
+    not rounded to bfloat16. Raises `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is
+    held out, `NonFiniteError`.
     """
     hookpoints, targets = sae.cfg.hookpoints, sae.cfg.targets
     width = sum(width_of(lm_.cfg, hookpoint) for hookpoint in hookpoints)
@@ -105,41 +109,40 @@ def _over_layers(measured: dict[str, Reconstruction]) -> dict:
                                 for name, layer in layers.items()}}
 
 
-def cache_key(config: Config, step: int, fingerprint: str) -> dict:
-    """What a cached evaluation depends on: the checkpoint (its step, a digest of its arrays) and all options on text and model.
+def cache_key(config: Config, step: int, digests: Mapping[str, str]) -> dict:
+    """What a cached evaluation depends on: the checkpoint step, all options on text and model, and digests of the content behind
+    the names: `checkpoint` (its arrays), `model`, `tokenizer`, `text`, `store` (whose mean and median the figures use).
     """
-    lm_options = {key: value for key, value in asdict(config.lm).items() if key != "mesh"}
-    relevant = {"text": asdict(config.text), "lm": lm_options, "hookpoints": config.sae.hookpoints,
+    relevant = {"text": asdict(config.text), "dtype": config.lm.dtype, "hookpoints": config.sae.hookpoints,
                 "seed": config.seed_of_data, "mask_special": config.harvest.mask_special}
     options = text_sha256(json.dumps(relevant, sort_keys=True))
-    return {"step": step, "checkpoint": fingerprint, "contexts": config.eval.contexts, "options": options}
+    return {"step": step, "contexts": config.eval.contexts, "options": options, **digests}
 
 
-def cached(paths: RunPaths, key: dict) -> dict | None:
-    """The result stored under `key` in `eval.json`, or None. Raises `SaejaxError` for a newer schema."""
-    return next((e["result"] for e in _entries(paths) if e["key"] == key), None)
+def cached(file: Path, key: dict) -> dict | None:
+    """The result stored under `key` in an `eval.json`, or None. Raises `SaejaxError` for a newer schema."""
+    return next((e["result"] for e in _entries(file) if e["key"] == key), None)
 
 
-def remember(paths: RunPaths, key: dict, result: dict) -> None:
-    """Adds a result to `eval.json` (one process writes)."""
+def remember(file: Path, key: dict, result: dict) -> None:
+    """Adds a result to an `eval.json` (one process writes)."""
     if is_writer():
-        entries = [e for e in _entries(paths) if e["key"] != key]
-        write_json(paths.evaluation, {"schema_version": SCHEMA_VERSION, "kind": KIND,
-                                      "entries": [*entries, {"key": key, "result": result}]})
+        entries = [e for e in _entries(file) if e["key"] != key]
+        write_json(file, {"schema_version": SCHEMA_VERSION, "kind": KIND, "entries": [*entries, {"key": key, "result": result}]})
 
 
-def _entries(paths: RunPaths) -> list[dict]:
-    if not paths.evaluation.is_file():
+def _entries(file: Path) -> list[dict]:
+    if not file.is_file():
         return []
-    values = read_json(paths.evaluation)
+    values = read_json(file)
     if not isinstance(values, dict) or values.get("kind") != KIND or not isinstance(values.get("entries"), list):
-        raise SaejaxError(f"{paths.evaluation}: not an evaluation file; delete it and evaluate again")
+        raise SaejaxError(f"{file}: not an evaluation file; delete it and evaluate again")
     if values.get("schema_version") != SCHEMA_VERSION:
-        raise SaejaxError(f"{paths.evaluation}: schema version {values.get('schema_version')!r}, this saejax reads "
-                          f"{SCHEMA_VERSION}; use the saejax that wrote it, or delete it")
+        raise SaejaxError(f"{file}: schema version {values.get('schema_version')!r}, this saejax reads {SCHEMA_VERSION}; use the "
+                          "saejax that wrote it, or delete it")
     return [e for e in values["entries"] if isinstance(e, dict) and {"key", "result"} <= e.keys()]
 
 
 def evaluated_steps(paths: RunPaths) -> list[int]:
     """Checkpoint steps that `eval.json` has results for."""
-    return sorted({e["key"]["step"] for e in _entries(paths) if isinstance(e["key"], dict) and "step" in e["key"]})
+    return sorted({e["key"]["step"] for e in _entries(paths.evaluation) if isinstance(e["key"], dict) and "step" in e["key"]})

@@ -78,6 +78,14 @@ class _Sums:
         return self.sq_error / variance if variance > 0 else None
 
 
+    def figures(self) -> dict[str, float | None]:
+        """See `Reconstruction.result`."""
+        fvu, n = self.fvu(), self.tokens
+        return {"fvu": fvu, "explained_variance": None if fvu is None else 1 - fvu,
+                "normalized_mse": self.sq_error / self.sq_norm if self.sq_norm else None,
+                "mse": self.sq_error / n if n else None, "cosine": self.cosine / n if n else None}
+
+
 class Reconstruction:
     """Accumulates batches of raw activations with their reconstructions and feature activations.
 
@@ -110,22 +118,17 @@ class Reconstruction:
         """Every figure over the kept tokens.
 
         explained_variance = 1 - FVU = 1 - sum ||x - x^||^2 / sum ||x - mean x||^2, the mean being that of the evaluated
-        tokens; *_no_outliers leaves outlier tokens out of all three sums. normalized_mse = sum ||x - x^||^2 /
+        tokens; *_no_outliers leaves outlier tokens out of all sums. normalized_mse = sum ||x - x^||^2 /
         sum ||x||^2. cosine: mean over tokens of cos(x, x^). dead_fraction: features that fired on none of `tokens`.
         """
         ordinary, outliers = self._groups
         both = ordinary.plus(outliers)
         n = both.tokens
-        fvu, fvu_ordinary = both.fvu(), ordinary.fvu()
         l0 = np.arange(len(self._l0_counts))
         return {
             "tokens": n, "outlier_tokens": outliers.tokens,
             "l0_mean": float((l0 * self._l0_counts).sum() / n) if n else None, "l0_median": _median(self._l0_counts),
-            "fvu": fvu, "explained_variance": None if fvu is None else 1 - fvu,
-            "fvu_no_outliers": fvu_ordinary,
-            "explained_variance_no_outliers": None if fvu_ordinary is None else 1 - fvu_ordinary,
-            "normalized_mse": both.sq_error / both.sq_norm if both.sq_norm else None,
-            "mse": both.sq_error / n if n else None, "cosine": both.cosine / n if n else None,
+            **both.figures(), **{f"{name}_no_outliers": value for name, value in ordinary.figures().items()},
             "dead_fraction": float((self.fired_F == 0).mean()),
             "density_histogram": density_histogram(self.fired_F, n),
         }

@@ -8,7 +8,7 @@ text = lm.tokenizer.decode(generate(lm.model, [lm.tokenizer.encode("Once")], 20)
 from saejax.lm.arch import LMConfig
 from saejax.lm.generate import Sampling, generate
 from saejax.lm.hookpoints import check_hookpoint, hookpoint_of, hookpoints, layer_of, width_of
-from saejax.lm.load import LM, load
+from saejax.lm.load import LM, Files, files, load
 from saejax.lm.mesh import make_mesh, place
 from saejax.lm.model import Decoder, capture, cross_entropy
 from saejax.lm.tokenizer import Tokenizer
@@ -16,12 +16,14 @@ from saejax.lm.tokenizer import Tokenizer
 __all__ = [
     "LM",
     "Decoder",
+    "Files",
     "LMConfig",
     "Sampling",
     "Tokenizer",
     "capture",
     "check_hookpoint",
     "cross_entropy",
+    "files",
     "generate",
     "hookpoint_of",
     "hookpoints",

@@ -125,6 +125,23 @@ def tapped(taps: Partial):
         _TAPS.reset(token)
 
 
+@dataclass(frozen=True)
+class Files:
+    """The files of a language model, found and described, its weights not loaded. `digest`, `revision`: as of `LM`."""
+
+    name: str
+    cfg: LMConfig
+    tokenizer: Tokenizer
+    weights: tuple[Path, ...]
+    read: Callable[..., Decoder] = field(repr=False)  # (dtype=, mesh=)
+    revision: str | None = None
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of weights and config; reads the weight files once."""
+        return _digest(self.cfg, self.weights)
+
+
 def load(model: str, *, revision: str | None = None, dtype: str = "float32", mesh: Mesh | None = None) -> LM:
     """Loads `model`: a preset of `saejax.base.assets`, a `.gguf` file, a Hugging Face directory, a hub id `owner/name`, or a
     name that TransformerLens has for a hub id (`gpt2-small`), in this order.
@@ -135,19 +152,25 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
     """
     if dtype not in DTYPES:
         raise LMError(f"lm.dtype={dtype!r} is not supported: use one of {', '.join(DTYPES)}")
+    found = files(model, revision)
+    return LM(found.read(dtype=DTYPES[dtype], mesh=mesh), found.cfg, found.tokenizer, found.name, found.digest, found.revision)
+
+
+def files(model: str, revision: str | None = None) -> Files:
+    """What `load` would load. Raises LMError, TokenizerError, AssetError."""
     if model in assets.MODELS:
-        return _load_gguf(assets.model_path(model), model, dtype, mesh)
+        return _gguf(assets.model_path(model), model)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise LMError(f"config.lm.model={model!r}: there is no such GGUF file")
-        return _load_gguf(path, path.stem, dtype, mesh)
+        return _gguf(path, path.stem)
     if model and path.is_dir():
-        return _load_folder(path, path.resolve().name, None, dtype, mesh)
+        return _folder(path, path.resolve().name, None)
     repository = hub_id(model)
     if re.fullmatch(r"[\w.\-]+/[\w.\-]+", repository):
         folder = _download(repository, revision)
-        return _load_folder(folder, repository, folder.name, dtype, mesh)
+        return _folder(folder, repository, folder.name)
     presets = ", ".join(assets.MODELS)
     raise LMError(
         f"config.lm.model={model!r} is not a preset ({presets}), a .gguf file, a directory, a hub id owner/name or a "
@@ -155,15 +178,14 @@ def load(model: str, *, revision: str | None = None, dtype: str = "float32", mes
     )
 
 
-def _load_gguf(path: Path, name: str, dtype: str, mesh: Mesh | None) -> LM:
+def _gguf(path: Path, name: str) -> Files:
     file = GGUFFile(path)
     cfg = from_gguf(file.fields(), file.shapes(), file.read)
     tok = replace(tokenizer.from_gguf(file), rows=cfg.vocab_size)
-    model = weights.from_gguf_file(cfg, file, dtype=DTYPES[dtype], mesh=mesh)
-    return LM(model, cfg, tok, name, _digest(cfg, [path]))
+    return Files(name, cfg, tok, (path,), functools.partial(weights.from_gguf_file, cfg, file))
 
 
-def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh: Mesh | None) -> LM:
+def _folder(folder: Path, name: str, revision: str | None) -> Files:
     config = folder / "config.json"
     try:
         raw = json.loads(config.read_text(encoding="utf-8"))
@@ -173,8 +195,8 @@ def _load_folder(folder: Path, name: str, revision: str | None, dtype: str, mesh
         raise LMError(f"{config}: a model config is a JSON object, this is {type(raw).__name__}")
     cfg = from_hf(raw)
     tok = replace(tokenizer.from_pretrained(folder), rows=cfg.vocab_size)
-    model = weights.from_safetensors(cfg, folder, dtype=DTYPES[dtype], mesh=mesh)
-    return LM(model, cfg, tok, name, _digest(cfg, weights.weight_files(folder)), revision)
+    read = functools.partial(weights.from_safetensors, cfg, folder)
+    return Files(name, cfg, tok, tuple(weights.weight_files(folder)), read, revision)
 
 
 def _download(model: str, revision: str | None) -> Path:

@@ -4,9 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+from saejax import lm
+from saejax.base.errors import DiskError
+from saejax.base.logs import say
 from saejax.base.records import RunPaths
 from saejax.base.storage import read_json, text_sha256
 from saejax.config import Config, EvalOptions
+from saejax.data import sources
 from saejax.evals.evaluate import cache_key, cached, evaluate, remember
 from saejax.pages.summary import Rates, Result, training_rate
 from saejax.runs.experiment import rates_file
@@ -16,37 +20,50 @@ from saejax.train.checkpoint import machine_of, read_meta
 from saejax.train.determinism import promise
 
 
-def evaluate_subject(source: str | Path | Subject, *, contexts: int | None = None) -> dict:
+def evaluate_subject(source: str | Path | Subject, *, contexts: int | None = None, out: str | Path | None = None) -> dict:
     """L0, explained variance, cross-entropy recovered, KL and densities of an SAE on held-out text; of a run kept in `eval.json`.
 
-    contexts: of the text, instead of the run's `config.eval.contexts`. Raises `HookpointError`, `FormatError`, `TextError`.
+    contexts: of the text, instead of the run's `config.eval.contexts`. out: keep it in `out/eval.json` instead. Raises
+    `HookpointError`, `FormatError`, `TextError`.
     """
-    return evaluated(source if isinstance(source, Subject) else open_subject(source), contexts)
+    subject = source if isinstance(source, Subject) else open_subject(source)
+    return evaluated(subject, contexts, None if out is None else Path(out))
 
 
-def evaluated(subject: Subject, contexts: int | None = None) -> dict:
+def evaluated(subject: Subject, contexts: int | None = None, out: Path | None = None) -> dict:
     """Its figures on held-out text (`evals.evaluate`); of a run from `eval.json` where they are there, else measured and kept.
 
-    contexts: instead of the config's. Kept is what was measured as the run's config says, not with another model, text or store.
+    contexts: instead of the config's. out: a directory for `eval.json` instead of the run's. Kept is what was measured as the
+    run's config says, not with another model, text or store. What cannot be kept is returned all the same, with a line.
     """
+    file = (RunPaths(subject.run) if out is None else RunPaths(out)).evaluation if subject.run or out else None
     subject.require(text=True)
     config = subject.config or Config()
     options = config.eval
     options = options if contexts is None else dataclasses.replace(options, contexts=contexts)
     key = _key(subject, options)
-    result = None if key is None else cached(RunPaths(subject.run), key)
+    result = None if key is None else cached(file, key)
     if result is None:
         result = evaluate(subject.sae, subject.lm, subject.text, subject.stats(subject.sae.cfg.targets), options,
                           batch_contexts=config.lm.batch_contexts, progress=subject.progress)
         if key is not None:
-            remember(RunPaths(subject.run), key, result)
+            _kept(file, key, result)
     return result
+
+
+def _kept(file: Path, key: dict, result: dict) -> None:
+    try:
+        remember(file, key, result)
+    except DiskError as error:
+        say(f"{error}; the evaluation is not kept (out=DIR keeps it elsewhere)")
 
 
 def known(subject: Subject) -> dict | None:
     """The evaluation that is kept, or None."""
-    key = _key(subject, subject.config.eval) if subject.config is not None else None
-    return None if key is None else cached(RunPaths(subject.run), key)
+    if subject.config is None or not RunPaths(subject.run).evaluation.is_file():
+        return None
+    key = _key(subject, subject.config.eval)
+    return None if key is None else cached(RunPaths(subject.run).evaluation, key)
 
 
 def _key(subject: Subject, options: EvalOptions) -> dict | None:
@@ -54,9 +71,12 @@ def _key(subject: Subject, options: EvalOptions) -> dict | None:
     given = subject.given
     if not subject.trained_here or any(v is not None for v in (given.model, given.hookpoint, given.text, given.store)):
         return None
-    fingerprints = json.dumps(read_meta(subject.step_dir).fingerprints, sort_keys=True)
-    config = dataclasses.replace(subject.config, eval=options)
-    return cache_key(config, int(subject.step_dir.name), text_sha256(fingerprints))
+    config, kept = dataclasses.replace(subject.config, eval=options), subject.kept
+    model = subject.__dict__.get("lm") or lm.files(config.lm.model, config.lm.revision)
+    return cache_key(config, int(subject.step_dir.name), {
+        "checkpoint": text_sha256(json.dumps(read_meta(subject.step_dir).fingerprints, sort_keys=True)),
+        "model": model.digest, "tokenizer": model.tokenizer.digest, "text": sources.resolve(config.text).digest,
+        "store": "" if kept is None else kept.store})
 
 
 def result_of(subject: Subject, evaluation: dict) -> Result:

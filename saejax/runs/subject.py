@@ -20,7 +20,9 @@ from saejax.base.errors import ConfigError, FeatureIndexError, FormatError, Hook
 from saejax.base.logs import read_metrics, say
 from saejax.base.records import ActivationStats, MeshOptions, RunPaths
 from saejax.config import Config, TextOptions
+from saejax.data import kept as kept_statistics
 from saejax.data.harvest import lm_mesh
+from saejax.data.kept import Kept
 from saejax.data.store import Store, check_matches, is_complete, model_name
 from saejax.data.text import Text
 from saejax.evals import statistics
@@ -212,8 +214,20 @@ class Subject:
         check_matches(store, hookpoints=self.sae.cfg.hookpoints, model=named)
         return store
 
+    @property
+    def kept(self) -> Kept | None:
+        """What the run keeps of its store; None where it is asked about with another store, model, hookpoint or text."""
+        given = self.given
+        if not self.trained_here or any(v is not None for v in (given.store, given.model, given.hookpoint, given.text)):
+            return None
+        return kept_statistics.read(RunPaths(self.run).statistics)
+
     def stats(self, hookpoints: tuple[str, ...]) -> dict[str, ActivationStats]:
-        """Statistics of the activations at hookpoints: of the store, else measured on the text's training part."""
+        """Statistics of the activations at hookpoints: those that the run keeps of its store, of the store that was given, else
+        measured on the text's training part.
+        """
+        if (kept := self.kept) is not None and set(hookpoints) <= kept.stats.keys():
+            return {name: kept.stats[name] for name in hookpoints}
         if self.store is not None:
             return {name: self.store.stats(name) for name in hookpoints}
         say(f"{self.source}: no store; mean and median norm are measured on {statistics.TOKENS:,} tokens")

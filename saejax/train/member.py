@@ -16,6 +16,7 @@ from saejax.base.errors import CheckpointCorruptError, CheckpointError, SaejaxEr
 from saejax.base.records import RunPaths, StreamState
 from saejax.base.storage import barrier, is_writer, write_json
 from saejax.config import Config, read_config
+from saejax.data import kept
 from saejax.data.store import Store, check_matches
 from saejax.data.stream import ORDER_VERSION
 from saejax.sae import SAESpec
@@ -121,7 +122,10 @@ class Member:
         self.checkpoints = Checkpoints(self.paths.checkpoints, strict=config.checkpoint.strict,
                                        keep=config.checkpoint.keep if alone else max(2, config.checkpoint.keep),
                                        keep_every_steps=kept_steps)
-        self.stats = [store.stats(hookpoint) for hookpoint in config.sae.hookpoints]
+        measured = kept.of_store(store, config.sae.hookpoints)
+        if is_writer():
+            kept.keep(self.paths.statistics, measured)
+        self.stats = [measured.stats[hookpoint] for hookpoint in config.sae.hookpoints]
         self.data = {"hookpoints": list(config.sae.hookpoints), "store_digest": store.digest, "normalize": config.sae.normalize,
                      "stream_order": str(ORDER_VERSION)}
         self.counters = RunCounters(stream=StreamState(seed=config.seed_of_data, epoch=0, position=0), tokens_seen=0, resamples=0)

@@ -221,18 +221,19 @@ def test_wrong_width_names_the_model(config, tiny_lm):
         evaluate(config, sae, tiny_lm, stats())
 
 
-def test_cache_is_keyed_by_step_and_options(config, tmp_path):
-    paths = RunPaths(tmp_path)
-    key = cache_key(config, 7, "d")
-    assert cached(paths, key) is None
-    remember(paths, key, {"fvu": 0.5})
-    remember(paths, cache_key(config, 8, "d"), {"fvu": 0.4})
-    assert cached(paths, key) == {"fvu": 0.5}
+def test_cache_is_keyed_by_step_options_and_content(config, tmp_path):
+    file, digests = RunPaths(tmp_path).evaluation, {"checkpoint": "c", "model": "m", "tokenizer": "t", "text": "x", "store": "s"}
+    key = cache_key(config, 7, digests)
+    assert cached(file, key) is None
+    remember(file, key, {"fvu": 0.5})
+    remember(file, cache_key(config, 8, digests), {"fvu": 0.4})
+    assert cached(file, key) == {"fvu": 0.5}
     more = dataclasses.replace(config, eval=dataclasses.replace(config.eval, contexts=11))
-    assert cached(paths, cache_key(more, 7, "d")) is None
-    assert cached(paths, cache_key(dataclasses.replace(config, seed=1), 7, "d")) is None
-    assert cached(paths, cache_key(config, 7, "of another SAE at the same step")) is None
-    newer = json.loads(paths.evaluation.read_text()) | {"schema_version": 99}
-    paths.evaluation.write_text(json.dumps(newer))
+    assert cached(file, cache_key(more, 7, digests)) is None
+    assert cached(file, cache_key(dataclasses.replace(config, seed=1), 7, digests)) is None
+    for name in digests:
+        assert cached(file, cache_key(config, 7, digests | {name: "another"})) is None
+    newer = json.loads(file.read_text()) | {"schema_version": 99}
+    file.write_text(json.dumps(newer))
     with pytest.raises(SaejaxError, match="schema version 99"):
-        cached(paths, key)
+        cached(file, key)

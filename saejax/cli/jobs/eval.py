@@ -2,13 +2,27 @@
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
-from saejax.cli.options import ConfigOptions, CorpusOptions, DistributedOptions, Job, Json, SubjectOptions, count, places, value
+from saejax.base.errors import ConfigError
+from saejax.cli.options import (
+    ConfigOptions,
+    CorpusOptions,
+    DistributedOptions,
+    Job,
+    Json,
+    SubjectOptions,
+    count,
+    path,
+    places,
+    value,
+)
 
 
 @dataclass(frozen=True)
 class Options(Json, SubjectOptions, CorpusOptions, ConfigOptions, DistributedOptions):
     paths: tuple[str, ...] = places("SAE", "a run or other files of an SAE")
+    out: Path | None = value("keep the figures in DIR/eval.json instead of RUN/eval.json; of one run", "DIR", path)
     contexts: int | None = value("held-out contexts, instead of the run's config.eval.contexts", "N", count)
 
 
@@ -20,9 +34,11 @@ def run(options: Options) -> int:
     from saejax.runs.evaluation import evaluated
     from saejax.runs.subject import forget_language_model
     waiting, found = subjects(options), []
+    if options.out is not None and (len(waiting) > 1 or not waiting[0].trained_here):
+        raise ConfigError(f"saejax eval: --out={options.out} takes one run")
     while waiting:
         subject = waiting.pop(0)  # not kept: the next one's dictionary needs the memory
-        evaluation = evaluated(subject, options.contexts)
+        evaluation = evaluated(subject, options.contexts, options.out)
         found.append((str(subject.run if subject.trained_here else subject.source), *_shown(subject, evaluation)))
     forget_language_model()
     if is_writer():
@@ -45,10 +61,10 @@ def _shown(subject, evaluation: dict) -> tuple[list[tuple[str, str]], dict]:
 JOB = Job(
     "eval", "make", "measure SAEs on held-out text, side by side", """
     Reads SAEs: runs (or RUN/checkpoints/STEP), releases, files of any format that saejax.load reads, places on the hub as
-    org/repo:path; and their stores' statistics, else those of the text. Of runs it writes RUN/eval.json. Prints a table: L0,
-    FVU and explained variance with and without outlier tokens, cross-entropy clean, spliced, zero- and mean-ablated, recovered
-    share, KL, dead features. Results are kept per checkpoint step and options; a second call is instant. The directory of a
-    sweep stands for all its SAEs.
+    org/repo:path; and the statistics of their activations that a run keeps, of other SAEs those of the store or the text. Of runs
+    it writes RUN/eval.json. Prints a table: L0, FVU and explained variance with and without outlier tokens, cross-entropy clean,
+    spliced, zero- and mean-ablated, recovered share, KL, dead features. Results are kept per checkpoint, options, text and model;
+    a second call is instant. The directory of a sweep stands for all its SAEs.
 
     --config=FILE means the run at its run_dir, with the eval, log and mesh sections given now; the other keys must be those of
     the run.
