@@ -139,7 +139,7 @@ def disk(trials: int, seed: int, jobs: tuple[str, ...]) -> bool:
             disk_ = Disk(place / job)
             try:
                 run = disk_.place / "run"
-                config = tiny.write_config(place / "config.py", model, text, run, **{"log.tensorboard": False})
+                config = tiny.write_config(place / "config.py", model, text, run, **{"log.tensorboard": True})
                 made_before(job, config, run)
                 shutil.copytree(disk_.place, place / f"before_{job}")
                 need = needed(disk_, job, config, run)

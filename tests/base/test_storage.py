@@ -95,3 +95,12 @@ def test_links_out_are_refused(tmp_path):
 
 def test_text_digest_separates_parts():
     assert storage.text_sha256("ab", "c") != storage.text_sha256("a", "bc")
+
+
+def test_reserved_room_is_there_or_refused(tmp_path):
+    storage.reserve(tmp_path / "file", 10_000)
+    assert (tmp_path / "file").read_bytes() == bytes(10_000) and (tmp_path / "file").stat().st_blocks * 512 >= 10_000
+    code = ("import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+            "from saejax.base import storage\nstorage.reserve(sys.argv[1], 2000)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "large")], capture_output=True, text=True)
+    assert "DiskError" in done.stderr and "File too large" in done.stderr

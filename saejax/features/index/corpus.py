@@ -1,6 +1,7 @@
 """What an index reads: contexts of tokens with random access, and the activations of any of them, from a store or a model."""
 
 import functools
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from saejax import lm
 from saejax.base.errors import FeatureIndexError
-from saejax.base.storage import barrier, is_writer, text_sha256
+from saejax.base.storage import barrier, disk_errors, is_writer, text_sha256
 from saejax.data import sources as src
 from saejax.data.store import Store
 from saejax.data.text import PackedText, Text, describe
@@ -144,7 +145,7 @@ class Tokens:
             folder.mkdir(parents=True, exist_ok=True)
             raw = [folder / f".{name}.part" for name in cls.FILES]
             contexts = 0
-            with open(raw[0], "wb") as tokens_file, open(raw[1], "wb") as keep_file:
+            with disk_errors(folder), open(raw[0], "wb") as tokens_file, open(raw[1], "wb") as keep_file:
                 for tokens_NT, keep_NT in corpus.make():
                     tokens_file.write(np.ascontiguousarray(tokens_NT, np.int32).tobytes())
                     keep_file.write(np.ascontiguousarray(keep_NT, bool).tobytes())
@@ -160,10 +161,9 @@ class Tokens:
 def _to_npy(raw: Path, file: Path, dtype, shape: tuple[int, int]) -> None:
     """A raw file as .npy, piece by piece; it appears by rename."""
     temporary = file.with_name(f".{file.name}.tmp")
-    out = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-    values = np.memmap(raw, dtype, "r", shape=shape)
-    for start in range(0, shape[0], 4096):
-        out[start:start + 4096] = values[start:start + 4096]
-    out.flush()
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": shape}
+    with disk_errors(file), open(temporary, "wb") as out, open(raw, "rb") as values:
+        np.lib.format.write_array_header_1_0(out, header)
+        shutil.copyfileobj(values, out, 1 << 22)
     temporary.rename(file)
     raw.unlink()

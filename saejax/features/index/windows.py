@@ -10,7 +10,7 @@ from jax import lax
 
 from saejax.base import lease, sharding
 from saejax.base.errors import FeatureIndexError
-from saejax.base.storage import barrier, is_writer, read_json, write_json
+from saejax.base.storage import barrier, is_writer, read_json, reserve, write_json
 from saejax.features.index.examples import BEFORE, WINDOW, Examples
 from saejax.sae.inference import SAE, encode_raw
 
@@ -42,8 +42,7 @@ class Windows:
         if saved.is_file() and file.is_file() and file.stat().st_size == bytes_:
             done = int(read_json(saved, FeatureIndexError)["contexts"])
         elif is_writer():
-            with open(file, "wb") as f:
-                f.truncate(bytes_)
+            reserve(file, bytes_)
         barrier("saejax_index_windows")
         return cls(folder, examples, context, done)
 
