@@ -49,7 +49,7 @@ def wrong_with(code: int, out: str, err: str, codes: tuple[int, ...]) -> str:
 
 def two_writers(place: Path, model: Path, text: Path, wait: float) -> tuple[str, str]:
     """(how the two ended, what was wrong) of two equal commands, the second `wait` seconds after the first."""
-    config = tiny.write_config(place / "config.py", model, text, place / "run", **{"log.every_steps": 1})
+    config = tiny.write_config(place / "config.py", model, text, place / "run", "c.log.every_steps = 1")
     first = start("run", f"--config={config}")
     time.sleep(wait)
     second = start("run", f"--config={config}")
@@ -139,7 +139,7 @@ def disk(trials: int, seed: int, jobs: tuple[str, ...]) -> bool:
             disk_ = Disk(place / job)
             try:
                 run = disk_.place / "run"
-                config = tiny.write_config(place / "config.py", model, text, run, **{"log.tensorboard": True})
+                config = tiny.write_config(place / "config.py", model, text, run)
                 made_before(job, config, run)
                 shutil.copytree(disk_.place, place / f"before_{job}")
                 need = needed(disk_, job, config, run)

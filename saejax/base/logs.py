@@ -1,5 +1,6 @@
 """What a person and a machine see of a run: progress bars, JSONL, TensorBoard, optional Weights & Biases."""
 
+import contextlib
 import json
 import secrets
 import sys
@@ -68,9 +69,8 @@ class MetricWriter:
         with disk_errors(jsonl):
             self._file = open(jsonl, "a", buffering=1)
         if tensorboard is not None:
-            from tensorboardX import SummaryWriter
-            self._board = SummaryWriter(str(tensorboard), purge_step=resume_step + 1 if resume_step else None,
-                                        write_to_disk=True)
+            with disk_errors(tensorboard):
+                self._board = _Board(tensorboard, resume_step)
         if wandb_project:
             self._wandb = _start_wandb(wandb_project, name, config or {}, jsonl.with_name("wandb_id"), resumed=resume_step > 0)
 
@@ -80,17 +80,41 @@ class MetricWriter:
             return
         with disk_errors(self._file.name):
             self._file.write(json.dumps({"step": step, **{k: _plain(v) for k, v in values.items()}}) + "\n")
-        if self._board is not None:
-            for key, value in values.items():
-                self._board.add_scalar(key, float(value), step)
+            if self._board is not None:
+                self._board.write(step, values)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        for sink, close in ((self._file, "close"), (self._board, "close"), (self._wandb, "finish")):
-            if sink is not None:
-                getattr(sink, close)()
+        sinks = ((self._file, "close"), (self._board, "close"), (self._wandb, "finish"))
+        with contextlib.ExitStack() as closing:
+            for sink, close in sinks:
+                if sink is not None:
+                    closing.enter_context(disk_errors("metrics"))
+                    closing.callback(getattr(sink, close))
         self._file = self._board = self._wandb = None
+
+
+class _Board:
+    """A TensorBoard event file, written as the values come: a thread that meets a full disk would leave the others waiting."""
+
+    def __init__(self, folder: Path, resume_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        if resume_step:  # what is there of later steps no longer counts
+            self._events.write_event(Event(step=resume_step + 1, file_version="brain.Event:2"))
+            self._events.write_event(Event(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START)))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+        scalars = [Summary.Value(tag=key, simple_value=float(value)) for key, value in values.items()]
+        self._events.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        self._events.close()
 
 
 def _plain(value):

@@ -3,6 +3,8 @@
 import errno
 import importlib.util
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,42 @@ def test_a_new_run_starts_a_new_file(tmp_path):
         writer.close()
     assert len(read_metrics(tmp_path / "m.jsonl")) == 1
     assert any(p.name.startswith("events.out.tfevents") for p in (tmp_path / "tb").iterdir())
+
+
+def events(folder):
+    """(step, {tag: value}, whether it starts a session anew) of every event of a folder's files."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    out = []
+    for file in sorted(folder.iterdir()):
+        data = file.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12:12 + size])
+            values = {value.tag: value.simple_value for value in event.summary.value}
+            out.append((event.step, values, event.session_log.status == SessionLog.START))
+            data = data[16 + size:]
+    return out
+
+
+def test_tensorboard_gets_the_same_values_and_is_told_of_a_resume(tmp_path):
+    for resume in (0, 2):
+        writer = MetricWriter(tmp_path / "m.jsonl", tensorboard=tmp_path / f"tb{resume}", resume_step=resume)
+        writer.write(3, {"loss": 0.5, "l0": 8})
+        writer.close()
+        found = events(tmp_path / f"tb{resume}")
+        assert found[-1] == (3, {"loss": 0.5, "l0": 8}, False)
+        assert [step for step, _, starts in found if starts] == ([3] if resume else [])
+
+
+def test_a_full_disk_while_logging_is_an_error_and_no_wait(tmp_path):
+    code = ("import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
+            "from pathlib import Path\nfrom saejax.base.errors import DiskError\nfrom saejax.base.logs import MetricWriter\n"
+            "writer = MetricWriter(Path(sys.argv[1] + '.jsonl'), tensorboard=Path(sys.argv[1]))\n"
+            "try:\n    for n in range(1000):\n        writer.write(n, {'loss': 1.0})\n    writer.close()\n"
+            "except DiskError as error:\n    print(error)\n    sys.exit(7)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "tb")], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 7 and "File too large" in done.stdout and "Traceback" not in done.stderr, done.stderr
 
 
 def test_a_failed_resume_leaves_the_old_lines(tmp_path, monkeypatch):
