@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import logging
 import secrets
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -19,6 +21,29 @@ def say(message: str) -> None:
     """One line to stderr, from one process, without tearing a progress bar."""
     if is_writer():
         tqdm.write(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def one_line_of_retries(what: str) -> Iterator[None]:
+    """Within it a hub that does not answer is one line about `what`, not two of the library's for every try. Whatever else the
+    library says is shown.
+    """
+    said = False
+
+    def shown(record: logging.LogRecord) -> bool:
+        nonlocal said
+        message = record.getMessage()
+        if message.startswith("Retrying in") and not said:
+            said = True
+            say(f"{what}: the hub does not answer; trying again")
+        return not (message.startswith("Retrying in") or "thrown while requesting" in message)
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
 
 
 class Progress:

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from saejax.base.assets import model_title
 from saejax.base.errors import FeatureIndexError
 from saejax.base.logs import Progress
 from saejax.base.records import RunPaths
@@ -131,7 +132,8 @@ def _meta(index: FeatureIndex, title: str, figures, links) -> dict:
 
 def _own_figures(manifest: dict) -> list[tuple[str, str]]:
     sae, corpus, totals = manifest["sae"], manifest["corpus"], manifest["totals"]
-    return [("Indexed", f"{totals['kept_rows']:,} tokens of {totals['contexts']:,} contexts ({corpus['kind']})"),
+    return [("Language model", model_title(sae["model"])),
+            ("Indexed", f"{totals['kept_rows']:,} tokens of {totals['contexts']:,} contexts ({corpus['kind']})"),
             ("Alive", f"{totals['alive']:,} of {sae['d_sae']:,} features"),
             ("L0 on these tokens", f"{totals['l0']:.4g}"), ("Checkpoint", sae["fingerprint"][:16])]
 

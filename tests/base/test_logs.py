@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import io
+import logging
 import os
 import re
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import pytest
 
 from saejax.base.errors import ConfigError, DiskError
-from saejax.base.logs import MetricWriter, Progress, read_metrics
+from saejax.base.logs import MetricWriter, Progress, one_line_of_retries, read_metrics
 
 
 def test_resume_cuts_what_came_after_and_torn_lines(tmp_path):
@@ -73,6 +74,19 @@ def test_a_resumed_run_continues_at_wandb(tmp_path, monkeypatch):
         writer.write(resume_step + 1, {"loss": 1.0})
         writer.close()
     assert ids[0] == ids[1] != ids[2] and len(list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}"))) >= 1
+
+
+def test_a_hub_that_does_not_answer_is_one_line(capsys, caplog):
+    """What else the library says stays, and all of it afterwards."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with one_line_of_retries("me/texts"):
+        for number in (1, 2):
+            logger.warning("'no name' thrown while requesting HEAD https://hub/me/texts")
+            logger.warning(f"Retrying in {number}s [Retry {number}/5].")
+        logger.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+    logger.warning("Retrying in 8s [Retry 3/5].")
+    assert caplog.messages == ["Rate limited. Waiting 60s before retry [Retry 1/5].", "Retrying in 8s [Retry 3/5]."]
+    assert capsys.readouterr().err.count("me/texts: the hub does not answer; trying again\n") == 1
 
 
 _WORK = """
