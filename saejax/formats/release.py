@@ -93,5 +93,5 @@ def _model(cfg: SAEConfig, metrics: dict) -> str:
     if model is None:
         return f"Language model: {cfg.model}{revision}{dtype}{digest}."
     return (f"Language model: {model_title(cfg.model)}, not the published weights{dtype}. saejax calls it `{cfg.model}`; the "
-            f"file is {model.filename} (sha256 {model.sha256}). `model_name` in cfg.json is the published model, whose activations "
-            "differ a little.")
+            f"file is {model.filename} (sha256 {model.sha256}). `model_name` in cfg.json is the published model, whose "
+            "activations differ a little.")
