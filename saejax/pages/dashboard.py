@@ -31,7 +31,7 @@ from saejax.features.index.examples import INTERVALS
 from saejax.features.index.reader import EXAMPLES, FeatureIndex
 from saejax.pages.templates import render, source
 
-LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256  # a line of the list file begins a file of features
+LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
 STYLES = ("theme.css", "app.css")
 SCRIPTS = (  # in this order
     "elements.js", "data.js", "tip.js", "charts.js", "map.js", "search.js", "list.js", "feature.js", "app.js")
@@ -62,10 +62,10 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     labels = _Labels(index, explanations)
     with Progress("dashboard", index.features, unit="feature", enabled=progress) as bar:
         for number, first in enumerate(range(0, index.features, FEATURES_PER_FILE)):
-            if first % LIST == 0:
-                lines = labels.lines(first, min(first + LIST, index.features))
-                _write(out / "data" / "list" / f"{first // LIST:03d}.js", "list", first // LIST, lines)
             last = min(first + FEATURES_PER_FILE, index.features)
+            for page in range(-(-first // LIST), -(-last // LIST)):  # those that begin here
+                lines = labels.lines(page * LIST, min((page + 1) * LIST, index.features))
+                _write(out / "data" / "list" / f"{page:03d}.js", "list", page, lines)
             folder = out / "data" / "features" / f"{number // FILES_PER_FOLDER:03d}"
             _write(folder / f"{number:06d}.js", "features", number, _features(index, labels, first, last))
             bar.advance(last - first)
