@@ -1,4 +1,4 @@
-"""How well attribution stands for ablation on the 25 prompts that come with saejax, beside Templeton et al. 2024 (0.81 and 0.12).
+"""How well attribution stands for ablation on the 25 prompts that come with saejax (docs/measurements/steering.md).
 
     python benchmarks/attribution_ablation.py runs/demo [--prompts=N] [--json=FILE]
 
@@ -34,11 +34,11 @@ def main() -> None:
             bar.advance(1)
     said, each = agreement(founds), [agreement([found]) for found in founds]
     print(f"{said['prompts']} prompts, {said['pairs']:,} pairs; right token preferred on {sum(f.difference > 0 for f in founds)}")
-    for name, paper in (("attribution", 0.81), ("activation", 0.12)):
+    for name in ("attribution", "activation"):
         print(f"{name:<12} correlation with ablation {said[name]:.3f} over all pairs, median of prompts "
-              f"{np.median([e[name] for e in each]):.3f}; paper {paper}")
+              f"{np.median([e[name] for e in each]):.3f}")
     print(f"of a prompt's 10 pairs of greatest ablation: {said['top_by_attribution']:.1f} among the 10 of greatest attribution, "
-          f"{said['top_by_activation']:.1f} among the 10 of highest activation (paper, one prompt: 8 and 3)")
+          f"{said['top_by_activation']:.1f} among the 10 of highest activation")
     if given.json:
         with open(given.json, "w") as f:
             json.dump({**said, "each": each}, f, indent=1)

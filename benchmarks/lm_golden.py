@@ -238,7 +238,7 @@ def family(label: str, config: dict) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M GGUF file; default: the embedded asset")
+    parser.add_argument("--gguf", type=Path, help="SmolLM2-135M-Instruct GGUF file; default: the embedded asset")
     parser.add_argument("--families", action="store_true", help="only the tiny random models of every family")
     given = parser.parse_args()
     (GOLDEN / "families").mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
     python benchmarks/lm_side_by_side.py            # needs torch only for the lines marked torch; skips them without it
 
 Prints tokens/s of a full forward (8 x 128 tokens, float32), of a harvest up to layer 15, of greedy generation, the
-perplexity of SmolLM2-135M on a fixed text by both, and the compile time of a 64-layer decoder.
+perplexity of SmolLM2-135M-Instruct on a fixed text by both, and the compile time of a 64-layer decoder.
 """
 
 import argparse

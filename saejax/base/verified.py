@@ -1,8 +1,10 @@
 """Files whose every read is checked against digests that were taken when they were written."""
 
+import hashlib
 import io
+import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from saejax.base.errors import SaejaxError
@@ -10,10 +12,18 @@ from saejax.base.errors import SaejaxError
 BLOCK = 1 << 20  # bytes of one digest
 
 
-def block_digests(path: str | Path) -> list[int]:
-    """CRC-32 of every block of a file, the last one shorter."""
+def digests(path: str | Path, advance: Callable[[int], object] = lambda _: None) -> dict:
+    """{bytes, sha256, blocks: CRC-32 of every block, the last one shorter} of a file, which is read once. advance: is told how
+    many bytes have been read.
+    """
+    blocks = []
     with open(path, "rb") as file:
-        return [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
+        size, found = os.fstat(file.fileno()).st_size, hashlib.sha256()
+        for block in iter(lambda: file.read(BLOCK), b""):
+            found.update(block)
+            blocks.append(zlib.crc32(block))
+            advance(len(block))
+    return {"bytes": size, "sha256": found.hexdigest(), "blocks": blocks}
 
 
 class VerifiedFile(io.RawIOBase):

@@ -18,6 +18,7 @@ import numpy as np
 
 from saejax.base import assets
 from saejax.base.errors import TextError
+from saejax.base.logs import one_line_of_retries
 from saejax.base.storage import file_sha256, text_sha256
 from saejax.config import TextOptions
 from saejax.data import finding
@@ -68,7 +69,7 @@ class Sources:
         was_shown = quiet.is_progress_bar_enabled()
         datasets.disable_progress_bars()
         try:
-            with _readable(shown):
+            with _readable(shown), one_line_of_retries(shown):
                 data = datasets.load_dataset(builder, split=split, streaming=self._options.streaming, **kwargs)
                 return self._text_column(data, shown, plain=builder == "text")
         finally:
@@ -127,7 +128,8 @@ def _hub_commit(name: str, config: str | None, revision: str | None) -> str:
     """The commit that the hub dataset stands at; `datasets` calls it the builder's hash."""
     import datasets
     try:
-        return datasets.load_dataset_builder(name, config, revision=revision).hash
+        with one_line_of_retries(name):
+            return datasets.load_dataset_builder(name, config, revision=revision).hash
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise TextError(f"config.text.source: {name!r} is no preset ({', '.join(assets.TEXTS)}), no local file and not "

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from saejax.base.errors import FormatError
+from saejax.base.logs import one_line_of_retries
 from saejax.base.storage import safe_name
 
 _SOURCE = re.compile(r"(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?:(?P<path>[^:]*)")
@@ -56,7 +57,8 @@ def fetch(source: Source) -> tuple[Path, str]:
     patterns = [_join(folder, name) for name in WANTED if not single or name in ("config.json",)]
     patterns += [source.path] if single else [_join(above, "config.json")]
     try:
-        snapshot = Path(huggingface_hub.snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
+        with one_line_of_retries(source.repo):
+            snapshot = Path(huggingface_hub.snapshot_download(source.repo, revision=source.revision, allow_patterns=patterns))
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, errors.OfflineModeIsEnabled, OSError,
             RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from saejax.base import sharding
+from saejax.base.assets import provenance
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.base.logs import say
 from saejax.base.records import RunPaths
@@ -140,7 +141,7 @@ def _describe(kind: str, config: Config, meta: CheckpointMeta, normalization: No
     firsts = [sum(spec.layers[:n]) for n in range(max(1, len(spec.layers)))]
     scales = [float(read[first]) for first in firsts] + ([float(written[0])] if spec.d_out is not None else [])
     metadata = {"text": {"context": config.text.context, "bos": config.text.bos, "source": list(config.text.source)},
-                "lm": {"model": config.lm.model, "revision": config.lm.revision, "dtype": config.lm.dtype},
+                "lm": {**provenance(config.lm.model), "revision": config.lm.revision, "dtype": config.lm.dtype},
                 "training": {"tokens": meta.counters.tokens_seen, "scales": scales, "center": config.sae.center,
                              "kind": spec.kind, "k": spec.k, **meta.data}, "units": "raw"}
     return SAEConfig(kind=kind, d_in=spec.d_in, d_sae=spec.d_sae, k=spec.k if kind in WITH_K else 0, pre_bias=spec.pre_bias,

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from saejax.base.assets import published
 from saejax.base.errors import FormatError
 from saejax.base.storage import is_writer
 from saejax.formats import saelens, saelens_read
@@ -42,10 +43,10 @@ def publish(directory: Path, repo: str, licence: str | None = None, *, upload: b
 
 def _header(sae: SAE, licence: str | None) -> str:
     """The YAML block that the hub reads. JSON strings are YAML strings, so no name can break out of its value."""
-    model = sae.cfg.model if _REPO.fullmatch(sae.cfg.model) else None
+    model = published(sae.cfg.model)
     lines = ["library_name: saejax", "tags:", "- sparse-autoencoder", "- saelens", "- interpretability"]
     lines += [f"license: {json.dumps(licence)}"] if licence else []
-    lines += [f"base_model: {json.dumps(model)}"] if model else []
+    lines += [f"base_model: {json.dumps(model)}"] if _REPO.fullmatch(model) else []
     return "---\n" + "\n".join(lines) + "\n---\n\n"
 
 

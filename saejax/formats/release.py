@@ -6,6 +6,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from saejax.base import lease
+from saejax.base.assets import MODELS, model_title
 from saejax.base.logs import Progress, say
 from saejax.base.records import RunPaths
 from saejax.base.storage import is_writer, write_bytes, write_json
@@ -13,7 +14,7 @@ from saejax.config import read_config
 from saejax.formats import saelens
 from saejax.formats.loading import from_checkpoint
 from saejax.sae.calibrate import calibrate, passes, scaled
-from saejax.sae.inference import SAE
+from saejax.sae.inference import SAE, SAEConfig
 
 # What of an evaluation is a measurement, and belongs into the README of a release.
 MEASURED = ("tokens", "outlier_tokens", "l0_mean", "l0_median", "fvu", "explained_variance", "fvu_no_outliers",
@@ -66,11 +67,13 @@ def _card(sae: SAE, metrics: dict) -> str:
     measured = c.metadata.get("calibration")
     threshold = (f"\nTrained as topk; the one threshold of all features was measured on {measured['rows']:,} rows, on which "
                  f"{measured['l0']:.4g} features fire per row (k = {measured['k']}).\n" if measured else "")
-    return f"""# {what} for {where} of {c.model}
+    return f"""# {what} for {where} of {model_title(c.model)}
 
 {c.kind}{f' (k = {c.k})' if c.kind == 'topk' else ''}, {c.d_sae} features on activations of width {c.d_in}, trained on
 {c.metadata['training']['tokens']:,} tokens. Takes raw activations: the normalisation is folded into the weights, and feature
 activations are in the units of what is reconstructed.
+
+{_model(c, metrics)}
 
 ```python
 import saejax
@@ -78,3 +81,17 @@ sae = saejax.load("path/to/this/directory")
 acts = sae.encode(x)      # x: [..., {c.d_in}] raw activations
 ```
 {threshold}{readers}{table}"""
+
+
+def _model(cfg: SAEConfig, metrics: dict) -> str:
+    """On the activations of which weights it was trained."""
+    said = cfg.metadata.get("lm", {})
+    revision = f", revision {said['revision']}" if said.get("revision") else ""
+    dtype = f", computed in {said['dtype']}" if said.get("dtype") else ""
+    digest = f" (weights and config: sha256 {metrics['model_digest']})" if "model_digest" in metrics else ""
+    model = MODELS.get(cfg.model)
+    if model is None:
+        return f"Language model: {cfg.model}{revision}{dtype}{digest}."
+    return (f"Language model: {model_title(cfg.model)}, not the published weights{dtype}. saejax calls it `{cfg.model}`; the "
+            f"file is {model.filename} (sha256 {model.sha256}). `model_name` in cfg.json is the published model, whose "
+            "activations differ a little.")

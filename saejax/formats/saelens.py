@@ -4,7 +4,7 @@ Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_d
 [d_sae] instead of b_enc, jumprelu has threshold [d_sae], a skip transcoder W_skip [d_out, d_in]. SAELens knows plain SAEs of
 every kind, and transcoders of kind relu and jumprelu; the other shapes follow the same pattern under names that it refuses.
 Normalisation and, except for topk, decoder norms are folded, so raw activations go in: pre = (x - b_dec if apply_b_dec_to_input)
-W_enc + b_enc.
+W_enc + b_enc. `model_name` is what other libraries load: of a preset the published model; `metadata.saejax.lm` says what it is.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from saejax.base import sharding
+from saejax.base.assets import MODELS, provenance, published
 from saejax.base.errors import FormatError
 from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.base.version import __version__
@@ -83,11 +84,14 @@ def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
     text = cfg.metadata.get("text", {})
     theirs = cfg.metadata.get("saelens", {})  # of a file of SAELens that was read
     own = {name: value for name, value in cfg.metadata.items() if name != "saelens"}
+    if cfg.model in MODELS:
+        own |= {"lm": own.get("lm", {}) | provenance(cfg.model)}
     out = {
         "architecture": architecture(cfg), "d_in": cfg.d_in, "d_sae": cfg.d_sae, "dtype": "float32", "device": "cpu",
         "apply_b_dec_to_input": cfg.pre_bias, "normalize_activations": NONE if cfg.input_norm == CENTER else cfg.input_norm,
         "reshape_activations": cfg.metadata.get("reshape", "none"),
-        "metadata": {**theirs, "sae_lens_version": SAELENS_VERSION, "model_name": cfg.model, "hook_name": cfg.hookpoint,
+        "metadata": {**theirs, "sae_lens_version": SAELENS_VERSION, "model_name": published(cfg.model),
+                     "hook_name": cfg.hookpoint,
                      "hook_head_index": None, "context_size": text.get("context"),
                      "prepend_bos": _begins_rows(text.get("bos")), **_centred(cfg, theirs),
                      "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": __version__,

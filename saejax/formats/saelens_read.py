@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.base.assets import MODELS, published
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
 from saejax.base.storage import file_sha256
@@ -105,7 +106,7 @@ def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
     if transcoder and pre_bias and not own:
         raise FormatError(f"{keys.source}: apply_b_dec_to_input=True in a transcoder, whose b_dec has the width of its output")
     written = keys.section("metadata")
-    k, hookpoints, model = _k(keys, name), _hookpoints(written, shape), written.get("model_name", str, None) or UNKNOWN
+    k, hookpoints, model = _k(keys, name), _hookpoints(written, shape), _model(written, own)
     kwargs = written.get(saelens_model.KEY, dict, {})
     rows = saelens_model.input_norm(kwargs, model, hookpoints, NONE if norm == AVERAGE else norm, keys.source)
     cfg = SAEConfig(
@@ -119,6 +120,13 @@ def _config(keys: Keys, own: dict) -> tuple[SAEConfig, bool]:
     keys.ignore(*_TRAINING_KEYS)
     keys.finish()
     return cfg, rescaled
+
+
+def _model(written: Keys, own: dict) -> str:
+    """The model's name: of a preset, which is written by the name of the published model, the preset's."""
+    named = written.get("model_name", str, None) or UNKNOWN
+    preset = own["lm"].get("model") if isinstance(own.get("lm"), dict) else None
+    return preset if isinstance(preset, str) and preset in MODELS and named == published(preset) else named
 
 
 def _k(keys: Keys, architecture: str) -> int | float:

@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from saejax.base import assets
 from saejax.base.errors import HookpointError, LMError
+from saejax.base.logs import one_line_of_retries
 from saejax.lm import prompts, tokenizer, weights
 from saejax.lm.arch import LMConfig
 from saejax.lm.gguf_config import from_gguf
@@ -209,7 +210,8 @@ def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES))
+        with one_line_of_retries(model):
+            return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise LMError(

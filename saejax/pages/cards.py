@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from saejax.base.assets import model_title
 from saejax.base.text import visible
 from saejax.features.index.feature import Example, Feature
 from saejax.lm import LM, hookpoints
@@ -72,7 +73,7 @@ def sae(found) -> str:
     mesh = "" if found.mesh is None else f", split over {found.mesh.shape['dict']} devices"
     return facts("SAE", [
         ("kind", f"{c.kind}{shape}{k}"), ("shape", f"{c.d_sae:,} features, {width}{mesh}"), ("hookpoint", c.place),
-        ("model", c.model), ("norm", norm), ("files", found.source or "none: it was made in Python")])
+        ("model", model_title(c.model)), ("norm", norm), ("files", found.source or "none: it was made in Python")])
 
 
 def language_model(found: LM) -> str:
@@ -82,6 +83,7 @@ def language_model(found: LM) -> str:
     outside = [name for name in names if not name.startswith("blocks.")]
     return facts("Language model", [
         ("name", found.name if found.revision is None else f"{found.name}, revision {found.revision}"),
+        *([("what it is", model_title(found.name))] if model_title(found.name) != found.name else []),
         ("layers", f"{cfg.n_layers}"), ("width", f"{cfg.d_model:,}"), ("vocabulary", f"{cfg.vocab_size:,} tokens"),
         ("context", f"{cfg.max_context:,} tokens"), ("dtype", found.model.dtype.name),
         ("hookpoints", f"{', '.join(outside)}, and of blocks.0 to blocks.{cfg.n_layers - 1}:"), ("", ", ".join(inside))])

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from saejax.base.assets import model_title
 from saejax.base.errors import FeatureIndexError
 from saejax.base.logs import Progress
 from saejax.base.records import RunPaths
@@ -60,11 +61,11 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     write_json(out / MARK, {"kind": "saejax-dashboard", "schema_version": 1, "index": index.manifest["sha256"]})
     labels = _Labels(index, explanations)
     with Progress("dashboard", index.features, unit="feature", enabled=progress) as bar:
-        for number, first in enumerate(range(0, index.features, LIST)):
-            last = min(first + LIST, index.features)
-            _write(out / "data" / "list" / f"{number:03d}.js", "list", number, labels.lines(first, last))
         for number, first in enumerate(range(0, index.features, FEATURES_PER_FILE)):
             last = min(first + FEATURES_PER_FILE, index.features)
+            for page in range(-(-first // LIST), -(-last // LIST)):  # those that begin here
+                lines = labels.lines(page * LIST, min((page + 1) * LIST, index.features))
+                _write(out / "data" / "list" / f"{page:03d}.js", "list", page, lines)
             folder = out / "data" / "features" / f"{number // FILES_PER_FOLDER:03d}"
             _write(folder / f"{number:06d}.js", "features", number, _features(index, labels, first, last))
             bar.advance(last - first)
@@ -131,7 +132,8 @@ def _meta(index: FeatureIndex, title: str, figures, links) -> dict:
 
 def _own_figures(manifest: dict) -> list[tuple[str, str]]:
     sae, corpus, totals = manifest["sae"], manifest["corpus"], manifest["totals"]
-    return [("Indexed", f"{totals['kept_rows']:,} tokens of {totals['contexts']:,} contexts ({corpus['kind']})"),
+    return [("Language model", model_title(sae["model"])),
+            ("Indexed", f"{totals['kept_rows']:,} tokens of {totals['contexts']:,} contexts ({corpus['kind']})"),
             ("Alive", f"{totals['alive']:,} of {sae['d_sae']:,} features"),
             ("L0 on these tokens", f"{totals['l0']:.4g}"), ("Checkpoint", sae["fingerprint"][:16])]
 

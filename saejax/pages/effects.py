@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from saejax.base.assets import model_title
 from saejax.base.storage import write_bytes
 from saejax.base.text import visible
 from saejax.features.effects.attribution import Attribution
@@ -23,7 +24,7 @@ def write_steering(file: Path, lm_: LM, *, title: str, prompt: str, settings: Se
     does to the next token). Raises `DiskError`.
     """
     shown = [(visible(label, 200), visible(text, _LONGEST), effect) for label, text, effect in rows]
-    _write(file, "steering.html", title=title, model=lm_.name, prompt=visible(prompt, _LONGEST), rows=shown,
+    _write(file, "steering.html", title=title, model=model_title(lm_.name), prompt=visible(prompt, _LONGEST), rows=shown,
            settings=[(visible(label, 200), visible(value, 200), address) for label, value, address in settings])
 
 
@@ -40,7 +41,7 @@ def write_attribution(file: Path, lm_: LM, found: Attribution, *, title: str, la
     against = "the mean logit" if found.against is None else visible(lm_.tokenizer.token(found.against))
     tokens = [{"text": t, "features": f, "error": e, "bias": b, "bos": s, "sum": f + e + b + s} for t, f, e, b, s in zip(
         text, found.features_T, found.error_T, found.bias_T, found.special_T, strict=True)]
-    _write(file, "attribution.html", title=title, model=lm_.name, target=visible(lm_.tokenizer.token(found.target)),
+    _write(file, "attribution.html", title=title, model=model_title(lm_.name), target=visible(lm_.tokenizer.token(found.target)),
            against=against, difference=found.difference, sums=found.sums, tints=_tints(lm_, found), tokens=tokens, parts=parts,
            said=said, points=_points(found))
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from markupsafe import Markup
 
 from saejax import config as config_lib
+from saejax.base.assets import model_title
 from saejax.base.logs import read_metrics
 from saejax.base.records import RunPaths
 from saejax.base.storage import write_bytes
@@ -117,6 +118,6 @@ def _resamples(lines: list[dict]) -> list[tuple[int, int]]:
 def _story(result: Result) -> str:
     c, e = result.config, result.evaluation
     return (f"A sparse autoencoder ({described(c)}) with {c.sae.d_sae:,} features, trained for {result.step:,} steps "
-            f"of {c.train.batch:,} tokens on the activations of {c.lm.model} at {', '.join(c.sae.hookpoints)}. Text: "
-            f"{', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
+            f"of {c.train.batch:,} tokens on the activations of {model_title(c.lm.model)} at {', '.join(c.sae.hookpoints)}. "
+            f"Text: {', '.join(c.text.source)}, in contexts of {c.text.context} tokens. Measured on {e['contexts']:,} "
             f"contexts of held-out text. {result.resume}").strip()

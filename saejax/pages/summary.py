@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from saejax.base.assets import model_title
 from saejax.base.logs import read_metrics
 from saejax.base.records import RunPaths
 from saejax.config import Config
@@ -65,7 +66,8 @@ def rows(result: Result) -> list[tuple[str, str]]:
 def measured(e: dict) -> list[tuple[str, str]]:
     """(label, value) of the figures of an evaluation."""
     return [
-        ("hookpoint", f"{e['hookpoint']} of {e['model']}"),
+        ("hookpoint", e["hookpoint"]),
+        ("language model", model_title(e["model"])),
         ("held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),
         ("L0", f"{_number(e['l0_mean'])} (median {_number(e['l0_median'])})"),
         ("FVU", f"{_number(e['fvu'])}, without outliers {_number(e['fvu_no_outliers'])}"),

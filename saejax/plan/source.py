@@ -1,13 +1,13 @@
 """What a config's activations are before any is harvested: widths of hookpoints, and what a token costs the language model."""
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from saejax import lm
 from saejax.base import assets
 from saejax.base.errors import ConfigError, LMError
+from saejax.base.logs import one_line_of_retries
 from saejax.config import Config
 from saejax.data.store import Store, is_complete
 from saejax.lm.gguf_config import from_gguf
@@ -77,8 +77,8 @@ def _downloaded(name: str, revision: str | None, offline: bool) -> Path:
     """config.json of a hub id; offline: only if it was downloaded before. Raises `OSError` or `ValueError`."""
     from huggingface_hub import hf_hub_download
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
+    with one_line_of_retries(name):
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
 
 
 def _layers(cfg: lm.LMConfig, hookpoints: tuple[str, ...]) -> int:

@@ -1,7 +1,7 @@
 """`saejax inspect`: what a directory is, whether every byte with a digest verifies, and what has none and was not read."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from saejax.base import sharding
 from saejax.base.errors import FormatError, SaejaxError
+from saejax.base.logs import Progress
 from saejax.base.records import MeshOptions, RunPaths
 from saejax.base.storage import file_sha256
 from saejax.config import Config, read_config
@@ -77,21 +78,40 @@ class Finding:
         return [] if self.path in self.read or not self.path.is_dir() else list(below(self.path))
 
 
-def inspect_path(path: Path) -> Finding:
+def inspect_path(path: Path, *, progress: bool = True) -> Finding:
     """Recognises and verifies a store (finished or not), run, step, release or feature index; `FormatError` for other paths."""
-    path = Path(path)
+    inspect = _job(Path(path))
+    with Progress("inspect", size_on_disk(path), unit="B", enabled=progress) as bar:
+        return inspect(Path(path), bar)
+
+
+def _job(path: Path) -> Callable[[Path, Progress], Finding]:
+    """What inspects such a path. The bar given to it counts the bytes of all files below the path; those that will not be read
+    it takes off first.
+    """
     if (path / index.FEATURES).is_file() and (path / index.MANIFEST).is_file():
-        return _index(path)
+        return _index
     if (path / MANIFEST).is_file() or (path / SPEC).is_file():
-        return _store(path)
+        return _store
     if is_step(path):
-        return _checkpoint(path)
+        return _checkpoint
     if (path / saelens.CONFIG).is_file() or (path / saelens.WEIGHTS).is_file():
-        return _release(path)
+        return _release
     if RunPaths(path).config.is_file():
-        return _run(path)
+        return _run
     raise FormatError(f"{path}: neither an activation store, nor a run, a checkpoint step, a release or a feature index"
                       if path.exists() else f"{path}: does not exist")
+
+
+def _parts(found: Finding, parts: Sequence[Path], bar: Progress) -> Iterator[tuple[Path, Finding]]:
+    """Findings of the parts of a path that are there, each taken into that of the path."""
+    parts = [part for part in parts if part.is_dir()]
+    bar.shorten(size_on_disk(found.path) - sum(map(size_on_disk, parts)))
+    for part in parts:
+        inner = found.attempt(lambda p=part: _job(p)(p, bar))
+        if inner is not None:
+            found.take(inner)
+            yield part, inner
 
 
 def size_on_disk(path: Path) -> int:
@@ -99,12 +119,13 @@ def size_on_disk(path: Path) -> int:
     return sum(f.lstat().st_size for f in Path(path).rglob("*") if f.is_file() and not f.is_symlink())
 
 
-def _store(path: Path) -> Finding:
+def _store(path: Path, bar: Progress) -> Finding:
     if not is_complete(path):
-        return _unfinished_store(path)
+        return _unfinished_store(path, bar)
     found = Finding(path, "activation store")
     manifest = found.attempt(lambda: mf.read_manifest(path / MANIFEST))
     found.read.add(path / MANIFEST)
+    bar.advance((path / MANIFEST).stat().st_size)
     if manifest is None:
         return found
     values, spec = manifest
@@ -112,21 +133,21 @@ def _store(path: Path) -> Finding:
                                         "unmasked_rows": values["kept_rows"], "shards": len(values["shards"]),
                                         "schema_version": values["schema_version"], "digest": values["sha256"]}
     for name, array in spec.arrays().items():
-        _same(found, path / name / "zarr.json", values["arrays"][name]["zarr_json_sha256"])
+        _same(found, path / name / "zarr.json", values["arrays"][name]["zarr_json_sha256"], bar)
         for shard, entry in enumerate(values["shards"]):
-            if _same(found, path / array.shard_file(shard), entry["files"][name]["sha256"]):
+            if _same(found, path / array.shard_file(shard), entry["files"][name]["sha256"], bar):
                 found.attempt(lambda a=array, s=shard, n=entry["contexts"]: check_layout(path, a, s, n * spec.context))
     for shard, entry in enumerate(values["shards"]):
         record = path / record_file(shard)
-        if _same(found, record, entry["record_sha256"]):
+        if _same(found, record, entry["record_sha256"], bar):
             found.attempt(lambda r=record, n=entry["contexts"]: read_record(r, spec, n))
-    _same(found, path / SPEC, values["spec_file_sha256"])
+    _same(found, path / SPEC, values["spec_file_sha256"], bar)
     if not found.problems:
         found.attempt(lambda: Store.open(path))  # sizes; every digest has been compared above
     return found
 
 
-def _unfinished_store(path: Path) -> Finding:
+def _unfinished_store(path: Path, bar: Progress) -> Finding:
     found = Finding(path, "activation store, unfinished")
     spec = found.attempt(lambda: read_spec(path))
     found.read.add(path / SPEC)
@@ -135,12 +156,14 @@ def _unfinished_store(path: Path) -> Finding:
     records = sorted((path / RECORDS).glob("[0-9]*.json"))
     found.facts = _store_facts(spec) | {"shards": f"{len(records)} of {spec.target_shards}",
                                         "schema_version": mf.SCHEMA_VERSION}
+    bar.advance((path / SPEC).stat().st_size)
     for file in records:
         record = found.attempt(lambda f=file: read_record(f, spec))
         found.read.add(file)
+        bar.advance(file.stat().st_size)
         for name, array in spec.arrays().items() if record is not None else ():
             shard = int(file.stem)
-            if _same(found, path / array.shard_file(shard), record["files"][name]["sha256"]):
+            if _same(found, path / array.shard_file(shard), record["files"][name]["sha256"], bar):
                 found.attempt(lambda a=array, s=shard, r=record: check_layout(path, a, s, r["contexts"] * spec.context))
     return found
 
@@ -157,10 +180,10 @@ def _masked(spec: mf.StoreSpec) -> str:
     return " and ".join(what) or "nothing"
 
 
-def _same(found: Finding, file: Path, expected: str) -> bool:
+def _same(found: Finding, file: Path, expected: str, bar: Progress) -> bool:
     """True when a file is there with the digest that was recorded; otherwise one problem."""
     found.read.add(file)
-    digest = found.attempt(lambda: file_sha256(file)) if file.is_file() else None
+    digest = found.attempt(lambda: file_sha256(file, bar.advance)) if file.is_file() else None
     if digest is None and not file.is_file():
         found.problems.append(f"{file}: missing")
     elif digest is not None and digest != expected:
@@ -168,7 +191,7 @@ def _same(found: Finding, file: Path, expected: str) -> bool:
     return digest == expected
 
 
-def _checkpoint(path: Path) -> Finding:
+def _checkpoint(path: Path, bar: Progress) -> Finding:
     found = Finding(path, "checkpoint step", read={path})
     meta = found.attempt(lambda: read_meta(path))
     if meta is None:
@@ -186,6 +209,7 @@ def _checkpoint(path: Path) -> Finding:
     else:
         found.facts["verified"] = "parameters only (no config.json two levels up)"
         found.attempt(lambda: restore_params(path, mesh))
+    bar.advance(size_on_disk(path))
     return found
 
 
@@ -200,7 +224,7 @@ def _mesh(d_sae: int) -> Mesh:
     return sharding.single_device_mesh()
 
 
-def _release(path: Path) -> Finding:
+def _release(path: Path, bar: Progress) -> Finding:
     found = Finding(path, "release", read={path / saelens.CONFIG, path / saelens.WEIGHTS})
     for name in (saelens.CONFIG, saelens.WEIGHTS):
         if not (path / name).is_file():
@@ -213,12 +237,14 @@ def _release(path: Path) -> Finding:
                        "schema_version": c.metadata.get("schema_version"),
                        "tokens_seen": c.metadata.get("training", {}).get("tokens"),
                        "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
+    bar.advance(size_on_disk(path))
     return found
 
 
-def _index(path: Path) -> Finding:
+def _index(path: Path, bar: Progress) -> Finding:
     found = Finding(path, "feature index")
-    opened = found.attempt(lambda: index.FeatureIndex.open(path, full=True))
+    opened = found.attempt(lambda: index.FeatureIndex.open(path, full=True, advance=bar.advance))
+    bar.advance((path / index.MANIFEST).stat().st_size)
     if opened is not None:
         found.read |= {path / index.MANIFEST, *(path / name for name in opened.manifest["files"])}
         sae = opened.manifest["sae"]
@@ -229,14 +255,14 @@ def _index(path: Path) -> Finding:
     return found
 
 
-def _run(path: Path) -> Finding:
+def _run(path: Path, bar: Progress) -> Finding:
     found, paths = Finding(path, "run"), RunPaths(path)
     config = found.attempt(lambda: read_config(paths.config))
     found.read.add(paths.config)
     if config is None:
         return found
     if is_sweep(config):
-        return _sweep(found, dataclasses.replace(config, run_dir=str(path)))
+        return _sweep(found, dataclasses.replace(config, run_dir=str(path)), bar)
     steps = steps_in(paths.checkpoints)
     found.facts = {"name": config.name, "model": config.lm.model, "hookpoint": ", ".join(config.sae.hookpoints),
                    "sae": f"{config.sae.kind}, {config.sae.d_sae} features",
@@ -246,14 +272,10 @@ def _run(path: Path) -> Finding:
                                      machine_of(paths.checkpoints / str(steps[-1] if steps else 0))) or "not known",
                    "quarantined": sorted(p.name for p in paths.checkpoints.glob("corrupt-*")),
                    "evaluated_steps": found.attempt(lambda: evals.evaluated_steps(paths))}
-    for step in steps:
-        found.take(_checkpoint(paths.checkpoints / str(step)))
-    for part in (paths.release, path / "store", *_indices(path)):
-        if part.is_dir():
-            inner = found.attempt(lambda p=part: inspect_path(p))
-            if inner is not None:
-                found.facts[part.name] = inner.kind
-                found.take(inner)
+    checkpoints = [paths.checkpoints / str(step) for step in steps]
+    for part, inner in _parts(found, [*checkpoints, paths.release, path / "store", *_indices(path)], bar):
+        if part not in checkpoints:
+            found.facts[part.name] = inner.kind
     return found
 
 
@@ -262,18 +284,15 @@ def _indices(path: Path) -> list[Path]:
     return sorted(folder for folder in path.glob("features*") if (folder / index.MANIFEST).is_file())
 
 
-def _sweep(found: Finding, config: Config) -> Finding:
+def _sweep(found: Finding, config: Config, bar: Progress) -> Finding:
     """All members of a sweep, and its store."""
     runs = [Path(member.run_dir) for member in found.attempt(lambda: members(config)) or ()]
     found.kind = "sweep"
     found.facts = {"name": config.name, "model": config.lm.model, "members": [run.name for run in runs]}
-    for part in (*runs, found.path / "store"):
-        if part.is_dir():
-            inner = found.attempt(lambda p=part: inspect_path(p))
-            if inner is not None:
-                found.take(inner)
-        elif part in runs:
-            found.facts.setdefault("not_begun", []).append(part.name)
+    not_begun = [run.name for run in runs if not run.is_dir()]
+    found.facts |= {"not_begun": not_begun} if not_begun else {}
+    for _ in _parts(found, [*runs, found.path / "store"], bar):
+        pass
     return found
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from saejax import lm
 from saejax.base import sharding
+from saejax.base.assets import model_title
 from saejax.base.errors import ConfigError, FeatureIndexError, FormatError, HookpointError
 from saejax.base.logs import read_metrics, say
 from saejax.base.records import ActivationStats, MeshOptions, RunPaths
@@ -380,7 +381,8 @@ class Subject:
     def _repr_html_(self) -> str:
         """A card: the SAE, and what else is there."""
         index = self.index_home is not None and (self.index_home / MANIFEST).is_file()
-        rows = [("SAE", repr(self.sae)), ("run", "none" if self.run is None else str(self.run)),
+        rows = [("SAE", repr(self.sae)), ("language model", model_title(self.sae.cfg.model)),
+                ("run", "none" if self.run is None else str(self.run)),
                 ("store", "none" if self.store is None else f"{self.store.path}: {self.store.rows:,} rows"),
                 ("index", str(self.index_home) if index else "none: saejax features makes it")]
         return cards.facts(str(self.source), rows)

@@ -239,8 +239,8 @@ class SAE:
         """A torch module with what SAEBench's evaluations ask of an SAE: `encode`, `decode`, `forward`, `W_enc`, `W_dec`,
         `b_enc`, `b_dec`, `device`, `dtype` and `cfg`. It holds a copy of the weights; feature values are those of `encode`.
 
-        model_name: the model as TransformerLens names it, where `cfg.model` is something else. Needs the extra `torch`. Raises
-        `FormatError` for an SAE that SAEBench cannot evaluate, and without torch.
+        model_name: the model as TransformerLens names it (default `cfg.model`, of a preset its hub id). Needs the extra `torch`.
+        Raises `FormatError` for an SAE that SAEBench cannot evaluate, and without torch.
         """
         cfg = config_for(self.cfg, model_name=model_name, dtype=dtype, device=device)
         try:

@@ -3,6 +3,7 @@
 import re
 from dataclasses import asdict, dataclass, field
 
+from saejax.base.assets import published
 from saejax.base.errors import FormatError
 from saejax.sae.row_norm import NONE
 
@@ -59,7 +60,8 @@ def config_for(cfg, *, model_name: str | None, dtype: str, device: str) -> SAEBe
     text = cfg.metadata.get("text") or {}
     sparse = cfg.kind in ("topk", "groupmax")
     return SAEBenchConfig(
-        model_name=model_name or cfg.model, d_in=cfg.d_in, d_sae=cfg.d_sae, hook_layer=int(layer[1]), hook_name=cfg.hookpoint,
+        model_name=model_name or published(cfg.model), d_in=cfg.d_in, d_sae=cfg.d_sae, hook_layer=int(layer[1]),
+        hook_name=cfg.hookpoint,
         architecture=ARCHITECTURES[cfg.kind], architecture_str=ARCHITECTURES[cfg.kind], apply_b_dec_to_input=cfg.pre_bias,
         activation_fn_str=cfg.kind if sparse else "relu", activation_fn_kwargs={"k": cfg.k} if sparse else {}, dtype=dtype,
         device=device, context_size=text.get("context"), prepend_bos=text.get("bos", "row") in ("row", None),

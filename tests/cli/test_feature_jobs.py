@@ -36,6 +36,25 @@ def test_what_a_run_has_afterwards(run, capsys):
     assert "CE recovered" in meta and "../report.html" in meta and (run / "dashboard" / "index.html").is_file()
 
 
+def test_long_jobs_show_their_progress(run, tmp_path, capsys):
+    """Each of their parts to its end, in whole lines: the tests' stderr is no terminal. The run says whether they do."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    capsys.readouterr()
+    assert main(["features", str(copy), "--verify=50"]) == 0 and "%" not in capsys.readouterr().err
+    config = json.loads((copy / "config.json").read_text())
+    config["log"]["progress"] = True
+    (copy / "config.json").write_text(json.dumps(config))
+    assert main(["features", str(copy), "--rebuild", "--verify=50", "--export=neuronpedia"]) == 0
+    said = capsys.readouterr().err
+    parts = re.findall(r"^(.+): 100% (\S+)/\2 \[\d\d:\d\d<00:00, .*/s\]$", said, re.MULTILINE)
+    assert [title for title, _ in parts] == ["index, pass 1", "index, examples", "index, pass 2", "index, tables",
+                                             "index, digests", "verify", "export"]
+    assert "\r" not in said and dict(parts)["index, tables"] == "64.0"
+    assert main(["dashboard", str(copy)]) == 0
+    assert re.search(r"^dashboard: 100% 64.0/64.0 \[.*feature/s\]$", capsys.readouterr().err, re.MULTILINE)
+    assert '["Language model",' in (copy / "dashboard" / "data" / "meta.js").read_text()
+
+
 def test_report_and_dashboard_name_each_other_in_either_order(run, finished, tmp_path, capsys):
     """Whichever is made last; neither names what is not there."""
     link, other = 'href="dashboard/index.html"', "../report.html"

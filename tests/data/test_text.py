@@ -1,4 +1,5 @@
 import json
+import logging
 from dataclasses import replace
 
 import datasets
@@ -362,6 +363,20 @@ def test_a_text_that_changed_under_a_resume_is_refused():
     with pytest.raises(TextError, match="not the one that this harvest began with"):
         PackedText(options, word_tokenizer(), seed=0, sources=loaded(options, ["w3 w4"] * 50),
                    start=TextState(3, 40, 5)).take(2)
+
+
+def test_retries_for_a_misspelt_hub_name_are_one_line(monkeypatch, capsys, caplog):
+    def unreachable(name, *_, **__):
+        logger = logging.getLogger("huggingface_hub.utils._http")
+        for number in (1, 2):
+            logger.warning(f"'no name' thrown while requesting HEAD https://hub/{name}")
+            logger.warning(f"Retrying in 1s [Retry {number}/5].")
+        raise ConnectionError(f"Couldn't reach {name}")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    with pytest.raises(TextError, match="'nobody/texts' is no preset .*Couldn't reach nobody/texts"):
+        src.resolve(TextOptions(source=("nobody/texts",)))
+    assert caplog.messages == [] and capsys.readouterr().err == "nobody/texts: the hub does not answer; trying again\n"
 
 
 def test_a_hub_name_that_cannot_be_read_is_one_line():

@@ -1,5 +1,7 @@
 """The picture of a dictionary: groups of like directions stay together (needs umap-learn, which is optional)."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -29,7 +31,7 @@ def groups(seed: int, number: int = 12, each: int = 40) -> np.ndarray:
     return np.repeat(rng.standard_normal((number, 32)), each, 0) + 0.5 * rng.standard_normal((number * each, 32))
 
 
-def test_groups_of_like_directions_stay_together_and_a_seed_repeats():
+def test_groups_of_like_directions_stay_together_and_a_seed_repeats(capsys):
     pytest.importorskip("umap", reason="umap-learn is optional")
     index, label_F = Neighbours(groups(0)), np.repeat(np.arange(12), 40)
     places_F2 = picture.plane(index)
@@ -37,7 +39,12 @@ def test_groups_of_like_directions_stay_together_and_a_seed_repeats():
     middle_G2 = np.stack([places_F2[label_F == g].mean(0) for g in range(12)])
     nearest_F = np.linalg.norm(places_F2[:, None] - middle_G2, axis=2).argmin(1)
     assert (nearest_F == label_F).mean() > 0.95
+    capsys.readouterr()
     np.testing.assert_array_equal(picture.plane(index), places_F2)
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch(r"map: 100% 500/500 \[.*epoch/s\]\n", err)
+    picture.plane(index, progress=False)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_too_few_features_and_a_missing_package_say_so(monkeypatch):

@@ -1,5 +1,6 @@
 """A release is whole and unaltered, or one line says what is wrong with it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from saejax.base.errors import FormatError
 from saejax.base.records import MeshOptions
 from saejax.formats.release import release
 from saejax.sae import tensors
+from saejax.sae.inference import SAE
 from saejax.train import loop
 from tests.train.synthetic import kinds, make_config, make_store
 
@@ -68,6 +70,35 @@ def test_each_device_reads_its_slice(released, shape):
 def test_card_and_metrics(released):
     assert "explained_variance | 0.5" in (released / "README.md").read_text()
     assert json.loads((released / "metrics.json").read_text())["l0"] == 4.0
+
+
+def preset(released):
+    """The SAE of a release as one of the demo's model."""
+    sae = saejax.load(released)
+    metadata = {name: value for name, value in sae.cfg.metadata.items() if name != "lm"}
+    return SAE(sae.params, dataclasses.replace(sae.cfg, model="smollm2-135m", metadata=metadata))
+
+
+def test_a_release_names_the_published_model_and_finds_the_preset(released, tmp_path):
+    out = release(preset(released), tmp_path / "out")
+    written = json.loads((out / "cfg.json").read_text())["metadata"]
+    assert written["model_name"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    said = written["saejax"]["lm"]
+    assert (said["model"], said["hub_id"], said["weights"]) == ("smollm2-135m", written["model_name"], "4 bits (GGUF Q4_1)")
+    card = (out / "README.md").read_text()
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1), not the published weights" in card
+    assert said["sha256"] in card
+    assert saejax.load(out).cfg.model == "smollm2-135m"
+    written["model_name"] = "some/model"  # whoever writes another name means it
+    cfg = json.loads((out / "cfg.json").read_text()) | {"metadata": written}
+    (out / "cfg.json").write_text(json.dumps(cfg))
+    assert saejax.load(out).cfg.model == "some/model"
+
+
+def test_a_release_of_another_model_has_its_name(released, tmp_path):
+    assert saejax.load(released).cfg.model == json.loads((released / "cfg.json").read_text())["metadata"]["model_name"]
+    card = (release(saejax.load(released), tmp_path / "out", {"model_digest": "0123"}) / "README.md").read_text()
+    assert f"Language model: {saejax.load(released).cfg.model}" in card and "sha256 0123" in card
 
 
 def test_the_card_says_on_how_many_tokens_features_are_silent(released, tmp_path):

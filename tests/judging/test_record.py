@@ -32,7 +32,7 @@ def record_of(server, folder, **options) -> tuple[Endpoint, Record]:
     return judge, Record(folder, judge, "index", "own", **options)
 
 
-def test_a_rerun_asks_only_what_is_missing(tmp_path):
+def test_a_rerun_asks_only_what_is_missing(tmp_path, capsys):
     def script(prompt, n):
         return (500, {}, b"") if "Question 3" in prompt else "gibberish" if "Question 4" in prompt else "2"
     with serving(script) as server:
@@ -47,7 +47,9 @@ def test_a_rerun_asks_only_what_is_missing(tmp_path):
         server.requests.clear()
         server._script = lambda prompt, n: "1"
         judge, record = record_of(server, tmp_path)
-        put(judge, questions(8), record, title="t", progress=False)
+        capsys.readouterr()
+        put(judge, questions(8), record, title="rubric")
+        assert re.fullmatch(r"rubric: 100% 8\.00/8\.00 \[.*answer/s\]\n", capsys.readouterr().err), "those answered before count"
         asked = {re.search(r"Question (\d)", prompt)[1] for prompt in server.prompts}
         assert asked == {"3", "6", "7"}, "what never came, and what is new; not what could not be read"
     assert read_answers(tmp_path / ANSWERS)["rubric3"]["score"] == 1

@@ -130,6 +130,12 @@ def test_auxk_near_one_is_put_in_words(tmp_path, evaluation):
 
 def test_silent_says_on_how_many_tokens(tmp_path, evaluation):
     assert re.search(r"silent on held-out text +1\.50 % \(1,000 tokens\)", table([result(tmp_path, evaluation)]))
+
+
+def test_the_demos_model_is_named_for_what_it_is(tmp_path, evaluation):
+    said = "HuggingFaceTB/SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1)"
+    assert re.search(rf"language model +{re.escape(said)}\n", table([result(tmp_path, evaluation)]))
+    assert f"on the activations of {said} at" in html(result(tmp_path, evaluation), lines())
     assert "1.50 % (1,000 tokens)" in html(result(tmp_path, evaluation), lines())
 
 

@@ -1,9 +1,11 @@
 """`saejax inspect` recognises everything saejax writes, and names every file and leaf that does not verify."""
 
 import json
+import re
 import shutil
 
 import pytest
+from tqdm import tqdm
 
 from saejax.base.errors import FormatError
 from saejax.cli.main import main
@@ -42,6 +44,17 @@ def test_every_kind_is_recognised_and_verifies(original, capsys):
     assert main(["inspect", "--json", str(original / "store")]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["verifies"] and facts["hookpoints"] == {tiny.HOOKPOINT: tiny.D_IN} and facts["rows"] == 4096
+
+
+def test_progress_counts_what_is_read(original, capsys):
+    """To the last byte: of a run, those below its checkpoints, store and release."""
+    parts = [newest(original).parent, original / "store", original / "release"]
+    size = sum(f.stat().st_size for part in parts for f in part.rglob("*") if f.is_file())
+    assert main(["inspect", str(original)]) == 0
+    shown = tqdm.format_sizeof(size)
+    assert re.fullmatch(rf"inspect: 100% {shown}/{shown} \[\d\d:\d\d<00:00, .*B/s\]\n", capsys.readouterr().err)
+    inspect_path(original, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_what_has_no_digest_is_named(run, capsys):

@@ -14,6 +14,7 @@ from saejax.base.errors import ConfigError, FeatureIndexError, HookpointError, P
 from saejax.cli.main import main
 from saejax.config import default_config
 from saejax.formats.convert import convert
+from saejax.pages import effects
 from saejax.sae.inference import SAE
 from tests import tiny_experiment as tiny
 
@@ -289,6 +290,17 @@ def test_an_sae_and_a_language_model_show_themselves(s, run, tmp_path):
     assert hostile._repr_html_() is None, "made in Python: nobody draws it"
     hostile.card = read.card
     assert "<script>" not in hostile._repr_html_() and "&lt;b&gt; ... &lt;b&gt;" in hostile._repr_html_()
+
+
+def test_cards_say_what_a_preset_is(s, tmp_path):
+    said = "HuggingFaceTB/SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1)"
+    sae = SAE(s.sae.params, dataclasses.replace(s.sae.cfg, model="smollm2-135m"))
+    sae.card, lm_ = s.sae.card, dataclasses.replace(s.lm, name="smollm2-135m")
+    assert rows_of_card(sae._repr_html_())["model"] == said
+    assert rows_of_card(lm_._repr_html_())["what it is"] == said and "what it is" not in rows_of_card(s.lm._repr_html_())
+    assert rows_of_card(s._repr_html_())["language model"] == s.sae.cfg.model
+    effects.write_steering(tmp_path / "steered.html", lm_, title="t", prompt=TEXT, settings=(), rows=())
+    assert said in (tmp_path / "steered.html").read_text()
 
 
 def test_long_names_fit_a_line(s):

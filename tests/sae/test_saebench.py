@@ -29,6 +29,11 @@ def test_the_config_has_what_its_own_has():
         "sae_lens_training_version": None, "neuronpedia_id": None}
 
 
+def test_a_preset_goes_by_the_name_of_the_published_model():
+    cfg = config_for(dataclasses.replace(CFG, model="smollm2-135m"), model_name=None, dtype="float32", device="cpu")
+    assert cfg.model_name == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
 @pytest.mark.parametrize("changes, message", [
     ({"d_out": 3, "target": "blocks.9.hook_mlp_out"}, "it is a transcoder"),
     ({"hookpoints": ("embed",)}, "'embed' is not one of"),

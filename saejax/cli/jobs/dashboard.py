@@ -40,10 +40,11 @@ def run(options: Options) -> int:
     out = options.out or place_of(index.path)
     beside = RunPaths(out.parent)
     links = [LINK] if beside.report.is_file() else []
+    progress = subject is None or subject.progress
     if is_writer():
-        places_F2 = plane(index) if options.map else None
+        places_F2 = plane(index, progress=progress) if options.map else None
         page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=_said(options),
-                               places_F2=places_F2)
+                               places_F2=places_F2, progress=progress)
         if out.name == beside.dashboard.name:
             link_dashboard(beside)
         print(f"dashboard {page}")

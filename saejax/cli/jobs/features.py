@@ -66,7 +66,8 @@ def run(options: Options) -> int:
         split = options.split or ("train" if baseline == "neurons" else None)
         corpus = subject.corpus(split=split, tokens=options.tokens, hookpoints=sae.cfg.hookpoints)
         index = build(home, sae, corpus, lm_, BuildOptions(progress=subject.progress))
-        verified = fidelity.check(index, sae, lm_, options.verify).to_json() if options.verify else None
+        verified = None if not options.verify else fidelity.check(index, sae, lm_, options.verify,
+                                                                  progress=subject.progress).to_json()
         if is_writer():
             _say(index, verified, _export(subject, index) if options.export else None, options.json)
             if not options.json and baseline is None:
@@ -99,7 +100,8 @@ def _remove(home: Path) -> None:
 def _export(subject, index) -> Path:
     from saejax.features.index import neuronpedia
     out = index.path.absolute().parent / NEURONPEDIA
-    neuronpedia.write(index, out, name=subject.name, dataset=" + ".join(subject.text.options.source))
+    neuronpedia.write(index, out, name=subject.name, dataset=" + ".join(subject.text.options.source),
+                      progress=subject.progress)
     return out
 
 

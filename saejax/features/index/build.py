@@ -74,13 +74,14 @@ def _write(path: Path, source: dict, sae: SAE, corpus: Corpus, lm_: LM, options:
     _claim(path, source)
     tokens = Tokens.write(path, corpus)
     state = _states(path, sae, corpus, tokens, options)
-    examples = _examples(state)
+    examples = _examples(state, options.progress)
     windows = _surroundings(path, sae, corpus, tokens, examples, options)
     dictionary = tables.blocks(sae, lm_, progress=options.progress)
     if is_writer():
         totals = tables.write(path, dictionary, lm_.tokenizer.token_bytes.pieces, state, tables.Found(examples, windows), tokens)
         lease.confirm()
-        tables.write_manifest(path, {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals})
+        tables.write_manifest(path, {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals},
+                              progress=options.progress)
     else:
         for _ in dictionary:  # the collectives of the one that writes
             pass
@@ -223,10 +224,13 @@ def _saved_state(path: Path, sae: SAE) -> tuple[int, FeatureState]:
         for name, value in arrays.items()})
 
 
-def _examples(state: FeatureState) -> Examples:
+def _examples(state: FeatureState, progress: bool) -> Examples:
     parts = []
-    for first in range(0, len(state.max), _BLOCK):
-        parts.append(choose(jax.tree.map(lambda x, a=first: x[a:a + _BLOCK], state), first))
+    with Progress("index, examples", len(state.max), unit="feature", enabled=progress) as bar:
+        for first in range(0, len(state.max), _BLOCK):
+            block = jax.tree.map(lambda x, a=first: x[a:a + _BLOCK], state)
+            parts.append(choose(block, first))
+            bar.advance(len(block.max))
     return Examples(*(np.concatenate([getattr(p, name) for p in parts]) for name in Examples.__dataclass_fields__))
 
 

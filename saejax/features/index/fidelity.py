@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from saejax.base import sharding
+from saejax.base.logs import Progress
 from saejax.features.index import corpus
 from saejax.features.index.reader import EXAMPLES, FeatureIndex, check_belongs
 from saejax.lm import LM
@@ -31,7 +32,8 @@ class Fidelity:
         return asdict(self)
 
 
-def check(index: FeatureIndex, sae: SAE, lm_: LM, examples: int = 1000, *, batch: int = 4) -> Fidelity:
+def check(index: FeatureIndex, sae: SAE, lm_: LM, examples: int = 1000, *, batch: int = 4,
+          progress: bool = True) -> Fidelity:
     """Runs the contexts of about `examples` examples again, spread evenly over the index.
 
     Raises `FeatureIndexError` when the index was built for another checkpoint or model.
@@ -42,14 +44,16 @@ def check(index: FeatureIndex, sae: SAE, lm_: LM, examples: int = 1000, *, batch
     again = np.zeros(len(feature))
     wanted = np.unique(context)
     forward = corpus.forward_of(sae.cfg.hookpoints)
-    for start in range(0, len(wanted), batch):
-        part = wanted[start:start + batch]
-        tokens_BT = np.zeros((batch, index.tokens_NT.shape[1]), np.int32)
-        tokens_BT[:len(part)] = index.tokens_NT[part]
-        x_BTD = np.asarray(forward(lm_.model, tokens_BT))
-        here = np.flatnonzero(np.isin(context, part))
-        rows, which = np.unique(np.stack([np.searchsorted(part, context[here]), position[here]]), axis=1, return_inverse=True)
-        again[here] = _encoded(sae, x_BTD[rows[0], rows[1]], which, feature[here])
+    with Progress("verify", len(wanted), unit="context", enabled=progress) as bar:
+        for start in range(0, len(wanted), batch):
+            part = wanted[start:start + batch]
+            tokens_BT = np.zeros((batch, index.tokens_NT.shape[1]), np.int32)
+            tokens_BT[:len(part)] = index.tokens_NT[part]
+            x_BTD = np.asarray(forward(lm_.model, tokens_BT))
+            here = np.flatnonzero(np.isin(context, part))
+            rows, which = np.unique(np.stack([np.searchsorted(part, context[here]), position[here]]), axis=1, return_inverse=True)
+            again[here] = _encoded(sae, x_BTD[rows[0], rows[1]], which, feature[here])
+            bar.advance(len(part))
     difference = np.abs(again - value) / top[feature]
     return Fidelity(len(feature), len(wanted), float((difference <= TOLERANCE).mean()), float(difference.mean()),
                     float(difference.max()), int((again == 0).sum()))

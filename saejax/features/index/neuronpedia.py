@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.base.errors import FeatureIndexError
+from saejax.base.logs import Progress
 from saejax.base.storage import disk_errors, write_bytes
 from saejax.features.index.examples import INTERVALS
 from saejax.features.index.reader import GROUP, FeatureIndex
@@ -22,7 +23,7 @@ _EMPTY = ("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignme
 SKIPPED = "skipped_indexes.json"
 
 
-def write(index: FeatureIndex, out: Path, *, name: str, dataset: str) -> int:
+def write(index: FeatureIndex, out: Path, *, name: str, dataset: str, progress: bool = True) -> int:
     """Writes `batch-N.json` of up to 256 features each, and the features that never fire to `skipped_indexes.json`, into `out`;
     returns how many features were written.
 
@@ -38,7 +39,7 @@ def write(index: FeatureIndex, out: Path, *, name: str, dataset: str) -> int:
     contexts, length = index.tokens_NT.shape
     seen = {"n_prompts_total": contexts, "n_tokens_in_prompt": length, "dataset": dataset}
     silent, rows = np.flatnonzero(index.column("fired") == 0), index.manifest["totals"]["kept_rows"]
-    with disk_errors(out):
+    with disk_errors(out), Progress("export", index.features, unit="feature", enabled=progress) as bar:
         for number, first in enumerate(range(0, index.features, GROUP)):
             last = min(first + GROUP, index.features)
             examples = {}
@@ -47,6 +48,7 @@ def write(index: FeatureIndex, out: Path, *, name: str, dataset: str) -> int:
             features = [_feature(index, row, examples.get(row["feature"], []), rows) | seen
                         for row in index.rows(first, last) if row["fired"]]
             write_bytes(out / f"batch-{number}.json", _json(batch | {"features": features}))
+            bar.advance(last - first)
         write_bytes(out / SKIPPED, _json({"model_id": batch["model_id"], "layer": layer[1], "sae_set": name, "log_sparsity": None,
                                           "skipped_indexes": silent.tolist()}))
     return index.features - len(silent)

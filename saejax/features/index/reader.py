@@ -9,6 +9,7 @@
 
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -70,18 +71,20 @@ class FeatureIndex:
         self._tables = {name: pq.ParquetFile(self._verified(name)) for name in (FEATURES, EXAMPLES)}
 
     @classmethod
-    def open(cls, path: str | Path, *, sae: SAE | None = None, lm_: LM | None = None, full: bool = False) -> "FeatureIndex":
+    def open(cls, path: str | Path, *, sae: SAE | None = None, lm_: LM | None = None, full: bool = False,
+             advance: Callable[[int], object] = lambda _: None) -> "FeatureIndex":
         """Opens a finished index; sizes of the files are compared, with `full` their digests. Whatever is read later is checked
         against digests of its blocks.
 
-        sae, lm_: what it is to be used with. Raises `FeatureIndexError` when it is missing, unfinished, altered, of a newer
-        schema, or built for another checkpoint or model.
+        sae, lm_: what it is to be used with. advance: is told how many bytes have been read for digests. Raises
+        `FeatureIndexError` when it is missing, unfinished, altered, of a newer schema, or built for another checkpoint or model.
         """
         path = Path(path)
         manifest = read_manifest(path)
         for name, entry in manifest["files"].items():
             file = path / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"] or (full and file_sha256(file) != entry["sha256"]):
+            if not file.is_file() or file.stat().st_size != entry["bytes"] or (
+                    full and file_sha256(file, advance) != entry["sha256"]):
                 raise FeatureIndexError(f"{file}: missing or altered since the index was built; build it again (saejax features)")
         check_belongs(path, manifest, sae, lm_)
         try:

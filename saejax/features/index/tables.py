@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from saejax.base.logs import Progress
-from saejax.base.storage import disk_errors, file_sha256, write_json
-from saejax.base.verified import block_digests
+from saejax.base.storage import disk_errors, write_json
+from saejax.base.verified import digests
 from saejax.features.index import bits, logits
 from saejax.features.index.corpus import Tokens
 from saejax.features.index.examples import Examples, interval_counts, top_tokens
@@ -81,10 +81,10 @@ def write(path: Path, dictionary: Iterable[tuple[int, int, dict]], vocabulary: l
     return _totals(state, tokens, rows, len(examples.row))
 
 
-def write_manifest(path: Path, values: dict) -> None:
+def write_manifest(path: Path, values: dict, *, progress: bool) -> None:
     """Digests of the files, and the manifest over them: an index is there when this is."""
-    files = {name: {"bytes": (path / name).stat().st_size, "sha256": file_sha256(path / name),
-                    "blocks": block_digests(path / name)} for name in FILES}
+    with Progress("index, digests", sum((path / name).stat().st_size for name in FILES), unit="B", enabled=progress) as bar:
+        files = {name: digests(path / name, bar.advance) for name in FILES}
     values = values | {"files": files}
     write_json(path / MANIFEST, values | {"sha256": manifest_digest(values)})
 
