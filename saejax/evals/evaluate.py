@@ -53,8 +53,9 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
             tokens_BT, keep_BT = _padded(batch, batch_contexts)
             clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
             recon = _reconstruct(sae, clean, keep_BT, measured)
-            sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, rows)
-            contexts, masked = contexts + rows, masked + int((~batch.keep_BT).sum())
+            lengths_B = np.pad(batch.lengths_B, (0, len(tokens_BT) - rows))
+            sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, lengths_B)
+            contexts, masked = contexts + rows, masked + int(batch.lengths_B.sum() - batch.keep_BT.sum())
             bar.advance(rows * context)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
             "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": context, "masked_tokens": masked,

@@ -7,7 +7,6 @@ from saejax.base.keys import Keys
 from saejax.base.storage import read_json
 
 SIZE_CAP = 16 << 20
-UNKNOWN = "unknown"  # a model or hookpoint that the source does not name
 
 
 def file_keys(path: Path) -> Keys:

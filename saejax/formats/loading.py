@@ -11,7 +11,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from saejax.base import sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.base.logs import say
-from saejax.base.records import RunPaths
+from saejax.base.records import MADE_ELSEWHERE, RunPaths
 from saejax.base.storage import bucket_trouble
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
@@ -139,8 +139,11 @@ def _describe(kind: str, config: Config, meta: CheckpointMeta, normalization: No
     read, written = (part.scale for part in normalization.parts(spec))
     firsts = [sum(spec.layers[:n]) for n in range(max(1, len(spec.layers)))]
     scales = [float(read[first]) for first in firsts] + ([float(written[0])] if spec.d_out is not None else [])
-    metadata = {"text": {"context": config.text.context, "bos": config.text.bos, "source": list(config.text.source)},
-                "lm": {"model": config.lm.model, "revision": config.lm.revision, "dtype": config.lm.dtype},
+    text, lm = {"context": config.text.context}, {"model": config.lm.model}
+    if not meta.data.get(MADE_ELSEWHERE):  # whose text the config does not know
+        text |= {"bos": config.text.bos, "packing": config.text.packing, "source": list(config.text.source)}
+        lm |= {"revision": config.lm.revision, "dtype": config.lm.dtype}
+    metadata = {"text": text, "lm": lm,
                 "training": {"tokens": meta.counters.tokens_seen, "scales": scales, "center": config.sae.center,
                              "kind": spec.kind, "k": spec.k, **meta.data}, "units": "raw"}
     return SAEConfig(kind=kind, d_in=spec.d_in, d_sae=spec.d_sae, k=spec.k if kind in WITH_K else 0, pre_bias=spec.pre_bias,
