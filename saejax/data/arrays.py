@@ -119,13 +119,17 @@ class _Column:
 
 
 def _opened(name: str, given: Rows, problems: list[str]) -> np.ndarray | None:
-    if not isinstance(given, str | Path):
-        return given if isinstance(given, np.ndarray) else np.asarray(given)
+    file = isinstance(given, str | Path)
     try:
-        return np.load(given, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        problems.append(f"{name}: {given} is no readable .npy file of numbers ({' '.join(str(error).split())[:150]})")
-        return None
+        found = np.load(given, mmap_mode="r", allow_pickle=False) if file else np.asarray(given)
+        if isinstance(found, np.ndarray):
+            return found
+        reason = "several arrays in one file"
+    except (OSError, ValueError, EOFError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:150]
+    what = f"{given} is no readable .npy file" if file else f"{type(given).__name__} is no array"
+    problems.append(f"{name}: {what} ({reason})")
+    return None
 
 
 def _context(path: Path, columns: list[_Column], given: int | None) -> int:

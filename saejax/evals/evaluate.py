@@ -13,6 +13,7 @@ from saejax.base.logs import Progress
 from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
 from saejax.base.storage import is_writer, read_json, text_sha256, write_json
 from saejax.config import Config, EvalOptions
+from saejax.data.store import Store
 from saejax.data.text import Text, token_batches
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
@@ -21,6 +22,7 @@ from saejax.sae.inference import SAE
 
 SCHEMA_VERSION = 1
 KIND = "saejax-evaluation"
+ROWS = "rows of the training store"  # what it was `measured_on`, where that is not held-out text
 PER_LAYER = ("fvu", "explained_variance", "fvu_no_outliers", "explained_variance_no_outliers", "normalized_mse", "mse", "cosine")
 _ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
 
@@ -40,8 +42,7 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     if width != sae.cfg.d_in:
         raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {sae.cfg.hookpoint} of {lm_.name} has {width};"
                           " evaluate it with the model it was trained on")
-    measured = {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
-                for name in targets}
+    measured = _figures(sae, stats)
     means = {name: stats[name].mean_D for name in targets}
     sums = splice.SpliceSums()
     contexts = masked = 0
@@ -60,6 +61,32 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
             "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": context, "masked_tokens": masked,
             "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured), **sums.result()}
+
+
+def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: bool = True) -> dict:
+    """The figures of `Reconstruction.result` on `options.contexts` contexts of a store, evenly spread: where nothing is known but
+    the rows that it was trained on. Nothing is spliced into a model. Raises `StoreError`, `NonFiniteError`.
+    """
+    hookpoints = tuple(dict.fromkeys(sae.cfg.hookpoints + sae.cfg.targets))
+    measured = _figures(sae, {name: store.stats(name) for name in sae.cfg.targets})
+    chosen = np.unique(np.linspace(0, store.n_contexts - 1, options.contexts).astype(int))
+    masked = 0
+    with Progress("evaluate", len(chosen) * store.context, enabled=progress) as bar:
+        for number in chosen:
+            start, stop = int(number) * store.context, (int(number) + 1) * store.context
+            keep_N = store.keep(start, stop)
+            rows = {name: store.read(name, start, stop).astype(np.float32)[None] for name in hookpoints}
+            _reconstruct(sae, rows, keep_N[None], measured)
+            masked += int((~keep_N).sum())
+            bar.advance(store.context)
+    return {"schema_version": SCHEMA_VERSION, "kind": KIND, "measured_on": ROWS, "model": store.spec.model,
+            "model_digest": store.spec.model_digest, "hookpoint": sae.cfg.hookpoint, "contexts": len(chosen),
+            "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured)}
+
+
+def _figures(sae: SAE, stats: Mapping[str, ActivationStats]) -> dict[str, Reconstruction]:
+    return {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
+            for name in sae.cfg.targets}
 
 
 def _padded(batch: TokenBatch, rows: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,11 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
+from saejax.base.logs import say
 from saejax.base.records import RunPaths
 from saejax.base.storage import read_json, text_sha256
 from saejax.config import Config, EvalOptions
-from saejax.evals.evaluate import cache_key, cached, evaluate, remember
+from saejax.evals.evaluate import cache_key, cached, evaluate, evaluate_rows, remember
 from saejax.pages.summary import Rates, Result, training_rate
+from saejax.runs import missing
 from saejax.runs.experiment import rates_file
 from saejax.runs.opening import open_subject
 from saejax.runs.subject import Subject
@@ -28,18 +30,26 @@ def evaluated(subject: Subject, contexts: int | None = None) -> dict:
     """Its figures on held-out text (`evals.evaluate`); of a run from `eval.json` where they are there, else measured and kept.
 
     contexts: instead of the config's. Kept is what was measured as the run's config says, not with another model, text or store.
+    Of a run on activations made elsewhere, and nothing said of them, the reconstruction of its store's rows.
     """
-    subject.require(text=True)
+    given = subject.given
+    rows = missing.made_elsewhere(subject.sae.cfg) and given.model is None and given.text is None and subject.store is not None
+    if not rows:
+        subject.require(text=True)
     config = subject.config or Config()
     options = config.eval
     options = options if contexts is None else dataclasses.replace(options, contexts=contexts)
     key = _key(subject, options)
     result = None if key is None else cached(RunPaths(subject.run), key)
-    if result is None:
+    if result is None and rows:
+        say(f"{subject.source}: measured on rows of {subject.store.path}, which it was trained on, and without splicing; for "
+            "held-out text give a model and a text")
+        result = evaluate_rows(subject.sae, subject.store, options, progress=subject.progress)
+    elif result is None:
         result = evaluate(subject.sae, subject.lm, subject.text, subject.stats(subject.sae.cfg.targets), options,
                           batch_contexts=config.lm.batch_contexts, progress=subject.progress)
-        if key is not None:
-            remember(RunPaths(subject.run), key, result)
+    if key is not None:
+        remember(RunPaths(subject.run), key, result)
     return result
 
 
