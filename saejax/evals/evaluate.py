@@ -22,7 +22,6 @@ from saejax.sae.inference import SAE
 
 SCHEMA_VERSION = 1
 KIND = "saejax-evaluation"
-ROWS = "rows of the training store"  # what it was `measured_on`, where that is not held-out text
 PER_LAYER = ("fvu", "explained_variance", "fvu_no_outliers", "explained_variance_no_outliers", "normalized_mse", "mse", "cosine")
 _ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
 
@@ -64,12 +63,13 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
 
 
 def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: bool = True) -> dict:
-    """The figures of `Reconstruction.result` on `options.contexts` contexts of a store, evenly spread: where nothing is known but
-    the rows that it was trained on. Nothing is spliced into a model. Raises `StoreError`, `NonFiniteError`.
+    """The figures of `Reconstruction.result` on `options.contexts` contexts of a store, evenly spread: where no model and no
+    text is known. Nothing is spliced; `measured_on` says whether these are rows that it was trained on. Raises `StoreError`, `NonFiniteError`.
     """
     hookpoints = tuple(dict.fromkeys(sae.cfg.hookpoints + sae.cfg.targets))
     measured = _figures(sae, {name: store.stats(name) for name in sae.cfg.targets})
     chosen = np.unique(np.linspace(0, store.n_contexts - 1, options.contexts).astype(int))
+    trained = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
     masked = 0
     with Progress("evaluate", len(chosen) * store.context, enabled=progress) as bar:
         for number in chosen:
@@ -79,8 +79,8 @@ def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: boo
             _reconstruct(sae, rows, keep_N[None], measured)
             masked += int((~keep_N).sum())
             bar.advance(store.context)
-    return {"schema_version": SCHEMA_VERSION, "kind": KIND, "measured_on": ROWS, "model": store.spec.model,
-            "model_digest": store.spec.model_digest, "hookpoint": sae.cfg.hookpoint, "contexts": len(chosen),
+    return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": store.spec.model, "model_digest": store.spec.model_digest,
+            "measured_on": "rows of the training store" if trained else "rows of a store", "hookpoint": sae.cfg.hookpoint, "contexts": len(chosen),
             "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured)}
 
 

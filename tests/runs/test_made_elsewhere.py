@@ -40,7 +40,7 @@ def test_reconstruction_is_measured_on_its_rows_and_released(made, capsys):
     assert main(["eval", str(run), "--json"]) == 0
     said = capsys.readouterr()
     [found] = json.loads(said.out)
-    assert "which it was trained on, and without splicing; for held-out text give a model and a text" in said.err
+    assert "measured on rows of the training store, nothing is spliced; for held-out text give a model and a text" in said.err
     assert (found["measured_on"], found["model"]) == ("rows of the training store", "unknown") and "ce_recovered" not in found
     assert (found["contexts"], found["tokens"]) == (8, 8 * CONTEXT - 24)  # the last one is 8 rows and 24 that fill it up
     x = np.load(folder / "acts.npy")
