@@ -64,12 +64,13 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
 
 def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: bool = True) -> dict:
     """The figures of `Reconstruction.result` on `options.contexts` contexts of a store, evenly spread: where no model and no
-    text is known. Nothing is spliced; `measured_on` says whether these are rows that it was trained on. Raises `StoreError`, `NonFiniteError`.
+    text is known. Nothing is spliced; `measured_on` says whether these are rows that it was trained on. Raises `StoreError`,
+    `NonFiniteError`.
     """
     hookpoints = tuple(dict.fromkeys(sae.cfg.hookpoints + sae.cfg.targets))
     measured = _figures(sae, {name: store.stats(name) for name in sae.cfg.targets})
     chosen = np.unique(np.linspace(0, store.n_contexts - 1, options.contexts).astype(int))
-    trained = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
+    own = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
     masked = 0
     with Progress("evaluate", len(chosen) * store.context, enabled=progress) as bar:
         for number in chosen:
@@ -80,8 +81,9 @@ def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: boo
             masked += int((~keep_N).sum())
             bar.advance(store.context)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": store.spec.model, "model_digest": store.spec.model_digest,
-            "measured_on": "rows of the training store" if trained else "rows of a store", "hookpoint": sae.cfg.hookpoint, "contexts": len(chosen),
-            "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured)}
+            "measured_on": f"rows of {'the training' if own else 'a'} store", "hookpoint": sae.cfg.hookpoint,
+            "contexts": len(chosen), "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR,
+            **_over_layers(measured)}
 
 
 def _figures(sae: SAE, stats: Mapping[str, ActivationStats]) -> dict[str, Reconstruction]:

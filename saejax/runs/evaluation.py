@@ -43,7 +43,8 @@ def evaluated(subject: Subject, contexts: int | None = None) -> dict:
     result = None if key is None else cached(RunPaths(subject.run), key)
     if result is None and rows:
         result = evaluate_rows(subject.sae, subject.store, options, progress=subject.progress)
-        say(f"{subject.source}: measured on {result['measured_on']}, nothing is spliced; for held-out text give a model and a text")
+        say(f"{subject.source}: measured on {result['measured_on']}, nothing is spliced; for held-out text give a model and "
+            "a text")
     elif result is None:
         result = evaluate(subject.sae, subject.lm, subject.text, subject.stats(subject.sae.cfg.targets), options,
                           batch_contexts=config.lm.batch_contexts, progress=subject.progress)
