@@ -5,11 +5,12 @@
     acts = sae.encode(x)                  # x: [..., d_in] raw activations, numpy or jax
     s = saejax.open("runs/demo")          # the same with its language model, text and index: s.sae, s.lm, s.index
     s = saejax.run(config)                # trains one, as the command does: config of saejax.config.default_config
+    saejax.store_of({"blocks.9.hook_resid_post": "acts.npy"}, "store")      # activations made elsewhere, to train on
 """
 
 from saejax.base.version import __version__
 
-__all__ = ["__version__", "compare", "evaluate", "lm", "load", "open", "run"]
+__all__ = ["__version__", "compare", "evaluate", "lm", "load", "open", "run", "store_of"]
 
 
 def __getattr__(name: str):
@@ -29,6 +30,9 @@ def __getattr__(name: str):
     if name == "run":
         from saejax.runs.everything import run
         return run
+    if name == "store_of":
+        from saejax.data.arrays import store_of
+        return store_of
     if name == "lm":
         import importlib
         return importlib.import_module("saejax.lm")

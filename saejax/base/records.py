@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+UNKNOWN = "unknown"  # a model, hookpoint or digest that the source does not name
+MADE_ELSEWHERE = "made_elsewhere"  # a key of what is recorded of a run: its activations are of another pipeline
 OUTLIER_FACTOR = 10.0  # outlier token: norm > 10 x the median norm
 
 
@@ -19,11 +21,12 @@ class MeshOptions:
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Packed rows of tokens. `context_ids_B` is the row's number in the whole text, the same for every process count."""
+    """Rows of tokens. `context_ids_B` is the row's number in the whole text, the same for every process count."""
 
     tokens_BT: np.ndarray       # int32
-    keep_BT: np.ndarray         # bool, False at BOS, EOS, pad and other special tokens when these are masked
+    keep_BT: np.ndarray         # bool, False at what is masked, as BOS, EOS and pad
     context_ids_B: np.ndarray   # int64
+    lengths_B: np.ndarray       # int: the tokens of each row that are text; the others fill it up
 
 
 @dataclass(frozen=True)

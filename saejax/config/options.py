@@ -55,7 +55,9 @@ class TextOptions:
                      "of token ids (`input_ids`)")
     streaming: bool = opt(False, "stream a hub dataset or large local files instead of materialising them")
     shuffle: bool = opt(True, "shuffle documents with the config seed (a buffer of 10,000 when streaming)")
-    context: int = opt(128, "tokens of a packed row (the language model's context)", ge=2)
+    context: int = opt(128, "tokens of a row (the language model's context)", ge=2)
+    packing: str = opt("packed", "how documents become rows. packed: one behind the other, cut into rows; document: each its own "
+                       "row, cut at `context`; a shorter one is filled up with masked tokens", choices=("packed", "document"))
     bos: str = opt("row", "where the BOS token goes: `row` (first token of every row), `doc` (of every document) or `none`; "
                    "another token in its place: its text, or `doc:` and its text")
     separator: str = opt("eos", "token behind every document: `none`, the text of a token, or `eos`: EOS, but where that ends a "

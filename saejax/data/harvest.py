@@ -22,16 +22,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import lm
 from saejax.base import assets, lease
-from saejax.base.errors import StoreError
+from saejax.base.errors import ConfigError, StoreError
 from saejax.base.logs import Progress, say
 from saejax.base.preemption import Preempted, Preemption
+from saejax.base.records import UNKNOWN
 from saejax.base.storage import barrier, is_writer, together
 from saejax.config import Config
 from saejax.data import sources as src
 from saejax.data import text
 from saejax.data.manifest import StoreSpec
+from saejax.data.shards import chunk_rows_of
 from saejax.data.sources import Sources
-from saejax.data.store import Store, is_complete, model_name
+from saejax.data.store import SPEC, Store, is_complete, model_name, read_spec
 from saejax.data.text import PackedText, TextState
 from saejax.data.writer import StoreWriter
 from saejax.lm import LM, Files
@@ -43,12 +45,18 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted.
     Several hookpoints take one pass; layers above the highest are not computed.
 
-    Raises `StoreError` (the directory belongs to another config; lists the differences), `HookpointError`, `TextError`,
+    Raises `StoreError` (the directory belongs to another config; lists the differences; or to activations made
+    elsewhere), `ConfigError` (no model), `HookpointError`, `TextError`,
     `NonFiniteError` (rows named, their shard not written), `DiskError`, `LeaseError` (another job writes this store),
     `Preempted` after SIGTERM or Ctrl-C (whole shards are kept).
     """
-    sources = src.resolve(config.text)
     path = Path(config.harvest.store)
+    if (path / SPEC).is_file() and read_spec(path).made_elsewhere:
+        raise StoreError(f"{path}: holds activations made elsewhere, there is nothing to harvest; train on them (saejax train), "
+                         "or choose another config.harvest.store")
+    if config.lm.model == UNKNOWN:
+        raise ConfigError("config.lm.model: 'unknown' is for activations made elsewhere; name the model to harvest from")
+    sources = src.resolve(config.text)
     if is_complete(path):
         return _open_matching(path, config, sources, lm_)
     lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype, mesh=lm_mesh(config))
@@ -80,13 +88,8 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
     return {"model": model_name(config.lm.model), "lm_dtype": config.lm.dtype,
             "text": text.describe(config.text, sources, config.seed_of_data),
             "context": config.text.context, "shard_contexts": h.shard_contexts,
-            "chunk_rows": _chunk_rows(config.text.context * h.shard_contexts),
+            "chunk_rows": chunk_rows_of(config.text.context * h.shard_contexts),
             "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
-
-
-def _chunk_rows(shard_rows: int) -> int:
-    """Rows of a checksummed chunk of activations: the largest divisor of a shard's rows that is at most 256."""
-    return max(n for n in range(1, min(256, shard_rows) + 1) if shard_rows % n == 0)
 
 
 def _pinned(config: Config) -> bool:

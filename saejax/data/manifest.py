@@ -39,6 +39,11 @@ class StoreSpec:
     def target_shards(self) -> int:
         return -(-self.target_contexts // self.shard_contexts)
 
+    @property
+    def made_elsewhere(self) -> bool:
+        """True of rows that another pipeline made (`saejax.data.arrays`), not a harvest."""
+        return "tokens" in self.text
+
     def arrays(self) -> dict[str, ArraySpec]:
         """{name: ArraySpec} of every array of the store."""
         side = side_chunk_rows(self.chunk_rows, self.shard_rows)

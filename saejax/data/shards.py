@@ -34,6 +34,11 @@ Span = tuple[int, int]
 AGAIN = "delete this store and run `saejax harvest` again"
 
 
+def chunk_rows_of(shard_rows: int) -> int:
+    """Rows of a checksummed chunk of activations: the largest divisor of a shard's rows that is at most 256."""
+    return max(n for n in range(1, min(256, shard_rows) + 1) if shard_rows % n == 0)
+
+
 def side_chunk_rows(chunk_rows: int, shard_rows: int) -> int:
     """Rows of a checksummed chunk for the arrays with one number per row: `chunk_rows` doubled while it stays small."""
     while chunk_rows * 2 <= _SIDE_CHUNK_ROWS and shard_rows % (chunk_rows * 2) == 0:

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from saejax.base.errors import StoreCorruptError, StoreError
-from saejax.base.records import OUTLIER_FACTOR, ActivationStats
+from saejax.base.records import OUTLIER_FACTOR, UNKNOWN, ActivationStats
 from saejax.base.storage import file_sha256, inside, text_sha256
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
@@ -51,6 +51,7 @@ class Store:
         self.kept_rows: int = values["kept_rows"]
         self.hookpoints = tuple(name for name, _ in spec.hookpoints)
         self.digest: str = values["sha256"]
+        self.has_tokens: bool = spec.text.get("tokens", True)
         self._contexts = mf.shard_contexts(spec, self.n_contexts)
         self._crcs = functools.cache(self._read_crcs)
         pool = ThreadPoolExecutor(_READ_THREADS, "saejax-read")
@@ -212,7 +213,7 @@ def model_name(model: str) -> str:
 
 
 def check_matches(store: Store, *, hookpoints: Sequence[str] = (), d_in: int | None = None, model: str | None = None,
-                  context: int | None = None) -> None:
+                  context: int | None = None, batch: int | None = None) -> None:
     """Raises one `StoreError` that lists every config key which the store contradicts, with both values."""
     missing = [hookpoint for hookpoint in hookpoints if hookpoint not in store.hookpoints]
     problems = []
@@ -220,10 +221,14 @@ def check_matches(store: Store, *, hookpoints: Sequence[str] = (), d_in: int | N
         problems.append(f"config.sae reads {', '.join(map(repr, missing))}, the store holds {', '.join(store.hookpoints)}")
     if hookpoints and not missing and d_in is not None and d_in != store.width(hookpoints[0]):
         problems.append(f"config.sae.d_in is {d_in}, the store's {hookpoints[0]} is {store.width(hookpoints[0])} wide")
-    if model is not None and model_name(model) != store.spec.model:
+    if model is not None and model_name(model) != store.spec.model and store.spec.model == UNKNOWN:
+        problems.append(f"config.lm.model is {model_name(model)!r}, the store does not say which it is of: set 'unknown'")
+    elif model is not None and model_name(model) != store.spec.model:
         problems.append(f"config.lm.model is {model_name(model)!r}, the store was harvested from {store.spec.model!r}")
     if context is not None and context != store.context:
         problems.append(f"config.text.context is {context}, the store's contexts have {store.context} tokens")
+    if batch is not None and batch > store.kept_rows:
+        problems.append(f"config.train.batch is {batch} rows, the store has {store.kept_rows} that are not masked")
     if problems:
         raise StoreError(f"{store.path / MANIFEST}: does not match the config: {'; '.join(problems)}; change the "
                          "config or harvest into another directory")

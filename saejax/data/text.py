@@ -1,4 +1,4 @@
-"""Documents -> packed rows of tokens.
+"""Documents -> rows of tokens.
 
 The tokens of all documents of a split, each document followed by the separator, are one long sequence that is cut into
 rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the documents in a row, as
@@ -6,6 +6,10 @@ in the pre-training of most language models. Where BOS goes is `config.text.bos`
 of every document ("doc"), or nowhere ("none"). A document may also be a conversation, which goes through the model's
 chat template, or token ids; one that begins with BOS or ends with the separator already gets no second. What is left at
 the end and does not fill a row is dropped and counted.
+
+With `config.text.packing` = "document" each document is a row of its own instead, cut at `context`; a shorter one is filled up
+behind its separator with pad tokens (EOS, where the tokenizer has none), so that no document sees another. These are never
+trained on, measured or indexed, and no loss is counted at them; BOS stands at the beginning in either place.
 
 The first tokens of a row, and special ones, are masked: `keep` is False there, for all that is trained, measured or indexed.
 
@@ -73,7 +77,7 @@ def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
     return {"sources": sources.names, "digest": sources.digest, "field": options.field, "split": options.split,
             "streaming": options.streaming, "shuffle": options.shuffle, "seed": seed, "bos": options.bos,
             "separator": options.separator, "holdout": options.holdout, "special": options.special,
-            "mask_first": options.mask_first}
+            "mask_first": options.mask_first, **({"packing": options.packing} if options.packing != "packed" else {})}
 
 
 def _ids_of(tokenizer: Tokenizer, option: str, text: str | None, own: int | None, key: str) -> list[int]:
@@ -90,11 +94,20 @@ def _ids_of(tokenizer: Tokenizer, option: str, text: str | None, own: int | None
     return tokenizer.with_rows([found])
 
 
-class PackedText:
-    """The packed rows of one split, taken in order from any `TextState`.
+def _pad_of(tokenizer: Tokenizer) -> int:
+    """The token that fills a row up. Raises `TextError` where there is none."""
+    found = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.separator_id
+    if found is None:
+        raise TextError("config.text.packing: 'document' fills rows up, and the tokenizer has neither a pad token nor EOS; set "
+                        "it to 'packed'")
+    return tokenizer.with_rows([found])[0]
 
-    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS or EOS where one is asked for, a text
-    that cannot be read or is not the one of the `TextState`.
+
+class PackedText:
+    """The rows of one split, packed or a document each, taken in order from any `TextState`.
+
+    Raises `TextError`: nothing in the split, less than one row of tokens, no BOS, EOS or pad token where one is asked for, a
+    text that cannot be read or is not the one of the `TextState`.
     """
 
     def __init__(self, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
@@ -107,8 +120,10 @@ class PackedText:
                               "separator")
         self._options, self._tokenizer, self._split = options, tokenizer, split
         self._masked = np.array(sorted(tokenizer.special_ids) if mask_special else [], np.int32)
-        self._row = bos if place == "row" else []
-        self._before = bos if place == "doc" else []
+        alone = options.packing == "document"
+        self._row = bos if place == "row" and not alone else []
+        self._before = bos if place == "doc" or alone else []
+        self._pad = _pad_of(tokenizer) if alone else None
         self._sources = sources or src.resolve(options)
         self._reader = Reader(self._sources, seed)
         start = start or TextState()
@@ -154,10 +169,20 @@ class PackedText:
         return out
 
     def keep(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [..., T] of rows [..., T]: False at the first `mask_first` tokens, and at special ones when these are masked."""
+        """bool [..., T] of rows [..., T]: False at the first `mask_first` tokens, behind the end of a document that is a row of
+        its own, and at special tokens when these are masked.
+        """
         keep = ~np.isin(tokens, self._masked)
         keep[..., :self._options.mask_first] = False
-        return keep
+        return keep & (np.arange(tokens.shape[-1]) < self.lengths(tokens)[..., None])
+
+    def lengths(self, tokens: np.ndarray) -> np.ndarray:
+        """int [...] of rows [..., T]: the tokens that are text; the others fill the row up."""
+        room = tokens.shape[-1]
+        if self._pad is None:
+            return np.full(tokens.shape[:-1], room)
+        filled = np.cumprod(tokens[..., ::-1] == self._pad, axis=-1).sum(-1)
+        return room - np.maximum(filled - (self._after == [self._pad]), 0)  # the first may be the separator
 
     def _refuse_nothing(self, rows: int) -> None:
         if self.state.contexts or rows:
@@ -187,11 +212,19 @@ class PackedText:
                 if ids:
                     before = self._before if ids[0] not in self._before else []
                     after = self._after if ids[-1] not in self._after else []
-                    pieces.append(np.array([*before, *ids, *after], np.int32))
+                    pieces.append(self._piece([*before, *ids, *after]))
                     numbers.append(first + i)
                     have += len(pieces[-1])
         if pieces:
             self._append(pieces, np.array(numbers, np.int64))
+
+    def _piece(self, ids: list[int]) -> np.ndarray:
+        """What goes to the buffer: the tokens of a document, or a whole row of them."""
+        if self._pad is None:
+            return np.array(ids, np.int32)
+        row = np.full(self._options.context, self._pad, np.int32)
+        row[:len(ids)] = ids[:len(row)]
+        return row
 
     def _encode(self, documents: list[Document]) -> list[list[int]]:
         """Token ids of documents: of texts, of conversations through the chat template, and those that are ids already."""
@@ -249,7 +282,8 @@ def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, see
         first, asked = text.state.contexts, min(batch, left)
         tokens_BT = text.take(asked)
         if len(tokens_BT):
-            yield TokenBatch(tokens_BT, text.keep(tokens_BT), np.arange(first, first + len(tokens_BT), dtype=np.int64))
+            yield TokenBatch(tokens_BT, text.keep(tokens_BT), np.arange(first, first + len(tokens_BT), dtype=np.int64),
+                             text.lengths(tokens_BT))
         left -= len(tokens_BT)
         if len(tokens_BT) < asked:
             return

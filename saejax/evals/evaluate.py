@@ -14,6 +14,7 @@ from saejax.base.logs import Progress
 from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
 from saejax.base.storage import is_writer, read_json, text_sha256, write_json
 from saejax.config import Config, EvalOptions
+from saejax.data.store import Store
 from saejax.data.text import Text, token_batches
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
@@ -44,8 +45,7 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     if width != sae.cfg.d_in:
         raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {sae.cfg.hookpoint} of {lm_.name} has {width};"
                           " evaluate it with the model it was trained on")
-    measured = {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
-                for name in targets}
+    measured = _figures(sae, stats)
     means = {name: stats[name].mean_D for name in targets}
     sums = splice.SpliceSums()
     contexts = masked = 0
@@ -57,12 +57,42 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
             tokens_BT, keep_BT = _padded(batch, batch_contexts)
             clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
             recon = _reconstruct(sae, clean, keep_BT, measured)
-            sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, rows)
-            contexts, masked = contexts + rows, masked + int((~batch.keep_BT).sum())
+            lengths_B = np.pad(batch.lengths_B, (0, len(tokens_BT) - rows))
+            sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, lengths_B)
+            contexts, masked = contexts + rows, masked + int(batch.lengths_B.sum() - batch.keep_BT.sum())
             bar.advance(rows * context)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
             "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": context, "masked_tokens": masked,
             "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured), **sums.result()}
+
+
+def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: bool = True) -> dict:
+    """The figures of `Reconstruction.result` on `options.contexts` contexts of a store, evenly spread: where no model and no
+    text is known. Nothing is spliced; `measured_on` says whether these are rows that it was trained on. Raises `StoreError`,
+    `NonFiniteError`.
+    """
+    hookpoints = tuple(dict.fromkeys(sae.cfg.hookpoints + sae.cfg.targets))
+    measured = _figures(sae, {name: store.stats(name) for name in sae.cfg.targets})
+    chosen = np.unique(np.linspace(0, store.n_contexts - 1, options.contexts).astype(int))
+    own = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
+    masked = 0
+    with Progress("evaluate", len(chosen) * store.context, enabled=progress) as bar:
+        for number in chosen:
+            start, stop = int(number) * store.context, (int(number) + 1) * store.context
+            keep_N = store.keep(start, stop)
+            rows = {name: store.read(name, start, stop).astype(np.float32)[None] for name in hookpoints}
+            _reconstruct(sae, rows, keep_N[None], measured)
+            masked += int((~keep_N).sum())
+            bar.advance(store.context)
+    return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": store.spec.model, "model_digest": store.spec.model_digest,
+            "measured_on": f"rows of {'the training' if own else 'a'} store", "hookpoint": sae.cfg.hookpoint,
+            "contexts": len(chosen), "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR,
+            **_over_layers(measured)}
+
+
+def _figures(sae: SAE, stats: Mapping[str, ActivationStats]) -> dict[str, Reconstruction]:
+    return {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
+            for name in sae.cfg.targets}
 
 
 def _padded(batch: TokenBatch, rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -122,6 +152,11 @@ def cache_key(config: Config, step: int, digests: Mapping[str, str]) -> dict:
 def cached(file: Path, key: dict) -> dict | None:
     """The result stored under `key` in an `eval.json`, or None. Raises `SaejaxError` for a newer schema."""
     return next((e["result"] for e in _entries(file) if e["key"] == key), None)
+
+
+def newest(file: Path, checkpoint: str) -> dict | None:
+    """The result that was last stored of a checkpoint, whatever the text and the model are now; None where there is none."""
+    return next((e["result"] for e in reversed(_entries(file)) if e["key"].get("checkpoint") == checkpoint), None)
 
 
 def remember(file: Path, key: dict, result: dict) -> None:

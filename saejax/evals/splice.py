@@ -2,7 +2,7 @@
 
 One policy for every replacement: the value at *unmasked* positions is replaced; masked ones (BOS, EOS and other special
 tokens) keep their clean activation, as the SAE never saw them. Cross-entropy and KL are counted at all predicted tokens
-of a row: positions 0..T-2, each predicting the next token.
+of a row: positions 0..T-2, each predicting the next token; not where that only fills the row up.
 """
 
 import functools
@@ -97,23 +97,24 @@ class SpliceSums:
     kl: float = 0.0
 
     def add(self, model: Decoder, tokens_BT: np.ndarray, keep_BT: np.ndarray, clean: dict[str, Array], recon: dict[str, Array],
-            mean: dict[str, np.ndarray], rows: int) -> None:
-        """One batch, of which the first `rows` rows count; clean, recon `[B, T, D]` and mean `[D]` by hookpoint to be replaced.
+            mean: dict[str, np.ndarray], lengths_B: np.ndarray) -> None:
+        """One batch, of which the first `lengths_B` tokens of each row count; clean, recon `[B, T, D]` and mean `[D]` by
+        hookpoint to be replaced.
 
         Each variant runs through the same two compiled programs, so that equal activations give bitwise equal losses:
         an SAE that returns its input recovers exactly 1.
         """
         keep_BT1 = np.asarray(keep_BT, bool)[..., None]
         clean_BTD = suffix(model, tokens_BT, clean)
-        self.clean += _total(token_nll(model, tokens_BT, clean_BTD), rows)
+        self.clean += _total(token_nll(model, tokens_BT, clean_BTD), lengths_B)
         for name, values in (("spliced", recon), ("zero", dict.fromkeys(clean, 0.0)), ("mean", mean)):
             mixed = {hookpoint: jnp.where(keep_BT1, jnp.asarray(values[hookpoint], jnp.float32), x_BTD).astype(x_BTD.dtype)
                      for hookpoint, x_BTD in clean.items()}
             final_BTD = suffix(model, tokens_BT, mixed)
-            setattr(self, name, getattr(self, name) + _total(token_nll(model, tokens_BT, final_BTD), rows))
+            setattr(self, name, getattr(self, name) + _total(token_nll(model, tokens_BT, final_BTD), lengths_B))
             if name == "spliced":
-                self.kl += _total(token_kl(model, clean_BTD, final_BTD), rows)
-        self.tokens += rows * (tokens_BT.shape[1] - 1)
+                self.kl += _total(token_kl(model, clean_BTD, final_BTD), lengths_B)
+        self.tokens += int(np.maximum(lengths_B - 1, 0).sum())
 
     def result(self) -> dict:
         """Means per predicted token; ce_recovered = (zero - spliced) / (zero - clean), None where that is undefined."""
@@ -126,8 +127,11 @@ class SpliceSums:
         }
 
 
-def _total(values_BT: Array, rows: int) -> float:
-    return float(np.asarray(values_BT)[:rows].sum(dtype=np.float64))
+def _total(values_BT: Array, lengths_B: np.ndarray) -> float:
+    """Sum of [B, T - 1] values, one for each predicted token, over the text of each row."""
+    values_BT = np.asarray(values_BT)
+    counts_BT = np.arange(1, values_BT.shape[1] + 1) < np.asarray(lengths_B)[:, None]
+    return float(values_BT[counts_BT].sum(dtype=np.float64))
 
 
 def _recovered(ablated: float, spliced: float, clean: float) -> float | None:

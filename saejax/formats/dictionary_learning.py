@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from saejax.base import sharding
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
+from saejax.base.records import UNKNOWN
 from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.formats.archives import open_torch
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, file_keys, json_object
+from saejax.formats.keys import file_keys, json_object
 from saejax.formats.torch_files import keys_of
 from saejax.formats.torch_write import torch_file
 from saejax.sae import tensors

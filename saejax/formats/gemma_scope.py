@@ -17,11 +17,12 @@ from jax.sharding import Mesh
 from saejax.base import sharding
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
+from saejax.base.records import UNKNOWN
 from saejax.base.storage import is_writer, write_bytes
 from saejax.formats.archives import open_npz
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, file_keys
+from saejax.formats.keys import file_keys
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams, tensors
 from saejax.sae.folding import fold_input_scale, with_pre_bias

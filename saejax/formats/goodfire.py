@@ -7,9 +7,9 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
+from saejax.base.records import UNKNOWN
 from saejax.formats.archives import open_torch
 from saejax.formats.assembling import parts_of, read_params
-from saejax.formats.keys import UNKNOWN
 from saejax.formats.torch_files import keys_of, only_torch_file
 from saejax.sae.inference import SAE, SAEConfig
 

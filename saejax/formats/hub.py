@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from saejax.base.errors import FormatError
 from saejax.base.logs import one_line_of_retries
 from saejax.base.storage import safe_name
+from saejax.formats.keys import counted, one_of
 
 _SOURCE = re.compile(r"(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?:(?P<path>[^:]*)")
 # The only files that are fetched from a folder: those that some format consists of.
@@ -67,10 +68,29 @@ def fetch(source: Source) -> tuple[Path, str]:
                           f"{reason}); check the name, the network and HF_HUB_OFFLINE, or download the files and give their "
                           "folder") from error
     local = snapshot / source.path
-    if not local.exists():
+    if not local.exists() or local.is_dir() and not any(file.is_file() for file in local.iterdir()):
+        if found := _below(source, snapshot):
+            raise FormatError(f"{source.origin}: no SAE itself, but the repository (commit {snapshot.name}) holds {len(found)} "
+                              f"below it; give {source.origin}{'/' if source.path else ''} and {one_of(found)}")
         raise FormatError(f"{source.origin}: the repository (commit {snapshot.name}) has none of the files that are read there "
                           f"({', '.join(WANTED)}); give the folder that holds them, or a .pt or .npz file")
     return local, snapshot.name
+
+
+def _below(source: Source, snapshot: Path) -> list[str]:
+    """The places below this one that hold weights of an SAE, from it: of the repository, without the network of its cache."""
+    import huggingface_hub
+    from huggingface_hub import errors
+    try:
+        files = huggingface_hub.list_repo_files(source.repo, revision=snapshot.name)
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError):
+        files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
+    start, found = f"{source.path}/" if source.path else "", set()
+    for file in (file.removeprefix(start) for file in files if file.startswith(start)):
+        weights = next((name for name in WANTED if not name.endswith(".json") and file.endswith(f"/{name}")), None)
+        if weights or file.endswith(_FILES):
+            found.add(file.removesuffix(f"/{weights}") if weights else file)
+    return sorted((place for place in found if place.rpartition("/")[0] not in found), key=counted)  # no data beside an SAE
 
 
 def _join(folder: str, name: str) -> str:

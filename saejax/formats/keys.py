@@ -1,5 +1,6 @@
 """The config files of other libraries: small JSON, read key by key."""
 
+import re
 from pathlib import Path
 
 from saejax.base.errors import FormatError
@@ -7,7 +8,7 @@ from saejax.base.keys import Keys
 from saejax.base.storage import read_json
 
 SIZE_CAP = 16 << 20
-UNKNOWN = "unknown"  # a model or hookpoint that the source does not name
+_NAMED = 10
 
 
 def file_keys(path: Path) -> Keys:
@@ -29,3 +30,14 @@ def json_object(path: Path) -> dict:
     except FormatError:
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def one_of(found: list[str]) -> str:
+    """At most ten of these, and how many more there are."""
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return f"one of {', '.join(found[:_NAMED])}{more}"
+
+
+def counted(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer_2 before layer_10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]

@@ -1,6 +1,7 @@
 """`saejax.load`: one door for releases, runs, checkpoint steps and the files of other libraries, told apart by content."""
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +13,19 @@ from saejax.base import sharding
 from saejax.base.assets import provenance
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, FormatError
 from saejax.base.logs import say
-from saejax.base.records import RunPaths
+from saejax.base.records import MADE_ELSEWHERE, RunPaths
 from saejax.base.storage import bucket_trouble
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
 from saejax.formats import dictionary_learning, gemma_scope, goodfire, hub, openai, openmoss, saelens, saelens_read, sparsify
 from saejax.formats.archives import open_torch
-from saejax.formats.keys import json_object
+from saejax.formats.keys import counted, json_object, one_of
 from saejax.formats.torch_files import torch_files
 from saejax.sae.inference import SAE, SAEConfig, fold, folded_kind
 from saejax.sae.normalization import Normalization
 from saejax.train.checkpoint import CheckpointMeta, is_step, restore_params, steps_in
 
-_DEPTH, _SEEN, _NAMED = 3, 1000, 8  # of a folder of folders: how deep, how many are looked at, how many are named
+_DEPTH, _SEEN = 3, 1000  # of a folder of folders: how deep, how many are looked at
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
         raise FormatError(f"format={name!r} is not one of auto, {', '.join(FORMATS)}")
     if not path.exists():
         raise FormatError(f"{path}: does not exist")
+    if not FORMATS[name].recognise(path):
+        _refuse_many(path)
     reader = FORMATS[name].read
     extra = {"origin": source.origin} if source is not None and "origin" in inspect.signature(reader).parameters else {}
     sae = reader(path, mesh, **extra)
@@ -82,25 +85,31 @@ def recognise(path: Path) -> str:
     if not fits:
         for file in torch_files(path)[:1]:
             open_torch(file)  # one that cannot be read says why itself
-        inside = _inside(path)
-        if inside:
-            more = f" and {len(inside) - _NAMED} more" if len(inside) > _NAMED else ""
-            raise FormatError(f"{path}: no SAE itself, but it holds {len(inside)} in folders of their own; give one of "
-                              f"{', '.join(inside[:_NAMED])}{more}")
+        _refuse_many(path)
         looked = "; ".join(f"{name} ({known.needs})" for name, known in FORMATS.items())
         raise FormatError(f"{path}: neither a release nor anything else that is known; looked for {looked}")
     return fits[0]
 
 
-def _inside(path: Path) -> list[str]:
-    """Paths of SAEs below a folder, at most three folders deep; not those inside a run."""
+def _refuse_many(path: Path) -> None:
+    """Raises `FormatError` for a folder of SAEs, at most three folders deep, and names them; not those inside a run."""
     found, level = [], [path] if path.is_dir() else []
     for _ in range(_DEPTH):
-        level = [folder for above in level for folder in sorted(above.iterdir()) if folder.is_dir()][:_SEEN]
+        level = [folder for above in level for folder in _folders(above)][:_SEEN]
         fitting = [folder for folder in level if any(known.recognise(folder) for known in FORMATS.values())]
         found += fitting
         level = [folder for folder in level if folder not in fitting]
-    return [str(folder) for folder in found]
+    if found:
+        raise FormatError(f"{path}: no SAE itself, but it holds {len(found)} in folders of their own; give {path}{os.sep} and "
+                          f"{one_of([str(folder.relative_to(path)) for folder in found])}")
+
+
+def _folders(path: Path) -> list[Path]:
+    """Those in a folder, in the order of people who count; none in one that cannot be read."""
+    try:
+        return sorted((folder for folder in path.iterdir() if folder.is_dir()), key=lambda folder: counted(folder.name))
+    except OSError:
+        return []
 
 
 def newest(run: Path, mesh: Mesh | None = None) -> tuple[Path, SAE]:
@@ -140,8 +149,11 @@ def _describe(kind: str, config: Config, meta: CheckpointMeta, normalization: No
     read, written = (part.scale for part in normalization.parts(spec))
     firsts = [sum(spec.layers[:n]) for n in range(max(1, len(spec.layers)))]
     scales = [float(read[first]) for first in firsts] + ([float(written[0])] if spec.d_out is not None else [])
-    metadata = {"text": {"context": config.text.context, "bos": config.text.bos, "source": list(config.text.source)},
-                "lm": {**provenance(config.lm.model), "revision": config.lm.revision, "dtype": config.lm.dtype},
+    text, lm = {"context": config.text.context}, {"model": config.lm.model}
+    if not meta.data.get(MADE_ELSEWHERE):  # whose text the config does not know
+        text |= {"bos": config.text.bos, "packing": config.text.packing, "source": list(config.text.source)}
+        lm = {**provenance(config.lm.model), "revision": config.lm.revision, "dtype": config.lm.dtype}
+    metadata = {"text": text, "lm": lm,
                 "training": {"tokens": meta.counters.tokens_seen, "scales": scales, "center": config.sae.center,
                              "kind": spec.kind, "k": spec.k, **meta.data}, "units": "raw"}
     return SAEConfig(kind=kind, d_in=spec.d_in, d_sae=spec.d_sae, k=spec.k if kind in WITH_K else 0, pre_bias=spec.pre_bias,

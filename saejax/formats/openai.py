@@ -10,10 +10,10 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from saejax.base.errors import FormatError
+from saejax.base.records import UNKNOWN
 from saejax.formats.archives import open_torch
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params
-from saejax.formats.keys import UNKNOWN
 from saejax.formats.torch_files import keys_of, only_torch_file
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.row_norm import LAYER_NORM, NONE

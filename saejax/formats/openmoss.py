@@ -22,9 +22,10 @@ from jax.sharding import Mesh
 
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
+from saejax.base.records import UNKNOWN
 from saejax.formats.arrays import ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, file_keys, json_object
+from saejax.formats.keys import file_keys, json_object
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams
 from saejax.sae.folding import decoder_norms, scale_features, to_raw_units

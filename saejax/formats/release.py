@@ -58,7 +58,7 @@ def _card(sae: SAE, metrics: dict) -> str:
     held_out = f" (silent on {metrics['tokens']:,} tokens)" if "tokens" in metrics else ""
     rows = "\n".join(f"| {key}{held_out if key == 'dead_fraction' else ''} | {value:{',' if isinstance(value, int) else '.4g'}} |"
                      for key, value in metrics.items() if key in MEASURED and isinstance(value, (int, float)))
-    table = f"\n| measured on held-out text | |\n|---|---|\n{rows}\n" if rows else ""
+    table = f"\n| measured on {metrics.get('measured_on', 'held-out text')} | |\n|---|---|\n{rows}\n" if rows else ""
     what = {"sae": "Sparse autoencoder", "transcoder": "Transcoder", "skip transcoder": "Skip transcoder",
             "crosscoder": "Crosscoder"}[c.spec.shape]
     where = f"{c.hookpoint} to {c.target}" if c.target else ", ".join(c.hookpoints)

@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 from saejax.base.assets import MODELS, published
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
+from saejax.base.records import UNKNOWN
 from saejax.base.storage import file_sha256
 from saejax.formats import saelens_model
 from saejax.formats.arrays import FLOATS, ArrayFile
 from saejax.formats.assembling import parts_of, read_params, under
-from saejax.formats.keys import UNKNOWN, file_keys
+from saejax.formats.keys import file_keys
 from saejax.formats.saelens import ARCHITECTURES, CONFIG, SCHEMA_VERSION, TRANSPOSED, WEIGHTS
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams

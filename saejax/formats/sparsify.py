@@ -14,9 +14,10 @@ from safetensors.numpy import save
 
 from saejax.base import sharding
 from saejax.base.errors import FormatError
+from saejax.base.records import UNKNOWN
 from saejax.base.storage import is_writer, write_bytes, write_json
 from saejax.formats.assembling import parts_of, read_params
-from saejax.formats.keys import UNKNOWN, file_keys, json_object
+from saejax.formats.keys import file_keys, json_object
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import tensors
 from saejax.sae.folding import with_pre_bias

@@ -65,19 +65,23 @@ def rows(result: Result) -> list[tuple[str, str]]:
 
 def measured(e: dict) -> list[tuple[str, str]]:
     """(label, value) of the figures of an evaluation."""
-    return [
-        ("hookpoint", e["hookpoint"]),
-        ("language model", model_title(e["model"])),
-        ("held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),
-        ("L0", f"{_number(e['l0_mean'])} (median {_number(e['l0_median'])})"),
-        ("FVU", f"{_number(e['fvu'])}, without outliers {_number(e['fvu_no_outliers'])}"),
-        ("explained variance",
-         f"{_number(e['explained_variance'])}, without outliers {_number(e['explained_variance_no_outliers'])}"),
+    rows = e.get("measured_on")  # instead of held-out text
+    lost = [] if rows else [
         ("CE clean / spliced", f"{_number(e['ce_clean'])} / {_number(e['ce_spliced'])}"),
         ("CE zero / mean", f"{_number(e['ce_zero'])} / {_number(e['ce_mean'])}"),
         ("CE recovered", f"{_number(e['ce_recovered'])}, against mean {_number(e['ce_recovered_mean'])}"),
         ("KL(clean || spliced)", _number(e["kl"])),
-        ("silent on held-out text", f"{_percent(e['dead_fraction'])} ({e['tokens']:,} tokens)"),
+    ]
+    return [
+        ("hookpoint", e["hookpoint"]),
+        ("language model", model_title(e["model"])),
+        (rows or "held-out tokens", f"{e['tokens']:,} ({e['outlier_tokens']:,} outliers)"),
+        ("L0", f"{_number(e['l0_mean'])} (median {_number(e['l0_median'])})"),
+        ("FVU", f"{_number(e['fvu'])}, without outliers {_number(e['fvu_no_outliers'])}"),
+        ("explained variance",
+         f"{_number(e['explained_variance'])}, without outliers {_number(e['explained_variance_no_outliers'])}"),
+        *lost,
+        (f"silent on {'them' if rows else 'held-out text'}", f"{_percent(e['dead_fraction'])} ({e['tokens']:,} tokens)"),
     ]
 
 

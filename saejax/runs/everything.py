@@ -35,8 +35,8 @@ def run(config: Config | ConfigDict) -> Subject | list[Subject]:
 
 def made(config: Config) -> tuple[list[Result], list]:
     """(results of every SAE that was trained to its end, outcomes of all). What is done already is passed over in seconds."""
+    members = preflight(config)
     with lease.writing(config.run_dir), kept(Path(config.run_dir)):
-        members = preflight(config)
         say("1/4 harvest")
         store = harvested(config)
         gc.collect()  # the language model's weights, before the training state needs the memory

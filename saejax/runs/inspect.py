@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from saejax.base import sharding
 from saejax.base.errors import FormatError, SaejaxError
 from saejax.base.logs import Progress
-from saejax.base.records import MeshOptions, RunPaths
+from saejax.base.records import MADE_ELSEWHERE, MeshOptions, RunPaths
 from saejax.base.storage import file_sha256
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
@@ -171,7 +171,8 @@ def _unfinished_store(path: Path, bar: Progress) -> Finding:
 def _store_facts(spec: mf.StoreSpec) -> dict:
     return {"model": spec.model, "weights": spec.model_digest[:16], "lm_dtype": spec.lm_dtype,
             "hookpoints": {name: width for name, width in spec.hookpoints}, "context": spec.context,
-            "text": spec.text.get("sources"), "masked": _masked(spec)}
+            "text": spec.text.get("sources"), "masked": _masked(spec),
+            **({MADE_ELSEWHERE: "with token ids" if spec.text["tokens"] else "without token ids"} if spec.made_elsewhere else {})}
 
 
 def _masked(spec: mf.StoreSpec) -> str:

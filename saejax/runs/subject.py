@@ -19,7 +19,7 @@ from saejax.base import sharding
 from saejax.base.assets import model_title
 from saejax.base.errors import ConfigError, FeatureIndexError, FormatError, HookpointError
 from saejax.base.logs import read_metrics, say
-from saejax.base.records import ActivationStats, MeshOptions, RunPaths
+from saejax.base.records import UNKNOWN, ActivationStats, MeshOptions, RunPaths
 from saejax.config import Config, TextOptions
 from saejax.data import kept as kept_statistics
 from saejax.data.harvest import lm_mesh
@@ -36,7 +36,6 @@ from saejax.features.search.prompt import by_prompt
 from saejax.features.search.sets import by_sets
 from saejax.features.search.text import by_text
 from saejax.formats import loading, saelens
-from saejax.formats.keys import UNKNOWN
 from saejax.lm import LM
 from saejax.lm.hookpoints import hookpoint_of
 from saejax.lm.load import tapped
@@ -174,32 +173,32 @@ class Subject:
         """Raises `ConfigError` that names everything that is missing of model and hookpoint, of the text where that is needed,
         and `also`: (what it is, how it is given), see `runs.missing`.
         """
-        found = [*missing.of(self._loaded[1].cfg, self.given, self.config, text=text), *also]
+        found = list(dict.fromkeys([*missing.of(self._loaded[1].cfg, self.given, self.config, text=text), *also]))
         if found:
             raise ConfigError(missing.said(self.source, found))
 
     @functools.cached_property
     def text(self) -> Text:
         """The text whose activations it explains. Raises `ConfigError` where neither caller nor files name one."""
-        given, config, context = self.given.text, self.config, self.given.context
+        given, context, files = self.given.text, self.given.context, self._loaded[1].cfg
+        config = self.config
         if context is not None and context < 1:
             raise ConfigError(f"context={context}: expected a whole number of at least 1")
         if isinstance(given, Text):
             return given
         if isinstance(given, TextOptions):
             return Text(given)
-        if given is None and config is not None and self.given.context is None:
+        own = given is None and config is not None and not missing.made_elsewhere(files)  # the run's text
+        if own and context is None:
             return Text.of(config)
-        known = self._loaded[1].cfg.metadata.get("text", {})
-        if given is None and config is not None:
-            known = {"source": config.text.source}
+        known = {"source": config.text.source} if own else files.metadata.get("text", {})
         source = known.get("source") if given is None else given.split(",") if isinstance(given, str) else given
         if not source:
-            self.require(*[] if config is None else [missing.TEXT], text=True)
+            self.require(missing.TEXT, text=True)
         base = Text.of(config) if config is not None else Text(TextOptions())
-        kept = {key: known[key] for key in ("context", "bos") if config is None and known.get(key)}
-        if self.given.context is not None:
-            kept["context"] = self.given.context
+        kept = {key: known[key] for key in ("context", "bos", "packing") if config is None and known.get(key)}
+        if context is not None:
+            kept["context"] = context
         return dataclasses.replace(base, options=dataclasses.replace(base.options, source=tuple(source), **kept))
 
     @functools.cached_property

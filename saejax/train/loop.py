@@ -56,8 +56,7 @@ def train(config: Config, store: Store, load: Load | None = None) -> Trained:
     not finite, `Preempted` after SIGTERM or Ctrl-C (state saved), `LeaseError` where another job writes in the run
     directory.
     """
-    with lease.writing(config.run_dir):
-        run = _Run([config], store, load)
+    with _claimed([config], store, load) as run:
         run.go()
     [member] = run.members
     if member.trouble:
@@ -71,20 +70,26 @@ def train_all(configs: Sequence[Config], store: Store, load: Load | None = None)
     All configs have the same mesh, batch, data seed and checkpoint steps. They resume at the newest step that all unfinished ones
     have. One whose steps are not finite is stopped by itself. Raises what `train` raises but for that.
     """
-    with lease.writing(*[config.run_dir for config in configs]):
-        run = _Run(configs, store, load)
+    with _claimed(configs, store, load) as run:
         run.go()
     return [member.outcome for member in run.members]
+
+
+@contextlib.contextmanager
+def _claimed(configs: Sequence[Config], store: Store, load: Load | None) -> Iterator["_Run"]:
+    """A run that may write into its directories. What does not fit is refused before anything is made."""
+    configs = list(map(settled, configs))
+    mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
+    check_all(configs, mesh, store)
+    with lease.writing(*[config.run_dir for config in configs]):
+        yield _Run(configs, mesh, store, load)
 
 
 class _Run:
     """The moving parts of one run."""
 
-    def __init__(self, configs: Sequence[Config], store: Store, load: Load | None):
-        configs = list(map(settled, configs))
-        self.store, self.load, self.alone = store, load, len(configs) == 1
-        self.mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
-        check_all(configs, self.mesh, store)
+    def __init__(self, configs: Sequence[Config], mesh: Mesh, store: Store, load: Load | None):
+        self.store, self.load, self.alone, self.mesh = store, load, len(configs) == 1, mesh
         compiled = functools.cache(shared_step)  # once for all members of a shape
         self.members = [Member(config, store, self.mesh, compiled, alone=self.alone) for config in configs]
         self.flops = {member: flops_of_step(member, self.mesh) for member in self.members}  # of a step, on one device

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from saejax import config as config_lib
 from saejax.base import hardware, sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, SaejaxError
-from saejax.base.records import RunPaths, StreamState
+from saejax.base.records import MADE_ELSEWHERE, RunPaths, StreamState
 from saejax.base.storage import barrier, is_writer, write_json
 from saejax.config import Config, read_config
 from saejax.data import kept
@@ -92,7 +92,7 @@ def check_all(configs: Sequence[Config], mesh: Mesh, store: Store | None = None)
             sharding.check_features(config.sae.d_sae, mesh)
             if store is not None:
                 check_matches(store, hookpoints=config.sae.hookpoints, d_in=config.sae.d_in, model=config.lm.model,
-                              context=config.text.context)
+                              context=config.text.context, batch=config.train.batch)
             check_run_dir(config)
         except SaejaxError as error:
             errors.append(error)
@@ -127,7 +127,7 @@ class Member:
             kept.keep(self.paths.statistics, measured)
         self.stats = [measured.stats[hookpoint] for hookpoint in config.sae.hookpoints]
         self.data = {"hookpoints": list(config.sae.hookpoints), "store_digest": store.digest, "normalize": config.sae.normalize,
-                     "stream_order": str(ORDER_VERSION)}
+                     "stream_order": str(ORDER_VERSION), **({MADE_ELSEWHERE: True} if store.spec.made_elsewhere else {})}
         self.counters = RunCounters(stream=StreamState(seed=config.seed_of_data, epoch=0, position=0), tokens_seen=0, resamples=0)
         self.training, self.trouble = True, ""
         self.saved_on: dict[str, str] = {}  # the machine of the checkpoint that was restored

@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,6 +117,28 @@ def test_an_unpinned_model_is_compared_by_its_weights(straight, tmp_path, parts,
     save_file(weights, other / "model.safetensors")
     with pytest.raises(StoreError, match="model_digest"):
         harvest(tiny_config(other, parts[1], config.harvest.store, **{"lm.revision": revision}))
+
+
+def test_one_document_a_row(parts, tiny, tmp_path):
+    """Kept rows are those of the documents, each by itself; a store of another packing is refused, finished or not."""
+    config = tiny_config(*parts, tmp_path / "store", **{"text.packing": "document", "text.context": 48})
+    store = harvest(config, tiny)
+    [batch] = token_batches(config.text, tiny.tokenizer, store.n_contexts, seed=config.seed, max_contexts=store.n_contexts)
+    assert np.array_equal(store.tokens(0, store.rows), batch.tokens_BT.ravel()) and len(set(batch.lengths_B)) > 5
+    keep = store.keep(0, store.rows).reshape(-1, 48)
+    assert store.spec.text["packing"] == "document" and not keep[np.arange(48) >= batch.lengths_B[:, None]].any()
+    for row in range(3):
+        alone = lm.capture(tiny.model, jnp.asarray(batch.tokens_BT[row:row + 1, :batch.lengths_B[row]]), [HOOK])[HOOK]
+        found = store.read(HOOK, row * 48, row * 48 + batch.lengths_B[row]).astype(np.float32)
+        assert np.allclose(found, np.asarray(alone)[0], rtol=2**-7, atol=1e-4)
+    packed = tiny_config(*parts, store.path, **{"text.context": 48})
+    (tmp_path / "half").mkdir()
+    for part in ("spec.json", "shards"):
+        source = store.path / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / "half" / part)
+    for other in (packed, replace(packed, harvest=replace(packed.harvest, store=str(tmp_path / "half")))):
+        with pytest.raises(StoreError, match="text.packing: 'document' -> None"):
+            harvest(other, tiny)
 
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3, 9])

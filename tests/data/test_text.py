@@ -12,7 +12,7 @@ from saejax.base.errors import TextError
 from saejax.config import TextOptions
 from saejax.data import finding
 from saejax.data import sources as src
-from saejax.data.text import PackedText, TextState, is_held_out, token_batches
+from saejax.data.text import PackedText, TextState, describe, is_held_out, token_batches
 from saejax.lm.tokenizer import from_pretrained
 from tests.data.making import documents, loaded, sentences, word_tokenizer, write_jsonl
 from tests.lm.token_forms import byte_level, save
@@ -58,6 +58,47 @@ def test_every_token_of_every_document_in_order_exactly_once(docs, context, bos,
     for i, state in enumerate(states[:-1]):
         again = PackedText(options, word_tokenizer(), seed=seed, split=split, sources=sources, start=state)
         assert np.array_equal(again.take(take), rows[i])
+
+
+@settings(deadline=None, max_examples=40)
+@given(docs=st.lists(document, min_size=1, max_size=30), context=st.integers(2, 9), bos=st.sampled_from(["row", "doc", "none"]),
+       separator=st.sampled_from(["eos", "none"]), pad=st.sampled_from([None, 1, 9]), take=st.integers(1, 7),
+       special=st.booleans())
+def test_one_document_a_row(docs, context, bos, separator, pad, take, special):
+    """Each document once, in order, cut at the context; what fills a row up is masked, also where that is the separator."""
+    docs = [[i for i in d if i != 9] or [2] if isinstance(d, list) else d for d in docs]  # no document says the pad token
+    options = TextOptions(context=context, bos=bos, separator=separator, holdout=0.0, packing="document", mask_first=1)
+    sources, tokenizer = loaded(options, [as_text(d) for d in docs]), replace(word_tokenizer(), pad_id=pad)
+    packed = PackedText(options, tokenizer, seed=3, sources=sources, mask_special=special)
+    wanted = [([0] * (bos != "none") + [int(w[1:]) for w in text.split()] + [1] * (separator == "eos"))[:context]
+              for text in documents(options, 3, sources=sources)]
+    if not wanted:
+        with pytest.raises(TextError):
+            packed.take(take)
+        return
+    rows, states = [], [packed.state]
+    while len(part := packed.take(take)):
+        rows.append(part)
+        states.append(packed.state)
+    for i, state in enumerate(states[:-1]):
+        again = PackedText(options, tokenizer, seed=3, sources=sources, start=state)
+        assert np.array_equal(again.take(take), rows[i])
+    rows = np.concatenate(rows)
+    lengths, keep = packed.lengths(rows), packed.keep(rows)
+    assert lengths.tolist() == list(map(len, wanted)) and packed.dropped_tokens == 0
+    for row, length, kept, text in zip(rows, lengths, keep, wanted, strict=True):
+        assert row[:length].tolist() == text and (row[length:] == (1 if pad is None else pad)).all()
+        assert kept.tolist() == [0 < t < length and not (special and row[t] in (0, 1)) for t in range(context)]
+
+
+def test_one_document_a_row_is_part_of_what_the_text_is():
+    options = TextOptions(context=8, holdout=0.0)
+    packed, alone = (describe(o, loaded(o, ["w3 w4"]), 0) for o in (options, replace(options, packing="document")))
+    assert alone == packed | {"packing": "document"}
+    with pytest.raises(TextError, match="config.text.packing: 'document' fills rows up, and the tokenizer has neither a pad"):
+        tokenizer = word_tokenizer(bos=None, eos=None)
+        options = replace(options, packing="document", bos="none", separator="none")
+        PackedText(options, tokenizer, seed=0, sources=loaded(options, ["w3"]))
 
 
 def test_splits_are_disjoint_complete_and_independent_of_order():

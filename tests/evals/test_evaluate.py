@@ -69,6 +69,28 @@ def test_identity_recovers_exactly_one_and_zero_exactly_none(config, tiny_lm):
     assert zero["kl"] > 0 and zero["dead_fraction"] == 1.0 and zero["l0_mean"] == 0
 
 
+def test_what_fills_a_row_up_counts_nowhere(config, tiny_lm, tmp_path):
+    """One document a row: figures of the documents, each by itself, without what stands behind it."""
+    rng, file = np.random.default_rng(0), tmp_path / "short.jsonl"
+    texts = ["".join(rng.choice(list("abcdefg "), rng.integers(3, 60))) for _ in range(60)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    options = dataclasses.replace(config.text, source=(str(file),), packing="document", context=40)
+    config = dataclasses.replace(config, text=options)
+    result = evaluate(config, Linear(0.5), tiny_lm, stats())
+    [batch] = token_batches(options, tiny_lm.tokenizer, 64, seed=config.seed, split="heldout", max_contexts=10)
+    assert len(set(batch.lengths_B)) > 5 and batch.lengths_B.max() == 40
+    nll, x = [], []
+    for tokens_T, keep_T, length in zip(batch.tokens_BT, batch.keep_BT, batch.lengths_B, strict=True):
+        alone = np.asarray(tokens_T[None, :length])
+        assert not keep_T[length:].any() and (tokens_T[length:] == tiny_lm.tokenizer.eos_id).all()
+        nll.append(np.asarray(cross_entropy(tiny_lm.model(alone), alone)).ravel())
+        x.append(np.asarray(capture(tiny_lm.model, alone, [HOOKPOINT])[HOOKPOINT])[0][keep_T[:length]])
+    assert result["predicted_tokens"] == sum(map(len, nll)) and result["tokens"] == sum(map(len, x))
+    assert result["masked_tokens"] == batch.lengths_B.sum() - batch.keep_BT.sum()
+    np.testing.assert_allclose(result["ce_clean"], np.concatenate(nll).astype(np.float64).mean(), rtol=1e-5)
+    np.testing.assert_allclose(result["mse"], np.square(0.5 * np.concatenate(x)).sum(1).mean(), rtol=1e-4)
+
+
 class Between(Linear):
     """The same, from some hookpoints to others."""
 

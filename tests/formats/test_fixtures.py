@@ -124,3 +124,17 @@ def test_says_what_was_looked_for(tmp_path):
         saejax.load(tmp_path)
     for known in FORMATS.values():
         assert known.needs in str(error.value)
+
+
+@pytest.mark.parametrize("format", ["auto", "saelens"])
+def test_a_folder_of_many(tmp_path, format):
+    """Ten of them are named, in the order of their numbers; not what lies inside one of them, or in a folder without any."""
+    for n in range(12):
+        shutil.copytree(ROOT / "saelens" / "topk", tmp_path / f"layer_{n}" / "width_16k")
+    (tmp_path / "layer_0" / "width_16k" / "inside").mkdir()
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(FormatError) as error:
+        saejax.load(tmp_path, format=format)
+    names = ", ".join(f"layer_{n}/width_16k" for n in range(10))
+    assert str(error.value) == (f"{tmp_path}: no SAE itself, but it holds 12 in folders of their own; give {tmp_path}/ and "
+                                f"one of {names} and 2 more")

@@ -58,6 +58,19 @@ def test_a_path_that_is_not_there(cache):
         saejax.load("some/gemma-scope-2b-pt-res:layer_4")
 
 
+def test_a_place_that_holds_many(cache, monkeypatch):
+    """Those below it are named, as the repository lists them, else as far as they are in the cache."""
+    repo = "some/gemma-scope-2b-pt-res:"
+    for path, line in (("", f"holds 2 below it; give {repo} and one of layer_3/width_16k/average_l0_5, lens$"),
+                       ("layer_3", f"holds 1 below it; give {repo}layer_3/ and one of width_16k/average_l0_5$")):
+        with pytest.raises(FormatError, match=line):
+            saejax.load(f"{repo}{path}")
+    there = [f"layer_{n}/width_16k/params.npz" for n in range(26)] + ["README.md", "layer_1/config.json", "trainer/ae_1.pt"]
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision: there)
+    with pytest.raises(FormatError, match=r"holds 27 below it.* one of (layer_\d/width_16k, ){9}layer_9/width_16k and 17 more$"):
+        saejax.load(repo)
+
+
 @pytest.mark.parametrize("path", ["a/b:../../etc", "a/b:x/../../y", "a/b:.git/config", "a/b:x/*"])
 def test_paths_stay_in_the_repository(path):
     with pytest.raises(FormatError, match="is not a safe file name"):

@@ -232,10 +232,11 @@ def test_paths_that_are_nothing(run, forms, model_and_text, tmp_path, monkeypatc
     shutil.copytree(forms["sparsify"], tmp_path / "two")
     shutil.copy(forms["gemma_scope"] / "params.npz", tmp_path / "two")
     (tmp_path / "many").mkdir()
-    for name in ("layers.1", "layers.2"):
+    for name in ("layers.10", "layers.2"):
         shutil.copytree(forms["sparsify"], tmp_path / "many" / name)
     for path, error, message in ((tmp_path / "two", FormatError, "sparsify and of gemma_scope; say which with format="),
-                                 (tmp_path / "many", FormatError, "it holds 2 in folders of their own.*layers.1, "),
+                                 (tmp_path / "many", FormatError, "holds 2 in folders of their own; give .*many/ and one of "
+                                  "layers.2, layers.10$"),
                                  (f"{run}x", FormatError, "does not exist"), ("runs/no_such", FormatError, "does not exist")):
         with pytest.raises(error, match=message) as raised:
             saejax.open(path).sae  # noqa: B018

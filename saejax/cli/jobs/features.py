@@ -58,7 +58,8 @@ def run(options: Options) -> int:
     for subject in found:
         baseline = options.baseline
         home = options.out or home_of(subject, baseline)
-        subject.require(*[missing.OUT] if home is None else [], text=options.split is not None or options.store is None)
+        from_text = options.split is not None or options.store is None and subject.store is None
+        subject.require(*[missing.OUT] if home is None else [], text=from_text)
         lm_ = subject.lm
         if options.rebuild:
             _remove(home)

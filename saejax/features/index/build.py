@@ -5,6 +5,7 @@ around them is taken in the second. Both passes save where they stand every `sav
 and ends in the same files.
 """
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ import numpy as np
 from saejax.base import lease, sharding
 from saejax.base.errors import FeatureIndexError, FormatError, NonFiniteError
 from saejax.base.logs import Progress
+from saejax.base.records import UNKNOWN
 from saejax.base.storage import barrier, is_writer, read_json, text_sha256, write_bytes, write_json
 from saejax.features.index import accumulate, tables
 from saejax.features.index.corpus import Corpus, Tokens
@@ -60,9 +62,9 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     path = Path(path)
     sae = sae if sae.mesh is not None else SAE(sae.params, sae.cfg, sharding.single_device_mesh())
     sharding.check_features(sae.cfg.d_sae, sae.mesh)
+    corpus = _of_model(corpus, lm_)
     source = {"sae": _describe(sae), "corpus": corpus.describe(),
               "settings": {"window": min(WINDOW, corpus.context), "before": BEFORE, "intervals": INTERVALS}}
-    _check_models(corpus, lm_)
     if (path / MANIFEST).is_file():
         return _reopened(path, source, sae, lm_)
     with lease.writing(path):
@@ -101,12 +103,20 @@ def _describe(sae: SAE) -> dict:
             "d_sae": c.d_sae, "hookpoints": list(c.hookpoints), "targets": list(c.targets), "model": Path(c.model).name}
 
 
-def _check_models(corpus: Corpus, lm_: LM) -> None:
+def _of_model(corpus: Corpus, lm_: LM) -> Corpus:
+    """The corpus, made with this model. One that does not say its model takes this one's name, if it has all token ids."""
+    if corpus.model_digest == UNKNOWN:
+        largest = max(int(tokens_NT.max()) for tokens_NT, _ in corpus.make())
+        if largest >= lm_.cfg.vocab_size:
+            raise FeatureIndexError(f"the corpus holds token id {largest}, {lm_.name} has 0 to {lm_.cfg.vocab_size - 1}; give "
+                                    "the model whose activations these are")
+        return dataclasses.replace(corpus, model_digest=lm_.digest, tokenizer_digest=lm_.tokenizer.digest)
     for what, ours, theirs in (("language model", lm_.digest, corpus.model_digest),
                                ("tokenizer", lm_.tokenizer.digest, corpus.tokenizer_digest)):
         if ours != theirs:
             raise FeatureIndexError(f"the corpus was made with another {what} (digest {theirs[:12]}, given {ours[:12]}); give "
                                     "the config.lm.model that the store was harvested with")
+    return corpus
 
 
 def _reopened(path: Path, source: dict, sae: SAE, lm_: LM) -> FeatureIndex:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax import lm
-from saejax.base.errors import FeatureIndexError
+from saejax.base.errors import FeatureIndexError, StoreError
 from saejax.base.storage import barrier, disk_errors, is_writer, text_sha256
 from saejax.data import sources as src
 from saejax.data.store import Store
@@ -50,9 +50,14 @@ class Corpus:
 
 
 def from_store(store: Store, hookpoints: tuple[str, ...], tokens: int | None = None) -> Corpus:
-    """The first `tokens` rows (all without it) of a store, whole contexts. Raises `StoreError` for a hookpoint it lacks."""
+    """The first `tokens` rows (all without it) of a store, whole contexts. Raises `StoreError` for a hookpoint
+    that it lacks, or without token ids.
+    """
     for hookpoint in hookpoints:
         store.width(hookpoint)
+    if not store.has_tokens:
+        raise StoreError(f"{store.path}: holds no token ids, and features are shown on tokens; make the store with them "
+                         "(saejax.store_of(..., tokens=...)), or index a split of a text")
     contexts = store.n_contexts if tokens is None else min(store.n_contexts, max(1, tokens // store.context))
     _check_rows(contexts * store.context, store.path)
 
