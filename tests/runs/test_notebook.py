@@ -75,7 +75,8 @@ def test_every_repr_fits_a_line(s, alive):
              s.steer("the", tokens=2)]
     for one in found:
         assert len(repr(one)) <= 150 and "\n" not in repr(one), type(one)
-    assert dir(saejax) == ["__version__", "compare", "evaluate", "lm", "load", "open", "run"] and saejax.lm.LM is type(s.lm)
+    assert dir(saejax) == ["__version__", "compare", "evaluate", "lm", "load", "open", "run", "store_of"]
+    assert saejax.lm.LM is type(s.lm)
 
 
 def test_text_or_tokens_one_hookpoint_or_several_bos_once(s):
