@@ -78,8 +78,8 @@ def test_a_preset_of_that_name_wins(monkeypatch):
     assert hub_id("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M"
     monkeypatch.setattr(load, "_download", lambda *_: pytest.fail("asked the hub"))
     monkeypatch.setattr(load.assets, "model_path", lambda name: name)
-    monkeypatch.setattr(load, "_load_gguf", lambda path, name, dtype, mesh: name)
-    assert lm.load("smollm2-135m") == "smollm2-135m"
+    monkeypatch.setattr(load, "_gguf", lambda path, name: name)
+    assert lm.files("smollm2-135m") == "smollm2-135m"
 
 
 def test_a_model_that_is_not_computed_is_not_downloaded(tmp_path, monkeypatch):
