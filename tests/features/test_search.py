@@ -124,7 +124,7 @@ def drawn_index(rows: list[list[str]], examples: list[tuple[int, int, int]]):
     tokens = np.array([[vocabulary.index(text) for text in row] for row in rows])
     feature, context, position = (np.array(column) for column in zip(*sorted(examples), strict=True))
     table = pa.table({"feature": feature, "interval": np.zeros(len(feature), int), "context": context, "position": position})
-    return SimpleNamespace(vocabulary=vocabulary, tokens_NT=tokens, keep_NT=np.ones(tokens.shape, bool),
+    return SimpleNamespace(texts=lambda ids: [vocabulary[i] for i in ids], tokens_NT=tokens, keep_NT=np.ones(tokens.shape, bool),
                            features=int(feature[-1]) + 1, table=lambda name, first, last: table)
 
 
