@@ -149,6 +149,7 @@ def launched(job, config_file, number, of, port, *flags, limit=""):
                             text=True, env=environment(1))
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_all_and_keeps_its_code(config_file):
     """Process 1 cannot write files of more than 2 KB: its shards. Process 0 waits for it, until its heart has stopped."""
     port, heartbeat = free_port(), 10

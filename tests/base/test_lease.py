@@ -97,7 +97,8 @@ def test_a_number_given_again_is_not_the_process(tmp_path, holder):
         lease.confirm()
 
 
-@pytest.mark.parametrize("content", [None, "torn", "[]", '{"name": 3}'])
+@pytest.mark.parametrize("content", [
+    None, *(pytest.param(text, marks=pytest.mark.slow) for text in ("torn", "[]", '{"name": 3}'))])
 def test_a_silent_holder_elsewhere_is_waited_for_then_replaced(tmp_path, monkeypatch, capsys, content):
     file = foreign(tmp_path)
     if content is not None:

@@ -47,7 +47,8 @@ def test_without_the_store_the_figures_are_the_same(made, tmp_path):
         saejax.evaluate(run, contexts=6)
 
 
-@pytest.mark.parametrize("changed", ["weights", "text", "special id", "nothing"])
+@pytest.mark.parametrize("changed", ["weights", *(pytest.param(name, marks=pytest.mark.slow)
+                                                 for name in ("text", "special id", "nothing"))])
 def test_other_content_behind_the_same_names_is_measured_again(run, monkeypatch, changed):
     model, measured = run.parent / "model", []
     if changed == "weights":
