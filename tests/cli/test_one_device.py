@@ -22,8 +22,11 @@ def job(*arguments):
     return out.getvalue()
 job("features", run, "--tokens=1024", "--verify=20")
 alive = int(FeatureIndex.open(run + "/features").column("max").argmax())
-for way, *more_ in (["prompt", "the cat"], ["answer", "the cat", "a"], ["text", "a"], ["like", "3"], ["sets", "--set=bias"],
-                    ["like", "3", "--within=" + run]):
+for name, words in (("p", "abcde"), ("n", "vwxyz")):
+    with open(f"{more}.{name}", "w") as file:
+        file.write("\\n".join(words))
+for way, *more_ in (["prompt", "the cat", "--max-density=1"], ["answer", "the cat", "a"], ["text", "a"], ["like", "3"],
+                    ["sets", f"--positives={more}.p", f"--negatives={more}.n"], ["like", "3", "--within=" + run]):
     assert json.loads(job("search", way, run, *more_, "--json")), way
 job("dashboard", run), job("eval", run, "--contexts=2"), job("release", run, "--jumprelu", "--out=" + more)
 job("steer", run, "--prompt=a", f"--feature={alive}", "--tokens=2"), job("neurons", run, "--tokens=320")
