@@ -14,6 +14,7 @@ from saejax.config import default_config
 def get_config():
     c = default_config("topk")
     c.name = "demo"
+    c.harvest.store = "runs/demo/store"  # of every run_dir: harvested once
     c.harvest.tokens = 393_216
     c.lm.batch_contexts = 8
     c.train.tokens = 655_360
