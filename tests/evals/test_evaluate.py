@@ -69,6 +69,7 @@ def test_identity_recovers_exactly_one_and_zero_exactly_none(config, tiny_lm):
     assert zero["kl"] > 0 and zero["dead_fraction"] == 1.0 and zero["l0_mean"] == 0
 
 
+@pytest.mark.slow
 def test_what_fills_a_row_up_counts_nowhere(config, tiny_lm, tmp_path):
     """One document a row: figures of the documents, each by itself, without what stands behind it."""
     rng, file = np.random.default_rng(0), tmp_path / "short.jsonl"
