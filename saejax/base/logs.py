@@ -17,6 +17,7 @@ from saejax.base.storage import disk_errors, is_writer, safe_name, write_bytes
 
 LINE_SECONDS = 15.0  # between the lines of a progress bar that is no terminal's
 
+
 def say(message: str) -> None:
     """One line to stderr, from one process, without tearing a progress bar."""
     if is_writer():

@@ -25,6 +25,15 @@ def as_text(ids):
     return ids if ids is None or ids == "" else " ".join(f"w{i}" for i in ids)
 
 
+def taken(packed, take):
+    """(rows of every call until the end, the states before each of them and at the end)"""
+    rows, states = [], [packed.state]
+    while len(part := packed.take(take)):
+        rows.append(part)
+        states.append(packed.state)
+    return rows, states
+
+
 @settings(deadline=None, max_examples=60)
 @given(docs=st.lists(document, min_size=1, max_size=40), context=st.integers(2, 9),
        bos=st.sampled_from(["row", "doc", "none"]), separator=st.sampled_from(["eos", "none"]),
@@ -44,10 +53,7 @@ def test_every_token_of_every_document_in_order_exactly_once(docs, context, bos,
         with pytest.raises(TextError):
             packed.take(take)
         return
-    rows, states = [], [packed.state]
-    while len(part := packed.take(take)):
-        rows.append(part)
-        states.append(packed.state)
+    rows, states = taken(packed, take)
     flat = np.concatenate(rows)
     if bos == "row":
         assert (flat[:, 0] == 0).all()
@@ -76,10 +82,7 @@ def test_one_document_a_row(docs, context, bos, separator, pad, take, special):
         with pytest.raises(TextError):
             packed.take(take)
         return
-    rows, states = [], [packed.state]
-    while len(part := packed.take(take)):
-        rows.append(part)
-        states.append(packed.state)
+    rows, states = taken(packed, take)
     for i, state in enumerate(states[:-1]):
         again = PackedText(options, tokenizer, seed=3, sources=sources, start=state)
         assert np.array_equal(again.take(take), rows[i])
