@@ -9,6 +9,8 @@ import json
 import logging
 import os
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 
@@ -62,6 +64,22 @@ def _said_once(record: logging.LogRecord) -> bool:
 
 for _logger in ("absl", "asyncio"):
     logging.getLogger(_logger).addFilter(_said_once)
+
+
+def _without_late_answers(shown: Callable) -> Callable:
+    """A hook for what cannot be raised that leaves out what tensorstore's threads say after a failed save: the error of one array
+    ended the event loop, and the other arrays, done later, find it closed. The save's own error is raised in any case.
+    """
+    def hook(unraisable):
+        trace = unraisable.exc_traceback
+        from_outside = trace is not None and trace.tb_frame.f_code.co_name == "call_soon_threadsafe"
+        if not (from_outside and str(unraisable.exc_value) == "Event loop is closed"):
+            shown(unraisable)
+
+    return hook
+
+
+sys.unraisablehook = _without_late_answers(sys.unraisablehook)
 
 
 def _registry():

@@ -1,5 +1,7 @@
 """Several processes meet within a time limit, say why they do not, and refuse to go on with different configs."""
 
+import json
+import random
 import signal
 import subprocess
 import sys
@@ -171,19 +173,27 @@ def test_an_error_in_one_process_ends_all_and_keeps_its_code(config_file):
 
 @pytest.mark.parametrize("of", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_harvest_stops_on_request_and_goes_on(config_file, tmp_path, of):
-    """SIGTERM to the last process: all end with code 75 at a shard's edge, and the same command finishes the store."""
-    port, flags = free_port(), ("--config.harvest.tokens=16384", "--config.harvest.shard_contexts=4",
-                                "--config.stream.block_contexts=4", f"--config.harvest.store={tmp_path}/store")
+    """SIGTERM to the last process: all end with code 75 at a shard's edge, and the same command finishes the store.
+
+    Several processes agree within two seconds or so; a shard takes milliseconds, so there are a thousand.
+    """
+    planned = 1024 if of > 1 else 128
+    words = random.Random(0).choices(["in", "the", "beginning", "was", "a", "word", "and", "another"], k=100_000)
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i:i + 50])}) + "\n"
+                                                  for i in range(0, len(words), 50)))
+    port, flags = free_port(), (f"--config.text.source={tmp_path}/words.jsonl", f"--config.harvest.tokens={planned * 128}",
+                                "--config.harvest.shard_contexts=4", "--config.stream.block_contexts=4",
+                                f"--config.harvest.store={tmp_path}/store")
     jobs = [launched("harvest", config_file, i, of, port, *flags) for i in range(of)]
-    first, deadline = tmp_path / "store/shards/00000.json", time.monotonic() + 100
-    while not first.exists() and time.monotonic() < deadline:
+    shards, deadline = tmp_path / "store/shards", time.monotonic() + 100
+    while not list(shards.glob("*.json")) and jobs[-1].poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     jobs[-1].send_signal(signal.SIGTERM)
     errors = [job.communicate(timeout=100)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [75] * of, errors
     assert "shards written; start the same command again to go on" in errors[0]
-    there = len(list((tmp_path / "store/shards").glob("*.json")))
-    assert 0 < there < 128 and not (tmp_path / "store" / ".lease").exists()
+    there = len(list(shards.glob("*.json")))
+    assert 0 < there < planned and not (tmp_path / "store" / ".lease").exists()
     again = launched("harvest", config_file, 0, 1, port, *flags)
     _, error = again.communicate(timeout=300)
     assert again.returncode == 0, error

@@ -52,15 +52,15 @@ def before(model_and_text, tmp_path_factory):
     assert main(["harvest", f"--config={config}"]) == 0
     shutil.copytree(folder / "run", folder / "harvested")
     assert main(["train", f"--config={config}"]) == 0
+    shutil.copytree(folder / "run", folder / "trained")
     return folder
 
 
 @pytest.mark.parametrize("job, kilobytes", [("train", 16), ("features", 64), ("release", 8)])
 def test_files_that_cannot_grow_are_one_line_and_the_same_command_goes_on(before, job, kilobytes):
     config, run = before / "config.py", before / "run"
-    if job == "train":
-        shutil.rmtree(run)
-        shutil.copytree(before / "harvested", run)
+    shutil.rmtree(run)
+    shutil.copytree(before / ("harvested" if job == "train" else "trained"), run)
     words = [job, f"--config={config}"] if job == "train" else [job, run]
     code, lines = finished(start(*words, limit=f"ulimit -f {kilobytes};"))
     assert code == 2 and len(lines) == 1 and "File too large" in lines[0], lines
