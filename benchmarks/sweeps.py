@@ -29,7 +29,7 @@ def make_store(path: Path, width: int, shards: int) -> Store:
     """Random rows at one hookpoint."""
     spec = StoreSpec(model="random", model_digest="0" * 64, lm_dtype="float32", tokenizer_digest="1" * 64,
                      text={"context": CONTEXT, "source": ["random"]}, hookpoints=(("blocks.0.hook_resid_post", width),),
-                     context=CONTEXT, shard_contexts=SHARD_CONTEXTS, chunk_rows=256, mask_special=False,
+                     context=CONTEXT, shard_contexts=SHARD_CONTEXTS, chunk_rows=256,
                      target_contexts=shards * SHARD_CONTEXTS)
     rng, writer = np.random.default_rng(0), StoreWriter(path, spec)
     for shard in writer.missing_shards():

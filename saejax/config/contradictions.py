@@ -82,9 +82,6 @@ def _of_data(c) -> list[str]:
     if c.harvest.shard_contexts % c.stream.block_contexts:
         out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
                    f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
-    if c.text.mask_first >= c.text.context:
-        out.append(f"config.text.mask_first: {c.text.mask_first} leaves nothing of rows of config.text.context = "
-                   f"{c.text.context} tokens; lower it")
     if c.stream.window_rows < c.stream.block_contexts * c.text.context:
         out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
                    f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")

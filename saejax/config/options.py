@@ -63,8 +63,9 @@ class TextOptions:
     separator: str = opt("eos", "token behind every document: `none`, the text of a token, or `eos`: EOS, but where that ends a "
                          "turn of a conversation, the token that ends a document in pre-training")
     special: bool = opt(False, "read strings of a document that spell a special token as that token; off: they are text")
-    mask_first: int = opt(1, "tokens at the beginning of every row that are never trained on, measured or indexed: models make "
-                          "them attention sinks, whatever token is there", ge=0)
+    mask: tuple[str, ...] = opt(("first", "special"), "tokens that are never trained on, measured or indexed. first: of every "
+                                "row, which models make an attention sink whatever is there; special: BOS, EOS, pad and the "
+                                "tokenizer's other special tokens", empty=True, choices=("first", "special"))
     holdout: float = opt(0.02, "share of documents (by hash of their text) kept for evaluation", ge=0.0, lt=1.0)
 
     @property
@@ -86,7 +87,6 @@ class HarvestOptions:
     hookpoints: tuple[str, ...] = opt(("blocks.9.hook_resid_post",), "hookpoints written in the one pass")
     tokens: int = opt(1_000_000, "tokens to harvest (rounded up to whole shards; less where the text ends)", gt=0)
     shard_contexts: int = opt(512, "contexts in one shard file, the unit of resuming", gt=0)
-    mask_special: bool = opt(True, "mask BOS, EOS, pad and the tokenizer's other special tokens")
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ class SAEOptions:
 
 @dataclass(frozen=True)
 class ResampleOptions:
-    """Resampling of dead features ("Towards Monosemanticity"); the schedule is counted in tokens."""
+    """Resampling of dead features ("Towards Monosemanticity"), in the first half of the run; counted in tokens."""
 
-    every_tokens: int | None = opt(None, "tokens between resampling steps; none: no resampling", gt=0)
-    until_tokens: int | None = opt(None, "no resampling after this many tokens; none: never stop", gt=0)
+    every_tokens: int | None = opt(None, "tokens between resampling steps, in the first half of the run; none: no resampling",
+                                   gt=0)
     sample_rows: int = opt(819_200, "rows whose loss is measured to draw replacements from, p ~ loss^2", gt=0)
 
 
@@ -232,7 +232,6 @@ class CheckpointOptions:
     keep: int = opt(2, "newest checkpoints kept", gt=0)
     keep_every_tokens: int | None = opt(None, "also keep the checkpoints at multiples of this (rounded up to one of "
                                         "`every_tokens`); none: the newest only", gt=0)
-    strict: bool = opt(False, "stop at a checkpoint that does not verify instead of falling back to an older one")
 
 
 @dataclass(frozen=True)

@@ -52,19 +52,25 @@ def _checked(value, hint, rules, path: str, problems: list[str]):
         if not isinstance(value, (list, tuple)) or not all(isinstance(v, item) for v in value) or not (value or empty):
             problems.append(f"config.{path}: expected a {'' if empty else 'non-empty '}tuple of {words}, got {value!r}")
             return ()
+        for v in value:
+            _check_choice(v, rules, path, problems)
         return tuple(value)
     if base is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, base) or (base is int and isinstance(value, bool)):
         problems.append(f"config.{path}: expected {base.__name__}, got {type(value).__name__} {value!r}")
         return value
-    if "choices" in rules and value not in rules["choices"]:
-        problems.append(f"config.{path}: {value!r} is not one of {', '.join(map(str, rules['choices']))}")
+    _check_choice(value, rules, path, problems)
     for rule, ok, words in (("ge", lambda a, b: a >= b, "at least"), ("gt", lambda a, b: a > b, "greater than"),
                             ("le", lambda a, b: a <= b, "at most"), ("lt", lambda a, b: a < b, "less than")):
         if rule in rules and not ok(value, rules[rule]):
             problems.append(f"config.{path}: {value!r} must be {words} {rules[rule]}")
     return value
+
+
+def _check_choice(value, rules, path: str, problems: list[str]) -> None:
+    if "choices" in rules and value not in rules["choices"]:
+        problems.append(f"config.{path}: {value!r} is not one of {', '.join(map(str, rules['choices']))}")
 
 
 def leaf(cls, key: str) -> tuple[type, dataclasses.Field] | None:

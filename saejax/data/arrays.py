@@ -33,14 +33,14 @@ Shard = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]  # acts by hookpoin
 
 
 def store_of(activations: Mapping[str, Rows | Sequence[Rows]], path: str | Path, *, model: str | LM = UNKNOWN,
-             tokens: Rows | Sequence[Rows] | None = None, context: int | None = None, mask_first: int | None = None) -> Store:
+             tokens: Rows | Sequence[Rows] | None = None, context: int | None = None, mask_first: bool | None = None) -> Store:
     """Activations made elsewhere as a finished activation store at `path`, which `saejax train` reads.
 
     activations: {hookpoint: rows [N, D] or [contexts, T, D] of floats}, arrays or `.npy` files, which are memory-mapped; or a
     list of these, one behind the other. Raw values, rounded to bfloat16; all hookpoints have the same rows. model: the language
     model they are of, by name or loaded (then its digests are kept, and special tokens are masked). tokens: ids [N] or
     [contexts, T], in the same form. context: T of rows that come flat (128); the last context is filled up with masked rows.
-    mask_first: so many tokens of each context are not trained on (1 where rows or ids come in contexts, else 0).
+    mask_first: the first token of each context is not trained on (where rows or ids come in contexts, unless told otherwise).
 
     Memory: one shard of 65,536 rows. Raises one `StoreError` that lists what does not fit (shape, dtype, file, number of rows, a
     finished store at `path`), `NonFiniteError` (names the rows), `HookpointError`, `LeaseError`, `DiskError`.
@@ -56,15 +56,12 @@ def store_of(activations: Mapping[str, Rows | Sequence[Rows]], path: str | Path,
     every = [*columns.values(), *([] if ids is None else [ids])]
     context_rows = _context(path, every, context)
     in_contexts = any(column.context for column in every)
-    mask_first = int(in_contexts) if mask_first is None else mask_first
-    if not 0 <= mask_first < context_rows:
-        raise StoreError(f"{path}: mask_first={mask_first} of contexts of {context_rows} tokens; give 0 to {context_rows - 1}")
     _check_model(path, model, columns, ids)
     special = np.array(sorted(model.tokenizer.special_ids) if isinstance(model, LM) and ids is not None else [], np.int32)
-    source = {"sources": sorted({file for column in every for file in column.files}), "mask_first": mask_first}
+    mask = ["first"] * (in_contexts if mask_first is None else mask_first) + ["special"] * bool(len(special))
+    source = {"sources": sorted({file for column in every for file in column.files}), "mask": mask}
     spec = _spec(model, {name: column.width for name, column in columns.items()}, source, context=context_rows,
-                 rows=every[0].rows, shard_contexts=max(1, _SHARD_ROWS // context_rows), tokens=ids is not None,
-                 mask_special=bool(len(special)))
+                 rows=every[0].rows, shard_contexts=max(1, _SHARD_ROWS // context_rows), tokens=ids is not None)
     shards = (_shard(path, spec, columns, ids, special, first) for first in range(0, every[0].rows, spec.shard_rows))
     return _write(path, spec, shards)
 
@@ -184,7 +181,7 @@ def _shard(path: Path, spec: StoreSpec, columns: Mapping[str, _Column], ids: _Co
         tokens_N[:stop - first] = np.concatenate(list(ids.read(first, stop)))[:, 0]
     keep_NT = ~np.isin(tokens_N, special).reshape(contexts, spec.context)
     keep_NT.reshape(-1)[stop - first:] = False
-    keep_NT[:, :spec.text["mask_first"]] = False
+    keep_NT[:, :"first" in spec.text["mask"]] = False
     return acts, tokens_N.reshape(contexts, spec.context), keep_NT
 
 
@@ -203,8 +200,8 @@ def write_rows(path: str | Path, batches: Iterable[np.ndarray], rows: int, width
     if rows <= 0 or rows % context or shard_contexts * context % chunk_rows:
         raise StoreError(f"{path}: {rows} rows in contexts of {context} and shards of {shard_contexts} contexts with "
                          f"chunks of {chunk_rows} rows; the context must divide the rows and the chunk the shard")
-    spec = _spec(model, widths, {"context": context, **(source or {}), "mask_first": int(mask_first)}, context=context, rows=rows,
-                 shard_contexts=shard_contexts, chunk_rows=chunk_rows)
+    spec = _spec(model, widths, {"context": context, **(source or {}), "mask": ["first"] * mask_first}, context=context,
+                 rows=rows, shard_contexts=shard_contexts, chunk_rows=chunk_rows)
     return _write(path, spec, _announced(path, batches, rows, spec))
 
 
@@ -216,7 +213,7 @@ def _announced(path: Path, batches: Iterable[np.ndarray], rows: int, spec: Store
         if written > rows or len(x_ND) % spec.context:
             break
         keep_NT = np.ones((len(x_ND) // spec.context, spec.context), bool)
-        keep_NT[:, :spec.text["mask_first"]] = False
+        keep_NT[:, :"first" in spec.text["mask"]] = False
         names = [name for name, _ in spec.hookpoints]
         yield (dict(zip(names, np.split(x_ND, borders[:-1], axis=1), strict=True)), np.zeros_like(keep_NT, np.int32), keep_NT)
     if written != rows:
@@ -226,13 +223,13 @@ def _announced(path: Path, batches: Iterable[np.ndarray], rows: int, spec: Store
 
 
 def _spec(model: str | LM, widths: Mapping[str, int], source: dict, *, context: int, rows: int, shard_contexts: int,
-          chunk_rows: int | None = None, tokens: bool = False, mask_special: bool = False) -> StoreSpec:
+          chunk_rows: int | None = None, tokens: bool = False) -> StoreSpec:
     known = isinstance(model, LM)
     return StoreSpec(model=model.name if known else model_name(model), model_digest=model.digest if known else UNKNOWN,
                      lm_dtype=UNKNOWN, tokenizer_digest=model.tokenizer.digest if known else UNKNOWN,
                      text={**source, "tokens": tokens}, hookpoints=tuple(widths.items()), context=context,
                      shard_contexts=shard_contexts, chunk_rows=chunk_rows or chunk_rows_of(shard_contexts * context),
-                     mask_special=mask_special, target_contexts=-(-rows // context))
+                     target_contexts=-(-rows // context))
 
 
 def _write(path: Path, spec: StoreSpec, shards: Iterable[Shard]) -> Store:

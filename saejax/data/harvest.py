@@ -63,8 +63,7 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     spec = store_spec(config, lm_, sources)
     with lease.writing(path):
         writer = StoreWriter(path, spec)
-        packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, mask_special=config.harvest.mask_special,
-                            sources=sources)
+        packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, sources=sources)
         n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
         barrier("saejax_harvest_written")
         with together("saejax_harvest_final"):
@@ -89,7 +88,7 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
             "text": text.describe(config.text, sources, config.seed_of_data),
             "context": config.text.context, "shard_contexts": h.shard_contexts,
             "chunk_rows": chunk_rows_of(config.text.context * h.shard_contexts),
-            "mask_special": h.mask_special, "target_contexts": shards * h.shard_contexts}
+            "target_contexts": shards * h.shard_contexts}
 
 
 def _pinned(config: Config) -> bool:

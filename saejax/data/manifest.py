@@ -17,7 +17,7 @@ KIND = "saejax-activation-store"
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Everything that decides the bytes of a store. `text` is plain JSON: sources, digest, packing and split."""
+    """Everything that decides the bytes of a store. `text` is plain JSON: sources, digest, packing, split, mask."""
 
     model: str
     model_digest: str
@@ -28,7 +28,6 @@ class StoreSpec:
     context: int
     shard_contexts: int
     chunk_rows: int
-    mask_special: bool
     target_contexts: int
 
     @property
@@ -95,7 +94,7 @@ def read_spec(f: Keys) -> StoreSpec:
         tokenizer_digest=f.get("tokenizer_digest", str), text=f.get("text", dict), hookpoints=tuple(hookpoints),
         context=f.count("context", least=1), shard_contexts=f.count("shard_contexts", least=1),
         chunk_rows=f.count("chunk_rows", least=1),
-        mask_special=f.get("mask_special", bool), target_contexts=f.count("target_contexts", least=1))
+        target_contexts=f.count("target_contexts", least=1))
     f.refuse_unread()
     if spec.shard_rows % spec.chunk_rows:
         f.refuse(f"chunk_rows={spec.chunk_rows} does not divide the {spec.shard_rows} rows of a shard")

@@ -11,7 +11,8 @@ With `config.text.packing` = "document" each document is a row of its own instea
 behind its separator with pad tokens (EOS, where the tokenizer has none), so that no document sees another. These are never
 trained on, measured or indexed, and no loss is counted at them; BOS stands at the beginning in either place.
 
-The first tokens of a row, and special ones, are masked: `keep` is False there, for all that is trained, measured or indexed.
+A row's first token, and special ones, are masked (`config.text.mask`): `keep` is False there, for all that is trained, measured
+or indexed.
 
 A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or
 seed, and copies of a document are on the same side.
@@ -49,16 +50,15 @@ class TextState:
 
 @dataclass(frozen=True)
 class Text:
-    """A text and how it becomes rows of tokens. mask_special: special tokens are left out of everything that is measured."""
+    """A text and how it becomes rows of tokens."""
 
     options: TextOptions
     seed: int = 0
-    mask_special: bool = True
 
     @classmethod
     def of(cls, config: Config) -> "Text":
         """The text of a config, as it was harvested."""
-        return cls(config.text, config.seed_of_data, config.harvest.mask_special)
+        return cls(config.text, config.seed_of_data)
 
     def __repr__(self) -> str:
         o = self.options
@@ -77,7 +77,7 @@ def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
     return {"sources": sources.names, "digest": sources.digest, "field": options.field, "split": options.split,
             "streaming": options.streaming, "shuffle": options.shuffle, "seed": seed, "bos": options.bos,
             "separator": options.separator, "holdout": options.holdout, "special": options.special,
-            "mask_first": options.mask_first, **({"packing": options.packing} if options.packing != "packed" else {})}
+            "mask": sorted(options.mask), **({"packing": options.packing} if options.packing != "packed" else {})}
 
 
 def _ids_of(tokenizer: Tokenizer, option: str, text: str | None, own: int | None, key: str) -> list[int]:
@@ -111,7 +111,7 @@ class PackedText:
     """
 
     def __init__(self, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
-                 mask_special: bool = True, sources: Sources | None = None, start: TextState | None = None):
+                 sources: Sources | None = None, start: TextState | None = None):
         if split == "heldout" and options.holdout == 0:
             raise TextError("config.text.holdout: 0 keeps no document for evaluation; set it to 0.02, for example")
         bos, place = _ids_of(tokenizer, options.bos, options.bos_token, tokenizer.bos_id, "bos"), options.bos_place
@@ -119,7 +119,7 @@ class PackedText:
         self._after = _ids_of(tokenizer, options.separator, None if plain else options.separator, tokenizer.separator_id,
                               "separator")
         self._options, self._tokenizer, self._split = options, tokenizer, split
-        self._masked = np.array(sorted(tokenizer.special_ids) if mask_special else [], np.int32)
+        self._masked = np.array(sorted(tokenizer.special_ids) if "special" in options.mask else [], np.int32)
         alone = options.packing == "document"
         self._row = bos if place == "row" and not alone else []
         self._before = bos if place == "doc" or alone else []
@@ -169,11 +169,11 @@ class PackedText:
         return out
 
     def keep(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [..., T] of rows [..., T]: False at the first `mask_first` tokens, behind the end of a document that is a row of
-        its own, and at special tokens when these are masked.
+        """bool [..., T] of rows [..., T]: False at the first token and at special ones where these are masked, and behind the end
+        of a document that is a row of its own.
         """
         keep = ~np.isin(tokens, self._masked)
-        keep[..., :self._options.mask_first] = False
+        keep[..., :"first" in self._options.mask] = False
         return keep & (np.arange(tokens.shape[-1]) < self.lengths(tokens)[..., None])
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
@@ -273,10 +273,9 @@ class PackedText:
 
 
 def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, seed: int, split: str = "train",
-                  mask_special: bool = True, max_contexts: int | None = None,
-                  sources: Sources | None = None) -> Iterator[TokenBatch]:
+                  max_contexts: int | None = None, sources: Sources | None = None) -> Iterator[TokenBatch]:
     """Batches of `batch` rows (the last may be shorter), at most `max_contexts` rows in all. Raises `TextError`."""
-    text = PackedText(options, tokenizer, seed=seed, split=split, mask_special=mask_special, sources=sources)
+    text = PackedText(options, tokenizer, seed=seed, split=split, sources=sources)
     left = max_contexts if max_contexts is not None else 2**62
     while left > 0:
         first, asked = text.state.contexts, min(batch, left)

@@ -123,8 +123,7 @@ class StoreWriter:
             raise StoreError(f"{self.path}: shards {missing[:8]} of {len(sizes)} are not written yet; run the "
                              "harvest again")
         if kept == 0:
-            raise StoreError(f"{self.path}: every token is masked; set config.harvest.mask_special=False or lower "
-                             "config.text.mask_first")
+            raise StoreError(f"{self.path}: every token is masked; set config.text.mask=('first',)")
         self._write_manifest(n_contexts, kept, entries, sums)
         return Store.open(self.path)
 

@@ -52,7 +52,7 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     context = text.options.context
     with Progress("evaluate", options.contexts * context, enabled=progress) as bar:
         for batch in token_batches(text.options, lm_.tokenizer, batch_contexts, seed=text.seed, split="heldout",
-                                   mask_special=text.mask_special, max_contexts=options.contexts):
+                                   max_contexts=options.contexts):
             rows = len(batch.tokens_BT)
             tokens_BT, keep_BT = _padded(batch, batch_contexts)
             clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
@@ -144,7 +144,7 @@ def cache_key(config: Config, step: int, digests: Mapping[str, str]) -> dict:
     the names: `checkpoint` (its arrays), `model`, `tokenizer`, `text`, `store` (whose mean and median the figures use).
     """
     relevant = {"text": asdict(config.text), "dtype": config.lm.dtype, "hookpoints": config.sae.hookpoints,
-                "seed": config.seed_of_data, "mask_special": config.harvest.mask_special}
+                "seed": config.seed_of_data}
     options = text_sha256(json.dumps(relevant, sort_keys=True))
     return {"step": step, "contexts": config.eval.contexts, "options": options, **digests}
 

@@ -15,7 +15,7 @@ def measured(lm_: LM, text: Text, hookpoints: tuple[str, ...], tokens: int = TOK
     """{hookpoint: statistics} over the first `tokens` tokens of the text's training part, masked ones left out, in raw units."""
     norms = {name: [] for name in hookpoints}
     sums = {name: 0.0 for name in hookpoints}
-    for batch in token_batches(text.options, lm_.tokenizer, _CONTEXTS, seed=text.seed, mask_special=text.mask_special,
+    for batch in token_batches(text.options, lm_.tokenizer, _CONTEXTS, seed=text.seed,
                                max_contexts=max(1, tokens // text.options.context)):
         room = ((0, _CONTEXTS - len(batch.tokens_BT)), (0, 0))  # one shape: compiled once
         keep_N = np.pad(batch.keep_BT, room).reshape(-1)

@@ -176,9 +176,8 @@ def _store_facts(spec: mf.StoreSpec) -> dict:
 
 
 def _masked(spec: mf.StoreSpec) -> str:
-    first = spec.text.get("mask_first", 0)
-    what = [f"the first {first} of every row"] * bool(first) + ["special tokens"] * spec.mask_special
-    return " and ".join(what) or "nothing"
+    names = {"first": "the first of every row", "special": "special tokens"}
+    return " and ".join(names[what] for what in spec.text.get("mask", []) if what in names) or "nothing"
 
 
 def _same(found: Finding, file: Path, expected: str, bar: Progress) -> bool:

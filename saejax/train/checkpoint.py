@@ -96,8 +96,8 @@ def _registry():
 class Checkpoints:
     """The checkpoints of one run directory: `save` them, list their `steps`, `restore` one that verifies."""
 
-    def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int | None = None, strict: bool = False):
-        self.directory, self._strict = Path(directory), strict
+    def __init__(self, directory: Path, *, keep: int = 2, keep_every_steps: int | None = None):
+        self.directory = Path(directory)
         with disk_errors(directory):
             if is_writer():
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -135,15 +135,10 @@ class Checkpoints:
         self._open.close()
 
     def restore(self, step: int, abstract_state):
-        """(state, CheckpointMeta) of a step; None when it does not verify: it is renamed to `corrupt-<step>` and named.
-
-        With `strict` that raises `CheckpointCorruptError` instead.
-        """
+        """(state, CheckpointMeta) of a step; None when it does not verify: it is renamed to `corrupt-<step>` and named."""
         try:
             return restore_step(self.directory / str(step), abstract_state)
         except CheckpointCorruptError as error:
-            if self._strict:
-                raise
             self._quarantine(step)
             say(f"{error}; moved to {self.directory.name}/corrupt-{step}, falling back to an older checkpoint")
         return None

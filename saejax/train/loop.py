@@ -237,7 +237,7 @@ class _Run:
             member.counters = dataclasses.replace(member.counters, stream=place, tokens_seen=number * self.batch)
             if logs[member].step(number, metrics):
                 self.stop_broken(member, number, bar)
-            elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch) and number < member.total:
+            elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch, member.total * self.batch):
                 self.resample(member, logs[member])
 
     def columns(self, x_BW: np.ndarray, hookpoints: tuple[str, ...]) -> np.ndarray:

@@ -119,9 +119,8 @@ class Member:
         often, batch = config.checkpoint.keep_every_tokens, config.train.batch
         kept_steps = None if often is None else -(-often // (batch * self.every)) * self.every
         # Several SAEs resume where all of them can: one may have saved a step more than another when they are killed.
-        self.checkpoints = Checkpoints(self.paths.checkpoints, strict=config.checkpoint.strict,
-                                       keep=config.checkpoint.keep if alone else max(2, config.checkpoint.keep),
-                                       keep_every_steps=kept_steps)
+        self.checkpoints = Checkpoints(self.paths.checkpoints, keep_every_steps=kept_steps,
+                                       keep=config.checkpoint.keep if alone else max(2, config.checkpoint.keep))
         measured = kept.of_store(store, config.sae.hookpoints)
         if is_writer():
             kept.keep(self.paths.statistics, measured)

@@ -28,11 +28,13 @@ from saejax.train.step import dead_bound
 ENCODER_SCALE = 0.2  # norm of a new encoder row over the mean norm of the alive ones. Source: Bricken et al. 2023
 
 
-def due(options: ResampleOptions, tokens_before: int, tokens_after: int) -> bool:
-    """True when a multiple of `every_tokens`, not beyond `until_tokens`, lies in (tokens_before, tokens_after]."""
+def due(options: ResampleOptions, tokens_before: int, tokens_after: int, tokens: int) -> bool:
+    """True when a multiple of `every_tokens` lies in (tokens_before, tokens_after] and in the first half of the run's `tokens`:
+    a new feature needs time to learn. Source: Bricken et al. 2023 (25, 50, 75 and 100 thousand of 200 thousand steps).
+    """
     if options.every_tokens is None:
         return False
-    last = min(tokens_after, options.until_tokens or tokens_after)
+    last = min(tokens_after, tokens // 2)
     return tokens_before < last // options.every_tokens * options.every_tokens
 
 

@@ -29,7 +29,7 @@ CONTEXT = 16
 def spec(n_contexts: int = 37, **changes) -> StoreSpec:
     values = {"model": "tiny", "model_digest": "d0", "lm_dtype": "float32", "tokenizer_digest": "t0",
               "text": {"digest": "x0"}, "hookpoints": HOOKS, "context": CONTEXT, "shard_contexts": 8,
-              "chunk_rows": 32, "mask_special": True, "target_contexts": n_contexts}
+              "chunk_rows": 32, "target_contexts": n_contexts}
     return StoreSpec(**{**values, **changes})
 
 

@@ -87,7 +87,6 @@ BAD = {
     "of 39 and of 40 rows": {"tokens": np.ones(39, int)},
     "contexts of 8 and of 16 tokens": {"tokens": np.ones((5, 8), int), "context": 16},
     "contexts of 0 tokens": {"context": 0},
-    "mask_first=8 of contexts of 8 tokens; give 0 to 7": {"context": 8, "mask_first": 8},
     "'../x' is not a safe file name": {"activations": {"../x": np.ones((9, 4))}},
 }
 

@@ -72,14 +72,14 @@ def test_sinks_at_the_first_token_are_left_out(parts, tmp_path, first, most, lea
     tensors[place][0] *= 1000
     save(words(), families.write(tmp_path / "lm", config, tensors), bos_token=None, eos_token=None)
     config = tiny_config(tmp_path / "lm", parts[1], tmp_path / "store", **{
-        "text.bos": "none", "text.separator": "none", "text.mask_first": first, "harvest.mask_special": False})
+        "text.bos": "none", "text.separator": "none", "text.mask": ("first",) * first})
     store = harvest(config)
     stats = store.stats(HOOK)
     assert least < stats.mean_sq_norm ** 0.5 / stats.median_norm <= most
     keep_NT = store.keep(0, store.rows).reshape(-1, store.context)
     assert np.array_equal(keep_NT, np.tile(np.arange(store.context) >= first, (store.n_contexts, 1)))
-    with pytest.raises(StoreError, match="text.mask_first: "):
-        harvest(replace(config, text=replace(config.text, mask_first=2)))
+    with pytest.raises(StoreError, match="text.mask: "):
+        harvest(replace(config, text=replace(config.text, mask=("special",))))
 
 
 def test_a_model_split_over_devices_harvests_the_same_rows(straight, parts, tmp_path):

@@ -1,5 +1,3 @@
-import json
-import logging
 from dataclasses import replace
 
 import datasets
@@ -10,7 +8,6 @@ from hypothesis import strategies as st
 
 from saejax.base.errors import TextError
 from saejax.config import TextOptions
-from saejax.data import finding
 from saejax.data import sources as src
 from saejax.data.text import PackedText, TextState, describe, is_held_out, token_batches
 from saejax.lm.tokenizer import from_pretrained
@@ -73,9 +70,10 @@ def test_every_token_of_every_document_in_order_exactly_once(docs, context, bos,
 def test_one_document_a_row(docs, context, bos, separator, pad, take, special):
     """Each document once, in order, cut at the context; what fills a row up is masked, also where that is the separator."""
     docs = [[i for i in d if i != 9] or [2] if isinstance(d, list) else d for d in docs]  # no document says the pad token
-    options = TextOptions(context=context, bos=bos, separator=separator, holdout=0.0, packing="document", mask_first=1)
+    options = TextOptions(context=context, bos=bos, separator=separator, holdout=0.0, packing="document",
+                          mask=("first", "special") if special else ("first",))
     sources, tokenizer = loaded(options, [as_text(d) for d in docs]), replace(word_tokenizer(), pad_id=pad)
-    packed = PackedText(options, tokenizer, seed=3, sources=sources, mask_special=special)
+    packed = PackedText(options, tokenizer, seed=3, sources=sources)
     wanted = [([0] * (bos != "none") + [int(w[1:]) for w in text.split()] + [1] * (separator == "eos"))[:context]
               for text in documents(options, 3, sources=sources)]
     if not wanted:
@@ -129,17 +127,17 @@ def test_special_ids_are_masked_whether_or_not_id_0_is_one(special, masked):
     tokens, keep = (np.concatenate([getattr(b, f) for b in batches]) for f in ("tokens_BT", "keep_BT"))
     assert {0, 1, 3} <= set(tokens.ravel().tolist())
     assert np.array_equal(keep[:, 1:], ~np.isin(tokens, masked)[:, 1:]) and not keep[:, 0].any()
-    unmasked = next(token_batches(options, word_tokenizer(special=special), 3, seed=0, sources=sources,
-                                  mask_special=False))
+    options = replace(options, mask=("first",))
+    unmasked = next(token_batches(options, word_tokenizer(special=special), 3, seed=0, sources=sources))
     assert unmasked.keep_BT[:, 1:].all()
 
 
 @pytest.mark.parametrize("bos", ["row", "doc", "none"])
-@pytest.mark.parametrize("first", [0, 1, 3])
-def test_the_first_tokens_of_a_row_are_masked_whatever_they_are(bos, first):
-    options = TextOptions(context=8, holdout=0.0, bos=bos, mask_first=first)
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_first_token_of_a_row_is_masked_whatever_it_is(bos, first):
+    options = TextOptions(context=8, holdout=0.0, bos=bos, mask=("first",) * first)
     sources = loaded(options, ["w5 w3 w4 w6 w7"] * 20)
-    packed = PackedText(options, word_tokenizer(special=()), seed=0, sources=sources, mask_special=False)
+    packed = PackedText(options, word_tokenizer(special=()), seed=0, sources=sources)
     assert np.array_equal(packed.keep(packed.take(4)), np.tile(np.arange(8) >= first, (4, 1)))
 
 
@@ -184,63 +182,6 @@ def test_strings_that_spell_a_special_token_are_text_unless_asked_otherwise(tmp_
         assert (tokenizer.bos_id in tokens) == special == (not packed.keep(tokens)[0, 1:].all())
 
 
-def test_a_folder_as_cloned_from_the_hub(tmp_path, capsys):
-    """Data files of the wanted split only: not the card, not the other splits, nothing hidden."""
-    folder = tmp_path / "clone"
-    (folder / "data").mkdir(parents=True)
-    (folder / ".cache").mkdir()
-    for place in (folder / "README.md", folder / ".cache" / "x.txt", folder / "notes.txt", folder / "dataset_infos.json"):
-        place.write_text("---\n# no document\n" * 9)
-    texts = {split: sentences(3, seed) for seed, split in enumerate(("train", "test", "validation"))}
-    for split, some in texts.items():
-        datasets.Dataset.from_dict({"text": some}).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
-    for split in texts:
-        assert sorted(documents(TextOptions(source=(str(folder),), holdout=0.0, split=split), 0)) == sorted(texts[split])
-        said = capsys.readouterr().err
-        assert f"1 of 5 files are read: data/{split}-00000-of-00001.parquet" in said.replace("\\", "/")
-    with pytest.raises(TextError, match="has files of test and of train and of validation, none of 'all'"):
-        src.resolve(TextOptions(source=(str(folder),), split="all"))
-    for file in (folder / "data").iterdir():
-        file.unlink()
-    assert [p.name for p in finding.find(str(folder), "train")] == ["notes.txt"]
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("name", ["in[1]/a.jsonl", "in[ab]/*.jsonl", "a?b/a.jsonl", "a*b/a.jsonl", "[x]", "a b/#1.jsonl"])
-def test_any_path(tmp_path, name, streaming):
-    texts = sentences(5)
-    folder = tmp_path / name.partition("/")[0]
-    folder.mkdir()
-    write_jsonl(folder / (name.partition("/")[2] or "a.jsonl").replace("*", "x"), texts)
-    source = str(tmp_path / name.replace("in[ab]/*", "in[[]ab]/*"))
-    assert sorted(documents(TextOptions(source=(source,), holdout=0.0, streaming=streaming), 0)) == sorted(texts)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("ending", ["jsonl.gz", "jsonl.zst", "csv", "csv.gz", "json"])
-def test_packed_files_and_csv(tmp_path, ending, streaming):
-    import gzip
-
-    import zstandard
-    texts = sentences(5)
-    plain = 'text,n\n' + "".join(f'"{t}",1\n' for t in texts) if "csv" in ending else "".join(
-        json.dumps({"text": t}) + "\n" for t in texts)
-    pack_ = {"gz": gzip.compress, "zst": zstandard.compress}.get(ending.rpartition(".")[2], bytes)
-    (tmp_path / f"a.{ending}").write_bytes(pack_(plain.encode()))
-    options = TextOptions(source=(str(tmp_path),), holdout=0.0, streaming=streaming)
-    assert sorted(documents(options, 0)) == sorted(texts)
-
-
-def test_a_misspelt_folder_is_no_hub_dataset(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "corpora" / "english").mkdir(parents=True)
-    for source, near in (("corpora/englsh", "did you mean corpora/english"), ("corpra", "did you mean corpora"),
-                         ("corpra/english", "did you mean corpora/english"), ("corpora/other", "is missing: no such file"),
-                         ("./nowhere", "is missing"), ("nowhere/", "is missing")):
-        with pytest.raises(TextError, match=near):
-            src.resolve(TextOptions(source=(source,)))
-
-
 def test_context_ids_do_not_depend_on_the_batch_size():
     options = TextOptions(context=8, holdout=0.0)
     sources = loaded(options, sentences(60))
@@ -282,37 +223,6 @@ def test_missing_tokens_are_refused():
         pack(TextOptions(holdout=0.0), sources=sources, split="heldout")
 
 
-def test_every_kind_of_file_gives_its_documents(tmp_path):
-    a, b, c, d = (sentences(3, seed) for seed in range(4))
-    folder = tmp_path / "texts"
-    (folder / "deep").mkdir(parents=True)
-    write_jsonl(folder / "a.jsonl", a)
-    datasets.Dataset.from_dict({"text": b, "n": [1, 2, 3]}).to_parquet(folder / "deep" / "b.parquet")
-    for i, text in enumerate(c):
-        (folder / f"{i}.md").write_text(text + "\n\nsecond paragraph\n")
-    datasets.Dataset.from_dict({"text": d}).save_to_disk(tmp_path / "saved")
-    arrow = next((tmp_path / "saved").glob("*.arrow"))
-    (folder / "ignored.bin").write_bytes(b"\0")
-    options = TextOptions(source=(str(folder), str(arrow), str(folder / "*.md")), holdout=0.0)
-    found = sorted(t.split("\n")[0] for t in documents(options, 0))
-    assert found == sorted(a + b + c + d)
-    globbed = TextOptions(source=(str(folder / "*.md"),), holdout=0.0)
-    assert len(list(documents(globbed, 0))) == 3
-
-
-def test_streaming_gives_the_same_documents_and_resumes(tmp_path):
-    texts = sentences(700)
-    source = (str(write_jsonl(tmp_path / "a.jsonl", texts)),)
-    options = TextOptions(source=source, holdout=0.1, streaming=True, context=16)
-    kept = [t for t in texts if not is_held_out(t, 0.1)]
-    assert sorted(documents(options, 0)) == sorted(kept) != list(documents(options, 0))
-    packed = PackedText(options, word_tokenizer(), seed=0)
-    packed.take(300)
-    state, rest = packed.state, packed.take(400)
-    assert state.documents > 100 and len(rest) == 400
-    assert np.array_equal(PackedText(options, word_tokenizer(), seed=0, start=state).take(400), rest)
-
-
 @pytest.mark.parametrize("streaming", [False, True])
 def test_going_forward_reads_nothing_twice(tmp_path, monkeypatch, streaming):
     """As a process does whose neighbours have written their shards: every second part is jumped over."""
@@ -348,83 +258,8 @@ def test_any_jump_gives_the_rows_of_a_fresh_start(docs, takes, jumps):
             assert np.array_equal(packed.take(len(rows)), rows)
 
 
-def test_digest_follows_content_not_place(tmp_path):
-    for place in ("a", "b"):
-        (tmp_path / place).mkdir()
-        write_jsonl(tmp_path / place / "x.jsonl", sentences(5))
-    digests = [src.resolve(TextOptions(source=(str(tmp_path / p),))).digest for p in ("a", "b")]
-    assert digests[0] == digests[1]
-    write_jsonl(tmp_path / "b" / "x.jsonl", sentences(6))
-    assert src.resolve(TextOptions(source=(str(tmp_path / "b"),))).digest != digests[0]
-
-
-def test_bad_sources_are_all_named_at_once(tmp_path):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "x.exe").write_bytes(b"")
-    options = TextOptions(source=(str(tmp_path / "no.jsonl"), str(tmp_path / "empty"), str(tmp_path / "x.exe")))
-    with pytest.raises(TextError) as error:
-        src.resolve(options)
-    assert "no.jsonl' is missing" in str(error.value) and "empty' holds no file" in str(error.value)
-    assert "x.exe' ends in none of" in str(error.value) and "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_missing_column_names_those_there(tmp_path, streaming):
-    path = write_jsonl(tmp_path / "a.jsonl", sentences(3), field="body")
-    options = TextOptions(source=(str(path),), streaming=streaming, holdout=0.0)
-    with pytest.raises(TextError, match="no column 'text'; it has body, id"):
-        list(documents(options, 0))
-    assert len(list(documents(replace(options, field="body"), 0))) == 3
-    with pytest.raises(TextError, match="holds int, not text"):
-        list(documents(replace(options, field="id"), 0))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("good", [False, True])
-def test_broken_file_is_one_line(tmp_path, streaming, good):
-    """Alone, or behind a good file: then a stream gets to it in the middle of reading."""
-    (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + ('{"text": "y"}\n' if good else '{"text": \n'))
-    (tmp_path / "b.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    sources = src.resolve(TextOptions(source=(str(tmp_path / "*.jsonl"),), streaming=streaming, shuffle=False))
-    for _ in range(2):
-        with pytest.raises(TextError, match="jsonl.*cannot be read") as error:
-            list(documents(sources._options, 0, sources=sources))
-        assert "\n" not in str(error.value)
-
-
-def test_a_failed_source_stays_failed(tmp_path):
-    """What was loaded before the failure is not mistaken for everything."""
-    write_jsonl(tmp_path / "a.jsonl", sentences(3))
-    (tmp_path / "b.parquet").write_bytes(b"PAR1 no more")
-    sources = src.resolve(TextOptions(source=(str(tmp_path),)))
-    for _ in range(2):
-        with pytest.raises(TextError, match="b.parquet.*cannot be read"):
-            sources.datasets()
-
-
 def test_a_text_that_changed_under_a_resume_is_refused():
     options = TextOptions(context=8, holdout=0.0, shuffle=False)
     with pytest.raises(TextError, match="not the one that this harvest began with"):
         PackedText(options, word_tokenizer(), seed=0, sources=loaded(options, ["w3 w4"] * 50),
                    start=TextState(3, 40, 5)).take(2)
-
-
-def test_retries_for_a_misspelt_hub_name_are_one_line(monkeypatch, capsys, caplog):
-    def unreachable(name, *_, **__):
-        logger = logging.getLogger("huggingface_hub.utils._http")
-        for number in (1, 2):
-            logger.warning(f"'no name' thrown while requesting HEAD https://hub/{name}")
-            logger.warning(f"Retrying in 1s [Retry {number}/5].")
-        raise ConnectionError(f"Couldn't reach {name}")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
-    with pytest.raises(TextError, match="'nobody/texts' is no preset .*Couldn't reach nobody/texts"):
-        src.resolve(TextOptions(source=("nobody/texts",)))
-    assert caplog.messages == [] and capsys.readouterr().err == "nobody/texts: the hub does not answer; trying again\n"
-
-
-def test_a_hub_name_that_cannot_be_read_is_one_line():
-    """The tests run offline, so every hub name is such a one."""
-    with pytest.raises(TextError, match="'nobody/nothing' is no preset .*, no local file and not readable from the hub") as e:
-        src.resolve(TextOptions(source=("nobody/nothing:config@main",)))
-    assert "\n" not in str(e.value)

@@ -69,7 +69,7 @@ def test_options_reach_the_compiler_on_a_gpu_only(store, tmp_path, monkeypatch, 
 
 
 def test_changes_nothing_on_a_cpu(store, tmp_path):
-    options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
+    options = {"train__resample__every_tokens": 24 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64}
     bits = [fingerprints(loop.train(make("topk", tmp_path / make.__name__, **options), store).state)
             for make in (make_config, deterministic)]
     assert bits[0] == bits[1]

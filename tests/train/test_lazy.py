@@ -198,7 +198,7 @@ def test_gradients_move_along_data_only_and_only_those_of_touched_rows(store, tm
 @SLOW
 def test_resampled_rows_start_over_as_in_the_dense_step(store, tmp_path):
     """A new row's first step is the sign of its gradient, which rounding decides near 0; with this eps it does not."""
-    options = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64,
+    options = {"train__resample__every_tokens": 24 * 32, "train__resample__sample_rows": 128, "sae__dead_tokens": 64,
                "train__eps": 1e-4}
     both = [loop.train(config_of("few dead", tmp_path / name, train__optimizer=name, **options), store)
             for name in ("second", "lazy")]

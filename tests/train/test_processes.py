@@ -20,7 +20,7 @@ from tests.processes import environment, free_port
 from .synthetic import make_store
 
 ROOT = Path(__file__).parent.parent.parent
-OVERRIDES = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
+OVERRIDES = {"train__resample__every_tokens": 24 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
              "sae__dead_tokens": 64, "sae__penalty_coef": 30.0, "checkpoint__every_tokens": 7 * 32, "log__every_steps": 1}
 
 

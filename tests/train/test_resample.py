@@ -128,12 +128,13 @@ def test_draw_follows_squared_loss():
     assert (draw(losses, 50, (0, 2)) != drawn[:50]).any()
 
 
-def test_due_at_multiples_up_to_the_end():
-    options = ResampleOptions(every_tokens=100, until_tokens=250)
+def test_due_at_multiples_in_the_first_half():
+    options = ResampleOptions(every_tokens=100)
     steps = range(0, 512, 32)
-    assert [t + 32 for t in steps if due(options, t, t + 32)] == [128, 224]
-    assert due(options, 0, 300), "a batch that spans several marks"
-    assert not any(due(ResampleOptions(), t, t + 32) for t in steps)
+    assert [t + 32 for t in steps if due(options, t, t + 32, 512)] == [128, 224]
+    assert [t + 32 for t in steps if due(options, t, t + 32, 800)] == [128, 224, 320, 416], "the middle is the last"
+    assert due(options, 0, 300, 600), "a batch that spans several marks"
+    assert not any(due(ResampleOptions(), t, t + 32, 512) for t in steps)
 
 
 @pytest.mark.parametrize("kind", ["relu", "topk"])

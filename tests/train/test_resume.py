@@ -24,14 +24,15 @@ from saejax.train.state import abstract_state
 
 from .synthetic import D_IN, HOOKPOINT, KINDS, VARIANTS, WIDTHS, OnDemand, kinds, make_config, make_store
 
-# 336 unmasked rows and batches of 32: the epoch edge lies inside step 11. Resampling happens after steps 15, 30 and 45.
-OPTIONS = {"train__resample__every_tokens": 15 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
+# 336 unmasked rows and batches of 32: the epoch edge lies inside step 11. Resampling happens after step 24.
+OPTIONS = {"train__resample__every_tokens": 24 * 32, "train__resample__sample_rows": 128, "sae__d_sae": 128,
            "sae__dead_tokens": 64, "sae__penalty_coef": 30.0}
 
 
 def options(kind):
     """Features of kinds that start strong die within 50 steps only at a larger learning rate; not all of them should."""
-    return OPTIONS | ({} if kind in ("relu", "topk") else {"train__lr": 0.03, "sae__penalty_coef": 0.3})
+    lr = 0.1 if kind == "jumprelu_tanh" else 0.03
+    return OPTIONS | ({} if kind in ("relu", "topk") else {"train__lr": lr, "sae__penalty_coef": 0.3})
 
 
 def moments(steps, typical):
@@ -82,7 +83,7 @@ def test_the_disturbed_moments_exist(straight, kind):
     assert read_meta(straight[kind][1] / "checkpoints" / "50").counters.stream.epoch >= 3
 
 
-@pytest.mark.parametrize("kind, stop", moments([1, 10, 11, 15, 16, 49], 16))
+@pytest.mark.parametrize("kind, stop", moments([1, 10, 11, 24, 25, 49], 25))
 def test_preempted_and_resumed_is_bitwise_equal(store, straight, tmp_path, monkeypatch, kind, stop):
     config = make_config(kind, tmp_path / "run", **options(kind))
     with monkeypatch.context() as patch:
@@ -182,15 +183,6 @@ def test_damaged_newest_is_set_aside_and_the_older_one_used(store, straight, tmp
     assert finish(config, store) == straight["topk"][0]
     assert (run / "checkpoints" / "corrupt-50").is_dir()
     assert "corrupt-50" in capsys.readouterr().err
-
-
-def test_strict_stops_at_damage(store, straight, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(straight["topk"][1], run)
-    shutil.rmtree(run / "checkpoints" / "50" / "state" / "d")
-    with pytest.raises(CheckpointCorruptError, match="checkpoints/50"):
-        loop.train(make_config("topk", run, checkpoint__strict=True, **OPTIONS), store)
-    assert (run / "checkpoints" / "50").is_dir()
 
 
 def test_a_run_whose_checkpoints_all_fail_does_not_start_over(store, straight, tmp_path):

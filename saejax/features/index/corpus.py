@@ -87,8 +87,7 @@ def from_text(text: Text, lm_: LM, hookpoints: tuple[str, ...], *, split: str, t
     _check_rows(contexts * options.context, "config.text")
 
     def make():
-        packed, left = PackedText(options, lm_.tokenizer, seed=text.seed, split=split, mask_special=text.mask_special,
-                                  sources=sources), contexts
+        packed, left = PackedText(options, lm_.tokenizer, seed=text.seed, split=split, sources=sources), contexts
         while left > 0:
             tokens_NT = packed.take(min(left, 256))
             if len(tokens_NT) == 0:
@@ -108,7 +107,7 @@ def from_text(text: Text, lm_: LM, hookpoints: tuple[str, ...], *, split: str, t
         return x_NTW.reshape(-1, x_NTW.shape[-1])
 
     what = {"text": describe(options, sources, text.seed), "split": split, "contexts": contexts, "context": options.context,
-            "mask_special": text.mask_special, "model": lm_.digest, "hookpoints": list(hookpoints)}
+            "model": lm_.digest, "hookpoints": list(hookpoints)}
     digest = text_sha256(repr(sorted(what.items())))
     return Corpus(f"text ({split})", digest, options.context, None, lm_.digest, lm_.tokenizer.digest, make, activations)
 
