@@ -23,7 +23,7 @@ from pathlib import Path
 
 from saejax.base.errors import LeaseError
 from saejax.base.logs import say
-from saejax.base.storage import disk_errors, is_writer, together
+from saejax.base.storage import disk_errors, is_writer, plain_path, together
 
 FILE = ".lease"
 RENEWED = 15.0  # seconds between two renewals
@@ -82,7 +82,9 @@ class _Lease:
     def __init__(self, directory: Path):
         import tensorstore
         self.directory, self.holders = directory, 1
-        self._store = tensorstore.KvStore.open({"driver": "file", "path": f"{directory}/"}).result()
+        self._open = contextlib.ExitStack()
+        place = self._open.enter_context(plain_path(directory))
+        self._store = tensorstore.KvStore.open({"driver": "file", "path": f"{place}/"}).result()
         self._me = _Holder(secrets.token_hex(8), _job(), socket.gethostname(), _space(), os.getpid(), _started(os.getpid()))
         self._lock = threading.Lock()
         self._generation = self._taken()
@@ -143,7 +145,7 @@ class _Lease:
             raise LeaseError(f"{self.directory}: {who}, since this job gave no sign for too long; it stops and writes no more")
 
     def give_back(self) -> None:
-        with self._lock, contextlib.suppress(ValueError, OSError):
+        with self._open, self._lock, contextlib.suppress(ValueError, OSError):
             self._store.write(FILE, None, if_equal=self._generation).result()
 
 

@@ -1,5 +1,6 @@
 """`--config=FILE --config.key=value`: what config_flags makes of them, with its errors in one line. Does not import jax."""
 
+import contextlib
 import functools
 import re
 import typing
@@ -11,6 +12,7 @@ from ml_collections.config_flags import config_flags
 
 from saejax import config as config_lib
 from saejax.base.errors import ConfigError
+from saejax.base.storage import plain_path
 from saejax.config import Config
 from saejax.config.values import nearest, rounder
 
@@ -28,8 +30,11 @@ def config_of(job: str, arguments: list[str], *, takes_config: bool) -> tuple[Co
     mine, nothing = _without_none(mine)
     config_flags.DEFINE_config_file("config", None, "config file", flag_values=fv, lock_config=True)
     try:
-        fv["config"]._sys_argv = ["saejax", *mine]
-        fv(["saejax", *mine])
+        with contextlib.ExitStack() as opened:
+            if file is not None and ":" in file and Path(file).is_file():  # config_flags takes what is behind it for an argument
+                mine[0] = f"--config={opened.enter_context(plain_path(file))}"
+            fv["config"]._sys_argv = ["saejax", *mine]
+            fv(["saejax", *mine])
     except flags.Error as error:
         raise _flag_error(job, file, error) from None
     except Exception as error:  # whatever a config file can raise
@@ -83,7 +88,7 @@ def _config_file(arguments: list[str]) -> str | None:
     if not (arguments and re.match(r"--?config=", arguments[0])):
         return None
     file = arguments[0].split("=", 1)[1]
-    if not Path(file.split(":", 1)[0]).is_file():
+    if not (Path(file).is_file() or Path(file.split(":", 1)[0]).is_file()):
         raise ConfigError(f"--config={file}: there is no such file; configs/ has examples")
     return file
 

@@ -52,7 +52,8 @@ def overview() -> str:
 
 def job_help(job: Job) -> str:
     """What `saejax JOB --help` prints."""
-    text = "\n".join(textwrap.fill(part, WIDTH) for part in textwrap.dedent(job.text).strip().split("\n\n"))
+    parts = textwrap.dedent(job.text).strip().split("\n\n")
+    text = "\n".join(textwrap.fill(part, WIDTH, break_on_hyphens=False) for part in parts)
     options = "".join(_described(*line) for line in option_lines(job))
     config = CONFIG if declared(job, "config") else ""
     return (f"saejax {job.name}: {job.summary}\n\nusage: {usage(job)}\n\n{text}\n\noptions:\n{options}{config}\n"
@@ -90,6 +91,6 @@ def option_lines(job: Job) -> list[tuple[str, str]]:
 
 
 def _described(name: str, help: str) -> str:
-    lines = textwrap.wrap(help, WIDTH - _COLUMN) or [""]
+    lines = textwrap.wrap(help, WIDTH - _COLUMN, break_on_hyphens=False) or [""]
     first = f"  {name:<{_COLUMN - 2}}" if len(name) < _COLUMN - 2 else f"  {name}\n{' ' * _COLUMN}"
     return first + f"\n{' ' * _COLUMN}".join(lines) + "\n"

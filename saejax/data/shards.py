@@ -20,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 
 from saejax.base.errors import StoreCorruptError
-from saejax.base.storage import disk_errors, file_sha256
+from saejax.base.storage import disk_errors, file_sha256, plain_path
 
 _CRC = 4
 _INDEX_ENTRY = 16
@@ -118,12 +118,12 @@ def write_shard_files(root: Path, shard: int, arrays: dict[ArraySpec, np.ndarray
     files = [root / spec.shard_file(shard) for spec in arrays]
     context, pending = ts.Context(), []
     try:
-        with disk_errors(root):
+        with disk_errors(root), plain_path(root) as place:
             for file in files:
                 file.unlink(missing_ok=True)
             for spec, values in arrays.items():
                 start = shard * spec.shard_rows
-                target = spec.open(root, start + len(values), context)[start:start + len(values)]
+                target = spec.open(place, start + len(values), context)[start:start + len(values)]
                 pending.append(target.write(values, can_reference_source_data_indefinitely=True))
             for write in pending:
                 write.result()

@@ -84,10 +84,7 @@ def _ids_of(tokenizer: Tokenizer, option: str, text: str | None, own: int | None
     """The token that an option stands for: none, the tokenizer's own, or the one with this text. Raises `TextError`."""
     if option == "none":
         return []
-    found = own if text is None else tokenizer.backend.token_to_id(text)
-    if found is None and text is not None:
-        ids = tokenizer.encode(text)
-        found = ids[0] if len(ids) == 1 and tokenizer.token(ids[0]).strip() == text.strip() else None
+    found = own if text is None else tokenizer.id_of(text)
     if found is None:
         what = f"{text!r} is no token of this tokenizer" if text is not None else "the tokenizer has no such token"
         raise TextError(f"config.text.{key}: {what}; set config.text.{key}='none', or give the text of a token")

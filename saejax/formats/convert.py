@@ -53,9 +53,10 @@ def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray
     _check_saelens(sae, to)
     note = ""
     if rows is not None:
-        rows = check_rows(rows, sae)
-        if sae.cfg.kind == "topk" and to == "gemma_scope":
-            sae, note = as_jumprelu(sae, rows)
+        if sae.cfg.kind != "topk" or to != "gemma_scope":
+            raise FormatError(f"rows: only a topk SAE for Gemma Scope is approximated on rows; a {sae.cfg.kind} one is written "
+                              f"for {to} as it is, or not at all")
+        sae, note = as_jumprelu(sae, rows := check_rows(rows, sae))
     FORMATS[to].write(directory, sae)
     written = load(directory, format=to)
     measured = agreement(sae, written, _random_rows(sae) if rows is None else rows)

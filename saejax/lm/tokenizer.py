@@ -118,6 +118,16 @@ class Tokenizer:
         """Text of one token by itself; a byte that is no whole character is `<0xF0>`."""
         return text_of(self.pieces([i])[0])
 
+    def id_of(self, text: str) -> int | None:
+        """The token with exactly this text, else the one that the text becomes but for blanks at its ends; None: there is none.
+        Where tokenizers put a blank before every text, "king" is the end of a word, if there is such a token, and " king" a word.
+        """
+        ids, wanted = self.encode(text), text.encode("utf-8", "surrogatepass")
+        alone = self.pieces(ids)[0] if len(ids) == 1 else None
+        if alone != wanted and wanted in self.token_bytes.pieces:
+            return self.token_bytes.pieces.index(wanted)
+        return ids[0] if alone is not None and alone.strip() == wanted.strip() else None
+
     def token_strings(self, ids: Iterable[int], *, begins: bool = True) -> list[str]:
         """Text of each id among its neighbours: together they are the text (see `token_text.joined`).
 

@@ -28,10 +28,10 @@ LM_SHARE = 0.4  # of the peak that a language model's forward pass reaches
 _GB = 1e9
 
 
-def make_plan(config: Config, topology: str | None = None, *, width: int | None = None, compiled: bool = False) -> dict:
+def make_plan(config: Config, topology: str | None = None, *, compiled: bool = False) -> dict:
     """What a config needs: on this topology, or without one only which topologies it fits.
 
-    compiled: also compile the step for the topology. width: of the hookpoints, where neither store nor language model tell it.
+    compiled: also compile the step for the topology.
     Raises `ConfigError`: unknown topology; a mesh, batch or dictionary that does not divide (with the nearest that do); a
     dictionary that cannot fit (by how much, what would).
     """
@@ -39,7 +39,7 @@ def make_plan(config: Config, topology: str | None = None, *, width: int | None 
     if chosen is not None:
         dtype = hardware.compute_dtype(config.train.compute_dtype, chosen.chip.platform)
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype=dtype))
-    source = find(config, width)
+    source = find(config)
     spec = SAESpec.from_options(config.sae, source.widths, config.train.compute_dtype)
     plan = {"schema_version": SCHEMA_VERSION, "sae": _sae(config, spec), "harvest": _harvest(config, spec, source)}
     if chosen is not None:

@@ -26,29 +26,28 @@ class Source:
     lm_params: int | None
 
 
-def find(config: Config, width: int | None = None) -> Source:
-    """Widths from `width` (all of them), the finished store, the language model's config or `config.sae.d_in`, in this order.
+def find(config: Config) -> Source:
+    """Widths from `config.sae.d_in` (of a crosscoder an equal part each), the finished store or the language model's config.
 
     Nothing is downloaded but, for a hub id of which nothing else tells the width, its config.json. Raises `ConfigError` when none
     of them knows.
     """
     names = config.sae.hookpoints
-    known = width is not None or config.sae.d_in is not None or is_complete(config.harvest.store)
+    known = config.sae.d_in is not None or is_complete(config.harvest.store)
     cfg, reason = _architecture(config, offline=known)
     params = None if cfg is None else _params(cfg, config.harvest.hookpoints)
     flops = None
     if cfg is not None:
         flops = 2.0 * params + 4.0 * _layers(cfg, config.harvest.hookpoints) * config.text.context * cfg.d_model
-    width = width or (config.sae.d_in if len(names) == 1 else None)
-    if width is not None:
-        widths = dict.fromkeys(names, width)
+    if config.sae.d_in is not None:
+        widths = dict.fromkeys(names, config.sae.d_in // len(config.sae.sources))
     elif is_complete(config.harvest.store):
         store = Store.open(config.harvest.store)
         widths = {name: store.width(name) for name in names}
     elif cfg is not None:
         widths = {name: lm.width_of(cfg, name) for name in names}
     else:
-        raise ConfigError(f"config.sae.d_in: the width of {', '.join(names)} is not known here ({reason}); give d_in=WIDTH")
+        raise ConfigError(f"config.sae.d_in: the width of {', '.join(names)} is not known here ({reason}); give it")
     return Source(widths, flops, params)
 
 

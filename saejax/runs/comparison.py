@@ -13,21 +13,23 @@ from saejax.runs.subject import Subject
 _PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firing of two dictionaries is compared
 
 
-def compare_subjects(a: str | Path | Subject, b: str | Path | Subject, *, rows: int = _COMPARED,
+def compare_subjects(a: str | Path | Subject, b: str | Path | Subject, *, rows: int | None = None,
                      least: float = LEAST) -> Comparison:
     """Which features two dictionaries share, which one lacks, which are split: by decoder rows both ways, and by the activations
-    on `rows` rows of the first one's store, or the second one's; by decoder rows alone where there is none, or they read
-    different places. Raises `FeatureIndexError` for dictionaries of two places.
+    on `rows` rows (65,536) of the first one's store, or the second one's; by decoder rows alone where there is none, or they read
+    different places. Raises `FeatureIndexError` for dictionaries of two places, `ConfigError` for rows where there are none.
     """
-    if rows < 1:
+    if rows is not None and rows < 1:
         raise ConfigError(f"rows={rows}: activations are compared on one row at least")
     first, second = (s if isinstance(s, Subject) else open_subject(s) for s in (a, b))
     pieces, hookpoints = None, first.sae.cfg.hookpoints
     if hookpoints == second.sae.cfg.hookpoints:
         store = first.store or second.store
         if store is not None:
-            stop = min(rows, store.rows)
+            stop = min(rows or _COMPARED, store.rows)
             pieces = (_kept(store, hookpoints, start, min(start + _PIECE, stop)) for start in range(0, stop, _PIECE))
+    if rows is not None and pieces is None:
+        raise ConfigError(f"rows={rows}: there are no activations to compare: neither has a store, or they read two places")
     return compare(first.sae, second.sae, pieces, least=least, progress=first.progress)
 
 

@@ -21,7 +21,9 @@ from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_
 from saejax.evals import evaluate as evals
 from saejax.features.index import reader as index
 from saejax.formats import saelens, saelens_read
+from saejax.formats.loading import FORMATS, OURS, load
 from saejax.sae import SAESpec
+from saejax.sae.inference import SAEConfig
 from saejax.scaling.sweep import is_sweep, members
 from saejax.train.checkpoint import is_step, machine_of, read_meta, restore_params, restore_step, steps_in
 from saejax.train.determinism import promise
@@ -42,6 +44,7 @@ class Finding:
     facts: dict = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     read: set[Path] = field(default_factory=set)
+    digests: bool = True
 
     def attempt(self, check: Callable[[], object]):
         """The value of a check, or None with its error among the problems."""
@@ -54,7 +57,7 @@ class Finding:
         return None
 
     def to_json(self) -> dict:
-        return {"path": str(self.path), "kind": self.kind, "verifies": not self.problems,
+        return {"path": str(self.path), "kind": self.kind, "verifies": not self.problems if self.digests else None,
                 "bytes": size_on_disk(self.path), **self.facts, "not_read": self.not_read(), "problems": self.problems}
 
     def take(self, inner: "Finding") -> None:
@@ -79,7 +82,9 @@ class Finding:
 
 
 def inspect_path(path: Path, *, progress: bool = True) -> Finding:
-    """Recognises and verifies a store (finished or not), run, step, release or feature index; `FormatError` for other paths."""
+    """Recognises and verifies a store (finished or not), run, step, release or feature index; reads the files of another library,
+    which have no digests; `FormatError` for other paths.
+    """
     inspect = _job(Path(path))
     with Progress("inspect", size_on_disk(path), unit="B", enabled=progress) as bar:
         return inspect(Path(path), bar)
@@ -95,10 +100,14 @@ def _job(path: Path) -> Callable[[Path, Progress], Finding]:
         return _store
     if is_step(path):
         return _checkpoint
-    if (path / saelens.CONFIG).is_file() or (path / saelens.WEIGHTS).is_file():
+    if (path / saelens.WEIGHTS).is_file():
         return _release
     if RunPaths(path).config.is_file():
         return _run
+    if any(known.recognise(path) for name, known in FORMATS.items() if name not in OURS):
+        return _files
+    if (path / saelens.CONFIG).is_file():
+        return _release
     raise FormatError(f"{path}: neither an activation store, nor a run, a checkpoint step, a release or a feature index"
                       if path.exists() else f"{path}: does not exist")
 
@@ -231,12 +240,23 @@ def _release(path: Path, bar: Progress) -> Finding:
             found.problems.append(f"{path / name}: missing")
     sae = found.attempt(lambda: saelens_read.read(path)) if not found.problems else None
     if sae is not None:
-        c = sae.cfg
-        found.facts = {"sae": f"{c.kind}{f', k = {c.k}' if c.kind == 'topk' else ''}", "d_in": c.d_in, "d_sae": c.d_sae,
-                       "hookpoint": c.hookpoint, **({"target": c.target} if c.target else {}), "model": c.model,
-                       "schema_version": c.metadata.get("schema_version"),
-                       "tokens_seen": c.metadata.get("training", {}).get("tokens"),
-                       "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
+        found.facts = _sae_facts(sae.cfg) | {"schema_version": sae.cfg.metadata.get("schema_version"),
+                                             "tokens_seen": sae.cfg.metadata.get("training", {}).get("tokens"),
+                                             "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
+    bar.advance(size_on_disk(path))
+    return found
+
+
+def _sae_facts(c: SAEConfig) -> dict:
+    return {"sae": f"{c.kind}{f', k = {c.k}' if c.kind == 'topk' else ''}", "d_in": c.d_in, "d_sae": c.d_sae,
+            "hookpoint": c.hookpoint, **({"target": c.target} if c.target else {}), "model": c.model}
+
+
+def _files(path: Path, bar: Progress) -> Finding:
+    found = Finding(path, "files of another library", read={path}, digests=False)
+    sae = found.attempt(lambda: load(path))
+    if sae is not None:
+        found.facts = {"format": sae.cfg.metadata["source"]["format"], **_sae_facts(sae.cfg)}
     bar.advance(size_on_disk(path))
     return found
 
@@ -307,8 +327,8 @@ def shown(found: Finding) -> str:
         lines.append(f"  {'not read':<16} {', '.join(missed[:_NAMED])}{more} (no digests)")
     lines += [f"  BAD  {problem}" for problem in found.problems]
     n = len(found.problems)
-    lines.append(f"  does NOT verify: {n} problem{'s' if n > 1 else ''}" if n else
-                 f"  verifies{', but for what was not read' if missed else ''}")
+    good = f"verifies{', but for what was not read' if missed else ''}" if found.digests else "can be read; it has no digests"
+    lines.append(f"  does NOT verify: {n} problem{'s' if n > 1 else ''}" if n else f"  {good}")
     return "\n".join(lines)
 
 

@@ -157,8 +157,12 @@ class Subject:
     def _check_place(self, lm_: LM) -> None:
         cfg, files = self.sae.cfg, self._loaded[1].cfg
         for name in (*files.hookpoints, files.target) if self.given.hookpoint is None else (self.given.hookpoint,):
-            if name not in ("", UNKNOWN):
+            if name in ("", UNKNOWN):
+                continue
+            try:
                 hookpoint_of(name, lm_.cfg)  # refused where it fits no family, or means another value in this one
+            except HookpointError as error:
+                raise HookpointError(f"{self.source}: {error}; say where it reads with hookpoint=NAME") from error
         for names, width in ((cfg.hookpoints, cfg.d_in), (cfg.targets, cfg.spec.width_out)):
             if UNKNOWN in names:
                 raise ConfigError(f"{self.source}: its files do not say where it writes, and nothing else can; use files that do")
@@ -197,6 +201,8 @@ class Subject:
             self.require(missing.TEXT, text=True)
         base = Text.of(config) if config is not None else Text(TextOptions())
         kept = {key: known[key] for key in ("context", "bos", "packing") if config is None and known.get(key)}
+        if context is None and config is None:
+            context = min(kept.get("context", base.options.context), self.lm.cfg.max_context)
         if context is not None:
             kept["context"] = context
         return dataclasses.replace(base, options=dataclasses.replace(base.options, source=tuple(source), **kept))

@@ -60,6 +60,8 @@ def test_topk_with_a_threshold(tmp_path):
         convert(source, tmp_path / "other", "gemma_scope")
     with pytest.raises(FormatError, match="expected numbers"):
         convert(source, tmp_path / "other", "gemma_scope", rows[:, :-1])
+    with pytest.raises(FormatError, match="rows: only a topk SAE for Gemma Scope is approximated"):
+        convert(source, tmp_path / "other", "saelens", rows)
 
 
 def test_agreement_sees_a_difference():

@@ -73,6 +73,20 @@ def test_one_token():
     assert text_of(b" the") == " the" and text_of(b"") == "" and text_of(b"\x80") == "<0x80>"
 
 
+@pytest.mark.parametrize("name", ["llama2", "gemma", "metaspace", "words"])
+def test_the_token_with_a_text(forms, name):
+    """With its blank, whatever the tokenizer puts before a text; else the one that the text becomes."""
+    tokenizer = forms[name]
+    ids = tokenizer.encode("the king has")
+    for i in ids if name != "gemma" else []:
+        assert tokenizer.id_of(tokenizer.token(i)) == i
+    assert tokenizer.id_of("<|endoftext|>") == tokenizer.bos_id
+    assert tokenizer.id_of("the king") is tokenizer.id_of("zqz") is None
+    if name in ("llama2", "metaspace"):
+        assert tokenizer.token(tokenizer.id_of(" king")) == " king" and tokenizer.token(tokenizer.id_of("t")) == "t"
+        assert tokenizer.token(tokenizer.id_of("king")) == " king", "there is none that ends a word so"
+
+
 def test_special_strings_of_documents_are_text(forms):
     for name, tokenizer in forms.items():
         text = "a<|endoftext|>the"

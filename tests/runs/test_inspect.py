@@ -140,3 +140,14 @@ def test_a_release_without_weights_and_with_cut_weights(run, capsys):
 def test_something_else_is_refused(tmp_path):
     with pytest.raises(FormatError, match="neither an activation store"):
         inspect_path(tmp_path)
+
+
+def test_files_of_another_library_are_read_and_not_said_to_verify(run, tmp_path, capsys):
+    theirs = tmp_path / "theirs"
+    assert main(["convert", str(run), str(theirs), "--to=sparsify"]) == 0 and main(["inspect", str(theirs)]) == 0
+    out = capsys.readouterr().out
+    assert f"{theirs}: files of another library" in out and "sparsify" in out and "can be read; it has no digests" in out
+    assert inspect_path(theirs, progress=False).to_json()["verifies"] is None
+    weights = theirs / "sae.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert main(["inspect", str(theirs)]) == 2 and str(weights) in capsys.readouterr().out

@@ -10,7 +10,7 @@ from saejax.cli.options import Job, Json, count, number, path, places, value
 @dataclass(frozen=True)
 class Options(Json):
     paths: tuple[str, ...] = places("A B", "two SAEs", least=2, most=2)
-    rows: int = value("rows of A's store, or B's, on which activations are compared", "N", count, default=65_536)
+    rows: int | None = value("rows of A's store, or B's, on which activations are compared (65,536)", "N", count)
     least: float = value("cosine, or correlation of activations, from which on two are a match", "BOUND", number, default=0.7)
     out: Path | None = value("write the matches: a .parquet file, a row a feature of A and of B", "FILE", path)
 

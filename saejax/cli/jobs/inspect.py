@@ -27,6 +27,6 @@ JOB = Job(
     "inspect", "operate", "say what a store, run, checkpoint or release is, and verify it", """
     Reads everything under PATH that has a digest and checks it: stores, checkpoints, releases, indices, of a sweep those of all
     its SAEs; writes nothing. Names what it did not read: dashboards, reports, logs, answers of judges, neurons have no digests
-    (config.json and cfg.json have none either; they are parsed).
+    (config.json and cfg.json have none either; they are parsed; nor do the files of other libraries, which are loaded).
     Exit code 0 when all that was read verifies, 2 when not, with one line for every file or array that does not.
     """, "saejax inspect runs/demo", Options, run)

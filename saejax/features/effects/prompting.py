@@ -16,11 +16,13 @@ def encoded(lm_: LM, prompt: Text) -> np.ndarray:
 
 
 def single_token(lm_: LM, text: str) -> int:
-    """The id of a text that is one token. Raises `PromptError` where it is none or several."""
-    ids = lm_.tokenizer.encode(text) if isinstance(text, str) else []
-    if len(ids) != 1:
-        raise PromptError(f"{text!r} is {len(ids)} tokens of this model; give one (a leading blank often matters)")
-    return ids[0]
+    """The id of a text that is one token (`Tokenizer.id_of`). Raises `PromptError` where it is none or several."""
+    found = lm_.tokenizer.id_of(text) if isinstance(text, str) else None
+    if found is None:
+        n = len(lm_.tokenizer.encode(text)) if isinstance(text, str) else 0
+        raise PromptError(f"{text!r} is {f'{n} tokens' if n != 1 else 'no token'} of this model; give one (a leading blank often "
+                          "matters)")
+    return found
 
 
 def special(lm_: LM, tokens_T: np.ndarray) -> np.ndarray:
