@@ -26,6 +26,15 @@ def digests(path: str | Path, advance: Callable[[int], object] = lambda _: None)
     return {"bytes": size, "sha256": found.hexdigest(), "blocks": blocks}
 
 
+def continued(blocks: Sequence[int], size: int, data: bytes) -> list[int]:
+    """The digests of a file of `size` bytes, which has these `blocks`, after `data` is appended to it."""
+    out, rest = list(blocks), memoryview(data)
+    if size % BLOCK and len(rest):
+        room = BLOCK - size % BLOCK
+        out[-1], rest = zlib.crc32(rest[:room], out[-1]), rest[room:]
+    return out + [zlib.crc32(rest[a:a + BLOCK]) for a in range(0, len(rest), BLOCK)]
+
+
 class VerifiedFile(io.RawIOBase):
     """A file to read from; a block is checked when a read touches it first. Raises `error` naming file and block."""
 

@@ -60,9 +60,14 @@ class StoreSpec:
 
     def differences(self, other: "StoreSpec") -> list[str]:
         """Lines "key: this -> other"."""
-        mine, theirs = _flat(self.to_json()), _flat(other.to_json())
-        return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
-                if mine.get(key) != theirs.get(key)]
+        return differences(self.to_json(), other.to_json())
+
+
+def differences(mine: dict, theirs: dict) -> list[str]:
+    """Lines "key: this -> other" of two JSON objects, with the keys of the objects inside them."""
+    mine, theirs = _flat(mine), _flat(theirs)
+    return [f"{key}: {mine.get(key)!r} -> {theirs.get(key)!r}" for key in sorted(mine.keys() | theirs.keys())
+            if mine.get(key) != theirs.get(key)]
 
 
 def _flat(values: dict, path: str = "") -> dict:

@@ -10,6 +10,7 @@ A source is one of
 import contextlib
 import glob
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,14 +30,15 @@ Document = str | list[int] | list[dict]  # text, token ids, a conversation
 _DOCUMENT_ORDER = 3
 _STREAM_BUFFER = 10_000
 _BATCH = 256
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 @dataclass
 class Sources:
     """Resolved sources: what they are called, their digest, and the loaded datasets (one per file type or hub name).
 
-    `digest` covers names and sha256 of the content of files in reading order, or name, revision and fingerprint of
-    hub data.
+    `digest` covers names and sha256 of the content of files in reading order, or name and commit of hub data, which are read at
+    that commit whatever the hub holds by then.
     """
 
     names: list[str]
@@ -50,6 +52,11 @@ class Sources:
     def streaming(self) -> bool:
         """Whether documents can only be read in order."""
         return self._options.streaming
+
+    @property
+    def revisions(self) -> dict[str, str]:
+        """The commit at which each hub dataset is read, by its name."""
+        return {f"{name}:{config}" if config else name: commit for name, config, commit in self._hub if commit}
 
     def datasets(self) -> list:
         """The datasets, loaded once, each checked to have a text column. Raises `TextError`."""
@@ -119,8 +126,10 @@ def resolve(options: TextOptions) -> Sources:
     for builder, paths in files.items():
         for path in paths:
             parts += [builder, path.name, file_sha256(path)]
-    for name, config, revision in hub:
-        parts += ["hub", name, config or "", _hub_commit(name, config, revision), options.split]
+    for i, (name, config, revision) in enumerate(hub):
+        commit = _hub_commit(name, config, revision)
+        parts += ["hub", name, config or "", commit, options.split]
+        hub[i] = name, config, commit if _COMMIT.fullmatch(commit) else revision
     return Sources(names, text_sha256(*parts), options, files, hub)
 
 
@@ -149,19 +158,31 @@ def read(sources: Sources, seed: int, start: int = 0) -> Iterator[list[Document 
 
 
 def _read_map(parts: list, options: TextOptions, seed: int, start: int) -> Iterator[list[Document | None]]:
-    ends = np.cumsum([len(p) for p in parts])
-    total = int(ends[-1])
-    order = Permutation(total, derive_key(seed, _DOCUMENT_ORDER))
+    total = sum(map(len, parts))
     for a in range(start, total, _BATCH):
-        rows = np.arange(a, min(a + _BATCH, total))
-        rows = order(rows) if options.shuffle else rows
-        which = np.searchsorted(ends, rows, side="right")
-        out = np.empty(len(rows), object)
-        for p in np.unique(which):
-            mine = np.flatnonzero(which == p)
-            local = rows[mine] - (ends[p - 1] if p else 0)
-            out[mine] = _documents(parts[p][local.tolist()]["text"])
-        yield out.tolist()
+        yield _at(parts, options, seed, np.arange(a, min(a + _BATCH, total)))
+
+
+def count(sources: Sources) -> int:
+    """The number of documents of map-style data."""
+    return sum(map(len, sources.datasets()))
+
+
+def read_at(sources: Sources, seed: int, positions: np.ndarray) -> list[Document | None]:
+    """The documents of map-style data at these positions of the shuffled order."""
+    return _at(sources.datasets(), sources._options, seed, positions)
+
+
+def _at(parts: list, options: TextOptions, seed: int, positions: np.ndarray) -> list[Document | None]:
+    ends = np.cumsum([len(p) for p in parts])
+    rows = Permutation(int(ends[-1]), derive_key(seed, _DOCUMENT_ORDER))(positions) if options.shuffle else positions
+    which = np.searchsorted(ends, rows, side="right")
+    out = np.empty(len(rows), object)
+    for p in np.unique(which):
+        mine = np.flatnonzero(which == p)
+        local = rows[mine] - (ends[p - 1] if p else 0)
+        out[mine] = _documents(parts[p][local.tolist()]["text"])
+    return out.tolist()
 
 
 def _read_stream(parts: list, options: TextOptions, seed: int, start: int, shown: str) -> Iterator[list[Document | None]]:

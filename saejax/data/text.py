@@ -18,8 +18,6 @@ A document is held out when the hash of its text falls below `holdout`: the spli
 seed, and copies of a document are on the same side.
 """
 
-import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
@@ -29,7 +27,8 @@ from saejax.base.errors import TextError
 from saejax.base.records import TokenBatch
 from saejax.config import Config, TextOptions
 from saejax.data import sources as src
-from saejax.data.sources import Document, Reader, Sources
+from saejax.data.packing import Packing
+from saejax.data.sources import Reader, Sources
 from saejax.lm import Tokenizer
 
 
@@ -65,39 +64,13 @@ class Text:
         return f"Text({', '.join(o.source)}, {o.split}, contexts of {o.context} tokens)"[:150]
 
 
-def is_held_out(text: Document, holdout: float) -> bool:
-    """blake2b(text) / 2^64 < holdout. Of conversations and token ids the text is their JSON."""
-    text = text if isinstance(text, str) else json.dumps(text)
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < holdout
-
-
 def describe(options: TextOptions, sources: Sources, seed: int) -> dict:
     """What decides the token rows, as plain JSON for a manifest; no paths."""
     return {"sources": sources.names, "digest": sources.digest, "field": options.field, "split": options.split,
             "streaming": options.streaming, "shuffle": options.shuffle, "seed": seed, "bos": options.bos,
             "separator": options.separator, "holdout": options.holdout, "special": options.special,
-            "mask": sorted(options.mask), **({"packing": options.packing} if options.packing != "packed" else {})}
-
-
-def _ids_of(tokenizer: Tokenizer, option: str, text: str | None, own: int | None, key: str) -> list[int]:
-    """The token that an option stands for: none, the tokenizer's own, or the one with this text. Raises `TextError`."""
-    if option == "none":
-        return []
-    found = own if text is None else tokenizer.id_of(text)
-    if found is None:
-        what = f"{text!r} is no token of this tokenizer" if text is not None else "the tokenizer has no such token"
-        raise TextError(f"config.text.{key}: {what}; set config.text.{key}='none', or give the text of a token")
-    return tokenizer.with_rows([found])
-
-
-def _pad_of(tokenizer: Tokenizer) -> int:
-    """The token that fills a row up. Raises `TextError` where there is none."""
-    found = tokenizer.pad_id if tokenizer.pad_id is not None else tokenizer.separator_id
-    if found is None:
-        raise TextError("config.text.packing: 'document' fills rows up, and the tokenizer has neither a pad token nor EOS; set "
-                        "it to 'packed'")
-    return tokenizer.with_rows([found])[0]
+            "mask": sorted(options.mask), **({"packing": options.packing} if options.packing != "packed" else {}),
+            **({"revisions": sources.revisions} if sources.revisions else {})}
 
 
 class PackedText:
@@ -109,18 +82,8 @@ class PackedText:
 
     def __init__(self, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
                  sources: Sources | None = None, start: TextState | None = None):
-        if split == "heldout" and options.holdout == 0:
-            raise TextError("config.text.holdout: 0 keeps no document for evaluation; set it to 0.02, for example")
-        bos, place = _ids_of(tokenizer, options.bos, options.bos_token, tokenizer.bos_id, "bos"), options.bos_place
-        plain = options.separator in ("eos", "none")
-        self._after = _ids_of(tokenizer, options.separator, None if plain else options.separator, tokenizer.separator_id,
-                              "separator")
-        self._options, self._tokenizer, self._split = options, tokenizer, split
-        self._masked = np.array(sorted(tokenizer.special_ids) if "special" in options.mask else [], np.int32)
-        alone = options.packing == "document"
-        self._row = bos if place == "row" and not alone else []
-        self._before = bos if place == "doc" or alone else []
-        self._pad = _pad_of(tokenizer) if alone else None
+        self._packing = Packing(options, tokenizer, split)
+        self._options, self._split = options, split
         self._sources = sources or src.resolve(options)
         self._reader = Reader(self._sources, seed)
         start = start or TextState()
@@ -152,16 +115,14 @@ class PackedText:
 
     def take(self, n: int) -> np.ndarray:
         """The next `n` rows, int32 [n, context]; fewer where the text ends, none behind it."""
-        payload = self._options.context - len(self._row)
+        payload = self._packing.payload
         while len(self._tokens) < n * payload and not self._ended:
             self._refill(n * payload)
         rows = min(n, len(self._tokens) // payload)
         if self._ended and rows < n:
             self.dropped_tokens = len(self._tokens) - rows * payload
             self._refuse_nothing(rows)
-        out = np.empty((rows, self._options.context), np.int32)
-        out[:, :len(self._row)] = self._row
-        out[:, len(self._row):] = self._tokens[:rows * payload].reshape(rows, payload)
+        out = self._packing.rows(self._tokens[:rows * payload])
         self._consume(rows * payload, rows)
         return out
 
@@ -169,17 +130,11 @@ class PackedText:
         """bool [..., T] of rows [..., T]: False at the first token and at special ones where these are masked, and behind the end
         of a document that is a row of its own.
         """
-        keep = ~np.isin(tokens, self._masked)
-        keep[..., :"first" in self._options.mask] = False
-        return keep & (np.arange(tokens.shape[-1]) < self.lengths(tokens)[..., None])
+        return self._packing.masking.keep(tokens)
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
         """int [...] of rows [..., T]: the tokens that are text; the others fill the row up."""
-        room = tokens.shape[-1]
-        if self._pad is None:
-            return np.full(tokens.shape[:-1], room)
-        filled = np.cumprod(tokens[..., ::-1] == self._pad, axis=-1).sum(-1)
-        return room - np.maximum(filled - (self._after == [self._pad]), 0)  # the first may be the separator
+        return self._packing.masking.lengths(tokens)
 
     def _refuse_nothing(self, rows: int) -> None:
         if self.state.contexts or rows:
@@ -191,8 +146,9 @@ class PackedText:
             raise TextError(f"{where}: none of {self._reader.position} documents has text in the {self._split!r} split; "
                             f"change config.text.holdout = {self._options.holdout} or add documents (one text file is "
                             "one document)")
-        raise TextError(f"{where}: the {self._split!r} split has {len(self._tokens) + len(self._row)} tokens, one "
-                        f"context needs {self._options.context}; add text or lower config.text.context")
+        there = len(self._tokens) + self._packing.context - self._packing.payload
+        raise TextError(f"{where}: the {self._split!r} split has {there} tokens, one context needs {self._options.context}; add "
+                        "text or lower config.text.context")
 
     def _refill(self, wanted: int) -> None:
         """Tokenises batches of documents until `wanted` tokens are buffered or the text ends."""
@@ -203,39 +159,13 @@ class PackedText:
             if batch is None:
                 self._ended = True
                 break
-            first, heldout = self._reader.position - len(batch), self._split == "heldout"
-            mine = [(i, t) for i, t in enumerate(batch) if t and is_held_out(t, self._options.holdout) == heldout]
-            for (i, _), ids in zip(mine, self._encode([t for _, t in mine]), strict=True):
-                if ids:
-                    before = self._before if ids[0] not in self._before else []
-                    after = self._after if ids[-1] not in self._after else []
-                    pieces.append(self._piece([*before, *ids, *after]))
-                    numbers.append(first + i)
-                    have += len(pieces[-1])
+            first = self._reader.position - len(batch)
+            found = [(first + i, piece) for i, piece in enumerate(self._packing.pieces(batch)) if piece is not None]
+            numbers += [number for number, _ in found]
+            pieces += [piece for _, piece in found]
+            have += sum(len(piece) for _, piece in found)
         if pieces:
             self._append(pieces, np.array(numbers, np.int64))
-
-    def _piece(self, ids: list[int]) -> np.ndarray:
-        """What goes to the buffer: the tokens of a document, or a whole row of them."""
-        if self._pad is None:
-            return np.array(ids, np.int32)
-        row = np.full(self._options.context, self._pad, np.int32)
-        row[:len(ids)] = ids[:len(row)]
-        return row
-
-    def _encode(self, documents: list[Document]) -> list[list[int]]:
-        """Token ids of documents: of texts, of conversations through the chat template, and those that are ids already."""
-        texts = [d for d in documents if isinstance(d, str)]
-        of_texts = iter(self._tokenizer.encode_batch(texts, special=self._options.special))
-        return [next(of_texts) if isinstance(d, str) else self._tokenizer.chat(d, answer=False) if isinstance(d[0], dict)
-                else self._checked(d) for d in documents]
-
-    def _checked(self, ids: list[int]) -> list[int]:
-        least, most = min(ids), max(ids)
-        if least < 0 or most >= self._tokenizer.vocab_size:
-            raise TextError(f"config.text.field: token id {least if least < 0 else most}: the tokenizer has ids 0 to "
-                            f"{self._tokenizer.vocab_size - 1}; give ids of this model's tokenizer, or the text")
-        return self._tokenizer.with_rows(ids)
 
     def _append(self, pieces: list[np.ndarray], numbers: np.ndarray) -> None:
         self._seen = True

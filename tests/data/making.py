@@ -14,9 +14,9 @@ from saejax import config as C
 from saejax.config import TextOptions
 from saejax.data import sources as src
 from saejax.data.manifest import StoreSpec
+from saejax.data.packing import is_held_out
 from saejax.data.sources import Sources
 from saejax.data.store import Store
-from saejax.data.text import is_held_out
 from saejax.data.writer import StoreWriter
 from saejax.lm import Tokenizer
 from tests.lm import tiny_llama

@@ -12,7 +12,8 @@ from saejax.base.errors import TextError
 from saejax.config import TextOptions
 from saejax.data import finding
 from saejax.data import sources as src
-from saejax.data.text import PackedText, is_held_out
+from saejax.data.packing import is_held_out
+from saejax.data.text import PackedText, describe
 from tests.data.making import documents, sentences, word_tokenizer, write_jsonl
 
 
@@ -177,3 +178,26 @@ def test_a_hub_name_that_cannot_be_read_is_one_line():
     with pytest.raises(TextError, match="'nobody/nothing' is no preset .*, no local file and not readable from the hub") as e:
         src.resolve(TextOptions(source=("nobody/nothing:config@main",)))
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_data_are_read_at_the_commit_that_was_digested(monkeypatch, streaming):
+    """Also when the hub moves on between the two."""
+    commit, asked = "ab" * 20, []
+
+    class Builder:
+        hash = commit
+
+    def load(path, split, **options):
+        asked.append((path, options["name"], options["revision"]))
+        return datasets.Dataset.from_dict({"text": ["x"]})
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda name, config, revision: Builder)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    options = TextOptions(source=("some/texts@main", "some/more:small"), streaming=streaming)
+    sources = src.resolve(options)
+    sources.datasets()
+    assert asked == [("some/texts", None, commit), ("some/more", "small", commit)]
+    assert describe(options, sources, 0)["revisions"] == {"some/texts": commit, "some/more:small": commit}
+    monkeypatch.setattr(Builder, "hash", "ba" * 20)
+    assert src.resolve(options).digest != sources.digest

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from saejax.base.errors import TextError
 from saejax.config import TextOptions
 from saejax.data import sources as src
-from saejax.data.text import PackedText, TextState, describe, is_held_out, token_batches
+from saejax.data.packing import is_held_out
+from saejax.data.text import PackedText, TextState, describe, token_batches
 from saejax.lm.tokenizer import from_pretrained
 from tests.data.making import documents, loaded, sentences, word_tokenizer, write_jsonl
 from tests.lm.token_forms import byte_level, save
