@@ -1,8 +1,8 @@
 """Numbers of contexts: which row of which part of the text is context number c.
 
-Contexts are numbered in rounds. Round r takes row r of every part that has more than r rows, in the order of the parts; a part that
-has no more is left out from then on. A part whose text has not ended may get further rows, so only the rounds are numbered in which
-every such part has its row: what is added later never changes the number of a context.
+Contexts are numbered in rounds. Round r takes row r of every part that has more than r rows, in the order of the parts; a part
+that has no more is left out from then on. A part whose text has not ended may get further rows. So only the rounds are numbered
+in which every such part has its row: what is added later never changes the number of a context.
 """
 
 import numpy as np

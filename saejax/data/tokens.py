@@ -1,0 +1,163 @@
+"""Text -> token store. Tokens are made once, before anything else; what needs them asks for rows by their number.
+
+Process p of P makes parts p, p + P, ... of the text and tokenises their documents only. The files of a part depend neither on P
+nor on interruptions, nor on how often a store was made larger.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from saejax.base import lease
+from saejax.base.errors import StoreError, TextError
+from saejax.base.logs import say
+from saejax.base.storage import barrier, disk_errors, file_sha256, is_writer, together, write_json
+from saejax.config import TextOptions
+from saejax.data import manifest, parts
+from saejax.data import sources as src
+from saejax.data.numbering import Numbering, rows_needed
+from saejax.data.packing import Packing
+from saejax.data.parts import FilePart, Part
+from saejax.data.sources import Sources
+from saejax.data.token_store import (
+    KIND,
+    MANIFEST,
+    SCHEMA_VERSION,
+    SPEC,
+    TokenStore,
+    is_complete,
+    read_spec,
+    spec_digest,
+    spec_file,
+)
+from saejax.data.token_store import spec_of as spec_of
+from saejax.lm import Tokenizer
+
+__all__ = ["TokenStore", "TokenWriter", "build", "in_memory", "is_complete", "spec_of"]
+
+
+def build(path: str | Path, options: TextOptions, tokenizer: Tokenizer, contexts: int, *, seed: int, split: str = "train",
+          sources: Sources | None = None, advance: Callable[[int], object] = lambda _: None) -> TokenStore:
+    """The token store in a folder with at least `contexts` contexts, or with all that the text has. Every process calls it.
+
+    One that is there is opened, or grows where it has fewer. One that was interrupted goes on. advance: is told how many tokens
+    were made since it was told before; what it raises stops the work between two documents.
+
+    Raises `StoreError` (the folder belongs to another text, tokenizer, context or version; lists the differences),
+    `StoreCorruptError`, `TextError` (nothing in the split, less than one context), `DiskError`, `LeaseError`.
+    """
+    import jax
+    process, n_processes = jax.process_index(), jax.process_count()
+    with lease.writing(path):
+        writer = TokenWriter(path, options, tokenizer, seed=seed, split=split, sources=sources)
+        with together("saejax_tokens_begin"):
+            if is_writer():
+                writer.begin()
+        while True:
+            with together("saejax_tokens_planned"):  # nobody goes on before all have read the records
+                rows = writer.rows_wanted(contexts)
+            if rows is None:
+                break
+            with together("saejax_tokens_made"):
+                for tokens in writer.extend(rows, process, n_processes):
+                    advance(tokens)
+        with together("saejax_tokens_finished"):
+            if is_writer() and not is_complete(path):
+                writer.finish()
+        barrier("saejax_tokens")
+    return TokenStore.open(path)
+
+
+def in_memory(options: TextOptions, tokenizer: Tokenizer, contexts: int, *, seed: int, split: str = "train",
+              sources: Sources | None = None) -> TokenStore:
+    """The same rows under the same numbers, in memory and without a file: for a few. Raises `TextError`."""
+    sources = sources or src.resolve(options)
+    packing = Packing(options, tokenizer, split)
+    made = [Part(number, packing) for number in range(parts.PARTS)]
+    while (rows := rows_needed([p.rows for p in made], [p.finished for p in made], contexts)) is not None:
+        for _ in parts.extend(made, rows, packing, sources, seed):
+            pass
+    store = TokenStore.of_parts(spec_of(options, tokenizer, sources, seed=seed, split=split), packing.masking, made)
+    if store.contexts == 0:
+        raise _nothing(packing, sources, made)
+    return store
+
+
+class TokenWriter:
+    """Fills the folder of a token store. Any number of processes may make different parts of it.
+
+    `begin` comes first, in one process; then, as long as `rows_wanted` says how many rows each part needs, `extend` in all of
+    them; then `finish` in one.
+    """
+
+    def __init__(self, path: str | Path, options: TextOptions, tokenizer: Tokenizer, *, seed: int, split: str = "train",
+                 sources: Sources | None = None):
+        self.path, self._seed = Path(path), seed
+        self._sources = sources or src.resolve(options)
+        self._packing = Packing(options, tokenizer, split)
+        self.spec = spec_of(options, tokenizer, self._sources, seed=seed, split=split)
+        self._digest = spec_digest(self.spec)
+
+    def begin(self) -> None:
+        """Writes `spec.json`. A folder for another spec is taken over as long as there are no rows in it. Raises `StoreError`."""
+        with disk_errors(self.path):
+            there = list(self.path.iterdir()) if self.path.exists() else []
+            if not (self.path / SPEC).is_file():
+                if any(SPEC not in file.name and file.name != lease.FILE for file in there):
+                    raise StoreError(f"{self.path}: is not empty and not a token store; choose another folder")
+            elif different := manifest.differences(read_spec(self.path), self.spec):
+                if any(file.suffix == ".i32" and file.stat().st_size for file in there):
+                    raise StoreError(f"{self.path}: holds the tokens of another config ({'; '.join(different)}); choose another "
+                                     "folder or delete this one")
+                for file in there:
+                    if file.name.startswith("part-"):
+                        file.unlink()
+            else:
+                return
+        write_json(self.path / SPEC, spec_file(self.spec))
+
+    def rows_wanted(self, contexts: int) -> int | None:
+        """How many rows every part has to have for this many contexts; None where they have them, or the text has no more."""
+        made = self._parts()
+        return rows_needed([p.rows for p in made], [p.finished for p in made], contexts)
+
+    def extend(self, rows: int, process: int = 0, n_processes: int = 1) -> Iterator[int]:
+        """Makes this process's parts as long as `rows`. Yields the number of tokens made since the time before."""
+        lease.confirm()
+        with disk_errors(self.path):
+            (self.path / MANIFEST).unlink(missing_ok=True)  # it speaks of shorter parts
+        return parts.extend(self._parts(process, n_processes), rows, self._packing, self._sources, self._seed)
+
+    def finish(self) -> None:
+        """Writes `tokens.json`. Raises `TextError` where there is not one context."""
+        made = self._parts()
+        state = {"rows": [p.rows for p in made], "finished": [p.finished for p in made], "dropped": [p.dropped for p in made]}
+        contexts = Numbering(state["rows"], state["finished"]).contexts
+        if contexts == 0:
+            raise _nothing(self._packing, self._sources, made)
+        if all(state["finished"]):
+            say(f"tokens: the text ended after {contexts} contexts of {self._packing.context} tokens; {sum(state['dropped'])} "
+                "tokens that fill no context dropped")
+        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, "spec": self.spec, **state,
+                  "masking": self._packing.masking.to_json(),
+                  "records": [file_sha256(parts.record_file(self.path, number)) for number in range(parts.PARTS)]}
+        for leftover in self.path.glob(".*.tmp-*"):
+            leftover.unlink(missing_ok=True)
+        lease.confirm()
+        write_json(self.path / MANIFEST, {**values, "sha256": manifest.self_digest(values)})
+
+    def _parts(self, process: int = 0, n_processes: int = 1) -> list[FilePart]:
+        return [FilePart(number, self._packing, self.path, self._digest) for number in range(process, parts.PARTS, n_processes)]
+
+
+def _nothing(packing: Packing, sources: Sources, made: Sequence[Part]) -> TextError:
+    """Why there is not one context."""
+    where = f"config.text.source: {', '.join(sources.names)}"
+    documents, dropped = sum(part.documents for part in made), [part.dropped for part in made]
+    if documents == 0:
+        return TextError(f"{where}: no documents")
+    if not any(part.used for part in made):
+        return TextError(f"{where}: none of {documents} documents has text in the {packing.split!r} split; change "
+                         "config.text.holdout or add documents (one text file is one document)")
+    longest = max(dropped) + packing.context - packing.payload
+    return TextError(f"{where}: the {packing.split!r} split has {sum(dropped)} tokens in {sum(map(bool, dropped))} parts, the "
+                     f"longest has {longest}, one context needs {packing.context}; add text or lower config.text.context")
