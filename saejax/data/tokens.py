@@ -32,8 +32,6 @@ from saejax.data.token_store import (
 from saejax.data.token_store import spec_of as spec_of
 from saejax.lm import Tokenizer
 
-__all__ = ["TokenStore", "TokenWriter", "build", "in_memory", "is_complete", "spec_of"]
-
 
 def build(path: str | Path, options: TextOptions, tokenizer: Tokenizer, contexts: int, *, seed: int, split: str = "train",
           sources: Sources | None = None, advance: Callable[[int], object] = lambda _: None) -> TokenStore:
@@ -48,10 +46,12 @@ def build(path: str | Path, options: TextOptions, tokenizer: Tokenizer, contexts
     import jax
     process, n_processes = jax.process_index(), jax.process_count()
     with lease.writing(path):
-        writer = TokenWriter(path, options, tokenizer, seed=seed, split=split, sources=sources)
         with together("saejax_tokens_begin"):
+            writer = TokenWriter(path, options, tokenizer, seed=seed, split=split, sources=sources)
             if is_writer():
                 writer.begin()
+        with together("saejax_tokens_same"):
+            writer.check()
         while True:
             with together("saejax_tokens_planned"):  # nobody goes on before all have read the records
                 rows = writer.rows_wanted(contexts)
@@ -104,16 +104,21 @@ class TokenWriter:
             if not (self.path / SPEC).is_file():
                 if any(SPEC not in file.name and file.name != lease.FILE for file in there):
                     raise StoreError(f"{self.path}: is not empty and not a token store; choose another folder")
-            elif different := manifest.differences(read_spec(self.path), self.spec):
+            elif read_spec(self.path) != self.spec:
                 if any(file.suffix == ".i32" and file.stat().st_size for file in there):
-                    raise StoreError(f"{self.path}: holds the tokens of another config ({'; '.join(different)}); choose another "
-                                     "folder or delete this one")
+                    self.check()
                 for file in there:
                     if file.name.startswith("part-"):
                         file.unlink()
             else:
                 return
         write_json(self.path / SPEC, spec_file(self.spec))
+
+    def check(self) -> None:
+        """Raises `StoreError` with all differences where the folder is for another spec."""
+        if different := manifest.differences(read_spec(self.path), self.spec):
+            raise StoreError(f"{self.path}: holds the tokens of another config ({'; '.join(different)}); choose another folder or "
+                             "delete this one")
 
     def rows_wanted(self, contexts: int) -> int | None:
         """How many rows every part has to have for this many contexts; None where they have them, or the text has no more."""

@@ -39,6 +39,19 @@ some = st.fixed_dictionaries({
     "split": st.sampled_from(["train", "heldout"]), "seed": st.integers(0, 9)})
 
 
+large = some.flatmap(lambda case: st.builds(
+    lambda seed, n: case | {"docs": random_documents(seed, n)}, st.integers(0, 999), st.integers(5, 150)))
+
+
+def random_documents(seed: int, n: int) -> list:
+    """Short documents and empty ones, one among them that is long."""
+    rng = np.random.default_rng(seed)
+    docs = [rng.integers(2, 50, min(k, 30)).tolist() if k else [None, ""][i % 2]
+            for i, k in enumerate(rng.geometric(0.15, n) - 1)]
+    docs[rng.integers(n)] = rng.integers(2, 50, 99).tolist()
+    return docs
+
+
 def as_text(ids):
     return ids if ids is None or ids == "" else " ".join(f"w{i}" for i in ids)
 
@@ -150,10 +163,10 @@ def test_every_token_of_every_document_in_order_exactly_once(case):
 
 
 @settings(deadline=None, max_examples=40)
-@given(some, st.integers(1, 80))
-def test_the_same_bytes_whoever_makes_it_and_however_it_grew(tmp_path_factory, case, more):
+@given(large, st.integers(1, 80), st.integers(1, 64))
+def test_the_same_bytes_whoever_makes_it_and_however_it_grew(tmp_path_factory, case, more, at_once):
     case = Case(**case)
-    with patch.object(parts, "PARTS", case.n_parts), patch.object(parts, "_DOCUMENTS", 1 + case.seed):
+    with patch.object(parts, "PARTS", case.n_parts), patch.object(parts, "_DOCUMENTS", at_once):
         folder = tmp_path_factory.mktemp("t")
         try:
             case.make(folder / "1")
@@ -178,7 +191,7 @@ def test_the_same_bytes_whoever_makes_it_and_however_it_grew(tmp_path_factory, c
 
 
 @settings(deadline=None, max_examples=40)
-@given(some, st.lists(st.integers(1, 12), min_size=1, max_size=6),
+@given(large, st.lists(st.integers(0, 30), min_size=1, max_size=6),
        st.sampled_from([(parts, "write_json"), (parts, "continued"), (Part, "add"), (Packing, "pieces")]))
 def test_whoever_is_killed_is_gone_on_with(tmp_path_factory, case, kills, place):
     """In the middle of a batch of documents, before it, between the rows and their record, or before both."""
@@ -255,6 +268,8 @@ def test_files_and_memory_are_the_same(tmp_path, capsys, streaming):
         store.read(0, store.contexts + 1)
     whole = build(tmp_path / "t", options, word_tokenizer(), 10**6, seed=1, advance=told.append)
     assert np.array_equal(whole.read(numbers), memory.read(numbers)) and sum(told) > 0
+    build(tmp_path / "straight", options, word_tokenizer(), 10**6, seed=1)
+    assert directory(tmp_path / "t") == directory(tmp_path / "straight")
     said = f"tokens: the text ended after {whole.contexts} contexts of 16 tokens; {whole.dropped} tokens that fill no context"
     assert said in capsys.readouterr().err
 
