@@ -28,8 +28,8 @@ from saejax.data.token_store import (
     read_spec,
     spec_digest,
     spec_file,
+    spec_of,
 )
-from saejax.data.token_store import spec_of as spec_of
 from saejax.lm import Tokenizer
 
 
@@ -117,8 +117,8 @@ class TokenWriter:
     def check(self) -> None:
         """Raises `StoreError` with all differences where the folder is for another spec."""
         if different := manifest.differences(read_spec(self.path), self.spec):
-            raise StoreError(f"{self.path}: holds the tokens of another config ({'; '.join(different)}); choose another folder or "
-                             "delete this one")
+            raise StoreError(f"{self.path}: holds the tokens of another config ({'; '.join(different)}); choose another folder "
+                             "or delete this one")
 
     def rows_wanted(self, contexts: int) -> int | None:
         """How many rows every part has to have for this many contexts; None where they have them, or the text has no more."""
