@@ -19,13 +19,13 @@ from saejax.base.verified import BLOCK, continued, digests
 from saejax.config import TextOptions
 from saejax.data import packing, parts, permutation
 from saejax.data import sources as src
-from saejax.data.numbering import Numbering, rows_needed
 from saejax.data.packing import Packing, is_held_out
 from saejax.data.parts import Part
 from saejax.data.text import PackedText
 from saejax.data.token_store import MANIFEST, SPEC
 from saejax.data.tokens import TokenStore, TokenWriter, build, in_memory
 from tests.data.making import directory, loaded, sentences, word_tokenizer, write_jsonl
+from tests.data.test_numbering import naive
 from tests.processes import environment, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -93,49 +93,6 @@ class Case:
         if not (path / MANIFEST).is_file():
             self.writer(path).finish()
         return path
-
-
-def naive(rows, finished):
-    """(part, row) of every context, in order."""
-    out = []
-    for r in range(max(rows, default=0)):
-        if any(n <= r and not f for n, f in zip(rows, finished, strict=True)):
-            return out
-        out += [(p, r) for p, n in enumerate(rows) if n > r]
-    return out
-
-
-lengths = st.lists(st.tuples(st.integers(0, 12), st.booleans()), min_size=1, max_size=12)
-
-
-@settings(deadline=None)
-@given(lengths, st.randoms())
-def test_numbers_are_dealt_in_rounds(sizes, random):
-    rows, finished = [n for n, _ in sizes], [f for _, f in sizes]
-    numbering, wanted = Numbering(rows, finished), naive(rows, finished)
-    assert numbering.contexts == len(wanted)
-    assert list(zip(*map(np.ndarray.tolist, numbering(np.arange(len(wanted)))), strict=True)) == wanted
-    some = random.choices(range(len(wanted)), k=5) if wanted else []
-    assert list(zip(*map(np.ndarray.tolist, numbering(some)), strict=True)) == [wanted[i] for i in some]
-    for outside in (-1, len(wanted)):
-        with pytest.raises(IndexError):
-            numbering([outside])
-    longer = [n + (0 if f else random.randrange(4)) for n, f in sizes]
-    ended = [f or random.random() < 0.3 for f in finished]
-    assert naive(longer, ended)[:len(wanted)] == wanted
-
-
-@settings(deadline=None)
-@given(lengths, st.integers(1, 99))
-def test_parts_get_no_more_rows_than_they_need(sizes, contexts):
-    rows, finished = [n for n, _ in sizes], [f for _, f in sizes]
-    wanted = rows_needed(rows, finished, contexts)
-
-    def room(least):
-        return sum(min(n, least) if f else least for n, f in sizes)
-
-    least = next((n for n in range(contexts + 1) if room(n) >= contexts), None)
-    assert wanted == (least if any(n < (least or 0) and not f for n, f in sizes) else None)
 
 
 @settings(deadline=None, max_examples=60)
