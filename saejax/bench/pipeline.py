@@ -12,7 +12,6 @@ import numpy as np
 import tensorstore as ts
 
 from saejax import lm
-from saejax.base.records import StreamState
 from saejax.bench.options import BenchOptions, figure
 from saejax.config import StreamOptions, default_config, resolve
 from saejax.data.harvest import harvest as run_harvest
@@ -84,11 +83,11 @@ def _streamed(store: Store) -> float:
     """Bytes per second of the stream over as many rows as the store has, from one batch to another: the first window is not
     waited for twice, and what is read ahead at the end stands for what was there at the start.
     """
-    with Stream(store, (HOOK,), BATCH, StreamOptions(), StreamState(time.monotonic_ns(), 0, 0)) as stream:
+    with Stream(store, (HOOK,), BATCH, StreamOptions(), time.monotonic_ns()) as stream:
         next(stream)
         began, rows = time.perf_counter(), 0
-        while rows < stream.rows_per_epoch:
-            rows += len(next(stream).x_BW)
+        while rows < store.kept_rows:
+            rows += len(next(stream))
         took = time.perf_counter() - began
     return rows * store.width(HOOK) * 2 / took
 

@@ -215,9 +215,36 @@ class ArrayReader:
         for read in reads:
             read.result()
 
-    def _parts(self, spans: Iterable[Span]) -> Iterator[tuple[int, int, int]]:
-        """(shard, first row, last row + 1), rows counted from the start of the shard; at most `_PART_CHUNKS` chunks each."""
-        step = _PART_CHUNKS * self.spec.chunk_rows
+    def scatter(self, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
+        """Reads the R rows of the spans; row r goes to `out[slot_R[r]]`, nowhere where that is -1. A part is read, checked and
+        placed while it is in the cache of a thread. Raises when no read is under way.
+        """
+        at, reads = 0, []
+        chunks = max(1, _TASK_BYTES // self.spec.chunk_bytes)
+        parts = list(self._parts(spans, chunks))
+        try:
+            for n, (shard, a, b) in enumerate(parts):
+                task = (self._shard(shard), a, b, slot_R[at:at + b - a], out)
+                at += b - a
+                if n + 1 < len(parts):
+                    reads.append(self._pool.submit(self._place_part, *task))
+                else:
+                    self._place_part(*task)
+        finally:
+            wait(reads)
+        for read in reads:
+            read.result()
+
+    def _place_part(self, shard: tuple[str, np.ndarray], start: int, stop: int, slot_R: np.ndarray, out: np.ndarray) -> None:
+        wanted = np.flatnonzero(slot_R >= 0)
+        if len(wanted):
+            rows = np.empty((stop - start, out.shape[1]), out.dtype)
+            self._read_part(*shard, start, stop, rows.view(np.uint8))
+            out[slot_R[wanted]] = rows if len(wanted) == len(rows) else rows[wanted]
+
+    def _parts(self, spans: Iterable[Span], chunks: int = _PART_CHUNKS) -> Iterator[tuple[int, int, int]]:
+        """(shard, first row, last row + 1), rows counted from the start of the shard; at most so many chunks each."""
+        step = chunks * self.spec.chunk_rows
         for start, stop in spans:
             while start < stop:
                 shard, a = divmod(start, self.spec.shard_rows)

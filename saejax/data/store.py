@@ -116,6 +116,10 @@ class Store:
         """Reads row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`, in several threads."""
         self._readers[array].read_into(spans, out)
 
+    def scatter(self, array: str, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
+        """Reads the R rows of some spans; row r goes to `out[slot_R[r]]`, nowhere where that is -1. In several threads."""
+        self._readers[array].scatter(spans, slot_R, out)
+
     def _verify(self, full: bool) -> None:
         arrays = self.spec.arrays()
         for name, array in arrays.items():

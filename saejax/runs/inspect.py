@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from saejax.base import sharding
 from saejax.base.errors import FormatError, SaejaxError
 from saejax.base.logs import Progress
-from saejax.base.records import MADE_ELSEWHERE, MeshOptions, RunPaths
+from saejax.base.records import MADE_ELSEWHERE, MeshOptions, RunPaths, StreamState
 from saejax.base.storage import file_sha256
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
@@ -208,8 +208,8 @@ def _checkpoint(path: Path, bar: Progress) -> Finding:
     s = meta.spec
     found.facts = {"sae": f"{s.kind}{f', k = {s.k}' if s.kind in WITH_K else ''}", "d_in": s.d_in, "d_sae": s.d_sae,
                    "compute_dtype": s.compute_dtype, **meta.data,
-                   "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
-                   "position": meta.counters.stream.position, "resamples": meta.counters.resamples,
+                   "tokens_seen": meta.counters.tokens_seen, "epochs": _epochs(meta.counters.stream),
+                   "lanes": len(meta.counters.stream.lanes), "resamples": meta.counters.resamples,
                    "leaves": len(meta.fingerprints), "written_on": meta.machine or "not recorded"}
     config = RunPaths(path.absolute().parent.parent).config
     mesh = _mesh(s.d_sae)
@@ -220,6 +220,11 @@ def _checkpoint(path: Path, bar: Progress) -> Finding:
         found.attempt(lambda: restore_params(path, mesh))
     bar.advance(size_on_disk(path))
     return found
+
+
+def _epochs(state: StreamState) -> str:
+    least, most = state.epochs
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _abstract(config: Config, spec: SAESpec, mesh: Mesh):
