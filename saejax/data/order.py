@@ -15,7 +15,7 @@ import numpy as np
 
 from saejax.base.errors import StoreError
 from saejax.base.records import StreamState
-from saejax.config import StreamOptions
+from saejax.config import Config, StreamOptions
 from saejax.data.permutation import Permutation, derive_key
 
 ORDER_VERSION = 2
@@ -88,9 +88,21 @@ def _window_blocks(options: StreamOptions, block_rows: int, lanes: int) -> int:
     return max(1, options.window_rows // (lanes * block_rows))
 
 
-def contexts_of_a_batch(config) -> int:
-    """From how many contexts the rows of a batch are drawn, in a store that is larger than a window."""
-    options, context = config.stream, config.text.context
-    order = RowOrder.for_batches(2**50, context, options, config.train.batch)
-    windows = order.lanes * max(order.window_rows, config.train.batch // order.lanes)
-    return windows // context
+def of_a_large_store(config: Config) -> RowOrder:
+    """The order of a run whose store is larger than its windows."""
+    return RowOrder.for_batches(2**50, config.text.context, config.stream, config.train.batch)
+
+
+def contexts_of_a_batch(config: Config) -> int:
+    """From how many contexts the rows of a batch are drawn: those of the windows of all lanes."""
+    order, batch = of_a_large_store(config), config.train.batch
+    return order.lanes * max(order.window_rows, batch // order.lanes) // config.text.context
+
+
+def amplification(batch: int, lanes: int, processes: int) -> float:
+    """How many times over a row is read when so many processes share the rows of a batch evenly: 1 where a lane is of one
+    process, at most 1 + processes / lanes.
+    """
+    size = batch // lanes
+    edges = [process * batch // processes for process in range(processes + 1)]
+    return sum(-(-stop // size) - start // size for start, stop in zip(edges, edges[1:], strict=False)) * size / batch

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from saejax.base.errors import StoreCorruptError, StoreError
-from saejax.base.records import StreamState
 from saejax.config import StreamOptions
 from saejax.data.manifest import self_digest
 from saejax.data.store import Store
@@ -96,7 +95,7 @@ def test_flips_in_a_shard_are_found_by_the_stream(original, tmp_path):
     data = bytearray(file.read_bytes())
     data[700] ^= 4
     file.write_bytes(data)
-    with Stream(Store.open(tmp_path / "s"), (HOOK,), 20, StreamOptions(2, 64), StreamState(0, 0, 0)) as stream:
+    with Stream(Store.open(tmp_path / "s"), (HOOK,), 20, StreamOptions(2, 64), 0) as stream:
         with pytest.raises(StoreCorruptError, match=r"hook_resid_post/c/2/0: does not read back \(rows from 0 of this shard"):
             for _ in range(ROWS // 20):
                 next(stream)

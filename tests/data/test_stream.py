@@ -1,5 +1,6 @@
 import threading
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import saejax
 from saejax.base import sharding
 from saejax.base.errors import StoreError
 from saejax.base.records import StreamState
+from saejax.cli import config_flag
 from saejax.config import StreamOptions
 from saejax.data import order as order_module
 from saejax.data.order import RowOrder
@@ -17,7 +20,7 @@ from saejax.data.shards import ArrayReader
 from saejax.data.stream import Stream
 from tests.data.making import CONTEXT, HOOK, HOOKS, Rows, bits, make_store
 
-OPTIONS = StreamOptions(2, 150)
+OPTIONS, ROOT = StreamOptions(2, 150), Path(saejax.__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +211,19 @@ def test_lanes_that_fit(rows, options, batch, lanes):
     assert RowOrder.for_batches(rows, 128, options, batch).lanes == lanes
 
 
+@pytest.mark.parametrize("batch, lanes, processes, times", [(4096, 64, 16, 1.0), (4096, 64, 64, 1.0), (4096, 64, 128, 2.0),
+                                                            (4096, 1, 4, 4.0), (6144, 64, 3, 66 / 64)])
+def test_reading_over(batch, lanes, processes, times):
+    found = order_module.amplification(batch, lanes, processes)
+    assert found == pytest.approx(times) and found <= 1 + processes / lanes
+
+
+@pytest.mark.parametrize("name", ["demo", "demo_relu", "quality", "frontier", "smollm2_pod"])
+def test_batches_of_the_shipped_configs_are_drawn_from_many_contexts(name):
+    [config] = config_flag.config_of("plan", [f"--config={ROOT / 'configs' / name}.py"], takes_config=True)[:1]
+    assert order_module.contexts_of_a_batch(config) >= min(config.train.batch / 16, 4096)
+
+
 def test_an_error_in_a_thread_reaches_the_consumer(store, monkeypatch):
     def fail(*_):
         raise MemoryError("no room")
@@ -254,4 +270,4 @@ def test_bad_requests_say_so(store, tmp_path):
 def test_golden_order(store, number_of):
     """Resuming relies on this order: if it changes on purpose, raise ORDER_VERSION in order.py."""
     assert order_module.ORDER_VERSION == 2
-    assert number_of(take(store, 1, 8, StreamOptions(2, 64))[0][0]).tolist() == []
+    assert number_of(take(store, 1, 8, StreamOptions(2, 64))[0][0]).tolist() == [542, 539, 537, 543, 178, 175, 188, 165]
