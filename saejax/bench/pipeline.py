@@ -44,8 +44,9 @@ def reader(options: BenchOptions) -> Iterator[dict]:
 def make_store(path: Path, width: int, megabytes: int) -> Store:
     """A store of about `megabytes` of random activations, in the default layout (64 Ki rows a shard, 256 rows a chunk)."""
     shards = max(1, round(megabytes * 1e6 / (SHARD_CONTEXTS * CONTEXT * width * 2)))
-    spec = StoreSpec("random", "0", "float32", "0", {}, ((HOOK, width),), CONTEXT, SHARD_CONTEXTS, 256, True,
-                     shards * SHARD_CONTEXTS)
+    spec = StoreSpec(model="random", model_digest="0", lm_dtype="float32", tokenizer_digest="0", text={},
+                     hookpoints=((HOOK, width),), context=CONTEXT, shard_contexts=SHARD_CONTEXTS, chunk_rows=256,
+                     target_contexts=shards * SHARD_CONTEXTS)
     writer, rng = StoreWriter(path, spec), np.random.default_rng(0)
     for shard in range(shards):
         x = rng.standard_normal((SHARD_CONTEXTS * CONTEXT, width), np.float32).astype(ml_dtypes.bfloat16)
