@@ -45,7 +45,7 @@ def reader(options: BenchOptions) -> Iterator[dict]:
 def make_store(path: Path, width: int, megabytes: int) -> Store:
     """A store of about `megabytes` of random activations, in the default layout (64 Ki rows a shard, 256 rows a chunk)."""
     shards = max(1, round(megabytes * 1e6 / (SHARD_CONTEXTS * CONTEXT * width * 2)))
-    spec = StoreSpec("random", "0", "float32", "0", {}, ((HOOK, width),), CONTEXT, SHARD_CONTEXTS, 256, True,
+    spec = StoreSpec("random", "0", "float32", "0", {}, ((HOOK, width),), CONTEXT, SHARD_CONTEXTS, 256,
                      shards * SHARD_CONTEXTS)
     writer, rng = StoreWriter(path, spec), np.random.default_rng(0)
     for shard in range(shards):

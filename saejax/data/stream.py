@@ -24,8 +24,8 @@ from saejax.base.errors import NonFiniteError, StoreError
 from saejax.base.records import ActivationBatch, StreamState
 from saejax.config import StreamOptions
 from saejax.data.permutation import Permutation, derive_key
+from saejax.data.statistics import non_finite_message
 from saejax.data.store import Store
-from saejax.data.writer import non_finite_message
 
 ORDER_VERSION = 1
 _BLOCK_ORDER, _ROW_ORDER = 1, 2

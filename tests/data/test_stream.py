@@ -179,9 +179,8 @@ def test_non_finite_rows_are_counted_and_named(tmp_path, monkeypatch):
     rows.acts[HOOK][9, 4, 3], rows.acts[HOOK][30, 0, 0] = np.nan, np.inf
     rows.keep[9, 4] = rows.keep[30, 0] = True
     with monkeypatch.context() as m:
-        m.setattr("saejax.data.writer.check_finite", lambda *_: None)
-        m.setattr("saejax.data.writer.row_statistics", lambda x, keep: (
-            np.ones(len(x), np.float32), {"x": [0.0] * x.shape[1], "norm": 1.0, "sq_norm": 1.0}))
+        m.setattr("saejax.data.shard_writer.check_finite", lambda *_: None)
+        m.setattr("saejax.data.shard_writer.row_statistics", lambda x, keep: (np.ones(len(x)), np.zeros(x.shape[1])))
         writer = StoreWriter(tmp_path / "s", spec())
         for s in range(5):
             writer.write_shard(*rows.shard(s))
