@@ -101,7 +101,7 @@ def test_an_unfinished_store_says_how_far_it_is(run, capsys):
     out = capsys.readouterr().out
     assert "activation store, unfinished" in out and "3 of 4" in out
     flip(next((store / "acts").rglob("c/1/0")))
-    assert main(["inspect", str(store)]) == 2 and "c/1/0: altered" in capsys.readouterr().out
+    assert main(["inspect", str(store)]) == 2 and "c/1/0: does not read back" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named(run, capsys):
