@@ -2,6 +2,7 @@
 
 import io
 import math
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -83,27 +84,45 @@ def from_npz(data: bytes, source: object, hookpoints: Iterable[tuple[str, int]],
     return totals
 
 
+class _Scratch(threading.local):
+    """Room for 256 rows as float32 and for their squares, one of each thread: fresh memory costs more than the arithmetic."""
+
+    width = 0
+
+    def rows(self, n: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+        """Zeros uint16 [n, D, 2], of which only [..., 1] may be written, and float32 [n, D]."""
+        if self.width != width:
+            self.width, self._halves = width, np.zeros((_ROWS_AT_ONCE, width, 2), "<u2")
+            self._squares = np.empty((_ROWS_AT_ONCE, width), np.float32)
+        return self._halves[:n], self._squares[:n]
+
+
+_scratch = _Scratch()
+
+
 def row_statistics(x_ND: np.ndarray, keep_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """float64 [N] ||x||^2 of bfloat16 rows, and float64 [D] the sum of the kept rows.
 
     x is summed in float32 over 256 rows at a time and in float64 over these parts; ||x||^2 of a row is computed in float32
     (float64 where that overflows).
     """
-    bits = x_ND.view(np.uint16)
-    squares = np.empty(len(x_ND), np.float64)
-    total = np.zeros(x_ND.shape[1], np.float64)
+    bits, width = x_ND.view(np.uint16), x_ND.shape[1]
+    squares_N = np.empty(len(x_ND), np.float64)
+    total_D = np.zeros(width, np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         for a in range(0, len(x_ND), _ROWS_AT_ONCE):
-            rows = slice(a, a + _ROWS_AT_ONCE)
-            # bfloat16 is the upper half of float32: shifting is the exact cast, and many times faster than astype.
-            y = np.left_shift(bits[rows].astype(np.uint32), np.uint32(16)).view(np.float32)
-            sq = np.square(y).sum(axis=1)
-            if not np.isfinite(sq).all():
-                sq = np.square(y, dtype=np.float64).sum(axis=1)
-            squares[rows] = sq
-            kept = keep_N[rows]
-            total += (y if kept.all() else y[kept]).sum(axis=0)
-    return squares, total
+            rows = slice(a, min(a + _ROWS_AT_ONCE, len(x_ND)))
+            halves, squares = _scratch.rows(rows.stop - a, width)
+            # bfloat16 is the upper half of float32: moving it there is the exact cast, and many times faster than astype.
+            halves[..., 1] = bits[rows]
+            y = halves.reshape(len(halves), 2 * width).view("<f4")
+            sq_N = np.multiply(y, y, out=squares).sum(axis=1)
+            if not np.isfinite(sq_N).all():
+                sq_N = np.square(y, dtype=np.float64).sum(axis=1)
+            squares_N[rows] = sq_N
+            halves[~keep_N[rows]] = 0
+            total_D += y.sum(axis=0)
+    return squares_N, total_D
 
 
 def norms_of(squares_N: np.ndarray) -> np.ndarray:
