@@ -15,6 +15,7 @@ import numpy as np
 
 from saejax.base.errors import DiskError
 from saejax.base.storage import disk_errors
+from saejax.base.threads import processors
 from saejax.data.shards import CRC, ArraySpec, write_fully
 from saejax.data.statistics import ShardSums, check_finite, norms_of, row_statistics
 
@@ -35,7 +36,7 @@ class ShardFile:
         with disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.unlink(missing_ok=True)
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
     def write(self, first_chunk: int, values: np.ndarray) -> None:
         """Chunks from `first_chunk` on; what is missing of a last one is filled up."""
@@ -81,7 +82,7 @@ def write_shard_files(root: Path, shard: int, arrays: dict[str, ArraySpec], acts
     acts: {hookpoint: bfloat16 [N, D]}. Raises `DiskError` and `NonFiniteError`; then no file of this shard is left.
     """
     rows, files, sums = len(tokens_N), {}, {}
-    pool = ThreadPoolExecutor(threads or min(_MOST_THREADS, len(os.sched_getaffinity(0))), "saejax-write")
+    pool = ThreadPoolExecutor(threads or processors(_MOST_THREADS), "saejax-write")
     flushing = ThreadPoolExecutor(min(_MOST_THREADS, len(arrays)), "saejax-flush")
     try:
         for name, spec in arrays.items():

@@ -1,10 +1,7 @@
 """Verification of every byte of a store, in several threads."""
 
 import functools
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 
 from saejax.base.errors import StoreCorruptError
 from saejax.base.storage import file_sha256, inside, json_bytes
+from saejax.base.threads import in_order, processors
 from saejax.data.manifest import StoreSpec
 from saejax.data.shard_record import read_record
 from saejax.data.shards import AGAIN, ArrayReader, ShardTruth
@@ -58,18 +56,7 @@ def unfinished_checks(path: Path, spec: StoreSpec) -> Iterator[Check]:
 
 def outcomes(these: Iterable[Check]) -> Iterator[tuple[Check, StoreCorruptError | None]]:
     """Runs checks side by side; each with its error, in their order."""
-    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
-    pool, ahead = ThreadPoolExecutor(threads, "saejax-verify"), deque()
-    try:
-        for check in these:
-            ahead.append((check, pool.submit(_error_of, check)))
-            if len(ahead) > 4 * threads:
-                check, found = ahead.popleft()
-                yield check, found.result()
-        for check, found in ahead:
-            yield check, found.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return in_order(lambda check: (check, _error_of(check)), these, processors(_MOST_THREADS))
 
 
 def verify(store: Store) -> None:

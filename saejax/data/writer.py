@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from saejax.base import lease
 from saejax.base.errors import StoreCorruptError, StoreError
 from saejax.base.records import OUTLIER_FACTOR
 from saejax.base.storage import disk_errors, replacing, write_bytes, write_json
+from saejax.base.threads import in_order
 from saejax.base.verified import digests
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
@@ -19,6 +20,8 @@ from saejax.data.shard_record import ShardRecord, read_record
 from saejax.data.shard_writer import crc_row, write_shard_files
 from saejax.data.statistics import ShardSums, Totals, exact_median, to_npz
 from saejax.data.store import CRCS, MANIFEST, RECORDS, SPEC, STATISTICS, Store, read_spec, record_file, spec_file
+
+_LOOK_UP_THREADS = 8
 
 
 class StoreWriter:
@@ -74,9 +77,14 @@ class StoreWriter:
             return None
         return record
 
+    def _records(self, shards: Sequence[int]) -> Iterator[ShardRecord | None]:
+        """`record` of many shards. What takes time is the storage, so that threads help beyond the number of processors."""
+        return in_order(self.record, shards, _LOOK_UP_THREADS)
+
     def missing_shards(self, process: int = 0, n_processes: int = 1) -> list[int]:
         """Shards that this process still has to write (fewer exist where the text ends early)."""
-        return [s for s in range(process, self.spec.target_shards, n_processes) if self.record(s) is None]
+        mine = range(process, self.spec.target_shards, n_processes)
+        return [shard for shard, record in zip(mine, self._records(mine), strict=True) if record is None]
 
     def write_shard(self, shard: int, acts: dict[str, np.ndarray], tokens_NT: np.ndarray, keep_NT: np.ndarray,
                     text_state: dict) -> None:
@@ -109,8 +117,7 @@ class StoreWriter:
         n_shards, missing, kept = self.spec.shards(n_contexts), [], 0
         sums = {name: ShardSums.zero(width) for name, width in self.spec.hookpoints}
         with replacing(self.path / CRCS) as crcs:
-            for shard in range(n_shards):
-                record = self.record(shard)
+            for shard, record in enumerate(self._records(range(n_shards))):
                 if record is None or record.contexts != self.spec.contexts_of(shard, n_contexts):
                     missing.append(shard)
                     continue

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tracemalloc
@@ -205,6 +206,21 @@ def test_order_and_number_of_writers_do_not_change_a_byte(tmp_path):
     assert directory(two) == directory(tmp_path / "one")
     texts = b"".join(directory(two).values())
     assert str(tmp_path).encode() not in texts
+
+
+def test_the_shards_of_a_shorter_store_are_those_of_a_longer_one(tmp_path):
+    """What is finished needs nothing but a larger target to be continued, and gives the store of one harvest."""
+    rows = Rows()
+    make_store(tmp_path / "short", 24, rows=rows)
+    writer = StoreWriter(tmp_path / "long", spec(37))
+    for part in ("shards", "acts", "norms", "tokens", "keep"):
+        shutil.copytree(tmp_path / "short" / part, tmp_path / "long" / part, dirs_exist_ok=True)
+    assert writer.missing_shards() == [3, 4]
+    for s in writer.missing_shards():
+        writer.write_shard(*rows.shard(s))
+    writer.finalize(37)
+    make_store(tmp_path / "whole", rows=rows)
+    assert directory(tmp_path / "long") == directory(tmp_path / "whole")
 
 
 def test_an_unfinished_store_says_how_far_it_is(tmp_path):
