@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from saejax.config import StreamOptions
 from saejax.data.manifest import self_digest
 from saejax.data.store import Store
 from saejax.data.stream import Stream
+from saejax.data.verify import checks
 from tests.data.making import HOOK, HOOKS, bits, make_store
 
 ROWS = 37 * 16
@@ -89,6 +91,24 @@ def test_every_file_under_every_change(original, tmp_path, change):
             except StoreError as e:
                 assert any(d in str(e) for d in damaged), (damaged, trial, str(e))
             shutil.rmtree(copied)
+
+
+def test_no_part_of_any_file_is_left_out(tmp_path):
+    """About 60 bytes all over every file, one after the other, and the last one."""
+    store = make_store(tmp_path / "s", 9)
+    files = {check.file for check in checks(store)} | {store.path / "manifest.json"}
+    assert files == {p for p in store.path.rglob("*") if p.is_file()}
+    for file in files:
+        before = file.read_bytes()
+        for place in {*range(0, len(before), len(before) // 60 + 1), len(before) - 1}:
+            with open(file, "r+b") as f:
+                f.seek(place)
+                f.write(bytes([before[place] ^ 1 << place % 8]))
+            with pytest.raises(StoreError, match=re.escape(str(file))):
+                opened = Store.open(store.path)
+                next(check for check in checks(opened) if check.file == file).run()
+            file.write_bytes(before)
+    Store.open(store.path, full=True)
 
 
 def test_flips_in_a_shard_are_found_by_the_stream(original, tmp_path):
