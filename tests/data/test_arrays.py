@@ -45,7 +45,7 @@ def test_files_and_arrays_of_several_hookpoints(tmp_path, monkeypatch):
     a = saejax.store_of({HOOK: files, "b": y}, tmp_path / "a", context=16)
     b = store_of({HOOK: x.astype(np.float64), "b": [y[:3], y[3:]]}, tmp_path / "b", context=16)
     for store in (a, b):
-        assert (store.rows, store.kept_rows, store.has_tokens, len(store.manifest["shards"])) == (1008, 1000, False, 4)
+        assert (store.rows, store.kept_rows, store.has_tokens, store.n_shards) == (1008, 1000, False, 4)
         for name, values in ((HOOK, x), ("b", y)):
             assert np.array_equal(bits(store.read(name, 0, 1000)), stored(values))
         assert np.array_equal(store.keep(0, 1008), np.arange(1008) < 1000)
