@@ -73,19 +73,15 @@ class Store:
         return f"Store({str(self.path)!r}, {self.rows:,} rows of {', '.join(self.hookpoints)})"[:150]
 
     @classmethod
-    def open(cls, path: str | Path, *, full: bool = False) -> "Store":
-        """Opens a finished store. Reads the manifest only, with `full` every byte of every file.
+    def open(cls, path: str | Path) -> "Store":
+        """Opens a finished store. Reads the manifest only; `data.verify.verify` reads every byte of every file.
 
         Raises `StoreError` (no store, not finished, another schema) or `StoreCorruptError` (naming the file).
         """
         path = Path(path)
         if not is_complete(path):
             raise StoreError(_unfinished(path))
-        store = cls(path, *mf.read_manifest(path / MANIFEST))
-        if full:
-            from saejax.data.verify import verify
-            verify(store)
-        return store
+        return cls(path, *mf.read_manifest(path / MANIFEST))
 
     def width(self, hookpoint: str) -> int:
         """d_in of a hookpoint. Raises `StoreError` when the store does not hold it."""

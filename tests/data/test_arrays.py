@@ -15,6 +15,7 @@ from saejax.data.arrays import store_of
 from saejax.data.harvest import harvest
 from saejax.data.store import Store, check_matches
 from saejax.data.stream import Stream
+from saejax.data.verify import verify
 from tests.data.making import bits, tiny_config, tiny_model
 
 HOOK, WIDE = "blocks.0.hook_resid_post", 48
@@ -51,7 +52,7 @@ def test_files_and_arrays_of_several_hookpoints(tmp_path, monkeypatch):
         assert np.array_equal(store.keep(0, 1008), np.arange(1008) < 1000)
     assert (a.spec.model, a.spec.model_digest, a.spec.tokenizer_digest, a.spec.lm_dtype) == (UNKNOWN,) * 4
     assert a.spec.text["sources"] == ["0.npy", "1.npy", "2.npy"] and str(tmp_path) not in (a.path / "manifest.json").read_text()
-    Store.open(a.path, full=True)
+    verify(Store.open(a.path))
     with Stream(a, (HOOK,), 125, StreamOptions(block_contexts=2, window_rows=128), 0) as stream:
         seen = np.concatenate([bits(next(stream)).copy() for _ in range(8)])
     assert sorted(map(bytes, seen)) == sorted(map(bytes, stored(x))) and not np.array_equal(seen, stored(x))

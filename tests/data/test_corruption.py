@@ -14,7 +14,7 @@ from saejax.config import StreamOptions
 from saejax.data.manifest import self_digest
 from saejax.data.store import Store
 from saejax.data.stream import Stream
-from saejax.data.verify import checks
+from saejax.data.verify import checks, verify
 from tests.data.making import HOOK, HOOKS, bits, make_store
 
 ROWS = 37 * 16
@@ -82,7 +82,7 @@ def test_every_file_under_every_change(original, tmp_path, change):
                 shutil.rmtree(copied)
                 continue
             with pytest.raises(StoreError) as error:
-                Store.open(copied, full=True)
+                verify(Store.open(copied))
             assert any(d in str(error.value) for d in damaged), (damaged, trial, str(error.value))
             try:
                 got = values_of(Store.open(copied))
@@ -107,7 +107,7 @@ def test_no_part_of_any_file_is_left_out(tmp_path):
                 opened = Store.open(store.path)
                 next(check for check in checks(opened) if check.file == file).run()
             file.write_bytes(before)
-    Store.open(store.path, full=True)
+    verify(Store.open(store.path))
 
 
 def test_flips_in_a_shard_are_found_by_the_stream(original, tmp_path):
@@ -142,7 +142,7 @@ def test_a_stale_record_is_caught(original, tmp_path):
     other = make_store(tmp_path / "other", seed=1)
     shutil.copy(other.path / "shards/00001.bin", tmp_path / "s/shards/00001.bin")
     with pytest.raises(StoreCorruptError, match="shards/00001.bin: its checksums are not those of crcs.bin"):
-        Store.open(tmp_path / "s", full=True)
+        verify(Store.open(tmp_path / "s"))
 
 
 HOSTILE_FIGURES = [{}, {"sums": np.zeros(3)}, {"sums": np.full(26, np.nan)}, {"sums": np.zeros(26, np.float32)},
@@ -206,7 +206,7 @@ def test_links_out_of_the_store_are_refused(original, tmp_path):
     with pytest.raises(StoreCorruptError, match="tokens.*leads outside"):
         Store.open(tmp_path / "s").tokens(0, 1)
     with pytest.raises(StoreCorruptError, match="tokens.*leads outside"):
-        Store.open(tmp_path / "s", full=True)
+        verify(Store.open(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("content", [b"", b"[1", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])

@@ -19,6 +19,7 @@ from saejax.data import harvest as harvest_module
 from saejax.data.harvest import harvest
 from saejax.data.store import Store
 from saejax.data.text import token_batches
+from saejax.data.verify import verify
 from saejax.data.writer import StoreWriter
 from tests.data.making import HOOK, bits, directory, sentences, tiny_config, tiny_model, write_jsonl
 from tests.lm import families
@@ -203,7 +204,7 @@ def test_two_processes_write_the_same_store_as_one(parts, tmp_path):
     output, _ = one.communicate(timeout=240)
     assert one.returncode == 0, output
     assert directory(tmp_path / "two/store") == directory(tmp_path / "one/store")
-    Store.open(tmp_path / "two/store", full=True)
+    verify(Store.open(tmp_path / "two/store"))
 
 
 @pytest.mark.parametrize("n", [9, 12])
