@@ -28,6 +28,7 @@ def get_config():
     c.sae.d_sae = 2**20
     c.sae.k = 64
     c.mesh.data, c.mesh.dict = 4, 16
+    c.stream.window_rows = 2**22  # a batch is drawn from 4,096 contexts
     c.train.tokens = 4_000_000_000
     c.train.batch = 65_536
     c.train.lr = 3e-5

@@ -66,6 +66,12 @@ class Topology:
         return math.prod(self.shape)
 
     @property
+    def hosts(self) -> int:
+        """Machines that feed the chips: nodes of GPUs, TPU hosts of 4 chips."""
+        per_host = {"gpu": self.shape[0], "tpu": 4}.get(self.chip.platform, self.size)
+        return -(-self.size // per_host)
+
+    @property
     def name(self) -> str:
         """As `parse` takes it."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"

@@ -30,22 +30,17 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class ActivationBatch:
-    """Rows of raw language-model activations, the hookpoints side by side, with their place in the text."""
-
-    x_BW: np.ndarray            # bfloat16, as harvested: no normalisation
-    token_ids_B: np.ndarray     # int32
-    contexts_B: np.ndarray      # int64: which row of tokens
-    positions_B: np.ndarray     # int32: which token of that row
-
-
-@dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands: `position` rows of epoch `epoch` have been handed out."""
+    """Where a stream stands: of every lane the epoch, the window, and how many rows of it were handed out (`data.order`)."""
 
     seed: int
-    epoch: int
-    position: int
+    lanes: tuple[tuple[int, int, int], ...]
+
+    @property
+    def epochs(self) -> tuple[int, int]:
+        """The least and the most epochs that a lane has behind it."""
+        epochs = [epoch for epoch, _, _ in self.lanes]
+        return min(epochs), max(epochs)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -149,6 +149,33 @@ def place(value: np.ndarray, where: NamedSharding) -> jax.Array:
     if where.is_fully_addressable:
         return jax.device_put(value, where)
     return jax.make_array_from_callback(value.shape, where, lambda index: value[index])
+
+
+def pieces_here(where: NamedSharding, rows: int, size: int) -> list[int]:
+    """Which pieces of `size` rows, of an array of `rows` rows, the devices of this process hold a part of; ascending."""
+    held = set()
+    for index in where.addressable_devices_indices_map((rows, 1)).values():
+        start, stop, _ = index[0].indices(rows)
+        held.update(range(start // size, -(-stop // size)))
+    return sorted(held)
+
+
+def place_pieces(value: np.ndarray, where: NamedSharding, rows: int, pieces: Sequence[int], size: int) -> jax.Array:
+    """An array of `rows` rows onto devices. value: its `pieces` of `size` rows (`pieces_here`), one behind the other. Its memory
+    may be used again when this returns.
+    """
+    first = {piece: at * size for at, piece in enumerate(pieces)}
+
+    kept = where.mesh.devices.flat[0].platform == "cpu"  # whose arrays may be the memory that they are given
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        start, stop, _ = index[0].indices(rows)
+        at = first[start // size] + start % size  # neighbours among the pieces lie side by side
+        found = value[(slice(at, at + stop - start), *index[1:])]
+        return found.copy() if kept else found
+
+    out = jax.make_array_from_callback((rows, *value.shape[1:]), where, part)
+    return out if kept else jax.block_until_ready(out)
 
 
 def to_host(x: jax.Array) -> np.ndarray:

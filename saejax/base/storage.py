@@ -10,6 +10,7 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from saejax.base.errors import DiskError, SaejaxError
 
@@ -41,8 +42,12 @@ def disk_errors(path):
         raise
 
 
-def write_bytes(path: str | Path, data: bytes) -> None:
-    """Writes a file so that it is there whole or not at all (temporary file, fsync, rename). Raises `DiskError`."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write that takes its place when the body is done, whole or not at all (temporary file, fsync, rename).
+
+    Raises `DiskError`.
+    """
     path = Path(path)
     # Processes of different hosts may have the same id.
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
@@ -50,13 +55,19 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as f:
-                f.write(data)
+                yield f
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Writes a file so that it is there whole or not at all. Raises `DiskError`."""
+    with replacing(path) as f:
+        f.write(data)
 
 
 def reserve(path: str | Path, size: int) -> None:
@@ -72,8 +83,13 @@ def reserve(path: str | Path, size: int) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """`write_bytes` of sorted, indented JSON (NaN and Inf refused): equal values give equal bytes."""
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode())
+    """`write_bytes` of `json_bytes`."""
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value) -> bytes:
+    """Sorted, indented JSON (NaN and Inf refused): equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
 
 
 def read_json(path: str | Path, error: type[SaejaxError] = SaejaxError):

@@ -12,7 +12,6 @@ import numpy as np
 import tensorstore as ts
 
 from saejax import lm
-from saejax.base.records import StreamState
 from saejax.bench.options import BenchOptions, figure
 from saejax.config import StreamOptions, default_config, resolve
 from saejax.data.harvest import harvest as run_harvest
@@ -45,8 +44,9 @@ def reader(options: BenchOptions) -> Iterator[dict]:
 def make_store(path: Path, width: int, megabytes: int) -> Store:
     """A store of about `megabytes` of random activations, in the default layout (64 Ki rows a shard, 256 rows a chunk)."""
     shards = max(1, round(megabytes * 1e6 / (SHARD_CONTEXTS * CONTEXT * width * 2)))
-    spec = StoreSpec("random", "0", "float32", "0", {}, ((HOOK, width),), CONTEXT, SHARD_CONTEXTS, 256, True,
-                     shards * SHARD_CONTEXTS)
+    spec = StoreSpec(model="random", model_digest="0", lm_dtype="float32", tokenizer_digest="0", text={},
+                     hookpoints=((HOOK, width),), context=CONTEXT, shard_contexts=SHARD_CONTEXTS, chunk_rows=256,
+                     target_contexts=shards * SHARD_CONTEXTS)
     writer, rng = StoreWriter(path, spec), np.random.default_rng(0)
     for shard in range(shards):
         x = rng.standard_normal((SHARD_CONTEXTS * CONTEXT, width), np.float32).astype(ml_dtypes.bfloat16)
@@ -84,11 +84,11 @@ def _streamed(store: Store) -> float:
     """Bytes per second of the stream over as many rows as the store has, from one batch to another: the first window is not
     waited for twice, and what is read ahead at the end stands for what was there at the start.
     """
-    with Stream(store, (HOOK,), BATCH, StreamOptions(), StreamState(time.monotonic_ns(), 0, 0)) as stream:
+    with Stream(store, (HOOK,), BATCH, StreamOptions(), time.monotonic_ns()) as stream:
         next(stream)
         began, rows = time.perf_counter(), 0
-        while rows < stream.rows_per_epoch:
-            rows += len(next(stream).x_BW)
+        while rows < store.kept_rows:
+            rows += len(next(stream))
         took = time.perf_counter() - began
     return rows * store.width(HOOK) * 2 / took
 

@@ -91,10 +91,10 @@ class HarvestOptions:
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Store -> deterministic shuffled batches, each row exactly once per epoch."""
+    """Store -> deterministic shuffled batches, each row exactly once per epoch of its lane (`saejax.data.order`)."""
 
     block_contexts: int = opt(4, "contexts in one block, the unit of the global permutation", gt=0)
-    window_rows: int = opt(65_536, "rows shuffled together in host memory (two windows are held)", gt=0)
+    window_rows: int = opt(65_536, "rows shuffled together, over all lanes; a process holds two such windows of its lanes", gt=0)
     mask_outliers: bool = opt(False, "leave out rows whose norm exceeds 10 x the median norm")
 
 

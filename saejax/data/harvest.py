@@ -33,7 +33,7 @@ from saejax.data import text
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import chunk_rows_of
 from saejax.data.sources import Sources
-from saejax.data.store import SPEC, Store, is_complete, model_name, read_spec
+from saejax.data.store import SPEC, Store, finished_shards, is_complete, model_name, read_spec
 from saejax.data.text import PackedText, TextState
 from saejax.data.writer import StoreWriter
 from saejax.lm import LM, Files
@@ -163,10 +163,10 @@ def _shards(writer: StoreWriter, packed: PackedText, process: int, n_processes: 
     for number in range(writer.spec.target_shards):
         record = writer.record(number)
         if record is not None:
-            state = TextState(**record["text_state"])
+            state = TextState(**record.text_state)
             if state != packed.state:
                 packed.seek(state)
-            shard = _Shard(number, record["contexts"])
+            shard = _Shard(number, record.contexts)
         else:
             tokens_NT = packed.take(full)
             shard = _Shard(number, len(tokens_NT))
@@ -209,7 +209,7 @@ def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Co
 
 
 def _stopped(writer: StoreWriter) -> Preempted:
-    there = sum(writer.record(number) is not None for number in range(writer.spec.target_shards))
+    there = len(finished_shards(writer.path))
     return Preempted(f"{writer.path}: stopped on request with {there} of {writer.spec.target_shards} shards written; start the "
                      "same command again to go on")
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 from saejax.base.errors import StoreCorruptError, StoreError
 from saejax.base.keys import Keys
-from saejax.base.storage import read_json, safe_name
-from saejax.data.shards import AGAIN, ArraySpec, side_chunk_rows
+from saejax.base.storage import read_json, safe_name, text_sha256
+from saejax.base.verified import block_of
+from saejax.data.shards import AGAIN, CRC, ArraySpec, side_chunk_rows
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+MOST_BLOCKS = 2048  # of `crcs.bin`, so that the manifest stays small
 KIND = "saejax-activation-store"
 
 
@@ -36,7 +38,7 @@ class StoreSpec:
 
     @property
     def target_shards(self) -> int:
-        return -(-self.target_contexts // self.shard_contexts)
+        return self.shards(self.target_contexts)
 
     @property
     def made_elsewhere(self) -> bool:
@@ -52,6 +54,27 @@ class StoreSpec:
             out.append(ArraySpec(f"acts/{name}", "bfloat16", width, self.shard_rows, self.chunk_rows))
             out.append(ArraySpec(f"norms/{name}", "float32", None, self.shard_rows, side))
         return {a.name: a for a in out}
+
+    def crc_words(self) -> dict[str, slice]:
+        """Where the chunk checksums of an array lie among those of a shard, in words of `CRC` bytes."""
+        places, at = {}, 0
+        for name, array in self.arrays().items():
+            places[name] = slice(at, at + array.slots)
+            at += array.slots
+        return places
+
+    @property
+    def crc_bytes(self) -> int:
+        """Bytes of the chunk checksums of a shard, of a last and shorter one too."""
+        return CRC * sum(array.slots for array in self.arrays().values())
+
+    def shards(self, n_contexts: int) -> int:
+        """Shards that hold this many contexts."""
+        return -(-n_contexts // self.shard_contexts)
+
+    def contexts_of(self, shard: int, n_contexts: int) -> int:
+        """Contexts of a shard among `n_contexts`: all shards are full but possibly the last."""
+        return min(self.shard_contexts, n_contexts - shard * self.shard_contexts)
 
     def to_json(self) -> dict:
         values = dataclasses.asdict(self)
@@ -108,9 +131,19 @@ def read_spec(f: Keys) -> StoreSpec:
 
 def check_version(f: Keys) -> None:
     f.one_of("kind", (KIND,))
-    if f.count("schema_version", least=1) > SCHEMA_VERSION:
-        raise StoreError(f"{f.source}: schema version {f.values['schema_version']} is newer than {SCHEMA_VERSION}, "
-                         "which this saejax reads; update saejax")
+    version = f.count("schema_version", least=1)
+    if version > SCHEMA_VERSION:
+        raise StoreError(f"{f.source}: schema version {version} is newer than {SCHEMA_VERSION}, which this saejax reads; "
+                         "update saejax")
+    if version < SCHEMA_VERSION:
+        raise StoreError(f"{f.source}: schema version {version} is no longer read, only {SCHEMA_VERSION}; run `saejax harvest` "
+                         "again into another directory")
+
+
+def spec_digest(spec: StoreSpec) -> str:
+    """SHA-256 of what decides the bytes of a shard, in canonical JSON: all of the spec but how many shards there are to be."""
+    values = {key: value for key, value in spec.to_json().items() if key != "target_contexts"}
+    return text_sha256(json.dumps(values, sort_keys=True, separators=(",", ":")))
 
 
 def self_digest(values: dict) -> str:
@@ -119,57 +152,38 @@ def self_digest(values: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def shard_contexts(spec: StoreSpec, n_contexts: int) -> list[int]:
-    """Contexts of each shard: all full but possibly the last."""
-    full, rest = divmod(n_contexts, spec.shard_contexts)
-    return [spec.shard_contexts] * full + ([rest] if rest else [])
+def manifest_of(spec: StoreSpec, n_contexts: int, kept_rows: int, crcs: dict, statistics_sha256: str) -> dict:
+    """The manifest of a finished store. crcs: `saejax.base.verified.digests` of `crcs.bin`."""
+    values = {"kind": KIND, "schema_version": SCHEMA_VERSION, "spec": spec.to_json(), "n_contexts": n_contexts,
+              "rows": n_contexts * spec.context, "kept_rows": kept_rows, "crcs": crcs, "statistics_sha256": statistics_sha256}
+    return values | {"sha256": self_digest(values)}
+
+
+def crc_block(spec: StoreSpec, n_contexts: int) -> int:
+    """Bytes of a block of `crcs.bin` that has a digest of its own."""
+    return block_of(spec.shards(n_contexts) * spec.crc_bytes, MOST_BLOCKS)
 
 
 def read_manifest(path: Path) -> tuple[dict, StoreSpec]:
-    """The manifest, validated: types, digests, and every size and file name recomputed from the spec.
+    """The manifest, validated: types, digest, and every number that follows from others computed again.
 
-    Raises `StoreCorruptError` naming the key, `StoreError` for a newer schema.
+    Raises `StoreCorruptError` naming the key, `StoreError` for another schema.
     """
     f = file_keys(path)
     check_version(f)
     if f.hex("sha256") != self_digest(f.values):
         raise StoreCorruptError(f"{path}: altered since it was written (its digest does not verify); {AGAIN}")
-    f.hex("spec_file_sha256")
     spec = read_spec(f)
-    n_contexts, kept = f.count("n_contexts", least=1), f.count("kept_rows", least=1)
+    n_contexts, kept = f.count("n_contexts", least=1, most=spec.target_contexts), f.count("kept_rows", least=1)
     if f.count("rows") != n_contexts * spec.context or kept > n_contexts * spec.context:
         f.refuse(f"rows or kept_rows does not follow from {n_contexts} contexts of {spec.context}")
-    arrays = spec.arrays()
-    heads = f.section("arrays")
-    shards = f.get("shards", list)
-    expected = -(-n_contexts // spec.shard_contexts)
-    if set(heads.values) != set(arrays) or len(shards) != expected:
-        f.refuse(f"shards are {len(shards)}, {n_contexts} contexts make {expected}, or arrays are not {', '.join(arrays)}")
-    sizes = shard_contexts(spec, n_contexts)
-    for name in arrays:
-        heads.section(name).hex("zarr_json_sha256")
-    for s, (entry, contexts) in enumerate(zip(shards, sizes, strict=True)):
-        _check_shard_entry(f.inside(entry, f"shards[{s}]"), s, contexts, spec, arrays)
-    for name, width in spec.hookpoints:
-        _check_stats(f.section("stats").section(name), width, kept)
+    f.hex("statistics_sha256")
+    crcs, size = f.section("crcs"), spec.shards(n_contexts) * spec.crc_bytes
+    crcs.hex("sha256")
+    crcs.one_of("bytes", (size,))
+    blocks, block = crcs.get("blocks", list), crc_block(spec, n_contexts)
+    if len(blocks) != -(-size // block) or not all(type(word) is int and 0 <= word < 1 << 32 for word in blocks):
+        crcs.refuse(f"blocks are not {-(-size // block)} checksums of {block} bytes each")
+    crcs.refuse_unread()
+    f.refuse_unread()
     return f.values, spec
-
-
-def _check_shard_entry(f: Keys, shard: int, contexts: int, spec: StoreSpec, arrays: dict[str, ArraySpec]) -> None:
-    f.hex("record_sha256")
-    f.one_of("contexts", (contexts,))
-    files = f.section("files")
-    if set(files.values) != set(arrays):
-        f.refuse(f"files does not list the arrays {', '.join(arrays)}")
-    for name, array in arrays.items():
-        entry = files.section(name)
-        entry.hex("sha256")
-        entry.one_of("file", (array.shard_file(shard),))
-        entry.one_of("bytes", (array.shard_bytes(contexts * spec.context),))
-
-
-def _check_stats(f: Keys, width: int, kept: int) -> None:
-    f.numbers("mean", width)
-    for key in ("mean_norm", "mean_sq_norm", "median_norm"):
-        f.number(key)
-    f.count("outliers", most=kept)

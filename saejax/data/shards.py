@@ -5,11 +5,12 @@ writes for one outer chunk: its inner chunks in order, each followed by its crc3
 every inner chunk) and the index's crc32c. There is no compression, so every offset is arithmetic. That is used twice:
 the size and index of a file are checked against what they must be, and chunks are read without a look at the index. Each
 is checked against the crc32c that the writer recorded, not only against the word beside it: a shard that is valid but
-stale or swapped cannot pass. tensorstore writes the files; any zarr v3 reader reads them.
+stale or swapped cannot pass. `saejax.data.shard_writer` writes the files; any zarr v3 reader reads them.
 """
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,13 @@ import numpy as np
 import tensorstore as ts
 
 from saejax.base.errors import StoreCorruptError
-from saejax.base.storage import disk_errors, file_sha256, plain_path
 
-_CRC = 4
+CRC = 4  # bytes of a checksum
 _INDEX_ENTRY = 16
 _SIDE_CHUNK_ROWS = 2048
-_PART_CHUNKS = 256  # of one system call: two buffers each, of which the kernel takes 1024
+_PART_CHUNKS = 256  # of one read: two buffers each
+_MOST_BUFFERS = 1024  # of one system call
+_KNOWN_SHARDS = 1 << 14  # whose checksums an array keeps in memory
 _TASK_BYTES = 1 << 20
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32), "uint8": np.dtype(np.uint8),
            "float32": np.dtype(np.float32)}
@@ -61,6 +63,11 @@ class ArraySpec:
         return _DTYPES[self.dtype]
 
     @property
+    def slots(self) -> int:
+        """Chunks of a full shard."""
+        return self.shard_rows // self.chunk_rows
+
+    @property
     def chunk_bytes(self) -> int:
         return self.chunk_rows * (self.width or 1) * self.numpy_dtype.itemsize
 
@@ -77,16 +84,25 @@ class ArraySpec:
 
     def shard_bytes(self, rows: int) -> int:
         """Exact size of the file of a shard that holds `rows` rows."""
-        slots = self.shard_rows // self.chunk_rows
-        return self.chunks(rows) * (self.chunk_bytes + _CRC) + slots * _INDEX_ENTRY + _CRC
+        return self.chunks(rows) * self.stride + self.slots * _INDEX_ENTRY + CRC
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one chunk of a shard file to the next."""
+        return self.chunk_bytes + CRC
 
     def index(self, rows: int) -> bytes:
-        """Exact shard index of a shard that holds `rows` rows, without its checksum."""
-        slots, used = self.shard_rows // self.chunk_rows, self.chunks(rows)
-        index = np.full((slots, 2), 2**64 - 1, "<u8")
-        index[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(self.chunk_bytes + _CRC)
-        index[:used, 1] = self.chunk_bytes + _CRC
-        return index.tobytes()
+        """Exact end of the file of a shard that holds `rows` rows: its chunk index and the index's checksum."""
+        used = self.chunks(rows)
+        index = np.full((self.slots, 2), 2**64 - 1, "<u8")
+        index[:used, 0] = np.arange(used, dtype=np.uint64) * np.uint64(self.stride)
+        index[:used, 1] = self.stride
+        return index.tobytes() + google_crc32c.value(index.tobytes()).to_bytes(CRC, "little")
+
+    @property
+    def fill_value(self) -> float | int:
+        """What the last chunk of a shard is filled up with."""
+        return np.nan if self.numpy_dtype.kind not in "iu" else 0
 
     def metadata(self, rows: int) -> dict:
         """The array's `zarr.json`."""
@@ -94,7 +110,7 @@ class ArraySpec:
         inner = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
         return {
             "zarr_format": 3, "node_type": "array", "attributes": {}, "shape": [rows, *tail], "data_type": self.dtype,
-            "fill_value": "NaN" if self.numpy_dtype.kind not in "iu" else 0,
+            "fill_value": 0 if self.fill_value == 0 else "NaN",
             "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [self.shard_rows, *tail]}},
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
             "codecs": [{"name": "sharding_indexed", "configuration": {
@@ -110,60 +126,53 @@ class ArraySpec:
             "store_data_equal_to_fill_value": True, "recheck_cached_data": False}, context=context).result()
 
 
-def write_shard_files(root: Path, shard: int, arrays: dict[ArraySpec, np.ndarray]) -> dict[str, dict]:
-    """Writes one shard of every array, each with one write, side by side, and flushes them to the disk.
-
-    Returns {array name: {"bytes", "sha256", "crcs"}}. Raises `DiskError`; then no file of this shard is left.
-    """
-    files = [root / spec.shard_file(shard) for spec in arrays]
-    context, pending = ts.Context(), []
-    try:
-        with disk_errors(root), plain_path(root) as place:
-            for file in files:
-                file.unlink(missing_ok=True)
-            for spec, values in arrays.items():
-                start = shard * spec.shard_rows
-                target = spec.open(place, start + len(values), context)[start:start + len(values)]
-                pending.append(target.write(values, can_reference_source_data_indefinitely=True))
-            for write in pending:
-                write.result()
-        return {spec.name: _written(root, spec, shard, len(values)) for spec, values in arrays.items()}
-    except BaseException:
-        for write in pending:
-            write.exception()   # a write still under way would put its file back
-        for file in files:
-            file.unlink(missing_ok=True)
-        raise
-
-
-def _written(root: Path, spec: ArraySpec, shard: int, rows: int) -> dict:
-    path = root / spec.shard_file(shard)
-    check_layout(root, spec, shard, rows)
-    return {"bytes": spec.shard_bytes(rows), "sha256": file_sha256(path), "crcs": _words(path, spec, rows).hex()}
-
-
-def _words(path: Path, spec: ArraySpec, rows: int) -> bytes:
-    """The crc32c words beside the chunks of a shard file, 4 bytes each."""
-    stride = spec.chunk_bytes + _CRC
-    with open(path, "rb") as f:
-        return b"".join(os.pread(f.fileno(), _CRC, c * stride + spec.chunk_bytes) for c in range(spec.chunks(rows)))
-
-
 def check_layout(root: Path, spec: ArraySpec, shard: int, rows: int) -> None:
     """Raises `StoreCorruptError` unless the shard file has exactly the size and the index that `rows` rows give."""
     path = root / spec.shard_file(shard)
     expected = spec.shard_bytes(rows)
     try:
-        with open(path, "rb") as f:
+        with open(path, "rb", buffering=0) as f:
             size = os.fstat(f.fileno()).st_size
             if size != expected:
                 raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; {AGAIN}")
             index = spec.index(rows)
-            f.seek(size - _CRC - len(index))
-            if f.read(len(index)) != index:
+            if read_fully(f.fileno(), [found := bytearray(len(index))], size - len(index)) < len(index) or found != index:
                 raise StoreCorruptError(f"{path}: its chunk index is altered; {AGAIN}")
     except OSError as e:
         raise StoreCorruptError(f"{path}: {_reason(e)}; {AGAIN}") from e
+
+
+def read_fully(fd: int, buffers: Sequence, offset: int) -> int:
+    """Fills the buffers from a place of a file, one behind the other. Returns the bytes read: fewer only where the file ends.
+
+    A system call may give less than it was asked for: never more than 2 GB, on network file systems anything.
+    """
+    views, done = [memoryview(buffer).cast("B") for buffer in buffers], 0
+    while views:
+        got = os.preadv(fd, views[:_MOST_BUFFERS], offset + done)
+        if got == 0:
+            break
+        done += got
+        views = _rest(views, got)
+    return done
+
+
+def write_fully(fd: int, buffers: Sequence, offset: int) -> None:
+    """Writes the buffers to a place of a file, one behind the other."""
+    views = [memoryview(buffer).cast("B") for buffer in buffers]
+    while views:
+        put = os.pwritev(fd, views[:_MOST_BUFFERS], offset)
+        offset += put
+        views = _rest(views, put)
+
+
+def _rest(views: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of the buffers behind their first `done` bytes."""
+    first = 0
+    while first < len(views) and done >= len(views[first]):
+        done -= len(views[first])
+        first += 1
+    return [views[first][done:], *views[first + 1:]] if done else views[first:]
 
 
 def _reason(error: OSError) -> str:
@@ -172,10 +181,10 @@ def _reason(error: OSError) -> str:
 
 @dataclass(frozen=True)
 class ShardTruth:
-    """What the records say of one shard of one array."""
+    """What is recorded of one shard of one array: its rows, and the checksum of every chunk (uint32)."""
 
     rows: int
-    crcs: bytes
+    crcs: np.ndarray
 
 
 class ArrayReader:
@@ -188,7 +197,7 @@ class ArrayReader:
     def __init__(self, root: Path, spec: ArraySpec, rows: int, truth: Callable[[int], ShardTruth], pool: ThreadPoolExecutor):
         self.spec, self.rows = spec, rows
         self._root, self._truth, self._pool = root, truth, pool
-        self._known: dict[int, tuple[str, np.ndarray]] = {}
+        self._shard = functools.lru_cache(_KNOWN_SHARDS)(self._look_up)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1. Raises `StoreCorruptError` naming the shard file; never returns an unchecked value."""
@@ -215,9 +224,36 @@ class ArrayReader:
         for read in reads:
             read.result()
 
-    def _parts(self, spans: Iterable[Span]) -> Iterator[tuple[int, int, int]]:
-        """(shard, first row, last row + 1), rows counted from the start of the shard; at most `_PART_CHUNKS` chunks each."""
-        step = _PART_CHUNKS * self.spec.chunk_rows
+    def scatter(self, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
+        """Reads the R rows of the spans; row r goes to `out[slot_R[r]]`, nowhere where that is -1. A part is read, checked and
+        placed while it is in the cache of a thread. Raises when no read is under way.
+        """
+        at, reads = 0, []
+        chunks = max(1, _TASK_BYTES // self.spec.chunk_bytes)
+        parts = list(self._parts(spans, chunks))
+        try:
+            for n, (shard, a, b) in enumerate(parts):
+                task = (self._shard(shard), a, b, slot_R[at:at + b - a], out)
+                at += b - a
+                if n + 1 < len(parts):
+                    reads.append(self._pool.submit(self._place_part, *task))
+                else:
+                    self._place_part(*task)
+        finally:
+            wait(reads)
+        for read in reads:
+            read.result()
+
+    def _place_part(self, shard: tuple[str, np.ndarray], start: int, stop: int, slot_R: np.ndarray, out: np.ndarray) -> None:
+        wanted = np.flatnonzero(slot_R >= 0)
+        if len(wanted):
+            rows = np.empty((stop - start, out.shape[1]), out.dtype)
+            self._read_part(*shard, start, stop, rows.view(np.uint8))
+            out[slot_R[wanted]] = rows if len(wanted) == len(rows) else rows[wanted]
+
+    def _parts(self, spans: Iterable[Span], chunks: int = _PART_CHUNKS) -> Iterator[tuple[int, int, int]]:
+        """(shard, first row, last row + 1), rows counted from the start of the shard; at most so many chunks each."""
+        step = chunks * self.spec.chunk_rows
         for start, stop in spans:
             while start < stop:
                 shard, a = divmod(start, self.spec.shard_rows)
@@ -229,13 +265,21 @@ class ArrayReader:
         for (path, crcs), start, stop, out in parts:
             self._read_part(path, crcs, start, stop, out)
 
-    def _shard(self, shard: int) -> tuple[str, np.ndarray]:
-        """Path and recorded checksum words of a shard file whose size and index are right; looked up once."""
-        if shard not in self._known:
-            truth = self._truth(shard)
-            check_layout(self._root, self.spec, shard, truth.rows)
-            self._known[shard] = (str(self._root / self.spec.shard_file(shard)), np.frombuffer(truth.crcs, "<u4"))
-        return self._known[shard]
+    def check_shard(self, shard: int) -> None:
+        """Reads all of a shard, in the calling thread. Raises `StoreCorruptError` unless every byte of it is right."""
+        path, crcs = self._look_up(shard)
+        rows = max(1, _TASK_BYTES // self.spec.chunk_bytes) * self.spec.chunk_rows
+        total = len(crcs) * self.spec.chunk_rows  # what fills the last chunk up, too
+        out = np.empty((min(rows, total), self.spec.chunk_bytes // self.spec.chunk_rows), np.uint8)
+        for a in range(0, total, rows):
+            b = min(a + rows, total)
+            self._read_part(path, crcs, a, b, out[:b - a])
+
+    def _look_up(self, shard: int) -> tuple[str, np.ndarray]:
+        """Path and recorded checksum words of a shard file whose size and index are right."""
+        truth = self._truth(shard)
+        check_layout(self._root, self.spec, shard, truth.rows)
+        return str(self._root / self.spec.shard_file(shard)), truth.crcs
 
     def _read_part(self, path: str, crcs: np.ndarray, start: int, stop: int, out: np.ndarray) -> None:
         """Rows start..stop-1 of a shard, as bytes [rows, row bytes], into `out`."""
@@ -249,8 +293,7 @@ class ArrayReader:
             fd = os.open(path, os.O_RDONLY)
             try:
                 buffers = [part for i in range(last - first) for part in (chunks[i], words[i:i + 1])]
-                stride = self.spec.chunk_bytes + _CRC
-                if os.preadv(fd, buffers, first * stride) != (last - first) * stride:
+                if read_fully(fd, buffers, first * self.spec.stride) != (last - first) * self.spec.stride:
                     raise StoreCorruptError(f"{path}: ends in the middle of a chunk; {AGAIN}")
             finally:
                 os.close(fd)

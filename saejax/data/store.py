@@ -1,8 +1,10 @@
 """The activation store: bf16 activation rows on disk with their tokens, masks and norms, and a manifest written last.
 
-    manifest.json                     everything below, its digests and the statistics; its presence means "complete"
+    manifest.json                     spec, counts, digests of the two files below; its presence means "complete"
+    crcs.bin                          the crc32c of every chunk of every array, at places that follow from the spec
+    statistics.npz                    sums, median norm and outliers of every hookpoint
     spec.json                         what decides the bytes; a directory made for another spec is refused
-    shards/00000.json                 record of a finished shard: checksums, partial statistics, where the text stood
+    shards/00000.bin                  record of a finished shard: checksums, partial sums, where the text stood
     acts/<hookpoint>/  [N, D] bf16    tokens/ [N] int32    keep/ [N] uint8    norms/<hookpoint>/ [N] float32 ||x||
 
 N = contexts x context length: row r is token r % T of context r // T. Every row is stored; `keep` is 0 at masked
@@ -11,7 +13,7 @@ details.
 """
 
 import functools
-import json
+import hashlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,18 +22,26 @@ import numpy as np
 
 from saejax.base.errors import StoreCorruptError, StoreError
 from saejax.base.records import OUTLIER_FACTOR, UNKNOWN, ActivationStats
-from saejax.base.storage import file_sha256, inside, text_sha256
+from saejax.base.storage import inside
+from saejax.data import checksums, statistics
 from saejax.data import manifest as mf
+from saejax.data.checksums import Checksums
 from saejax.data.manifest import StoreSpec
-from saejax.data.shards import AGAIN, ArrayReader, ShardTruth, Span, check_layout
+from saejax.data.shards import AGAIN, ArrayReader, ArraySpec, ShardTruth, Span
 
 MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
+CRCS, STATISTICS = checksums.FILE, "statistics.npz"
 _READ_THREADS = 2  # one is enough for the page cache, two keep a disk busy
 
 
 def record_file(shard: int) -> str:
     """Path of a shard's record relative to the store."""
-    return f"{RECORDS}/{shard:05d}.json"
+    return f"{RECORDS}/{shard:05d}.bin"
+
+
+def finished_shards(path: Path) -> list[int]:
+    """Shards of a store, finished or not, that have a record, in order."""
+    return sorted(int(file.stem) for file in (Path(path) / RECORDS).glob("*.bin") if file.stem.isdecimal())
 
 
 def is_complete(path: str | Path) -> bool:
@@ -52,27 +62,26 @@ class Store:
         self.hookpoints = tuple(name for name, _ in spec.hookpoints)
         self.digest: str = values["sha256"]
         self.has_tokens: bool = spec.text.get("tokens", True)
-        self._contexts = mf.shard_contexts(spec, self.n_contexts)
-        self._crcs = functools.cache(self._read_crcs)
+        self.n_shards = spec.shards(self.n_contexts)
+        self.checksums = Checksums(path, values, spec)
         pool = ThreadPoolExecutor(_READ_THREADS, "saejax-read")
-        self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name), pool)
+        self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name, array), pool)
                          for name, array in spec.arrays().items()}
+        self._folder = functools.cache(functools.partial(inside, path, error=StoreCorruptError))
 
     def __repr__(self) -> str:
         return f"Store({str(self.path)!r}, {self.rows:,} rows of {', '.join(self.hookpoints)})"[:150]
 
     @classmethod
-    def open(cls, path: str | Path, *, full: bool = False) -> "Store":
-        """Opens a finished store. Checks the manifest and the size of every file, with `full` also every digest.
+    def open(cls, path: str | Path) -> "Store":
+        """Opens a finished store. Reads the manifest only; `data.verify.verify` reads every byte of every file.
 
-        Raises `StoreError` (no store, not finished, newer schema) or `StoreCorruptError` (naming the file).
+        Raises `StoreError` (no store, not finished, another schema) or `StoreCorruptError` (naming the file).
         """
         path = Path(path)
         if not is_complete(path):
             raise StoreError(_unfinished(path))
-        store = cls(path, *mf.read_manifest(path / MANIFEST))
-        store._verify(full)
-        return store
+        return cls(path, *mf.read_manifest(path / MANIFEST))
 
     def width(self, hookpoint: str) -> int:
         """d_in of a hookpoint. Raises `StoreError` when the store does not hold it."""
@@ -86,9 +95,19 @@ class Store:
     def stats(self, hookpoint: str) -> ActivationStats:
         """Statistics of the kept rows, raw units."""
         self.width(hookpoint)
-        s = self.manifest["stats"][hookpoint]
-        return ActivationStats(self.kept_rows, np.array(s["mean"], np.float64), s["mean_norm"], s["mean_sq_norm"],
-                               s["median_norm"])
+        return self.totals[hookpoint].stats(self.kept_rows)
+
+    @functools.cached_property
+    def totals(self) -> dict[str, statistics.Totals]:
+        """What `statistics.npz` holds, by hookpoint."""
+        path = self.path / STATISTICS
+        try:
+            data = path.read_bytes()
+        except OSError as e:
+            raise StoreCorruptError(f"{path}: {e.strerror or 'missing'}; {AGAIN}") from e
+        if hashlib.sha256(data).hexdigest() != self.manifest["statistics_sha256"]:
+            raise StoreCorruptError(f"{path}: altered since the manifest was written; {AGAIN}")
+        return statistics.from_npz(data, path, self.spec.hookpoints, self.kept_rows)
 
     def outlier_bound(self, hookpoint: str) -> float:
         """Norm above which a row is an outlier: 10 x the median norm."""
@@ -116,55 +135,18 @@ class Store:
         """Reads row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`, in several threads."""
         self._readers[array].read_into(spans, out)
 
-    def _verify(self, full: bool) -> None:
-        arrays = self.spec.arrays()
-        for name, array in arrays.items():
-            meta = inside(self.path, f"{name}/zarr.json", StoreCorruptError)
-            _same_digest(meta, self.manifest["arrays"][name]["zarr_json_sha256"])
-            for shard, contexts in enumerate(self._contexts):
-                file = self.path / array.shard_file(shard)
-                _same_size(file, array.shard_bytes(contexts * self.context))
-                if full:
-                    check_layout(self.path, array, shard, contexts * self.context)
-                    _same_digest(file, self.manifest["shards"][shard]["files"][name]["sha256"])
-        for shard in range(len(self._contexts) if full else 0):
-            self._crcs(shard)
-        if full:
-            _same_digest(self.path / SPEC, self.manifest["spec_file_sha256"])
+    def scatter(self, array: str, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
+        """Reads the R rows of some spans; row r goes to `out[slot_R[r]]`, nowhere where that is -1. In several threads."""
+        self._readers[array].scatter(spans, slot_R, out)
 
-    def _read_crcs(self, shard: int) -> dict[str, bytes]:
-        """The checksum words of a shard by array; the rest of its record, D sums per hookpoint, is not kept."""
-        path = self.path / record_file(shard)
-        _same_digest(path, self.manifest["shards"][shard]["record_sha256"])
-        files = read_record(path, self.spec, self._contexts[shard])["files"]
-        return {name: bytes.fromhex(entry["crcs"]) for name, entry in files.items()}
+    def check_shard(self, array: str, shard: int) -> None:
+        """Reads all of a shard of an array. Raises `StoreCorruptError` unless every byte of it is right."""
+        self._readers[array].check_shard(shard)
 
-    def _truth(self, name: str, shard: int) -> ShardTruth:
-        return ShardTruth(self._contexts[shard] * self.context, self._crcs(shard)[name])
-
-
-def read_record(path: Path, spec: StoreSpec, contexts: int | None = None) -> dict:
-    """A shard record, validated against the spec. Raises `StoreCorruptError`."""
-    f = mf.file_keys(path)
-    n = f.count("contexts", least=contexts or 1, most=contexts or spec.shard_contexts)
-    if f.hex("spec_sha256") != spec_digest(spec):
-        raise StoreCorruptError(f"{path}: belongs to another store")
-    f.count("kept_rows")
-    f.get("text_state", dict)
-    for name, array in spec.arrays().items():
-        entry = f.section("files").section(name)
-        entry.hex("sha256")
-        entry.hex("crcs", 8 * array.chunks(n * spec.context))
-        entry.one_of("bytes", (array.shard_bytes(n * spec.context),))
-    for name, width in spec.hookpoints:
-        sums = f.section("sums").section(name)
-        sums.numbers("x", width), sums.number("norm"), sums.number("sq_norm")
-    return f.values
-
-
-def spec_digest(spec: StoreSpec) -> str:
-    """SHA-256 of the spec in canonical JSON."""
-    return text_sha256(json.dumps(spec.to_json(), sort_keys=True, separators=(",", ":")))
+    def _truth(self, name: str, array: ArraySpec, shard: int) -> ShardTruth:
+        self._folder(name)
+        rows = self.spec.contexts_of(shard, self.n_contexts) * self.context
+        return ShardTruth(rows, self.checksums.of(name, shard, array.chunks(rows)))
 
 
 def spec_file(spec: StoreSpec) -> dict:
@@ -182,29 +164,10 @@ def read_spec(path: Path) -> StoreSpec:
 def _unfinished(path: Path) -> str:
     if not (path / SPEC).is_file():
         return f"{path}: no activation store here; run `saejax harvest` with this config first"
-    done = len(list((path / RECORDS).glob("*.json")))
+    done = len(finished_shards(path))
     return (f"{path / MANIFEST}: missing, so the harvest has not finished ({done} of "
             f"{read_spec(path).target_shards} shards "
             "are there); run `saejax harvest` again, it resumes")
-
-
-def _same_size(path: Path, expected: int) -> None:
-    try:
-        size = path.stat().st_size
-    except OSError as e:
-        raise StoreCorruptError(f"{path}: missing; {AGAIN}") from e
-    if size != expected:
-        raise StoreCorruptError(f"{path}: {size} bytes, the manifest says {expected}; {AGAIN}")
-
-
-def _same_digest(path: Path, expected: str) -> None:
-    try:
-        found = file_sha256(path)
-    except OSError as e:
-        raise StoreCorruptError(f"{path}: missing; {AGAIN}") from e
-    if found != expected:
-        raise StoreCorruptError(f"{path}: altered since the manifest was written (sha256 {found[:12]}, expected "
-                                f"{expected[:12]}); {AGAIN}")
 
 
 def model_name(model: str) -> str:

@@ -15,6 +15,7 @@ from saejax.base.errors import ConfigError
 from saejax.base.hardware import Topology
 from saejax.base.records import MeshOptions
 from saejax.config import Config
+from saejax.data import order
 from saejax.data.store import model_name
 from saejax.plan.compiled import compile_step
 from saejax.plan.source import Source, find
@@ -115,8 +116,17 @@ def _time(config: Config, work: Work, topology: Topology) -> dict:
     return {"seconds": parts, "aux_seconds": {str(most): value for most, value in dead.items()}, "step_seconds": step,
             "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
             "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()),
-            "tokens_per_second": rate, "store_bytes_per_second": rate * row,
+            "tokens_per_second": rate, "store_bytes_per_second": rate * row, "input": _input(config, rate * row, topology),
             "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}
+
+
+def _input(config: Config, bytes_per_second: float, topology: Topology) -> dict:
+    """What every host reads of the store, and holds of it: two windows of each of its lanes, and a batch."""
+    lanes = order.of_a_large_store(config).lanes
+    over = order.amplification(config.train.batch, lanes, topology.hosts)
+    return {"hosts": topology.hosts, "lanes": lanes, "read_over": over,
+            "bytes_per_second_and_host": bytes_per_second * over / topology.hosts,
+            "contexts_of_a_batch": order.contexts_of_a_batch(config)}
 
 
 def fitting(config: Config, spec: SAESpec) -> list[dict]:

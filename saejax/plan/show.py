@@ -80,8 +80,15 @@ def _time(plan: dict) -> list[tuple[str, str]]:
             *((f"  {name}", _duration(value)) for name, value in time["seconds"].items() if value),
             *((("  AuxK, not in the sum", _dead(time["aux_seconds"])),) if time["aux_seconds"] else ()),
             ("tokens/s", number(time["tokens_per_second"])),
-            ("store is read at", f"{number(time['store_bytes_per_second'], 'B')}/s"),
+            ("store is read at", f"{number(time['store_bytes_per_second'], 'B')}/s, {_input(time['input'])}"),
+            ("a batch is drawn from", f"{time['input']['contexts_of_a_batch']:,} contexts"),
             ("training takes", f"{_duration(time['days'] * 86_400)} ({time['steps']:,} steps)")]
+
+
+def _input(read: dict) -> str:
+    over = f", rows read {read['read_over']:.2f} times" if read["read_over"] > 1 else ""
+    return (f"{number(read['bytes_per_second_and_host'], 'B')}/s by each of {read['hosts']} hosts ({read['lanes']} lanes{over})"
+            if read["hosts"] > 1 else "by one host")
 
 
 def _dead(seconds: dict[str, float]) -> str:

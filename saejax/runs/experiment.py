@@ -12,7 +12,7 @@ from saejax.base.records import RunPaths
 from saejax.base.storage import is_writer, write_json
 from saejax.config import Config
 from saejax.data.harvest import harvest
-from saejax.data.store import RECORDS, Store
+from saejax.data.store import Store, finished_shards
 from saejax.formats import load
 from saejax.scaling.sweep import is_sweep, members
 from saejax.train.loop import train, train_all
@@ -32,10 +32,10 @@ def preflight(config: Config) -> list[Config]:
 
 def harvested(config: Config) -> Store:
     """The store of a config; the rate is kept beside the run: a store itself holds nothing that differs between two machines."""
-    records = Path(config.harvest.store) / RECORDS
-    before, clock = len(list(records.glob("*.json"))), time.monotonic()
+    path = Path(config.harvest.store)
+    before, clock = len(finished_shards(path)), time.monotonic()
     store = harvest(config)
-    made = min(store.rows, (len(list(records.glob("*.json"))) - before) * store.spec.shard_rows)
+    made = min(store.rows, (len(finished_shards(path)) - before) * store.spec.shard_rows)
     if made and is_writer():
         seconds = time.monotonic() - clock
         write_json(rates_file(RunPaths(Path(config.run_dir))),

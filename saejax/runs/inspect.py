@@ -1,7 +1,8 @@
 """`saejax inspect`: what a directory is, whether every byte with a digest verifies, and what has none and was not read."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,13 +12,13 @@ from jax.sharding import Mesh
 from saejax.base import sharding
 from saejax.base.errors import FormatError, SaejaxError
 from saejax.base.logs import Progress
-from saejax.base.records import MADE_ELSEWHERE, MeshOptions, RunPaths
+from saejax.base.records import MADE_ELSEWHERE, MeshOptions, RunPaths, StreamState
 from saejax.base.storage import file_sha256
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
 from saejax.data import manifest as mf
-from saejax.data.shards import check_layout
-from saejax.data.store import MANIFEST, RECORDS, SPEC, Store, is_complete, read_record, read_spec, record_file
+from saejax.data.store import MANIFEST, SPEC, Store, finished_shards, is_complete, read_spec
+from saejax.data.verify import Check, checks, outcomes, unfinished_checks
 from saejax.evals import evaluate as evals
 from saejax.features.index import reader as index
 from saejax.formats import saelens, saelens_read
@@ -137,22 +138,11 @@ def _store(path: Path, bar: Progress) -> Finding:
     bar.advance((path / MANIFEST).stat().st_size)
     if manifest is None:
         return found
-    values, spec = manifest
-    found.facts = _store_facts(spec) | {"contexts": values["n_contexts"], "rows": values["rows"],
-                                        "unmasked_rows": values["kept_rows"], "shards": len(values["shards"]),
-                                        "schema_version": values["schema_version"], "digest": values["sha256"]}
-    for name, array in spec.arrays().items():
-        _same(found, path / name / "zarr.json", values["arrays"][name]["zarr_json_sha256"], bar)
-        for shard, entry in enumerate(values["shards"]):
-            if _same(found, path / array.shard_file(shard), entry["files"][name]["sha256"], bar):
-                found.attempt(lambda a=array, s=shard, n=entry["contexts"]: check_layout(path, a, s, n * spec.context))
-    for shard, entry in enumerate(values["shards"]):
-        record = path / record_file(shard)
-        if _same(found, record, entry["record_sha256"], bar):
-            found.attempt(lambda r=record, n=entry["contexts"]: read_record(r, spec, n))
-    _same(found, path / SPEC, values["spec_file_sha256"], bar)
-    if not found.problems:
-        found.attempt(lambda: Store.open(path))  # sizes; every digest has been compared above
+    store = Store(path, *manifest)
+    found.facts = _store_facts(store.spec) | {"contexts": store.n_contexts, "rows": store.rows, "unmasked_rows": store.kept_rows,
+                                              "shards": store.n_shards, "schema_version": store.manifest["schema_version"],
+                                              "digest": store.digest}
+    _all(found, checks(store), bar)
     return found
 
 
@@ -162,19 +152,21 @@ def _unfinished_store(path: Path, bar: Progress) -> Finding:
     found.read.add(path / SPEC)
     if spec is None:
         return found
-    records = sorted((path / RECORDS).glob("[0-9]*.json"))
-    found.facts = _store_facts(spec) | {"shards": f"{len(records)} of {spec.target_shards}",
+    found.facts = _store_facts(spec) | {"shards": f"{len(finished_shards(path))} of {spec.target_shards}",
                                         "schema_version": mf.SCHEMA_VERSION}
     bar.advance((path / SPEC).stat().st_size)
-    for file in records:
-        record = found.attempt(lambda f=file: read_record(f, spec))
-        found.read.add(file)
-        bar.advance(file.stat().st_size)
-        for name, array in spec.arrays().items() if record is not None else ():
-            shard = int(file.stem)
-            if _same(found, path / array.shard_file(shard), record["files"][name]["sha256"], bar):
-                found.attempt(lambda a=array, s=shard, r=record: check_layout(path, a, s, r["contexts"] * spec.context))
+    _all(found, unfinished_checks(path, spec), bar)
     return found
+
+
+def _all(found: Finding, these: Iterable[Check], bar: Progress) -> None:
+    """Runs the checks of a store; a problem that several of them have is said once."""
+    for check, error in outcomes(these):
+        found.read.add(check.file)
+        with contextlib.suppress(OSError):
+            bar.advance(check.file.stat().st_size)
+        if error is not None and str(error) not in found.problems:
+            found.problems.append(str(error))
 
 
 def _store_facts(spec: mf.StoreSpec) -> dict:
@@ -189,17 +181,6 @@ def _masked(spec: mf.StoreSpec) -> str:
     return " and ".join(names[what] for what in spec.text.get("mask", []) if what in names) or "nothing"
 
 
-def _same(found: Finding, file: Path, expected: str, bar: Progress) -> bool:
-    """True when a file is there with the digest that was recorded; otherwise one problem."""
-    found.read.add(file)
-    digest = found.attempt(lambda: file_sha256(file, bar.advance)) if file.is_file() else None
-    if digest is None and not file.is_file():
-        found.problems.append(f"{file}: missing")
-    elif digest is not None and digest != expected:
-        found.problems.append(f"{file}: altered (sha256 {digest[:12]}, recorded {expected[:12]})")
-    return digest == expected
-
-
 def _checkpoint(path: Path, bar: Progress) -> Finding:
     found = Finding(path, "checkpoint step", read={path})
     meta = found.attempt(lambda: read_meta(path))
@@ -208,8 +189,8 @@ def _checkpoint(path: Path, bar: Progress) -> Finding:
     s = meta.spec
     found.facts = {"sae": f"{s.kind}{f', k = {s.k}' if s.kind in WITH_K else ''}", "d_in": s.d_in, "d_sae": s.d_sae,
                    "compute_dtype": s.compute_dtype, **meta.data,
-                   "tokens_seen": meta.counters.tokens_seen, "epoch": meta.counters.stream.epoch,
-                   "position": meta.counters.stream.position, "resamples": meta.counters.resamples,
+                   "tokens_seen": meta.counters.tokens_seen, "epochs": _epochs(meta.counters.stream),
+                   "lanes": len(meta.counters.stream.lanes), "resamples": meta.counters.resamples,
                    "leaves": len(meta.fingerprints), "written_on": meta.machine or "not recorded"}
     config = RunPaths(path.absolute().parent.parent).config
     mesh = _mesh(s.d_sae)
@@ -220,6 +201,11 @@ def _checkpoint(path: Path, bar: Progress) -> Finding:
         found.attempt(lambda: restore_params(path, mesh))
     bar.advance(size_on_disk(path))
     return found
+
+
+def _epochs(state: StreamState) -> str:
+    least, most = state.epochs
+    return f"{least}" if least == most else f"{least} to {most}"
 
 
 def _abstract(config: Config, spec: SAESpec, mesh: Mesh):

@@ -224,7 +224,11 @@ def read_meta(step_dir: Path) -> CheckpointMeta:
     return CheckpointMeta(
         spec=SAESpec(**meta["spec"] | {"layers": tuple(meta["spec"]["layers"])}), data=meta["data"],
         fingerprints=meta["fingerprints"], machine=meta.get("machine", {}),
-        counters=RunCounters(stream=StreamState(**c["stream"]), tokens_seen=c["tokens_seen"], resamples=c["resamples"]))
+        counters=RunCounters(stream=_stream_state(c["stream"]), tokens_seen=c["tokens_seen"], resamples=c["resamples"]))
+
+
+def _stream_state(values: dict) -> StreamState:
+    return StreamState(values["seed"], tuple(tuple(lane) for lane in values["lanes"]))
 
 
 def machine_of(step_dir: Path) -> dict[str, str]:

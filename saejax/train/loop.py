@@ -21,10 +21,10 @@ from saejax.base import lease, sharding
 from saejax.base.errors import CheckpointError, NonFiniteError
 from saejax.base.logs import MetricWriter, Progress, say
 from saejax.base.preemption import Preempted, Preemption
-from saejax.base.records import ActivationBatch, RunPaths, StreamState
+from saejax.base.records import RunPaths, StreamState
 from saejax.config import Config
 from saejax.data.store import Store
-from saejax.data.stream import Stream
+from saejax.data.stream import Stream, order_of
 from saejax.sae import SAESpec
 from saejax.train import compilation_cache, determinism
 from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
@@ -190,16 +190,25 @@ class _Run:
         """The first rows of the stream."""
         with self.stream(hookpoints, origin) as stream:
             batches = itertools.islice(stream, math.ceil(rows / self.batch))
-            return np.concatenate([b.x_BW.astype(np.float32) for b in batches])[:rows]
+            return np.concatenate([x_BW.astype(np.float32) for x_BW in batches])[:rows]
 
-    def stream(self, hookpoints: tuple[str, ...], state: StreamState) -> Stream:
-        return Stream(self.store, hookpoints, self.batch, self.members[0].config.stream, state)
+    def stream(self, hookpoints: tuple[str, ...], state: StreamState | int, lanes: Sequence[int] | None = None) -> Stream:
+        return Stream(self.store, hookpoints, self.batch, self.members[0].config.stream, state, lanes)
+
+    def own_stream(self, hookpoints: tuple[str, ...], state: StreamState | int) -> Stream:
+        """A stream of the lanes that the rows of this process's devices touch, for `place`."""
+        lanes = order_of(self.store, self.members[0].config.stream, self.batch, state).lanes
+        return self.stream(hookpoints, state, sharding.pieces_here(self.rest, self.batch, self.batch // lanes))
+
+    def place(self, stream: Stream, x_BW: np.ndarray) -> jax.Array:
+        """The whole batch [B, W] on the devices, of the lanes that this process has read. Copied when this returns."""
+        return sharding.place_pieces(x_BW, self.rest, self.batch, stream.lanes, stream.lane_rows)
 
     def steps(self, start: int) -> None:
         """All steps of all members, from after `start`."""
         last = max(member.total for member in self.training)
         totals = sum(member.total for member in self.training)
-        with (self.stream(self.hookpoints, self.training[0].counters.stream) as stream, Preemption() as preemption,
+        with (self.own_stream(self.hookpoints, self.training[0].counters.stream) as stream, Preemption() as preemption,
               Progress("train", totals * self.batch, initial=start * self.batch * len(self.training),
                        enabled=self.log_options.progress) as bar, self.logs(start, stream, bar) as logs,
               self.profile(start, last) as profile):
@@ -207,7 +216,7 @@ class _Run:
                 with profile.step(number):
                     with jax.profiler.TraceAnnotation("wait for rows"):
                         rows = next(stream)
-                    self.step(number, rows, stream.state, logs, bar)
+                    self.step(number, rows, stream, logs, bar)
                 leaving = preemption.requested(number) and number < last
                 self.save(number, logs, leaving)
                 if leaving:
@@ -224,17 +233,17 @@ class _Run:
         steps = window(self.members[0].config.train.profile, start, last, self.every)
         return Profile(RunPaths(self.where).profile, steps, settle)
 
-    def step(self, number: int, rows: ActivationBatch, place: StreamState, logs: dict[Member, "_Log"], bar: Progress) -> None:
+    def step(self, number: int, x_BW: np.ndarray, stream: Stream, logs: dict[Member, "_Log"], bar: Progress) -> None:
         """Dispatches one step of every member that trains, then does whatever is due for single ones."""
         placed: dict[tuple[str, ...], jax.Array] = {}
         dispatched: dict[Member, dict[str, jax.Array]] = {}
         for member in self.training:
             hookpoints = member.config.sae.hookpoints
             if hookpoints not in placed:
-                placed[hookpoints] = sharding.place(self.columns(rows.x_BW, hookpoints), self.rest)
+                placed[hookpoints] = self.place(stream, self.columns(x_BW, hookpoints))
             dispatched[member] = member.step(number, placed[hookpoints])
         for member, metrics in dispatched.items():
-            member.counters = dataclasses.replace(member.counters, stream=place, tokens_seen=number * self.batch)
+            member.counters = dataclasses.replace(member.counters, stream=stream.state, tokens_seen=number * self.batch)
             if logs[member].step(number, metrics):
                 self.stop_broken(member, number, bar)
             elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch, member.total * self.batch):
@@ -276,12 +285,12 @@ class _Run:
         config, occasion = member.config, member.counters.resamples
         n = max(1, config.train.resample.sample_rows // self.batch)
         n = min(n, max(1, self.store.kept_rows // self.batch))
-        origin = StreamState(seed=config.seed + 1 + occasion, epoch=0, position=0)
+        seed = config.seed + 1 + occasion
 
         def batches() -> Iterator[jax.Array]:
-            with self.stream(config.sae.hookpoints, origin) as stream:
-                for rows in itertools.islice(stream, n):
-                    yield sharding.place(rows.x_BW, self.rest)
+            with self.own_stream(config.sae.hookpoints, seed) as stream:
+                for x_BW in itertools.islice(stream, n):
+                    yield self.place(stream, x_BW)
 
         member.state, replaced = resample(config, member.spec, member.state, (batches(), batches()), occasion)
         log.note(resampled=replaced)

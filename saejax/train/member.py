@@ -13,12 +13,13 @@ from jax.sharding import Mesh
 from saejax import config as config_lib
 from saejax.base import hardware, sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, SaejaxError
-from saejax.base.records import MADE_ELSEWHERE, RunPaths, StreamState
+from saejax.base.records import MADE_ELSEWHERE, RunPaths
 from saejax.base.storage import barrier, is_writer, write_json
 from saejax.config import Config, read_config
 from saejax.data import kept
+from saejax.data.order import ORDER_VERSION
 from saejax.data.store import Store, check_matches
-from saejax.data.stream import ORDER_VERSION
+from saejax.data.stream import order_of
 from saejax.sae import SAESpec
 from saejax.train import optim
 from saejax.train.checkpoint import Checkpoints, RunCounters, restore_scalar, steps_in
@@ -127,7 +128,8 @@ class Member:
         self.stats = [measured.stats[hookpoint] for hookpoint in config.sae.hookpoints]
         self.data = {"hookpoints": list(config.sae.hookpoints), "store_digest": store.digest, "normalize": config.sae.normalize,
                      "stream_order": str(ORDER_VERSION), **({MADE_ELSEWHERE: True} if store.spec.made_elsewhere else {})}
-        self.counters = RunCounters(stream=StreamState(seed=config.seed_of_data, epoch=0, position=0), tokens_seen=0, resamples=0)
+        start = order_of(store, config.stream, config.train.batch, config.seed_of_data).start(config.seed_of_data)
+        self.counters = RunCounters(stream=start, tokens_seen=0, resamples=0)
         self.training, self.trouble = True, ""
         self.saved_on: dict[str, str] = {}  # the machine of the checkpoint that was restored
 

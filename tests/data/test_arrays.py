@@ -9,12 +9,13 @@ import pytest
 import saejax
 from saejax import lm
 from saejax.base.errors import HookpointError, NonFiniteError, SaejaxError, StoreError
-from saejax.base.records import UNKNOWN, StreamState
+from saejax.base.records import UNKNOWN
 from saejax.config import StreamOptions
 from saejax.data.arrays import store_of
 from saejax.data.harvest import harvest
 from saejax.data.store import Store, check_matches
 from saejax.data.stream import Stream
+from saejax.data.verify import verify
 from tests.data.making import bits, tiny_config, tiny_model
 
 HOOK, WIDE = "blocks.0.hook_resid_post", 48
@@ -45,17 +46,15 @@ def test_files_and_arrays_of_several_hookpoints(tmp_path, monkeypatch):
     a = saejax.store_of({HOOK: files, "b": y}, tmp_path / "a", context=16)
     b = store_of({HOOK: x.astype(np.float64), "b": [y[:3], y[3:]]}, tmp_path / "b", context=16)
     for store in (a, b):
-        assert (store.rows, store.kept_rows, store.has_tokens, len(store.manifest["shards"])) == (1008, 1000, False, 4)
+        assert (store.rows, store.kept_rows, store.has_tokens, store.n_shards) == (1008, 1000, False, 4)
         for name, values in ((HOOK, x), ("b", y)):
             assert np.array_equal(bits(store.read(name, 0, 1000)), stored(values))
         assert np.array_equal(store.keep(0, 1008), np.arange(1008) < 1000)
     assert (a.spec.model, a.spec.model_digest, a.spec.tokenizer_digest, a.spec.lm_dtype) == (UNKNOWN,) * 4
     assert a.spec.text["sources"] == ["0.npy", "1.npy", "2.npy"] and str(tmp_path) not in (a.path / "manifest.json").read_text()
-    Store.open(a.path, full=True)
-    options = StreamOptions(block_contexts=2, window_rows=128)
-    with Stream(a, (HOOK,), 100, options, StreamState(0, 0, 0)) as stream:
-        batches = [next(stream) for _ in range(10)]
-    seen = np.concatenate([bits(batch.x_BW) for batch in batches])
+    verify(Store.open(a.path))
+    with Stream(a, (HOOK,), 125, StreamOptions(block_contexts=2, window_rows=128), 0) as stream:
+        seen = np.concatenate([bits(next(stream)).copy() for _ in range(8)])
     assert sorted(map(bytes, seen)) == sorted(map(bytes, stored(x))) and not np.array_equal(seen, stored(x))
 
 

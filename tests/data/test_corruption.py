@@ -1,18 +1,20 @@
 """Whatever happens to a file of a store: the right values or a typed error that names the file, never a wrong value."""
 
 import copy
+import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 
 from saejax.base.errors import StoreCorruptError, StoreError
-from saejax.base.records import StreamState
 from saejax.config import StreamOptions
 from saejax.data.manifest import self_digest
 from saejax.data.store import Store
 from saejax.data.stream import Stream
+from saejax.data.verify import checks, verify
 from tests.data.making import HOOK, HOOKS, bits, make_store
 
 ROWS = 37 * 16
@@ -80,7 +82,7 @@ def test_every_file_under_every_change(original, tmp_path, change):
                 shutil.rmtree(copied)
                 continue
             with pytest.raises(StoreError) as error:
-                Store.open(copied, full=True)
+                verify(Store.open(copied))
             assert any(d in str(error.value) for d in damaged), (damaged, trial, str(error.value))
             try:
                 got = values_of(Store.open(copied))
@@ -90,13 +92,31 @@ def test_every_file_under_every_change(original, tmp_path, change):
             shutil.rmtree(copied)
 
 
+def test_no_part_of_any_file_is_left_out(tmp_path):
+    """About 60 bytes all over every file, one after the other, and the last one."""
+    store = make_store(tmp_path / "s", 9)
+    files = {check.file for check in checks(store)} | {store.path / "manifest.json"}
+    assert files == {p for p in store.path.rglob("*") if p.is_file()}
+    for file in files:
+        before = file.read_bytes()
+        for place in {*range(0, len(before), len(before) // 60 + 1), len(before) - 1}:
+            with open(file, "r+b") as f:
+                f.seek(place)
+                f.write(bytes([before[place] ^ 1 << place % 8]))
+            with pytest.raises(StoreError, match=re.escape(str(file))):
+                opened = Store.open(store.path)
+                next(check for check in checks(opened) if check.file == file).run()
+            file.write_bytes(before)
+    verify(Store.open(store.path))
+
+
 def test_flips_in_a_shard_are_found_by_the_stream(original, tmp_path):
     shutil.copytree(original.path, tmp_path / "s")
     file = tmp_path / "s" / f"acts/{HOOK}/c/2/0"
     data = bytearray(file.read_bytes())
     data[700] ^= 4
     file.write_bytes(data)
-    with Stream(Store.open(tmp_path / "s"), (HOOK,), 20, StreamOptions(2, 64), StreamState(0, 0, 0)) as stream:
+    with Stream(Store.open(tmp_path / "s"), (HOOK,), 20, StreamOptions(2, 64), 0) as stream:
         with pytest.raises(StoreCorruptError, match=r"hook_resid_post/c/2/0: does not read back \(rows from 0 of this shard"):
             for _ in range(ROWS // 20):
                 next(stream)
@@ -117,6 +137,34 @@ def test_a_stale_shard_of_another_store_is_caught(original, tmp_path):
             store.read(HOOK, a, a + 8)
 
 
+def test_a_stale_record_is_caught(original, tmp_path):
+    shutil.copytree(original.path, tmp_path / "s")
+    other = make_store(tmp_path / "other", seed=1)
+    shutil.copy(other.path / "shards/00001.bin", tmp_path / "s/shards/00001.bin")
+    with pytest.raises(StoreCorruptError, match="shards/00001.bin: its checksums are not those of crcs.bin"):
+        verify(Store.open(tmp_path / "s"))
+
+
+HOSTILE_FIGURES = [{}, {"sums": np.zeros(3)}, {"sums": np.full(26, np.nan)}, {"sums": np.zeros(26, np.float32)},
+                   {"sums": np.array([None] * 26)}, {"median_norm": np.float64(np.inf)}, {"median_norm": np.zeros(2)},
+                   {"outliers": np.int64(10**9)}, {"outliers": np.float64(1)}]
+
+
+@pytest.mark.parametrize("changes", HOSTILE_FIGURES, ids=str)
+def test_hostile_statistics_are_refused_in_one_line(original, tmp_path, changes):
+    """With a digest that fits."""
+    shutil.copytree(original.path, tmp_path / "s")
+    file = tmp_path / "s" / "statistics.npz"
+    with np.load(file) as arrays:
+        values = {key: arrays[key] for key in arrays if changes or not key.startswith(HOOK)}
+    np.savez(file, **values | {f"{HOOK}.{key}": value for key, value in changes.items()})
+    manifest = original.manifest | {"statistics_sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (tmp_path / "s" / "manifest.json").write_text(json.dumps(manifest | {"sha256": self_digest(manifest)}))
+    with pytest.raises(StoreCorruptError, match="statistics.npz") as error:
+        Store.open(tmp_path / "s").stats(HOOK)
+    assert "\n" not in str(error.value)
+
+
 def change_at(values, path, value):
     *parents, leaf = path
     for parent in parents:
@@ -131,11 +179,9 @@ HOSTILE = [
     (("spec", "hookpoints"), []), (("spec", "context"), 0), (("spec", "context"), "16"), (("spec", "chunk_rows"), 7),
     (("spec", "shard_contexts"), True), (("spec", "extra"), 1), (("n_contexts",), 2**47), (("n_contexts",), 38),
     (("rows",), 10**15), (("kept_rows",), -5), (("kind",), "other"), (("schema_version",), "1"), (("shards",), {}),
-    (("shards", 0, "files", "tokens", "file"), "../tokens/c/0"),
-    (("shards", 0, "files", "tokens", "file"), "/dev/zero"),
-    (("shards", 0, "files", "tokens", "bytes"), 1), (("shards", 0, "record_sha256"), "00"), (("shards", 1), None),
-    (("arrays",), {}), (("stats", HOOK, "mean"), [0.0]), (("stats", HOOK, "median_norm"), float("inf")),
-    (("stats", HOOK, "mean", 0), "x"), (("stats", HOOK, "outliers"), 10**9), (("sha256",), "0" * 64),
+    (("crcs",), []), (("crcs", "bytes"), 1), (("crcs", "bytes"), 2**60), (("crcs", "sha256"), "00"), (("crcs", "blocks"), {}),
+    (("crcs", "blocks"), []), (("crcs", "blocks", 0), 2**32), (("crcs", "blocks", 0), "x"), (("crcs", "file"), "/dev/zero"),
+    (("statistics_sha256",), "x"), (("sha256",), "0" * 64),
 ]
 
 
@@ -157,8 +203,10 @@ def test_links_out_of_the_store_are_refused(original, tmp_path):
     shutil.copytree(original.path, tmp_path / "s")
     shutil.move(tmp_path / "s" / "tokens", tmp_path / "elsewhere")
     (tmp_path / "s" / "tokens").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(StoreCorruptError, match="leads outside"):
-        Store.open(tmp_path / "s")
+    with pytest.raises(StoreCorruptError, match="tokens.*leads outside"):
+        Store.open(tmp_path / "s").tokens(0, 1)
+    with pytest.raises(StoreCorruptError, match="tokens.*leads outside"):
+        verify(Store.open(tmp_path / "s"))
 
 
 @pytest.mark.parametrize("content", [b"", b"[1", b"[]", b"null", b"\xff\xfe", b"[" * 100_000])

@@ -19,6 +19,7 @@ from saejax.data import harvest as harvest_module
 from saejax.data.harvest import harvest
 from saejax.data.store import Store
 from saejax.data.text import token_batches
+from saejax.data.verify import verify
 from saejax.data.writer import StoreWriter
 from tests.data.making import HOOK, bits, directory, sentences, tiny_config, tiny_model, write_jsonl
 from tests.lm import families
@@ -49,7 +50,7 @@ def straight(parts, tiny, tmp_path_factory):
 
 def test_rows_are_what_the_model_computes_for_the_packed_text(straight, tiny):
     config, store = straight
-    assert (store.n_contexts, len(store.manifest["shards"])) == (N_CONTEXTS, 10)
+    assert (store.n_contexts, store.n_shards) == (N_CONTEXTS, 10)
     batches = list(token_batches(config.text, tiny.tokenizer, 8, seed=config.seed, max_contexts=N_CONTEXTS))
     tokens, keep = (np.concatenate([getattr(b, f) for b in batches]) for f in ("tokens_BT", "keep_BT"))
     assert np.array_equal(store.tokens(0, store.rows), tokens.ravel())
@@ -179,7 +180,7 @@ def child(config: C.Config, folder, *lines: str, devices: int = 8) -> subprocess
 def test_a_killed_process_leaves_a_store_that_resumes(straight, parts, tiny, tmp_path, how):
     config = tiny_config(*parts, tmp_path / "store")
     process = child(config, tmp_path)
-    deadline, second = time.monotonic() + 120, tmp_path / "store/shards/00001.json"
+    deadline, second = time.monotonic() + 120, tmp_path / "store/shards/00001.bin"
     while not second.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     process.send_signal(how)
@@ -203,7 +204,7 @@ def test_two_processes_write_the_same_store_as_one(parts, tmp_path):
     output, _ = one.communicate(timeout=240)
     assert one.returncode == 0, output
     assert directory(tmp_path / "two/store") == directory(tmp_path / "one/store")
-    Store.open(tmp_path / "two/store", full=True)
+    verify(Store.open(tmp_path / "two/store"))
 
 
 @pytest.mark.parametrize("n", [9, 12])
@@ -215,7 +216,7 @@ def test_a_text_that_ends_early_gives_a_shorter_store(parts, tiny, tmp_path, n):
     assert store.n_contexts == rows < config.harvest.tokens // 16
     assert harvest(config, tiny).digest == store.digest
     (tmp_path / "store" / "manifest.json").unlink()
-    (tmp_path / "store" / "shards" / "00000.json").unlink()
+    (tmp_path / "store" / "shards" / "00000.bin").unlink()
     before = store.digest
     assert harvest(config, tiny).digest == before
 
@@ -248,7 +249,7 @@ def test_nan_activations_stop_the_harvest_before_their_shard(parts, straight, tm
     with pytest.raises(NonFiniteError, match=rf"hook_resid_post: .* rows hold NaN or Inf.*\({context}, {bad[0]}\)"):
         harvest(tiny_config(folder, parts[1], tmp_path / "store"), broken)
     shards = sorted(p.name for p in (tmp_path / "store" / "shards").iterdir())
-    assert shards == [f"{s:05d}.json" for s in range(context // 4)]
+    assert shards == [f"{s:05d}.bin" for s in range(context // 4)]
     assert context >= 4
 
 

@@ -13,6 +13,7 @@ from saejax.base.errors import SaejaxError, StoreError
 from saejax.config import default_config, resolve
 from saejax.data.arrays import write_rows
 from saejax.data.store import Store
+from saejax.data.verify import verify
 from saejax.evals import synthetic
 from saejax.evals.synthetic import Recovery, World, WorldOptions
 from saejax.sae.inference import SAE, SAEConfig
@@ -243,7 +244,8 @@ def small(tmp_path_factory):
 def test_the_store_holds_the_rows(small):
     world, store = small
     x = np.asarray(world.sample(KEY, 16_384)[0])
-    stored = Store.open(store.path, full=True).read(synthetic.HOOKPOINT, 0, store.rows).astype(np.float32)
+    verify(store)
+    stored = Store.open(store.path).read(synthetic.HOOKPOINT, 0, store.rows).astype(np.float32)
     np.testing.assert_allclose(stored, x, rtol=2**-8, atol=1e-30)
     assert store.kept_rows == store.rows == 16_384
     np.testing.assert_allclose(store.stats(synthetic.HOOKPOINT).mean_D, x.mean(0), atol=5e-3)

@@ -83,7 +83,7 @@ def test_every_bad_file_of_a_store_is_named(run, capsys):
     store = run / "store"
     shard = next((store / "acts").rglob("c/1/0"))
     token = store / "tokens" / "c" / "2"
-    record = store / "shards" / "00000.json"
+    record = store / "shards" / "00000.bin"
     flip(shard), token.unlink(), flip(record, 5)
     assert main(["inspect", str(store)]) == 2
     out = capsys.readouterr().out
@@ -96,12 +96,12 @@ def test_every_bad_file_of_a_store_is_named(run, capsys):
 def test_an_unfinished_store_says_how_far_it_is(run, capsys):
     store = run / "store"
     (store / "manifest.json").unlink()
-    (store / "shards" / "00003.json").unlink()
+    (store / "shards" / "00003.bin").unlink()
     assert main(["inspect", str(store)]) == 0
     out = capsys.readouterr().out
     assert "activation store, unfinished" in out and "3 of 4" in out
     flip(next((store / "acts").rglob("c/1/0")))
-    assert main(["inspect", str(store)]) == 2 and "c/1/0: altered" in capsys.readouterr().out
+    assert main(["inspect", str(store)]) == 2 and "c/1/0: does not read back" in capsys.readouterr().out
 
 
 def test_a_damaged_checkpoint_is_named(run, capsys):

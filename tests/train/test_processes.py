@@ -95,6 +95,27 @@ def test_two_processes_train_stop_together_and_resume_bitwise(store, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
+def test_any_number_of_processes_trains_on_the_same_rows_and_reads_its_share(tmp_path, processes):
+    """Two devices end in the same bits; a sum over four is not added in the same order by one process and by four."""
+    store = make_store(tmp_path / "store", contexts=256)
+    options = {"mesh__data": 2, "stream__window_rows": 512, "train__tokens": 32 * 40, "train__resample__every_tokens": None}
+    alone, several = (launch(store.path, tmp_path / f"run{n}", processes=n, devices=processes // n, **options)
+                      for n in (1, processes))
+    of_one, of_several = finish(alone), finish(several)
+    assert (fingerprints(of_one) == fingerprints(of_several)) or processes == 4
+    losses = [[line["loss"] for line in read_metrics(tmp_path / f"run{n}" / "metrics.jsonl")] for n in (1, processes)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 40
+    state = read_meta(tmp_path / f"run{processes}" / "checkpoints" / "40").counters.stream
+    assert len(state.lanes) == 32
+    trained, ahead = 32 * 40 * store.rows / store.kept_rows, 3 * 32 * 16  # up to three windows a lane: at the end, before, ahead
+    for count, results in ((1, of_one), (processes, of_several)):
+        for _, out, _ in results:
+            rows = int(next(line for line in out.splitlines() if line.startswith("READ")).split()[1])
+            assert 0.8 * trained / count <= rows <= (trained + ahead) / count, (count, rows)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["relu", "topk"])
 def test_killed_at_random_moments_ends_in_the_same_bits(store, tmp_path, kind):
     straight = fingerprints(finish(launch(store, tmp_path / "straight", kind=kind)))

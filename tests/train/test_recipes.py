@@ -13,7 +13,7 @@ import saejax
 from saejax.base import sharding
 from saejax.base.errors import NonFiniteError
 from saejax.base.logs import read_metrics
-from saejax.base.records import MeshOptions, StreamState
+from saejax.base.records import MeshOptions
 from saejax.config import SAEOptions, TrainOptions
 from saejax.config.recipes import INITS
 from saejax.data.arrays import write_rows
@@ -38,8 +38,8 @@ class Run:
     def __init__(self, store, config, total=50):
         self.config, self.mesh = config, sharding.make_mesh(MeshOptions(1, 1), jax.devices()[:1])
         self.spec = SAESpec.from_options(config.sae, WIDTHS)
-        with Stream(store, config.sae.hookpoints, config.train.batch, config.stream, StreamState(0, 0, 0)) as stream:
-            self.batches = [b.x_BW.astype(np.float32) for b in itertools.islice(stream, 20)]
+        with Stream(store, config.sae.hookpoints, config.train.batch, config.stream, 0) as stream:
+            self.batches = [x.astype(np.float32) for x in itertools.islice(stream, 20)]
         stats = [store.stats(name) for name in config.sae.hookpoints]
         self.state = initial_state(config, self.spec, stats, np.concatenate(self.batches), self.mesh)
         self.compiled = make_step(config, self.spec, total)

@@ -11,7 +11,7 @@ import pytest
 
 from saejax.base import sharding
 from saejax.base.errors import ConfigError
-from saejax.base.records import MeshOptions, StreamState
+from saejax.base.records import MeshOptions
 from saejax.data.stream import Stream
 from saejax.sae import SAESpec, tensors
 from saejax.train.member import total_steps
@@ -32,8 +32,8 @@ def train(store, config, mesh_shape, n_steps):
     mesh = sharding.make_mesh(MeshOptions(*mesh_shape), devices)
     spec = SAESpec.from_options(config.sae, WIDTHS)
     batches = []
-    with Stream(store, config.sae.hookpoints, config.train.batch, config.stream, StreamState(0, 0, 0)) as stream:
-        batches = [b.x_BW for b in itertools.islice(stream, n_steps)]
+    with Stream(store, config.sae.hookpoints, config.train.batch, config.stream, 0) as stream:
+        batches = [x.copy() for x in itertools.islice(stream, n_steps)]
     sample, stats = np.concatenate(batches[:4]).astype(np.float32), [store.stats(name) for name in config.sae.hookpoints]
     state = initial_state(config, spec, stats, sample, mesh)
     step = make_step(config, spec, n_steps)

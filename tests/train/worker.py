@@ -29,6 +29,16 @@ def main(options: dict) -> None:
         import time
         step = loop._Log.step
         loop._Log.step = lambda self, n, m: (time.sleep(options["slow_seconds"]), step(self, n, m))[1]
+    placed = []  # rows of activations that training reads, without the sample that it begins with
+    stream = loop._Run.own_stream
+
+    def counted(self, *args):
+        from saejax.data.shards import ArrayReader
+        place = ArrayReader._place_part
+        ArrayReader._place_part = lambda reader, shard, a, b, *rest: (placed.append(b - a), place(reader, shard, a, b, *rest))
+        return stream(self, *args)
+
+    loop._Run.own_stream = counted
     config = make_config(options["kind"], Path(options["run_dir"]), **options.get("overrides", {}))
     try:
         trained = loop.train(config, Store.open(options["store"]))
@@ -37,6 +47,7 @@ def main(options: dict) -> None:
         if options["processes"] > 1:
             jax.distributed.shutdown()
         sys.exit(EXIT_PREEMPTED)
+    print(f"READ {sum(placed)}")
     print("FINGERPRINTS " + json.dumps(fingerprints(trained.state)), flush=True)
 
 

@@ -1,6 +1,6 @@
 """`saejax release`: a checkpoint -> a directory that loads anywhere."""
 
-import dataclasses
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +46,8 @@ def rows_ahead(subject):
     """The rows that come next in the run's order, bfloat16 [N, width]: unseen ones as long as an epoch has not ended. In another
     store than that of the run, the first ones.
     """
+    import numpy as np
+
     from saejax.data.store import Store, check_matches, is_complete
     from saejax.data.stream import Stream
     from saejax.train.checkpoint import read_meta
@@ -56,12 +58,12 @@ def rows_ahead(subject):
                           "hookpoints: --config=FILE --config.harvest.store=DIR")
     store, meta = Store.open(config.harvest.store), read_meta(subject.step_dir)
     check_matches(store, hookpoints=config.sae.hookpoints, d_in=config.sae.d_in, model=config.lm.model)
-    place = meta.counters.stream
+    place, n = meta.counters.stream, min(CALIBRATION_ROWS, store.kept_rows)
     if store.digest != meta.data["store_digest"]:
-        place = dataclasses.replace(place, epoch=0, position=0)
-    n = min(CALIBRATION_ROWS, store.kept_rows)
-    with Stream(store, config.sae.hookpoints, n, config.stream, place) as stream:
-        return next(stream).x_BW[:stream.rows_per_epoch]
+        place = place.seed
+    batch = config.train.batch
+    with Stream(store, config.sae.hookpoints, batch, config.stream, place) as stream:
+        return np.concatenate([x_BW.copy() for x_BW in itertools.islice(stream, -(-n // batch))])[:n]
 
 
 JOB = Job(
