@@ -35,7 +35,7 @@ def make_store(path: Path, width: int, shards: int) -> Store:
     for shard in writer.missing_shards():
         x = rng.standard_normal((SHARD_CONTEXTS * CONTEXT, width), np.float32).astype(ml_dtypes.bfloat16)
         tokens = rng.integers(0, 99, (SHARD_CONTEXTS, CONTEXT))
-        writer.write_shard(shard, {"blocks.0.hook_resid_post": x}, tokens, np.ones((SHARD_CONTEXTS, CONTEXT), np.uint8), {})
+        writer.write_shard(shard, {"blocks.0.hook_resid_post": x}, tokens, np.ones((SHARD_CONTEXTS, CONTEXT), np.uint8))
     return writer.finalize(shards * SHARD_CONTEXTS)
 
 

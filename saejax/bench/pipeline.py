@@ -53,7 +53,7 @@ def make_store(path: Path, width: int, megabytes: int) -> Store:
         tokens = rng.integers(0, 50_000, (SHARD_CONTEXTS, CONTEXT), np.int32)
         keep = np.ones_like(tokens, bool)
         keep[:, 0] = False
-        writer.write_shard(shard, {HOOK: x}, tokens, keep, {})
+        writer.write_shard(shard, {HOOK: x}, tokens, keep)
     return writer.finalize(shards * SHARD_CONTEXTS)
 
 

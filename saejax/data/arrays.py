@@ -238,7 +238,7 @@ def _write(path: Path, spec: StoreSpec, shards: Iterable[Shard]) -> Store:
     with lease.writing(path), Progress("store", spec.target_contexts * spec.context, unit="row") as bar:
         writer = StoreWriter(path, spec)
         for number, (acts, tokens_NT, keep_NT) in enumerate(shards):
-            writer.write_shard(number, acts, tokens_NT, keep_NT, {})
+            writer.write_shard(number, acts, tokens_NT, keep_NT)
             bar.advance(keep_NT.size)
         return writer.finalize(spec.target_contexts)
 

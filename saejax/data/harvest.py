@@ -1,15 +1,16 @@
-"""Tokens -> language model with taps -> activation store.
+"""Text -> tokens -> language model with taps -> activation store.
 
-The device works on batch i + 1 while the host copies batch i into the buffer of a shard, and a thread writes the
-shard before; two shards are in memory. Process p of P writes shards p, p + P, ...; all of them pack the same text, so
-that a row's number, and with it every byte of the store, does not depend on P. An interrupted harvest goes on at the
-first missing shard: the text continues from the state in the record of the shard before.
+Tokens come first, in the folder `text` of the store (`tokens`): every process makes its share of them, and then any row is read
+by its number. Shards are functions of these numbers. Process p of P writes shards p, p + P, ...; every byte of the store is the
+same for any P, and an interrupted harvest writes the shards that are missing.
+
+The device works on batch i + 1 while the host copies batch i into the buffer of a shard, and a thread writes the shard before;
+two shards are in memory.
 """
 
 import math
 import re
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +24,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saejax import lm
 from saejax.base import assets, lease
 from saejax.base.errors import ConfigError, StoreError
-from saejax.base.logs import Progress, say
+from saejax.base.logs import Progress
 from saejax.base.preemption import Preempted, Preemption
 from saejax.base.records import UNKNOWN
 from saejax.base.storage import barrier, is_writer, together
 from saejax.config import Config
 from saejax.data import sources as src
-from saejax.data import text
+from saejax.data import text, token_store, tokens
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import chunk_rows_of
 from saejax.data.sources import Sources
-from saejax.data.store import SPEC, Store, finished_shards, is_complete, model_name, read_spec
-from saejax.data.text import PackedText, TextState
+from saejax.data.store import SPEC, TEXT, Store, finished_shards, is_complete, model_name, read_spec
+from saejax.data.token_store import TokenStore
 from saejax.data.writer import StoreWriter
 from saejax.lm import LM, Files
 
@@ -63,8 +64,9 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     spec = store_spec(config, lm_, sources)
     with lease.writing(path):
         writer = StoreWriter(path, spec)
-        packed = PackedText(config.text, lm_.tokenizer, seed=config.seed_of_data, sources=sources)
-        n_contexts = _fill(writer, packed, _Capture(lm_, config), config)
+        tokens = _tokens(path / TEXT, config, lm_, spec.target_contexts, sources)
+        n_contexts = min(tokens.contexts, spec.target_contexts)
+        _fill(writer, tokens, n_contexts, _Capture(lm_, config), config)
         barrier("saejax_harvest_written")
         with together("saejax_harvest_final"):
             if is_writer():
@@ -85,7 +87,7 @@ def _cheap_part(config: Config, sources: Sources) -> dict:
     h = config.harvest
     shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
     return {"model": model_name(config.lm.model), "lm_dtype": config.lm.dtype,
-            "text": text.describe(config.text, sources, config.seed_of_data),
+            "text": text.describe(config.text, sources, config.seed_of_data) | token_store.versions(),
             "context": config.text.context, "shard_contexts": h.shard_contexts,
             "chunk_rows": chunk_rows_of(config.text.context * h.shard_contexts),
             "target_contexts": shards * h.shard_contexts}
@@ -146,66 +148,49 @@ class _Capture:
         return self._run(self._model, jax.device_put(tokens_BT, self._rows))
 
 
+def _tokens(path: Path, config: Config, lm_: LM, contexts: int, sources: Sources) -> TokenStore:
+    """The tokens to harvest from, made where they are not there. Raises `Preempted` for one process that is asked to stop."""
+    with Preemption() as preemption, Progress("tokens", contexts * config.text.context, enabled=config.log.progress) as bar:
+        def advance(made: int) -> None:
+            bar.advance(made)
+            if preemption.asked_alone:
+                raise Preempted(f"{path}: stopped on request; start the same command again to go on")
+
+        return tokens.build(path, config.text, lm_.tokenizer, contexts, seed=config.seed_of_data, sources=sources,
+                            advance=advance)
+
+
 @dataclass(frozen=True)
 class _Shard:
-    """What this process does about one shard: nothing but count it (`tokens_NT` is None), or harvest it."""
+    """A shard to harvest: its number, and the contexts that it consists of."""
 
     number: int
-    contexts: int
-    tokens_NT: np.ndarray | None = None
-    keep_NT: np.ndarray | None = None
-    text_state: dict | None = None
+    tokens_NT: np.ndarray
+    keep_NT: np.ndarray
+
+    @property
+    def contexts(self) -> int:
+        return len(self.tokens_NT)
 
 
-def _shards(writer: StoreWriter, packed: PackedText, process: int, n_processes: int) -> Iterator[_Shard]:
-    """Every shard of the store in order, up to the end of the text."""
-    full = writer.spec.shard_contexts
-    for number in range(writer.spec.target_shards):
-        record = writer.record(number)
-        if record is not None:
-            state = TextState(**record.text_state)
-            if state != packed.state:
-                packed.seek(state)
-            shard = _Shard(number, record.contexts)
-        else:
-            tokens_NT = packed.take(full)
-            shard = _Shard(number, len(tokens_NT))
-            if number % n_processes == process and len(tokens_NT):
-                shard = _Shard(number, len(tokens_NT), tokens_NT, packed.keep(tokens_NT), packed.state.to_json())
-        yield shard
-        if shard.contexts < full:
-            return
-
-
-def _one_ahead(items: Iterator[_Shard], pool: ThreadPoolExecutor) -> Iterator[_Shard]:
-    """The items, the next one being made in a thread: tokenising must not keep the device waiting."""
-    following = pool.submit(next, items, None)
-    while (item := following.result()) is not None:
-        following = pool.submit(next, items, None)
-        yield item
-
-
-def _fill(writer: StoreWriter, packed: PackedText, capture: _Capture, config: Config) -> int:
-    """Writes this process's missing shards. Returns the number of contexts in the whole store."""
+def _fill(writer: StoreWriter, tokens: TokenStore, n_contexts: int, capture: _Capture, config: Config) -> None:
+    """Writes this process's missing shards of a store of so many contexts."""
     spec, process, n_processes = writer.spec, jax.process_index(), jax.process_count()
-    mine = len(writer.missing_shards(process, n_processes))
+    mine = {shard for shard in writer.missing_shards(process, n_processes) if shard < spec.shards(n_contexts)}
     title = "harvest" if n_processes == 1 else f"harvest (process 1 of {n_processes})"
-    total = 0
-    with ThreadPoolExecutor(1) as text_pool, ThreadPoolExecutor(1) as disk_pool, Preemption() as preemption, \
-            Progress(title, mine * spec.shard_rows, enabled=config.log.progress) as bar:
+    rows = sum(spec.contexts_of(shard, n_contexts) for shard in mine) * spec.context
+    with ThreadPoolExecutor(1) as disk_pool, Preemption() as preemption, \
+            Progress(title, rows, enabled=config.log.progress) as bar:
         pipeline = _Pipeline(writer, capture, disk_pool, bar, preemption)
-        for shard in _one_ahead(_shards(writer, packed, process, n_processes), text_pool):
-            if preemption.requested(shard.number):
+        for shard in range(spec.shards(n_contexts)):
+            if preemption.requested(shard):
                 pipeline.drain()
                 raise _stopped(writer)
-            total += shard.contexts
-            if shard.tokens_NT is not None:
-                pipeline.run(shard)
+            if shard in mine:
+                first = shard * spec.shard_contexts
+                tokens_NT = tokens.read(first, first + spec.contexts_of(shard, n_contexts))
+                pipeline.run(_Shard(shard, tokens_NT, tokens.keep(tokens_NT)))
         pipeline.drain()
-    if packed.dropped_tokens:
-        say(f"harvest: the text ended after {total * spec.context} tokens; {packed.dropped_tokens} that fill no "
-            "context dropped")
-    return total
 
 
 def _stopped(writer: StoreWriter) -> Preempted:
@@ -251,7 +236,7 @@ class _Pipeline:
         if start + n == shard.contexts:
             self._finish()
             self._writing = self._pool.submit(self._writer.write_shard, shard.number, acts, shard.tokens_NT,
-                                              shard.keep_NT, shard.text_state)
+                                              shard.keep_NT)
 
     def _finish(self) -> None:
         """Waits for the shard before: its buffer is the next to be filled, and none is written behind one that failed."""

@@ -1,7 +1,20 @@
-"""Documents -> tokens -> rows: the rules that `text` describes, without a place in the text.
+"""Documents -> rows of tokens: the rules, without a place in the text.
 
-`Packing` knows what goes around a document, which documents belong to a split, and how tokens become rows. `Masking` says which
-tokens of a row are trained on; it needs the tokens alone.
+The tokens of the documents of a split, each document followed by the separator, are one long sequence (`parts` says of which
+documents) that is cut into rows of exactly `context` tokens. A document may span rows; attention crosses the borders of the
+documents in a row, as in the pre-training of most language models. Where BOS goes is `config.text.bos`: the first token of every
+row ("row"), of every document ("doc"), or nowhere ("none"). A document may also be a conversation, which goes through the model's
+chat template, or token ids; one that begins with BOS or ends with the separator already gets no second.
+
+With `config.text.packing` = "document" each document is a row of its own instead, cut at `context`; a shorter one is filled up
+behind its separator with pad tokens (EOS, where the tokenizer has none), so that no document sees another. These are never
+trained on, measured or indexed, and no loss is counted at them; BOS stands at the beginning in either place.
+
+A row's first token, and special ones, are masked (`config.text.mask`): `keep` is False there, for all that is trained, measured
+or indexed. `Masking` finds them from the tokens alone.
+
+A document is held out when the hash of its text falls below `holdout`: the split does not depend on order, source or
+seed, and copies of a document are on the same side.
 """
 
 import hashlib

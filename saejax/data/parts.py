@@ -2,7 +2,8 @@
 
 Document i of the shuffled order belongs to part i mod `PARTS`. A part packs its documents one behind the other, from the first
 on. It takes whole documents until it has as many rows as are wanted. So its rows depend on nothing else: not on who makes it, how
-often it was interrupted, or how many documents are read at once.
+often it was interrupted, or how many documents are read at once. What the parts have left when all of their text has ended is
+packed once more, in their order, as part number `PARTS`: its rows come behind all others.
 
     part-00007.i32     its rows, int32 [rows, context], one behind the other
     part-00007.json    its record: rows, where it stands in its documents, the tokens that fill no row yet, checksums of the rows
@@ -35,13 +36,13 @@ _DOCUMENTS = 256  # read and tokenised at once
 class Part:
     """A part in memory. `rows` of it are made; its document number `documents` comes next; `finished`: there is no other.
 
-    `rest` are tokens that fill no row yet; `dropped`, how many of them were left when its text ended. `used`: documents with text
-    in the split. `read` documents and `tokens` of them have been added here.
+    `rest` are tokens that fill no row, or none yet. `used`: documents with text in the split. `read` documents and `tokens` of
+    them have been added here.
     """
 
     def __init__(self, number: int, packing: Packing):
         self.number, self._packing = number, packing
-        self.rows = self.documents = self.used = self.dropped = self.read = self.tokens = 0
+        self.rows = self.documents = self.used = self.read = self.tokens = 0
         self.finished = False
         self.rest = np.empty(0, np.int32)
         self._fresh: list[np.ndarray] = []
@@ -72,7 +73,7 @@ class Part:
 
     def end(self) -> None:
         """There are no more documents."""
-        self.finished, self.dropped, self.rest = True, len(self.rest), np.empty(0, np.int32)
+        self.finished = True
 
     def array(self) -> np.ndarray:
         """int32 [rows, context] of the rows that are in memory."""
@@ -80,6 +81,13 @@ class Part:
 
     def save(self, *, last: bool) -> None:
         """Writes what is new; nothing for a part that stays in memory. last: also where it is little."""
+
+
+def of_rests(part: Part, parts: Sequence[Part]) -> None:
+    """Fills one part more with what all the others have left when their text has ended, in their order."""
+    if not part.finished and all(other.finished for other in parts):
+        part.add(np.concatenate([other.rest for other in parts]))
+        part.end()
 
 
 class FilePart(Part):
@@ -94,7 +102,7 @@ class FilePart(Part):
 
     def _go_on(self, record: dict) -> None:
         self.rows, self.documents, self.used = record["rows"], record["documents"], record["used"]
-        self.finished, self.dropped = record["finished"], record["dropped"]
+        self.finished = record["finished"]
         self.rest = np.array(record["rest"], np.int32)
         self._blocks, self._written, self._saved = record["blocks"], record["rows"] * self._packing.context * 4, record
         check_size(self._file, self._written)
@@ -106,7 +114,7 @@ class FilePart(Part):
         data = b"".join(rows.astype("<i4", copy=False).tobytes() for rows in self._fresh)
         blocks = continued(self._blocks, self._written, data)
         record = {"rows": self.rows, "documents": self.documents, "used": self.used, "finished": self.finished,
-                  "dropped": self.dropped, "rest": self.rest.tolist(), "blocks": blocks, "spec_sha256": self._spec}
+                  "rest": self.rest.tolist(), "blocks": blocks, "spec_sha256": self._spec}
         if record == self._saved:
             return
         lease.confirm()
@@ -133,7 +141,7 @@ def read_record(path: Path, context: int, spec_sha256: str) -> dict:
     if f.hex("spec_sha256") != spec_sha256:
         raise StoreCorruptError(f"{path}: belongs to another token store; {AGAIN}")
     blocks = -(-f.count("rows") * context * 4 // BLOCK)
-    for key in ("documents", "used", "dropped"):
+    for key in ("documents", "used"):
         f.count(key)
     f.get("finished", bool)
     f.checked("rest", None, _are_counts, "not a list of token ids", [])

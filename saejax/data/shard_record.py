@@ -1,7 +1,7 @@
 """The record of a finished shard: a small binary file that is written when the files of the shard are on the disk.
 
     32 bytes       SHA-256 of what follows
-    one line       JSON: shard, contexts, kept_rows, text_state, spec_sha256
+    one line       JSON: shard, contexts, kept_rows, spec_sha256
     crcs           crc32c of every chunk of every array, uint32: the piece of `crcs.bin` that belongs to this shard
     sums           of every hookpoint D + 2 numbers, float64: sum of x, of ||x||, of ||x||^2 over the kept rows
 """
@@ -25,17 +25,16 @@ _DIGEST = hashlib.sha256().digest_size
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard. `text_state` is where the text stands behind it."""
+    """What is known of a finished shard."""
 
     shard: int
     contexts: int
     kept_rows: int
-    text_state: dict
     crcs: bytes
     sums: dict[str, ShardSums]
 
     def to_bytes(self, spec: StoreSpec) -> bytes:
-        head = {"shard": self.shard, "contexts": self.contexts, "kept_rows": self.kept_rows, "text_state": self.text_state,
+        head = {"shard": self.shard, "contexts": self.contexts, "kept_rows": self.kept_rows,
                 "spec_sha256": mf.spec_digest(spec)}
         line = json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n"
         body = line + self.crcs + b"".join(self.sums[name].array().tobytes() for name, _ in spec.hookpoints)
@@ -61,12 +60,11 @@ def read_record(path: Path, spec: StoreSpec, shard: int, *, digest: str | None =
     f.one_of("shard", (shard,))
     contexts = f.count("contexts", least=1, most=spec.shard_contexts)
     kept = f.count("kept_rows", most=contexts * spec.context)
-    text_state = f.get("text_state", dict)
     f.refuse_unread()
     widths = [width + 2 for _, width in spec.hookpoints]
     numbers = start + spec.crc_bytes
     if len(data) != numbers + 8 * sum(widths):
         f.refuse(f"{len(data)} bytes, expected {numbers + 8 * sum(widths)}")
     sums = np.split(np.frombuffer(data, "<f8", offset=numbers), np.cumsum(widths[:-1]))
-    return ShardRecord(shard, contexts, kept, text_state, data[start:numbers], {
+    return ShardRecord(shard, contexts, kept, data[start:numbers], {
         name: ShardSums.of(values) for (name, _), values in zip(spec.hookpoints, sums, strict=True)})

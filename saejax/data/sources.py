@@ -196,34 +196,6 @@ def _read_stream(parts: list, options: TextOptions, seed: int, start: int, shown
             yield _documents([row["text"] for row in batch])
 
 
-class Reader:
-    """The documents of some sources from any one on, in batches; streamed text is read again only to go back.
-
-    `position` is the number of the document that comes next.
-    """
-
-    def __init__(self, sources: Sources, seed: int):
-        self._sources, self._seed = sources, seed
-        self._batches: Iterator[list[Document | None]] | None = None
-        self._read = self.position = 0
-
-    def seek(self, document: int) -> None:
-        """Goes to a document; nothing is read before `next_batch`."""
-        self.position = document
-
-    def next_batch(self) -> list[Document | None] | None:
-        """The documents from `position` on; None at the end. Raises `TextError`."""
-        far = self.position != self._read and not self._sources.streaming
-        if self._batches is None or self.position < self._read or far:
-            self._batches, self._read = read(self._sources, self._seed, self.position), self.position
-        for batch in self._batches:
-            first, self._read = self._read, self._read + len(batch)
-            if self._read > self.position:
-                batch, self.position = batch[self.position - first:], self._read
-                return batch
-        return None
-
-
 def _documents(values: list) -> list[Document | None]:
     return [value if value is None or isinstance(value, str) else _not_text(value) for value in values]
 

@@ -29,7 +29,7 @@ from saejax.data.checksums import Checksums
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import AGAIN, ArrayReader, ArraySpec, ShardTruth, Span
 
-MANIFEST, SPEC, RECORDS = "manifest.json", "spec.json", "shards"
+MANIFEST, SPEC, RECORDS, TEXT = "manifest.json", "spec.json", "shards", "text"
 CRCS, STATISTICS = checksums.FILE, "statistics.npz"
 _READ_THREADS = 2  # one is enough for the page cache, two keep a disk busy
 

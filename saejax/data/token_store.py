@@ -35,13 +35,22 @@ Rows = Callable[[np.ndarray], np.ndarray]  # int64 [N] rows of a part -> int32 [
 def spec_of(options: TextOptions, tokenizer: Tokenizer, sources: Sources, *, seed: int, split: str) -> dict:
     """Everything that decides the rows of a token store, but for how many there are. Plain JSON."""
     return {"text": text.describe(options, sources, seed), "split": split, "tokenizer": tokenizer.digest,
-            "context": options.context, "parts": parts.PARTS, "packing_version": packing.VERSION,
-            "order_version": permutation.VERSION}
+            "context": options.context, **versions()}
+
+
+def versions() -> dict:
+    """What of this program decides which rows a text becomes, and their numbers."""
+    return {"parts": parts.PARTS, "packing_version": packing.VERSION, "order_version": permutation.VERSION}
 
 
 def spec_digest(spec: dict) -> str:
     """SHA-256 of a spec in canonical JSON."""
     return manifest.self_digest(spec)
+
+
+def dropped_of(rests: Part) -> int:
+    """Tokens that fill no row, even with those that the other parts had left."""
+    return len(rests.rest) if rests.finished else 0
 
 
 class TokenStore:
@@ -50,12 +59,13 @@ class TokenStore:
     `path` and `digest` are those of the folder and of its `tokens.json`, None in memory.
     """
 
-    def __init__(self, spec: dict, masking: Masking, numbering: Numbering, rows: Sequence[Rows], *, dropped: int,
-                 path: Path | None = None, digest: str | None = None):
+    def __init__(self, spec: dict, masking: Masking, rows: Sequence[int], finished: Sequence[bool], read: Sequence[Rows], *,
+                 dropped: int, path: Path | None = None, digest: str | None = None):
+        """rows, finished, read: of every part, and last of what these had left."""
         self.spec, self.path, self.digest, self.dropped = spec, path, digest, dropped
         self.context: int = spec["context"]
-        self.contexts = numbering.contexts
-        self._masking, self._numbering, self._rows = masking, numbering, rows
+        self._masking, self._numbering, self._rows = masking, Numbering(rows[:-1], finished[:-1]), read
+        self.contexts = self._numbering.contexts + rows[-1]
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else repr(str(self.path))
@@ -75,20 +85,19 @@ class TokenStore:
             raise StoreCorruptError(f"{path / MANIFEST}: altered since it was written (its digest does not verify); {AGAIN}")
         spec = _checked_spec(f)
         n, digest = spec["parts"], spec_digest(spec)
-        lists = {key: f.get(key, list) for key in ("rows", "finished", "dropped", "records")}
-        if any(len(values) != n for values in lists.values()):
-            f.refuse(f"rows, finished, dropped or records are not of {n} parts")
-        read = [_file_rows(path, number, sha256, spec["context"], rows, digest)
-                for number, (sha256, rows) in enumerate(zip(lists["records"], lists["rows"], strict=True))]
-        return cls(spec, Masking.of_json(f.section("masking")), Numbering(lists["rows"], lists["finished"]), read,
-                   dropped=sum(lists["dropped"]), path=path, digest=f.values["sha256"])
+        rows, finished, records = (f.get(key, list) for key in ("rows", "finished", "records"))
+        if {len(rows), len(finished), len(records)} != {n + 1}:
+            f.refuse(f"rows, finished or records are not of {n} parts and their rests")
+        read = [_file_rows(path, number, sha256, spec["context"], of_part, digest)
+                for number, (sha256, of_part) in enumerate(zip(records, rows, strict=True))]
+        return cls(spec, Masking.of_json(f.section("masking")), rows, finished, read, dropped=f.count("dropped"), path=path,
+                   digest=f.values["sha256"])
 
     @classmethod
     def of_parts(cls, spec: dict, masking: Masking, made: Sequence[Part]) -> "TokenStore":
-        """A token store of parts that are in memory."""
-        arrays = [part.array() for part in made]
-        return cls(spec, masking, Numbering([p.rows for p in made], [p.finished for p in made]),
-                   [array.__getitem__ for array in arrays], dropped=sum(p.dropped for p in made))
+        """A token store of parts that are in memory, the one of their rests behind them."""
+        return cls(spec, masking, [p.rows for p in made], [p.finished for p in made],
+                   [part.array().__getitem__ for part in made], dropped=dropped_of(made[-1]))
 
     def read(self, first, stop: int | None = None) -> np.ndarray:
         """int32 [N, T] of the contexts `first` to `stop` - 1, or of the numbers `first` (an array) in their order.
@@ -97,7 +106,11 @@ class TokenStore:
         """
         numbers = np.asarray(first if stop is None else np.arange(first, stop), np.int64)
         out = np.empty((len(numbers), self.context), np.int32)
-        which, rows = self._numbering(numbers)
+        if numbers.size and not (0 <= numbers.min() and numbers.max() < self.contexts):
+            raise IndexError(f"contexts {numbers.min()} to {numbers.max()} are not all in [0, {self.contexts})")
+        which, rows = np.full(len(numbers), len(self._rows) - 1), numbers - self._numbering.contexts
+        dealt = rows < 0
+        which[dealt], rows[dealt] = self._numbering(numbers[dealt])
         for part in np.unique(which):
             here = which == part
             out[here] = self._rows[part](rows[here])

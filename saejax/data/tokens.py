@@ -7,9 +7,12 @@ nor on interruptions, nor on how often a store was made larger.
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from saejax.base import lease
 from saejax.base.errors import StoreError, TextError
 from saejax.base.logs import say
+from saejax.base.records import TokenBatch
 from saejax.base.storage import barrier, disk_errors, file_sha256, is_writer, together, write_json
 from saejax.config import TextOptions
 from saejax.data import manifest, parts
@@ -24,6 +27,7 @@ from saejax.data.token_store import (
     SCHEMA_VERSION,
     SPEC,
     TokenStore,
+    dropped_of,
     is_complete,
     read_spec,
     spec_digest,
@@ -76,10 +80,25 @@ def in_memory(options: TextOptions, tokenizer: Tokenizer, contexts: int, *, seed
     while (rows := rows_needed([p.rows for p in made], [p.finished for p in made], contexts)) is not None:
         for _ in parts.extend(made, rows, packing, sources, seed):
             pass
-    store = TokenStore.of_parts(spec_of(options, tokenizer, sources, seed=seed, split=split), packing.masking, made)
+    rests = Part(parts.PARTS, packing)
+    parts.of_rests(rests, made)
+    store = TokenStore.of_parts(spec_of(options, tokenizer, sources, seed=seed, split=split), packing.masking, [*made, rests])
     if store.contexts == 0:
         raise _nothing(packing, sources, made)
     return store
+
+
+def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, seed: int, split: str = "train",
+                  max_contexts: int | None = None, sources: Sources | None = None) -> Iterator[TokenBatch]:
+    """Batches of `batch` contexts (the last may be shorter), at most `max_contexts` in all, made in memory. Raises `TextError`.
+    """
+    most = 2**62 if max_contexts is None else max_contexts
+    store = in_memory(options, tokenizer, most, seed=seed, split=split, sources=sources)
+    last = min(store.contexts, most)
+    for first in range(0, last, batch):
+        numbers = np.arange(first, min(first + batch, last), dtype=np.int64)
+        tokens_BT = store.read(numbers)
+        yield TokenBatch(tokens_BT, store.keep(tokens_BT), numbers, store.lengths(tokens_BT))
 
 
 class TokenWriter:
@@ -134,17 +153,19 @@ class TokenWriter:
 
     def finish(self) -> None:
         """Writes `tokens.json`. Raises `TextError` where there is not one context."""
-        made = self._parts()
-        state = {"rows": [p.rows for p in made], "finished": [p.finished for p in made], "dropped": [p.dropped for p in made]}
-        contexts = Numbering(state["rows"], state["finished"]).contexts
+        made, rests = self._parts(), FilePart(parts.PARTS, self._packing, self.path, self._digest)
+        parts.of_rests(rests, made)
+        every, dropped = [*made, rests], dropped_of(rests)
+        contexts = Numbering([p.rows for p in made], [p.finished for p in made]).contexts + rests.rows
         if contexts == 0:
             raise _nothing(self._packing, self._sources, made)
-        if all(state["finished"]):
-            say(f"tokens: the text ended after {contexts} contexts of {self._packing.context} tokens; {sum(state['dropped'])} "
-                "tokens that fill no context dropped")
-        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, "spec": self.spec, **state,
-                  "masking": self._packing.masking.to_json(),
-                  "records": [file_sha256(parts.record_file(self.path, number)) for number in range(parts.PARTS)]}
+        if rests.finished:
+            say(f"tokens: the text ended after {contexts} contexts of {self._packing.context} tokens; {dropped} tokens that fill "
+                "no context dropped")
+        rests.save(last=True)
+        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, "spec": self.spec, "rows": [p.rows for p in every],
+                  "finished": [p.finished for p in every], "dropped": dropped, "masking": self._packing.masking.to_json(),
+                  "records": [file_sha256(parts.record_file(self.path, p.number)) for p in every]}
         for leftover in self.path.glob(".*.tmp-*"):
             leftover.unlink(missing_ok=True)
         lease.confirm()
@@ -157,12 +178,11 @@ class TokenWriter:
 def _nothing(packing: Packing, sources: Sources, made: Sequence[Part]) -> TextError:
     """Why there is not one context."""
     where = f"config.text.source: {', '.join(sources.names)}"
-    documents, dropped = sum(part.documents for part in made), [part.dropped for part in made]
+    documents, left = sum(part.documents for part in made), sum(len(part.rest) for part in made)
     if documents == 0:
         return TextError(f"{where}: no documents")
     if not any(part.used for part in made):
         return TextError(f"{where}: none of {documents} documents has text in the {packing.split!r} split; change "
                          "config.text.holdout or add documents (one text file is one document)")
-    longest = max(dropped) + packing.context - packing.payload
-    return TextError(f"{where}: the {packing.split!r} split has {sum(dropped)} tokens in {sum(map(bool, dropped))} parts, the "
-                     f"longest has {longest}, one context needs {packing.context}; add text or lower config.text.context")
+    return TextError(f"{where}: the {packing.split!r} split has {left + packing.context - packing.payload} tokens, one context "
+                     f"needs {packing.context}; add text or lower config.text.context")

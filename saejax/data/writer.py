@@ -19,7 +19,7 @@ from saejax.data.manifest import StoreSpec
 from saejax.data.shard_record import ShardRecord, read_record
 from saejax.data.shard_writer import crc_row, write_shard_files
 from saejax.data.statistics import ShardSums, Totals, exact_median, to_npz
-from saejax.data.store import CRCS, MANIFEST, RECORDS, SPEC, STATISTICS, Store, read_spec, record_file, spec_file
+from saejax.data.store import CRCS, MANIFEST, RECORDS, SPEC, STATISTICS, TEXT, Store, read_spec, record_file, spec_file
 
 _LOOK_UP_THREADS = 8
 
@@ -37,7 +37,7 @@ class StoreWriter:
         with disk_errors(self.path):
             # Listed before looking for spec.json: another process may be making the same store at this moment.
             there = list(self.path.iterdir()) if self.path.exists() else []
-            foreign = [p for p in there if SPEC not in p.name and p.name not in (RECORDS, lease.FILE)]
+            foreign = [p for p in there if SPEC not in p.name and p.name not in (RECORDS, TEXT, lease.FILE)]
             if (self.path / SPEC).is_file():
                 self._take_over()
             elif foreign:
@@ -86,10 +86,9 @@ class StoreWriter:
         mine = range(process, self.spec.target_shards, n_processes)
         return [shard for shard, record in zip(mine, self._records(mine), strict=True) if record is None]
 
-    def write_shard(self, shard: int, acts: dict[str, np.ndarray], tokens_NT: np.ndarray, keep_NT: np.ndarray,
-                    text_state: dict) -> None:
-        """Writes one shard: `acts[hookpoint]` bfloat16 [N, T, D] or [N * T, D]; `text_state` is where the text stands
-        behind it.
+    def write_shard(self, shard: int, acts: dict[str, np.ndarray], tokens_NT: np.ndarray,
+                    keep_NT: np.ndarray) -> None:
+        """Writes one shard: `acts[hookpoint]` bfloat16 [N, T, D] or [N * T, D].
 
         Raises `NonFiniteError` with the count and the first rows, and `DiskError`; nothing is left then.
         """
@@ -106,7 +105,7 @@ class StoreWriter:
             self.path, shard, self._arrays,
             {name: np.ascontiguousarray(acts[name]).reshape(rows, width) for name, width in self.spec.hookpoints},
             np.ascontiguousarray(tokens_NT, np.int32).reshape(rows), keep_N, context=self.spec.context, threads=self._threads)
-        written = ShardRecord(shard, n, int(keep_N.sum()), text_state, crc_row(self._arrays, crcs), sums)
+        written = ShardRecord(shard, n, int(keep_N.sum()), crc_row(self._arrays, crcs), sums)
         write_bytes(record, written.to_bytes(self.spec))
 
     def finalize(self, n_contexts: int) -> Store:

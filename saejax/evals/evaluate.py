@@ -15,7 +15,8 @@ from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, Token
 from saejax.base.storage import is_writer, read_json, text_sha256, write_json
 from saejax.config import Config, EvalOptions
 from saejax.data.store import Store
-from saejax.data.text import Text, token_batches
+from saejax.data.text import Text
+from saejax.data.tokens import token_batches
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
 from saejax.lm import LM, width_of

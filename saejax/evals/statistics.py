@@ -3,7 +3,8 @@
 import numpy as np
 
 from saejax.base.records import ActivationStats
-from saejax.data.text import Text, token_batches
+from saejax.data.text import Text
+from saejax.data.tokens import token_batches
 from saejax.evals import splice
 from saejax.lm import LM
 

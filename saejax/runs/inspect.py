@@ -17,7 +17,9 @@ from saejax.base.storage import file_sha256
 from saejax.config import Config, read_config
 from saejax.config.recipes import WITH_K
 from saejax.data import manifest as mf
-from saejax.data.store import MANIFEST, SPEC, Store, finished_shards, is_complete, read_spec
+from saejax.data.store import MANIFEST, SPEC, TEXT, Store, finished_shards, is_complete, read_spec
+from saejax.data.token_store import TokenStore
+from saejax.data.token_store import is_complete as tokens_complete
 from saejax.data.verify import Check, checks, outcomes, unfinished_checks
 from saejax.evals import evaluate as evals
 from saejax.features.index import reader as index
@@ -143,6 +145,10 @@ def _store(path: Path, bar: Progress) -> Finding:
                                               "shards": store.n_shards, "schema_version": store.manifest["schema_version"],
                                               "digest": store.digest}
     _all(found, checks(store), bar)
+    if tokens_complete(path / TEXT):
+        found.attempt(lambda: TokenStore.open(path / TEXT).verify())
+        found.read.add(path / TEXT)
+        bar.advance(size_on_disk(path / TEXT))
     return found
 
 

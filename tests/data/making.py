@@ -45,7 +45,7 @@ class Rows:
 
     def shard(self, s: int, contexts: int = 8):
         part = slice(s * contexts, (s + 1) * contexts)
-        return s, {h: x[part] for h, x in self.acts.items()}, self.tokens[part], self.keep[part], {"documents": s}
+        return s, {h: x[part] for h, x in self.acts.items()}, self.tokens[part], self.keep[part]
 
 
 def make_store(path: Path, n_contexts: int = 37, seed: int = 0, rows: Rows | None = None) -> Store:

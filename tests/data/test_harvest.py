@@ -18,7 +18,7 @@ from saejax.base.errors import AssetError, HookpointError, NonFiniteError, Store
 from saejax.data import harvest as harvest_module
 from saejax.data.harvest import harvest
 from saejax.data.store import Store
-from saejax.data.text import token_batches
+from saejax.data.tokens import token_batches
 from saejax.data.verify import verify
 from saejax.data.writer import StoreWriter
 from tests.data.making import HOOK, bits, directory, sentences, tiny_config, tiny_model, write_jsonl

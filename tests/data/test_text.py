@@ -8,11 +8,10 @@ from hypothesis import strategies as st
 
 from saejax.base.errors import TextError
 from saejax.config import TextOptions
-from saejax.data import sources as src
-from saejax.data.packing import is_held_out
-from saejax.data.text import PackedText, TextState, describe, token_batches
+from saejax.data.text import describe
+from saejax.data.tokens import in_memory, token_batches
 from saejax.lm.tokenizer import from_pretrained
-from tests.data.making import documents, loaded, sentences, word_tokenizer, write_jsonl
+from tests.data.making import documents, loaded, sentences, word_tokenizer
 from tests.lm.token_forms import byte_level, save
 
 word = st.integers(2, 49)
@@ -23,71 +22,29 @@ def as_text(ids):
     return ids if ids is None or ids == "" else " ".join(f"w{i}" for i in ids)
 
 
-def taken(packed, take):
-    """(rows of every call until the end, the states before each of them and at the end)"""
-    rows, states = [], [packed.state]
-    while len(part := packed.take(take)):
-        rows.append(part)
-        states.append(packed.state)
-    return rows, states
-
-
-@settings(deadline=None, max_examples=60)
-@given(docs=st.lists(document, min_size=1, max_size=40), context=st.integers(2, 9),
-       bos=st.sampled_from(["row", "doc", "none"]), separator=st.sampled_from(["eos", "none"]),
-       split=st.sampled_from(["train", "heldout"]), shuffle=st.booleans(),
-       take=st.integers(1, 7), seed=st.integers(0, 99))
-def test_every_token_of_every_document_in_order_exactly_once(docs, context, bos, separator, split, shuffle, take, seed):
-    options = TextOptions(context=context, bos=bos, separator=separator, holdout=0.4, shuffle=shuffle)
-    sources = loaded(options, [as_text(d) for d in docs])
-    order = list(documents(options, seed, split, sources=sources))
-    mine = [t for t in map(as_text, docs) if t and is_held_out(t, 0.4) == (split == "heldout")]
-    assert sorted(order) == sorted(mine)
-    sequence = [i for text in order
-                for i in [0] * (bos == "doc") + [int(w[1:]) for w in text.split()] + [1] * (separator == "eos")]
-    payload = context - (bos == "row")
-    packed = PackedText(options, word_tokenizer(), seed=seed, split=split, sources=sources)
-    if len(sequence) < payload:
-        with pytest.raises(TextError):
-            packed.take(take)
-        return
-    rows, states = taken(packed, take)
-    flat = np.concatenate(rows)
-    if bos == "row":
-        assert (flat[:, 0] == 0).all()
-        flat = flat[:, 1:]
-    whole = len(sequence) // payload * payload
-    assert flat.ravel().tolist() == sequence[:whole]
-    assert packed.dropped_tokens == len(sequence) - whole
-    for i, state in enumerate(states[:-1]):
-        again = PackedText(options, word_tokenizer(), seed=seed, split=split, sources=sources, start=state)
-        assert np.array_equal(again.take(take), rows[i])
+def pack(options, tokenizer=None, n=1, **kwargs):
+    return in_memory(options, tokenizer or word_tokenizer(), n, seed=0, **kwargs).read(0, n)
 
 
 @settings(deadline=None, max_examples=40)
 @given(docs=st.lists(document, min_size=1, max_size=30), context=st.integers(2, 9), bos=st.sampled_from(["row", "doc", "none"]),
-       separator=st.sampled_from(["eos", "none"]), pad=st.sampled_from([None, 1, 9]), take=st.integers(1, 7),
-       special=st.booleans())
-def test_one_document_a_row(docs, context, bos, separator, pad, take, special):
+       separator=st.sampled_from(["eos", "none"]), pad=st.sampled_from([None, 1, 9]), special=st.booleans())
+def test_one_document_a_row(docs, context, bos, separator, pad, special):
     """Each document once, in order, cut at the context; what fills a row up is masked, also where that is the separator."""
     docs = [[i for i in d if i != 9] or [2] if isinstance(d, list) else d for d in docs]  # no document says the pad token
     options = TextOptions(context=context, bos=bos, separator=separator, holdout=0.0, packing="document",
                           mask=("first", "special") if special else ("first",))
     sources, tokenizer = loaded(options, [as_text(d) for d in docs]), replace(word_tokenizer(), pad_id=pad)
-    packed = PackedText(options, tokenizer, seed=3, sources=sources)
     wanted = [([0] * (bos != "none") + [int(w[1:]) for w in text.split()] + [1] * (separator == "eos"))[:context]
               for text in documents(options, 3, sources=sources)]
     if not wanted:
         with pytest.raises(TextError):
-            packed.take(take)
+            in_memory(options, tokenizer, 1, seed=3, sources=sources)
         return
-    rows, states = taken(packed, take)
-    for i, state in enumerate(states[:-1]):
-        again = PackedText(options, tokenizer, seed=3, sources=sources, start=state)
-        assert np.array_equal(again.take(take), rows[i])
-    rows = np.concatenate(rows)
+    packed = in_memory(options, tokenizer, 10**6, seed=3, sources=sources)
+    rows = packed.read(0, packed.contexts)  # no more documents than parts: they keep their order
     lengths, keep = packed.lengths(rows), packed.keep(rows)
-    assert lengths.tolist() == list(map(len, wanted)) and packed.dropped_tokens == 0
+    assert lengths.tolist() == list(map(len, wanted)) and packed.dropped == 0
     for row, length, kept, text in zip(rows, lengths, keep, wanted, strict=True):
         assert row[:length].tolist() == text and (row[length:] == (1 if pad is None else pad)).all()
         assert kept.tolist() == [0 < t < length and not (special and row[t] in (0, 1)) for t in range(context)]
@@ -100,7 +57,7 @@ def test_one_document_a_row_is_part_of_what_the_text_is():
     with pytest.raises(TextError, match="config.text.packing: 'document' fills rows up, and the tokenizer has neither a pad"):
         tokenizer = word_tokenizer(bos=None, eos=None)
         options = replace(options, packing="document", bos="none", separator="none")
-        PackedText(options, tokenizer, seed=0, sources=loaded(options, ["w3"]))
+        pack(options, tokenizer, sources=loaded(options, ["w3"]))
 
 
 def test_splits_are_disjoint_complete_and_independent_of_order():
@@ -138,8 +95,8 @@ def test_special_ids_are_masked_whether_or_not_id_0_is_one(special, masked):
 def test_the_first_token_of_a_row_is_masked_whatever_it_is(bos, first):
     options = TextOptions(context=8, holdout=0.0, bos=bos, mask=("first",) * first)
     sources = loaded(options, ["w5 w3 w4 w6 w7"] * 20)
-    packed = PackedText(options, word_tokenizer(special=()), seed=0, sources=sources)
-    assert np.array_equal(packed.keep(packed.take(4)), np.tile(np.arange(8) >= first, (4, 1)))
+    packed = in_memory(options, word_tokenizer(special=()), 4, seed=0, sources=sources)
+    assert np.array_equal(packed.keep(packed.read(0, 4)), np.tile(np.arange(8) >= first, (4, 1)))
 
 
 def test_bos_and_separator_by_their_text():
@@ -164,8 +121,8 @@ def test_conversations_and_token_ids(tmp_path):
     datasets.Dataset.from_dict(columns).to_parquet(path)
     for streaming in (False, True):
         options = TextOptions(source=(str(path),), holdout=0.0, context=7, bos="doc", streaming=streaming)
-        rows = PackedText(replace(options, field="messages"), tokenizer, seed=0).take(2)
-        assert rows.ravel().tolist() == [0, 5, 6, 7, 1, 8, 9, 1, 0, 5, 6, 7, 1, 8]
+        rows = pack(replace(options, field="messages"), tokenizer, 2)
+        assert rows.ravel().tolist() == [0, 5, 6, 7, 1, 8, 9] * 2, "of two parts of the text"
         assert pack(replace(options, field="input_ids")).ravel().tolist() == [0, 5, 6, 1, 0, 5, 6]
         with pytest.raises(TextError, match="holds list, not text, token ids or conversations"):
             pack(replace(options, field="odd"))
@@ -178,8 +135,8 @@ def test_strings_that_spell_a_special_token_are_text_unless_asked_otherwise(tmp_
     tokenizer = from_pretrained(tmp_path)
     for special in (False, True):
         options = TextOptions(context=24, holdout=0.0, bos="none", separator="none", special=special)
-        packed = PackedText(options, tokenizer, seed=0, sources=loaded(options, ["a<|endoftext|>b" * 9]))
-        tokens = packed.take(1)
+        packed = in_memory(options, tokenizer, 1, seed=0, sources=loaded(options, ["a<|endoftext|>b" * 9]))
+        tokens = packed.read(0, 1)
         assert (tokenizer.bos_id in tokens) == special == (not packed.keep(tokens)[0, 1:].all())
 
 
@@ -195,10 +152,6 @@ def test_context_ids_do_not_depend_on_the_batch_size():
     assert list(rows(7)) == list(range(len(rows(7))))
     few = list(token_batches(options, word_tokenizer(), 4, seed=0, sources=sources, max_contexts=6))
     assert [len(b.tokens_BT) for b in few] == [4, 2]
-
-
-def pack(options, tokenizer=None, **kwargs):
-    return PackedText(options, tokenizer or word_tokenizer(), seed=0, **kwargs).take(1)
 
 
 @pytest.mark.parametrize("texts, changes, words", [
@@ -222,45 +175,3 @@ def test_missing_tokens_are_refused():
         pack(options, word_tokenizer(eos=None), sources=sources)
     with pytest.raises(TextError, match="config.text.holdout"):
         pack(TextOptions(holdout=0.0), sources=sources, split="heldout")
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_going_forward_reads_nothing_twice(tmp_path, monkeypatch, streaming):
-    """As a process does whose neighbours have written their shards: every second part is jumped over."""
-    texts = sentences(900)
-    options = TextOptions(source=(str(write_jsonl(tmp_path / "a.jsonl", texts)),), holdout=0.3, streaming=streaming, context=16)
-    straight = PackedText(options, word_tokenizer(), seed=0)
-    parts = [(straight.state, straight.take(n)) for n in (3, 1, 40, 200, 2, 9, 1, 120, 7)]
-    reads, read = [], src.read
-    monkeypatch.setattr(src, "read", lambda sources, seed, start=0: reads.append(start) or read(sources, seed, start))
-    jumping = PackedText(options, word_tokenizer(), seed=0)
-    for first in (0, 1):
-        for state, rows in parts[first::2]:
-            jumping.seek(state)
-            assert jumping.state == state
-            assert np.array_equal(jumping.take(len(rows)), rows)
-        if streaming:
-            assert len(reads) == first + 1  # the second round begins with a step back
-
-
-@settings(deadline=None, max_examples=60)
-@given(docs=st.lists(document, min_size=20, max_size=60), takes=st.lists(st.integers(1, 9), min_size=2, max_size=12),
-       jumps=st.lists(st.integers(0, 11), min_size=1, max_size=20))
-def test_any_jump_gives_the_rows_of_a_fresh_start(docs, takes, jumps):
-    options = TextOptions(context=5, holdout=0.4, shuffle=False)
-    sources = loaded(options, [as_text(d) for d in docs] + [f"w3 w4 w5 w{i}" for i in range(2, 22)])
-    straight = PackedText(options, word_tokenizer(), seed=0, sources=sources)
-    parts = [(straight.state, straight.take(n)) for n in takes]
-    packed = PackedText(options, word_tokenizer(), seed=0, sources=sources)
-    for jump in jumps:
-        state, rows = parts[jump % len(parts)]
-        if len(rows):
-            packed.seek(state)
-            assert np.array_equal(packed.take(len(rows)), rows)
-
-
-def test_a_text_that_changed_under_a_resume_is_refused():
-    options = TextOptions(context=8, holdout=0.0, shuffle=False)
-    with pytest.raises(TextError, match="not the one that this harvest began with"):
-        PackedText(options, word_tokenizer(), seed=0, sources=loaded(options, ["w3 w4"] * 50),
-                   start=TextState(3, 40, 5)).take(2)

@@ -12,7 +12,8 @@ import pytest
 from saejax.base import sharding
 from saejax.base.errors import FormatError, NonFiniteError, SaejaxError
 from saejax.base.records import ActivationStats, MeshOptions, RunPaths
-from saejax.data.text import Text, token_batches
+from saejax.data.text import Text
+from saejax.data.tokens import token_batches
 from saejax.evals import splice
 from saejax.evals.evaluate import cache_key, cached, remember
 from saejax.evals.evaluate import evaluate as evaluated

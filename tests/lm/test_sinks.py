@@ -3,7 +3,7 @@ import pytest
 
 from saejax import lm
 from saejax.config import TextOptions
-from saejax.data.text import token_batches
+from saejax.data.tokens import token_batches
 
 LAYER = "blocks.15.hook_resid_post"
 

@@ -15,7 +15,8 @@ from saejax.base.errors import FeatureIndexError, StoreError
 from saejax.base.storage import barrier, disk_errors, is_writer, text_sha256
 from saejax.data import sources as src
 from saejax.data.store import Store
-from saejax.data.text import PackedText, Text, describe
+from saejax.data.text import Text, describe
+from saejax.data.tokens import in_memory
 from saejax.features.index.state import MAX_ROWS
 from saejax.lm import LM
 
@@ -87,13 +88,11 @@ def from_text(text: Text, lm_: LM, hookpoints: tuple[str, ...], *, split: str, t
     _check_rows(contexts * options.context, "config.text")
 
     def make():
-        packed, left = PackedText(options, lm_.tokenizer, seed=text.seed, split=split, sources=sources), contexts
-        while left > 0:
-            tokens_NT = packed.take(min(left, 256))
-            if len(tokens_NT) == 0:
-                return
-            yield tokens_NT, packed.keep(tokens_NT)
-            left -= len(tokens_NT)
+        made = in_memory(options, lm_.tokenizer, contexts, seed=text.seed, split=split, sources=sources)
+        last = min(contexts, made.contexts)
+        for first in range(0, last, 256):
+            tokens_NT = made.read(first, min(first + 256, last))
+            yield tokens_NT, made.keep(tokens_NT)
 
     forward = forward_of(hookpoints)
 
