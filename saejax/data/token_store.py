@@ -16,7 +16,7 @@ import numpy as np
 
 from saejax.base.errors import StoreCorruptError, StoreError
 from saejax.base.keys import Keys
-from saejax.base.storage import file_sha256, read_json
+from saejax.base.storage import file_sha256, json_bytes, read_json
 from saejax.base.verified import BLOCK
 from saejax.config import TextOptions
 from saejax.data import manifest, packing, parts, permutation, text
@@ -125,7 +125,9 @@ class TokenStore:
         return self._masking.lengths(tokens)
 
     def verify(self) -> None:
-        """Reads every row once. Raises `StoreCorruptError`."""
+        """Reads every row, and `spec.json`. Raises `StoreCorruptError`."""
+        if self.path is not None and (self.path / SPEC).read_bytes() != json_bytes(spec_file(self.spec)):
+            raise StoreCorruptError(f"{self.path / SPEC}: altered, it does not say what {MANIFEST} says; {AGAIN}")
         for start in range(0, self.contexts, 4096):
             self.read(start, min(start + 4096, self.contexts))
 

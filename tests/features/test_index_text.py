@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError
+from saejax.data import parts
 from saejax.data.text import Text
 from saejax.features.effects import steering
 from saejax.features.index import corpus, neuronpedia
@@ -39,7 +41,8 @@ def made(request, tmp_path_factory):
     config = tiny.make_config(folder / "model", folder / "text", folder / "run", **{"text.shuffle": False})
     words = corpus.from_text(Text.of(config), lm_, (tiny.HOOKPOINT,), split="train", tokens=2048)
     sae = make_sae(sharding.single_device_mesh())
-    return lm_, sae, build(folder / "features", sae, words, lm_, BuildOptions(rows=512, progress=False))
+    with patch.object(parts, "PARTS", 1):  # a context goes on where the one before ended
+        return lm_, sae, build(folder / "features", sae, words, lm_, BuildOptions(rows=512, progress=False))
 
 
 def test_texts_of_contexts(made):
