@@ -186,13 +186,13 @@ def test_a_harvest_stops_on_request_and_goes_on(config_file, tmp_path, of):
                                 f"--config.harvest.store={tmp_path}/store")
     jobs = [launched("harvest", config_file, i, of, port, *flags) for i in range(of)]
     shards, deadline = tmp_path / "store/shards", time.monotonic() + 100
-    while not list(shards.glob("*.json")) and jobs[-1].poll() is None and time.monotonic() < deadline:
+    while not list(shards.glob("*.bin")) and jobs[-1].poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     jobs[-1].send_signal(signal.SIGTERM)
     errors = [job.communicate(timeout=100)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [75] * of, errors
     assert "shards written; start the same command again to go on" in errors[0]
-    there = len(list(shards.glob("*.json")))
+    there = len(list(shards.glob("*.bin")))
     assert 0 < there < planned and not (tmp_path / "store" / ".lease").exists()
     again = launched("harvest", config_file, 0, 1, port, *flags)
     _, error = again.communicate(timeout=300)
