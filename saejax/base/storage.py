@@ -177,6 +177,16 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def decided(answer: bool) -> bool:
+    """What process 0 says, in every process: views of a shared directory may be seconds old."""
+    import jax
+    if jax.process_count() == 1:
+        return answer
+    import numpy
+    from jax.experimental import multihost_utils
+    return bool(multihost_utils.broadcast_one_to_all(numpy.array(answer)))
+
+
 @contextlib.contextmanager
 def together(name: str):
     """What all processes do or none: a `SaejaxError` in one of them becomes one in every process, after the body."""

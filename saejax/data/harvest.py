@@ -24,10 +24,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from saejax import lm
 from saejax.base import assets, lease
 from saejax.base.errors import ConfigError, StoreError
-from saejax.base.logs import Progress
+from saejax.base.logs import Progress, say
 from saejax.base.preemption import Preempted, Preemption
 from saejax.base.records import UNKNOWN
-from saejax.base.storage import barrier, is_writer, together
+from saejax.base.storage import barrier, decided, is_writer, together
 from saejax.config import Config
 from saejax.data import sources as src
 from saejax.data import text, token_store, tokens
@@ -36,15 +36,17 @@ from saejax.data.shards import chunk_rows_of
 from saejax.data.sources import Sources
 from saejax.data.store import SPEC, TEXT, Store, finished_shards, is_complete, model_name, read_spec
 from saejax.data.token_store import TokenStore
+from saejax.data.verify import mend
 from saejax.data.writer import StoreWriter
 from saejax.lm import LM, Files
 
 
-def harvest(config: Config, lm_: LM | None = None) -> Store:
+def harvest(config: Config, lm_: LM | None = None, *, repair: bool = False) -> Store:
     """Makes the activation store of a config, or opens it when it is there; every process must call it.
 
-    A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted.
-    Several hookpoints take one pass; layers above the highest are not computed.
+    A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted; one of the
+    same config with fewer tokens grows, its shards stay. Several hookpoints take one pass; layers above the highest are not
+    computed. repair: every byte that is there is checked first, and shards that do not verify are written again.
 
     Raises `StoreError` (the directory belongs to another config; lists the differences; or to activations made
     elsewhere), `ConfigError` (no model), `HookpointError`, `TextError`,
@@ -58,8 +60,12 @@ def harvest(config: Config, lm_: LM | None = None) -> Store:
     if config.lm.model == UNKNOWN:
         raise ConfigError("config.lm.model: 'unknown' is for activations made elsewhere; name the model to harvest from")
     sources = src.resolve(config.text)
-    if is_complete(path):
-        return _open_matching(path, config, sources, lm_)
+    if repair:
+        with lease.writing(path), together("saejax_harvest_repair"):
+            if is_writer():
+                _mend(path)
+    if decided(is_complete(path)) and (store := _open_matching(path, config, sources, lm_)) is not None:
+        return store
     lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype, mesh=lm_mesh(config))
     spec = store_spec(config, lm_, sources)
     with lease.writing(path):
@@ -105,7 +111,17 @@ def _pinned(config: Config) -> bool:
     return not local and bool(re.fullmatch(r"[0-9a-f]{40}", config.lm.revision or ""))
 
 
-def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None) -> Store:
+def _mend(path: Path) -> None:
+    bad = mend(path)
+    if bad:
+        say(f"{path}: {', '.join(bad[:8])}{f' and {len(bad) - 8} more' if len(bad) > 8 else ''} did not verify and "
+            f"{'is' if len(bad) == 1 else 'are'} written again")
+    else:
+        say(f"{path}: all that is there verifies")
+
+
+def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None) -> Store | None:
+    """The finished store of a config; None where it has fewer contexts and is to grow. Raises `StoreError`."""
     store = Store.open(path)
     if lm_ is not None or not _pinned(config):
         wanted = store_spec(config, lm_ or lm.files(config.lm.model, config.lm.revision), sources)
@@ -115,6 +131,9 @@ def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None)
         wanted = StoreSpec(model_digest=store.spec.model_digest, tokenizer_digest=store.spec.tokenizer_digest,
                            hookpoints=tuple((name, widths.get(name, 0)) for name in names),
                            **_cheap_part(config, sources))
+    if store.spec.grows_to(wanted):
+        say(f"{path}: grows from {store.spec.target_contexts:,} to {wanted.target_contexts:,} contexts")
+        return None
     differences = store.spec.differences(wanted)
     if differences:
         raise StoreError(f"{path}: was harvested with another config ({'; '.join(differences)}); choose another "

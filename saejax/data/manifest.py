@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from saejax.base.errors import StoreCorruptError, StoreError
@@ -84,6 +84,10 @@ class StoreSpec:
     def differences(self, other: "StoreSpec") -> list[str]:
         """Lines "key: this -> other"."""
         return differences(self.to_json(), other.to_json())
+
+    def grows_to(self, other: "StoreSpec") -> bool:
+        """True where the other one is the same but for more contexts."""
+        return self.target_contexts < other.target_contexts and replace(self, target_contexts=other.target_contexts) == other
 
 
 def differences(mine: dict, theirs: dict) -> list[str]:

@@ -27,8 +27,10 @@ _LOOK_UP_THREADS = 8
 class StoreWriter:
     """Fills a store directory shard by shard; any number of processes may fill different shards of the same directory.
 
-    A directory that was made for another spec but holds no finished shard is taken over. Raises `StoreError` when it
-    holds one (listing the differences) or is not a store. threads: that write a shard; no byte depends on it.
+    A directory that was made for another spec but holds no finished shard is taken over, and one with fewer contexts grows:
+    its shards stay as they are. Raises `StoreError` when it holds a shard of another spec (listing the differences) or is not a
+    store.
+    threads: that write a shard; no byte depends on it.
     """
 
     def __init__(self, path: str | Path, spec: StoreSpec, *, threads: int | None = None):
@@ -55,9 +57,10 @@ class StoreWriter:
         differences = found.differences(self.spec)
         if not differences:
             return
-        if used:
+        if used and not found.grows_to(self.spec):
             raise StoreError(f"{self.path}: belongs to another config ({'; '.join(differences)}); choose another "
                              "config.harvest.store or delete this one")
+        (self.path / MANIFEST).unlink(missing_ok=True)  # it speaks of fewer shards
         for name in found.arrays().keys() - self.spec.arrays().keys():
             shutil.rmtree(self.path / name, ignore_errors=True)
         write_json(self.path / SPEC, spec_file(self.spec))

@@ -30,11 +30,11 @@ def preflight(config: Config) -> list[Config]:
     return configs
 
 
-def harvested(config: Config) -> Store:
+def harvested(config: Config, *, repair: bool = False) -> Store:
     """The store of a config; the rate is kept beside the run: a store itself holds nothing that differs between two machines."""
     path = Path(config.harvest.store)
     before, clock = len(finished_shards(path)), time.monotonic()
-    store = harvest(config)
+    store = harvest(config, repair=repair)
     made = min(store.rows, (len(finished_shards(path)) - before) * store.spec.shard_rows)
     if made and is_writer():
         seconds = time.monotonic() - clock

@@ -269,3 +269,50 @@ def test_the_real_model_equals_a_direct_capture(tmp_path):
     run = jax.jit(lambda model, t: lm.capture(model, t, [hook])[hook].astype(jnp.bfloat16))
     direct = np.concatenate([np.asarray(run(real.model, jnp.asarray(t)))[0] for t in tokens])
     assert np.array_equal(bits(store.read(hook, 0, store.rows)), bits(direct))
+
+
+def times(folder):
+    """When each file of activations, norms and records was written."""
+    files = [file for part in ("acts", "norms", "shards") for file in (folder / part).rglob("*")]
+    return {file.relative_to(folder): file.stat().st_mtime_ns for file in files if file.is_file() and file.suffix != ".json"}
+
+
+def test_a_store_grows_and_its_shards_stay(parts, tmp_path, capsys):
+    """To the bytes of one straight harvest of all."""
+    config = tiny_config(*parts, tmp_path / "store", **{"harvest.tokens": 256})
+    harvest(config)
+    before = times(tmp_path / "store")
+    more = tiny_config(*parts, tmp_path / "store")
+    grown = harvest(more)
+    assert "grows from 16 to 40 contexts" in capsys.readouterr().err
+    after = times(tmp_path / "store")
+    assert before and {file: after[file] for file in before} == before and len(after) > len(before)
+    straight = harvest(tiny_config(*parts, tmp_path / "straight"))
+    assert grown.digest == straight.digest and directory(tmp_path / "store") == directory(tmp_path / "straight")
+    with pytest.raises(StoreError, match="target_contexts: 40 -> 16"):
+        harvest(config)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_repair_writes_only_what_does_not_verify(parts, tmp_path, capsys, finished):
+    path = tmp_path / "store"
+    config = tiny_config(*parts, path)
+    harvest(config)
+    whole, before = directory(path), times(path)
+    for name in ("acts/blocks.0.hook_resid_post/c/3/0", "text/part-00002.i32", "shards/00006.bin", "crcs.bin"):
+        data = bytearray((path / name).read_bytes())
+        data[len(data) // 2] ^= 8
+        (path / name).write_bytes(data)
+    (path / "norms/blocks.1.hook_mlp_out/c/8").unlink()
+    if not finished:
+        (path / "manifest.json").unlink()
+    harvest(config, repair=True)
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("c/3/0", "shards/00006.bin", "text", "c/8")), said
+    assert ("crcs.bin" in said) == finished
+    assert directory(path) == whole
+    shards = {int(next(p for p in file.parts[::-1] if p.split(".")[0].isdigit() and p != "0").split(".")[0])
+              for file, time in times(path).items() if time != before.get(file) and file.parts[0] != "text"}
+    assert shards == {3, 6, 8}
+    harvest(config, repair=True)
+    assert "all that is there verifies" in capsys.readouterr().err
