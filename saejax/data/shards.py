@@ -32,7 +32,7 @@ _TASK_BYTES = 1 << 20
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32), "uint8": np.dtype(np.uint8),
            "float32": np.dtype(np.float32)}
 Span = tuple[int, int]
-AGAIN = "mend the store with `saejax harvest --repair`, or make it again"
+AGAIN = "mend the store with `saejax harvest` and its option repair, or make it again"
 
 
 def chunk_rows_of(shard_rows: int) -> int:

@@ -19,8 +19,9 @@ import numpy as np
 
 from saejax.base import assets
 from saejax.base.errors import TextError
+from saejax.base.known_files import sha256_of
 from saejax.base.logs import one_line_of_retries
-from saejax.base.storage import file_sha256, text_sha256
+from saejax.base.storage import text_sha256
 from saejax.config import TextOptions
 from saejax.data import finding
 from saejax.data.permutation import Permutation, derive_key
@@ -125,7 +126,7 @@ def resolve(options: TextOptions) -> Sources:
         raise TextError("; ".join(problems))
     for builder, paths in files.items():
         for path in paths:
-            parts += [builder, path.name, file_sha256(path)]
+            parts += [builder, path.name, sha256_of(path)]
     for i, (name, config, revision) in enumerate(hub):
         commit = _hub_commit(name, config, revision)
         parts += ["hub", name, config or "", commit, options.split]

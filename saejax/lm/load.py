@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from saejax.base import assets
 from saejax.base.errors import HookpointError, LMError
+from saejax.base.known_files import sha256_of
 from saejax.base.logs import one_line_of_retries
 from saejax.lm import prompts, tokenizer, weights
 from saejax.lm.arch import LMConfig
@@ -223,8 +224,7 @@ def _digest(cfg: LMConfig, files: Iterable[Path]) -> str:
     """Only what differs from the defaults counts, so that a new kind of field leaves old digests as they are."""
     total = hashlib.sha256(json.dumps(_non_default(cfg), sort_keys=True).encode())
     for path in files:
-        with path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
+        total.update(bytes.fromhex(sha256_of(path)))
     return total.hexdigest()
 
 

@@ -131,7 +131,7 @@ def test_a_stale_shard_of_another_store_is_caught(original, tmp_path):
     shutil.copy(other.path / f"acts/{HOOK}/c/1/0", tmp_path / f"s/acts/{HOOK}/c/1/0")
     store = Store.open(tmp_path / "s")
     assert np.array_equal(bits(store.read(HOOK, 0, 128)), bits(original.read(HOOK, 0, 128)))
-    words = "c/1/0: its checksums are not the ones recorded.*; mend the store with `saejax harvest --repair`"
+    words = "c/1/0: its checksums are not the ones recorded.*; mend the store with `saejax harvest` and its option repair"
     for a in range(128, 256, 8):
         with pytest.raises(StoreCorruptError, match=words):
             store.read(HOOK, a, a + 8)
