@@ -129,24 +129,23 @@ def l0_at_the_end(config, store):
 @pytest.mark.parametrize("kind, changes", [
     pytest.param(kind, changes, id=f"{kind}-{'-'.join(map(str, changes.values()))}",
                  marks=() if i < 1 else pytest.mark.slow) for i, (kind, changes) in enumerate(STEERED)])
-@pytest.mark.parametrize("steps, bound", [(2000, 0.1), pytest.param(320, 0.3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps, bound", [(2000, 0.1), pytest.param(320, 0.2, marks=pytest.mark.slow)])
 def test_target_l0_is_met(store, tmp_path, kind, changes, steps, bound):
     if kind == "jumprelu_tanh" and steps < 2000:
         pytest.skip("at this learning rate thresholds and biases move by a tenth in 320 steps")
+    batch = 32 if steps == 2000 else 256  # 320 batches of 32 rows end at 5.7 to 8.3, by the order of the rows
     options = {"train__lr": 1e-3, "sae__dead_tokens": 5000, "log__every_steps": 5, "train__target_l0": TARGET,
-               "train__tokens": 32 * steps, "checkpoint__every_tokens": 32 * steps} | changes
-    seeds = range(3 if steps < 2000 else 1)  # runs of 320 batches of 32 rows end at 5.7 to 8.3, by the order of the rows
-    found = [l0_at_the_end(make_config(kind, tmp_path / str(seed), data_seed=seed, **options), store) for seed in seeds]
-    assert np.mean(found) == pytest.approx(TARGET, rel=bound)
+               "train__batch": batch, "train__tokens": batch * steps, "checkpoint__every_tokens": batch * steps} | changes
+    assert l0_at_the_end(make_config(kind, tmp_path, **options), store) == pytest.approx(TARGET, rel=bound)
 
 
 @pytest.mark.slow
 def test_the_penalty_of_jumprelu_meets_its_own_target(store, tmp_path):
     steps = 2000
     config = make_config("jumprelu", tmp_path, sae__k=6, sae__penalty_coef=1.0, train__lr=1e-3, log__every_steps=5,
-                         train__tokens=32 * steps, checkpoint__every_tokens=32 * steps)
+                         train__batch=128, train__tokens=128 * steps, checkpoint__every_tokens=128 * steps)
     assert not control.controlled(config)
-    assert l0_at_the_end(config, store) == pytest.approx(6, rel=0.15)  # 6.5 to 6.7 with six orders of rows: a weak spring
+    assert l0_at_the_end(config, store) == pytest.approx(6, rel=0.1)
 
 
 def test_schedules():
