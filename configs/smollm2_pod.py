@@ -22,6 +22,7 @@ def get_config():
     c.text.context = 1024
     c.harvest.hookpoints = ("blocks.12.hook_resid_post",)
     c.harvest.tokens = 1_000_000_000
+    c.harvest.shard_bytes = 2**30
     c.lm.batch_contexts = 64
     c.sae.hookpoint = "blocks.12.hook_resid_post"
     c.sae.d_in = 2048

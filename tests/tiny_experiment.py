@@ -13,7 +13,7 @@ HOOKPOINT, D_IN, D_SAE = "blocks.1.hook_resid_post", 48, 64
 SETTINGS = {
     "name": "tiny", "text.context": 32, "text.holdout": 0.3, "harvest.hookpoints": (HOOKPOINT,), "sae.hookpoint": HOOKPOINT,
     "sae.d_sae": D_SAE, "sae.k": 8, "sae.aux_k": 16, "sae.dead_tokens": 512,
-    "harvest.tokens": 4096, "harvest.shard_contexts": 32, "stream.window_rows": 1024,
+    "harvest.tokens": 4096, "harvest.shard_bytes": 32 * 32 * 2 * D_IN, "stream.window_rows": 1024,
     "train.batch": 64, "train.tokens": 2048, "train.lr": 1e-3, "checkpoint.every_tokens": 1024,
     "eval.contexts": 8, "lm.batch_contexts": 4, "log.every_steps": 4, "log.progress": False,
 }

@@ -105,7 +105,8 @@ def harvest(options: BenchOptions) -> Iterator[dict]:
         c.lm.model, c.text.source, c.sae.d_sae = options.model, (options.source,), 1024
         c.text.context = context
         c.harvest.hookpoints, c.sae.hookpoint, c.harvest.store = (options.hookpoint,), options.hookpoint, str(folder)
-        c.harvest.shard_contexts, c.log.progress = _SHARD, False
+        c.harvest.shard_bytes = _SHARD * context * 2 * lm.width_of(lm_.cfg, options.hookpoint)
+        c.log.progress = False
         c.harvest.tokens = shards * _SHARD * context
         start = time.perf_counter()
         store = run_harvest(resolve(c), lm_)

@@ -79,9 +79,6 @@ def _of_shape(sae, c) -> list[str]:
 
 def _of_data(c) -> list[str]:
     out = []
-    if c.harvest.shard_contexts % c.stream.block_contexts:
-        out.append(f"config.stream.block_contexts: {c.stream.block_contexts} does not divide "
-                   f"config.harvest.shard_contexts = {c.harvest.shard_contexts}")
     if c.stream.window_rows < c.stream.block_contexts * c.text.context:
         out.append(f"config.stream.window_rows: {c.stream.window_rows} is less than one block "
                    f"({c.stream.block_contexts} contexts x {c.text.context} tokens); raise it")

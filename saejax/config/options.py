@@ -85,8 +85,9 @@ class HarvestOptions:
 
     store: str = opt("", "store directory; empty: `<run_dir>/store`")
     hookpoints: tuple[str, ...] = opt(("blocks.9.hook_resid_post",), "hookpoints written in the one pass")
-    tokens: int = opt(1_000_000, "tokens to harvest (rounded up to whole shards; less where the text ends)", gt=0)
-    shard_contexts: int = opt(512, "contexts in one shard file, the unit of resuming", gt=0)
+    tokens: int = opt(1_000_000, "tokens to harvest (rounded up to whole contexts; less where the text ends)", gt=0)
+    shard_bytes: int = opt(128 << 20, "bytes of activations in one shard, over all hookpoints: the unit of resuming; two shards "
+                           "are in memory. Rounded down to whole contexts", gt=0)
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class StreamOptions:
 
     block_contexts: int = opt(4, "contexts in one block, the unit of the global permutation", gt=0)
     window_rows: int = opt(65_536, "rows shuffled together, over all lanes; a process holds two such windows of its lanes", gt=0)
-    mask_outliers: bool = opt(False, "leave out rows whose norm exceeds 10 x the median norm")
+    mask_outliers: bool = opt(False, "in the place of a row whose norm exceeds 10 x the median norm, another of its window")
 
 
 @dataclass(frozen=True)

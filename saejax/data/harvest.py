@@ -45,8 +45,9 @@ def harvest(config: Config, lm_: LM | None = None, *, repair: bool = False) -> S
     """Makes the activation store of a config, or opens it when it is there; every process must call it.
 
     A complete store that matches is opened at once. A partial one is finished, byte for byte as if never interrupted; one of the
-    same config with fewer tokens grows, its shards stay. Several hookpoints take one pass; layers above the highest are not
-    computed. repair: every byte that is there is checked first, and shards that do not verify are written again.
+    same config with fewer tokens grows: its shards stay, but for a last one that was not full. Several hookpoints take one pass;
+    layers above the highest are not computed. repair: every byte that is there is checked first, and shards that do not verify
+    are written again.
 
     Raises `StoreError` (the directory belongs to another config; lists the differences; or to activations made
     elsewhere), `ConfigError` (no model), `HookpointError`, `TextError`,
@@ -85,18 +86,23 @@ def store_spec(config: Config, lm_: LM | Files, sources: Sources | None = None) 
     h = config.harvest
     widths = tuple((name, lm.width_of(lm_.cfg, name)) for name in dict.fromkeys(h.hookpoints))
     return StoreSpec(model_digest=lm_.digest, tokenizer_digest=lm_.tokenizer.digest, hookpoints=widths,
-                     **_cheap_part(config, sources or src.resolve(config.text)))
+                     **_cheap_part(config, dict(widths), sources or src.resolve(config.text)))
 
 
-def _cheap_part(config: Config, sources: Sources) -> dict:
-    """The fields of the spec that need no language model."""
-    h = config.harvest
-    shards = math.ceil(h.tokens / (config.text.context * h.shard_contexts))
+def _cheap_part(config: Config, widths: dict[str, int], sources: Sources) -> dict:
+    """The fields of the spec that need no language model but the widths of the hookpoints."""
+    context = config.text.context
+    shard_contexts = contexts_of_shard(config.harvest.shard_bytes, context, sum(widths.values()))
     return {"model": model_name(config.lm.model), "lm_dtype": config.lm.dtype,
             "text": text.describe(config.text, sources, config.seed_of_data) | token_store.versions(),
-            "context": config.text.context, "shard_contexts": h.shard_contexts,
-            "chunk_rows": chunk_rows_of(config.text.context * h.shard_contexts),
-            "target_contexts": shards * h.shard_contexts}
+            "context": context, "shard_contexts": shard_contexts, "chunk_rows": chunk_rows_of(context * shard_contexts),
+            "target_contexts": math.ceil(config.harvest.tokens / context)}
+
+
+def contexts_of_shard(size: int, context: int, width: int) -> int:
+    """Contexts in a shard of about `size` bytes: a multiple of 64, or a power of two below that, so that chunks divide it."""
+    n = max(1, size // (2 * context * max(1, width)))
+    return n - n % 64 if n >= 64 else 1 << n.bit_length() - 1
 
 
 def _pinned(config: Config) -> bool:
@@ -130,7 +136,7 @@ def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None)
         names = dict.fromkeys(config.harvest.hookpoints)
         wanted = StoreSpec(model_digest=store.spec.model_digest, tokenizer_digest=store.spec.tokenizer_digest,
                            hookpoints=tuple((name, widths.get(name, 0)) for name in names),
-                           **_cheap_part(config, sources))
+                           **_cheap_part(config, {name: widths.get(name, 0) for name in names}, sources))
     if store.spec.grows_to(wanted):
         say(f"{path}: grows from {store.spec.target_contexts:,} to {wanted.target_contexts:,} contexts")
         return None
@@ -195,7 +201,7 @@ class _Shard:
 def _fill(writer: StoreWriter, tokens: TokenStore, n_contexts: int, capture: _Capture, config: Config) -> None:
     """Writes this process's missing shards of a store of so many contexts."""
     spec, process, n_processes = writer.spec, jax.process_index(), jax.process_count()
-    mine = {shard for shard in writer.missing_shards(process, n_processes) if shard < spec.shards(n_contexts)}
+    mine = set(writer.missing_shards(process, n_processes, contexts=n_contexts))
     title = "harvest" if n_processes == 1 else f"harvest (process 1 of {n_processes})"
     rows = sum(spec.contexts_of(shard, n_contexts) for shard in mine) * spec.context
     with ThreadPoolExecutor(1) as disk_pool, Preemption() as preemption, \

@@ -12,9 +12,10 @@ from saejax.base.storage import read_json, safe_name, text_sha256
 from saejax.base.verified import block_of
 from saejax.data.shards import AGAIN, CRC, ArraySpec, side_chunk_rows
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MOST_BLOCKS = 2048  # of `crcs.bin`, so that the manifest stays small
 KIND = "saejax-activation-store"
+TOKENS = "tokens"  # the array of ids; -1 - id where the row is masked
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,8 @@ class StoreSpec:
 
     def arrays(self) -> dict[str, ArraySpec]:
         """{name: ArraySpec} of every array of the store."""
-        side = side_chunk_rows(self.chunk_rows, self.shard_rows)
-        out = [ArraySpec("tokens", "int32", None, self.shard_rows, side),
-               ArraySpec("keep", "uint8", None, self.shard_rows, side)]
-        for name, width in self.hookpoints:
-            out.append(ArraySpec(f"acts/{name}", "bfloat16", width, self.shard_rows, self.chunk_rows))
-            out.append(ArraySpec(f"norms/{name}", "float32", None, self.shard_rows, side))
+        out = [ArraySpec(TOKENS, "int32", None, self.shard_rows, side_chunk_rows(self.chunk_rows, self.shard_rows))]
+        out += [ArraySpec(f"acts/{name}", "bfloat16", width, self.shard_rows, self.chunk_rows) for name, width in self.hookpoints]
         return {a.name: a for a in out}
 
     def crc_words(self) -> dict[str, slice]:

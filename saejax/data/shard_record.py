@@ -1,9 +1,10 @@
 """The record of a finished shard: a small binary file that is written when the files of the shard are on the disk.
 
     32 bytes       SHA-256 of what follows
-    one line       JSON: shard, contexts, kept_rows, spec_sha256
+    one line       JSON: shard, contexts, kept_rows, spec_sha256, bins (of every hookpoint, how many pairs below)
     crcs           crc32c of every chunk of every array, uint32: the piece of `crcs.bin` that belongs to this shard
     sums           of every hookpoint D + 2 numbers, float64: sum of x, of ||x||, of ||x||^2 over the kept rows
+    norms          of every hookpoint pairs of a bin of norms and the number of kept rows in it, int64
 """
 
 import hashlib
@@ -18,7 +19,7 @@ from saejax.base.keys import Keys
 from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
 from saejax.data.shards import AGAIN
-from saejax.data.statistics import ShardSums
+from saejax.data.statistics import BINS, ShardSums
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -36,8 +37,11 @@ class ShardRecord:
     def to_bytes(self, spec: StoreSpec) -> bytes:
         head = {"shard": self.shard, "contexts": self.contexts, "kept_rows": self.kept_rows,
                 "spec_sha256": mf.spec_digest(spec)}
+        sums = [self.sums[name] for name, _ in spec.hookpoints]
+        head["bins"] = [len(each.bins) for each in sums]
         line = json.dumps(head, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-        body = line + self.crcs + b"".join(self.sums[name].array().tobytes() for name, _ in spec.hookpoints)
+        arrays = [each.array() for each in sums] + [each.bins for each in sums]
+        body = line + self.crcs + b"".join(array.tobytes() for array in arrays)
         return hashlib.sha256(body).digest() + body
 
 
@@ -60,11 +64,18 @@ def read_record(path: Path, spec: StoreSpec, shard: int, *, digest: str | None =
     f.one_of("shard", (shard,))
     contexts = f.count("contexts", least=1, most=spec.shard_contexts)
     kept = f.count("kept_rows", most=contexts * spec.context)
+    names, widths = [name for name, _ in spec.hookpoints], [width + 2 for _, width in spec.hookpoints]
+    n_bins = f.checked("bins", None, lambda value: isinstance(value, list) and len(value) == len(names)
+                       and all(type(n) is int and 0 <= n <= BINS for n in value), f"not a number for each of {names}", [])
     f.refuse_unread()
-    widths = [width + 2 for _, width in spec.hookpoints]
     numbers = start + spec.crc_bytes
-    if len(data) != numbers + 8 * sum(widths):
-        f.refuse(f"{len(data)} bytes, expected {numbers + 8 * sum(widths)}")
-    sums = np.split(np.frombuffer(data, "<f8", offset=numbers), np.cumsum(widths[:-1]))
-    return ShardRecord(shard, contexts, kept, data[start:numbers], {
-        name: ShardSums.of(values) for (name, _), values in zip(spec.hookpoints, sums, strict=True)})
+    bins = numbers + 8 * sum(widths)
+    if len(data) != bins + 16 * sum(n_bins):
+        f.refuse(f"{len(data)} bytes, expected {bins + 16 * sum(n_bins)}")
+    sums = np.split(np.frombuffer(data[numbers:bins], "<f8"), np.cumsum(widths[:-1]))
+    used = np.split(np.frombuffer(data[bins:], "<i8").reshape(-1, 2), np.cumsum(n_bins[:-1]))
+    try:
+        return ShardRecord(shard, contexts, kept, data[start:numbers], {
+            name: ShardSums.of(values, pairs, kept) for name, values, pairs in zip(names, sums, used, strict=True)})
+    except ValueError as e:
+        raise StoreCorruptError(f"{path}: {e}; {AGAIN}") from e

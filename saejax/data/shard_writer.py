@@ -1,4 +1,4 @@
-"""Writing the files of one shard: norms and sums, checksums and bytes come out of one pass over the activations.
+"""Writing the files of one shard: statistics, checksums and bytes come out of one pass over the activations.
 
 The rows of a hookpoint are cut into pieces whose size follows from the spec. The threads of a pool take one piece after
 another: its statistics, its chunks' checksums and its write, while it is in the cache. Sums of pieces are added in their
@@ -16,8 +16,9 @@ import numpy as np
 from saejax.base.errors import DiskError
 from saejax.base.storage import disk_errors
 from saejax.base.threads import processors
+from saejax.data.manifest import TOKENS
 from saejax.data.shards import ArraySpec, write_fully
-from saejax.data.statistics import ShardSums, check_finite, norms_of, row_statistics
+from saejax.data.statistics import ShardSums, check_finite, norm_bins, norms_of, row_statistics
 
 _PIECE_ROWS = 256
 _PIECE_BYTES = 1 << 20
@@ -89,13 +90,11 @@ def write_shard_files(root: Path, shard: int, arrays: dict[str, ArraySpec], acts
             files[name] = ShardFile(root, spec, shard, rows)
         pieces = {name: list(_submit(pool, files[f"acts/{name}"], arrays[f"acts/{name}"], x, keep_N))
                   for name, x in acts.items()}
-        flushed = [flushing.submit(_write_whole, files[name], values) for name, values in
-                   (("tokens", tokens_N), ("keep", keep_N.astype(np.uint8)))]
+        flushed = [flushing.submit(_write_whole, files[TOKENS], np.where(keep_N, tokens_N, ~tokens_N))]
         for name, x in acts.items():
             norms_N, sums[name] = _collect(pieces.pop(name), x.shape[1], keep_N)
-            check_finite(x, norms_N, name, shard * arrays["tokens"].shard_rows // context, context)
-            flushed += [flushing.submit(files[f"acts/{name}"].finish),
-                        flushing.submit(_write_whole, files[f"norms/{name}"], norms_N)]
+            check_finite(x, norms_N, name, shard * arrays[TOKENS].shard_rows // context, context)
+            flushed.append(flushing.submit(files[f"acts/{name}"].finish))
         for each in flushed:
             each.result()
     except BaseException:
@@ -138,8 +137,8 @@ def _collect(pieces: list[Future], width: int, keep_N: np.ndarray) -> tuple[np.n
             total += x_D
         squares_N = np.concatenate(squares)
         norms_N = norms_of(squares_N)
-        sums = ShardSums(total, float(norms_N[keep_N].sum()), float(squares_N[keep_N].sum()))
-    return norms_N.astype(np.float32), sums
+        return norms_N, ShardSums(total, float(norms_N[keep_N].sum()), float(squares_N[keep_N].sum()),
+                                  norm_bins(norms_N[np.isfinite(norms_N) & keep_N]))
 
 
 def _write_whole(file: ShardFile, values: np.ndarray) -> None:

@@ -29,8 +29,7 @@ _PART_CHUNKS = 256  # of one read: two buffers each
 _MOST_BUFFERS = 1024  # of one system call
 _KNOWN_SHARDS = 1 << 14  # whose checksums an array keeps in memory
 _TASK_BYTES = 1 << 20
-_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32), "uint8": np.dtype(np.uint8),
-           "float32": np.dtype(np.float32)}
+_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32)}
 Span = tuple[int, int]
 AGAIN = "mend the store with `saejax harvest` and its option repair, or make it again"
 

@@ -1,9 +1,8 @@
-"""Statistics of the kept rows of a store: sums of a shard, their total, the exact median norm, and the file they are kept in."""
+"""Statistics of the kept rows of a store: sums of a shard, their total, the median norm, and the file they are kept in."""
 
 import io
-import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,61 +12,94 @@ from saejax.base.records import ActivationStats
 
 _F32_MAX = float(np.finfo(np.float32).max)
 _ROWS_AT_ONCE = 256
+BINS = 0x7F80  # of norms: the bfloat16 from 0 to the largest finite one
 
 
 @dataclass
 class ShardSums:
-    """Sums over the kept rows of one hookpoint: of a shard or, added in the order of the shards, of all of them."""
+    """Sums over the kept rows of one hookpoint: of a shard or, added in the order of the shards, of all of them.
+
+    bins: int64 [N, 2], the bins that hold norms, in order, each with how many rows. A bin is what rounds down to one bfloat16, so
+    that its edges are less than 1 % apart; those of all shards are added up exactly, in any order.
+    """
 
     x_D: np.ndarray
     norm: float
     sq_norm: float
+    bins: np.ndarray
 
     def add(self, part: "ShardSums") -> None:
         self.x_D += part.x_D
         self.norm += part.norm
         self.sq_norm += part.sq_norm
+        self.bins = merged_bins(self.bins, part.bins)
 
     def array(self) -> np.ndarray:
         """float64 [D + 2]: sum of x, of ||x||, of ||x||^2."""
         return np.concatenate([self.x_D, [self.norm, self.sq_norm]]).astype("<f8")
 
     @classmethod
-    def of(cls, values: np.ndarray) -> "ShardSums":
-        """Of what `array` gave."""
-        return cls(values[:-2].astype(np.float64), float(values[-2]), float(values[-1]))
+    def of(cls, values: np.ndarray, bins: np.ndarray, rows: int) -> "ShardSums":
+        """Of what `array` gave, and the bins, for so many rows. Raises `ValueError` where they cannot be."""
+        at, counts = bins.T
+        if not np.isfinite(values).all() or not (np.diff(at, prepend=-1) > 0).all() or not (at < BINS).all():
+            raise ValueError("sums that are not finite, or bins out of order")
+        if (counts < 1).any() or counts.sum() != rows:
+            raise ValueError(f"the bins hold {counts.sum()} rows of {rows}")
+        return cls(values[:-2].astype(np.float64), float(values[-2]), float(values[-1]), bins)
 
     @classmethod
     def zero(cls, width: int) -> "ShardSums":
-        return cls(np.zeros(width, np.float64), 0.0, 0.0)
+        return cls(np.zeros(width, np.float64), 0.0, 0.0, np.zeros((0, 2), "<i8"))
+
+    def stats(self) -> ActivationStats:
+        """Means and median over the rows that were added, at least one; raw units."""
+        rows = int(self.bins[:, 1].sum())
+        return ActivationStats(rows, self.x_D / rows, self.norm / rows, self.sq_norm / rows, median_of_bins(self.bins))
 
 
-@dataclass(frozen=True)
-class Totals:
-    """What `statistics.npz` holds of one hookpoint."""
-
-    sums: ShardSums
-    median_norm: float
-    outliers: int
-
-    def stats(self, kept: int) -> ActivationStats:
-        """Over `kept` rows, raw units."""
-        return ActivationStats(kept, self.sums.x_D / kept, self.sums.norm / kept, self.sums.sq_norm / kept, self.median_norm)
+def norm_bins(norms_N: np.ndarray) -> np.ndarray:
+    """int64 [N, 2]: the bins of these finite norms, in order, each with how many there are."""
+    counts = np.bincount(norms_N.astype(np.float32).view(np.uint32) >> 16)
+    used = np.flatnonzero(counts)
+    return np.stack([used, counts[used]], axis=1).astype("<i8")
 
 
-def to_npz(totals: dict[str, Totals]) -> bytes:
-    """The file that holds them: of a hookpoint `<name>.sums` (float64 [D + 2]), `<name>.median_norm`, `<name>.outliers`."""
+def merged_bins(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """The bins of both together."""
+    used, place = np.unique(np.concatenate([one[:, 0], other[:, 0]]), return_inverse=True)
+    counts = np.zeros(len(used), "<i8")
+    np.add.at(counts, place, np.concatenate([one[:, 1], other[:, 1]]))
+    return np.stack([used, counts], axis=1)
+
+
+def median_of_bins(bins: np.ndarray) -> float:
+    """The median of values of which only the bins are known, taken to lie evenly in their bin. Off by less than the bin's width,
+    0.8 % of the value; with the norms of language models by about 0.01 %.
+    """
+    ends = np.cumsum(bins[:, 1])
+    middle, n = [], int(ends[-1])
+    for rank in ((n - 1) // 2, n // 2):
+        at = int(np.searchsorted(ends, rank, side="right"))
+        number, count = bins[at]
+        low, high = (np.uint32([number, number + 1]) << 16).view(np.float32).astype(np.float64)
+        share = (rank - int(ends[at] - count) + 0.5) / int(count)
+        middle.append(low + (min(high, _F32_MAX) - low) * share)
+    return sum(middle) / 2
+
+
+def to_npz(totals: dict[str, ShardSums]) -> bytes:
+    """The file that holds them: of a hookpoint `<name>.sums` (float64 [D + 2]) and `<name>.norms` (int64 [N, 2])."""
     arrays = {}
     for name, found in totals.items():
-        arrays |= {f"{name}.sums": found.sums.array(), f"{name}.median_norm": np.float64(found.median_norm),
-                   f"{name}.outliers": np.int64(found.outliers)}
+        arrays |= {f"{name}.sums": found.array(), f"{name}.norms": found.bins}
     out = io.BytesIO()
     np.savez(out, **arrays)
     return out.getvalue()
 
 
-def from_npz(data: bytes, source: object, hookpoints: Iterable[tuple[str, int]], kept: int) -> dict[str, Totals]:
-    """What `to_npz` wrote. Raises `StoreCorruptError` naming `source`."""
+def from_npz(data: bytes, source: object, hookpoints: Iterable[tuple[str, int]], kept: int) -> dict[str, ShardSums]:
+    """What `to_npz` wrote of `kept` rows. Raises `StoreCorruptError` naming `source`."""
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
@@ -75,12 +107,14 @@ def from_npz(data: bytes, source: object, hookpoints: Iterable[tuple[str, int]],
         raise StoreCorruptError(f"{source}: not readable ({' '.join(str(error).split())[:200]})") from error
     totals = {}
     for name, width in hookpoints:
-        sums, median, outliers = (found.get(f"{name}.{what}") for what in ("sums", "median_norm", "outliers"))
-        if (sums is None or sums.shape != (width + 2,) or sums.dtype != np.float64 or not np.isfinite(sums).all()
-                or median is None or median.shape != () or median.dtype != np.float64 or not math.isfinite(median)
-                or outliers is None or outliers.shape != () or outliers.dtype != np.int64 or not 0 <= outliers <= kept):
-            raise StoreCorruptError(f"{source}: does not hold the figures of {name} of width {width}")
-        totals[name] = Totals(ShardSums.of(sums), float(median), int(outliers))
+        sums, used = found.get(f"{name}.sums"), found.get(f"{name}.norms")
+        try:
+            if (sums is None or sums.shape != (width + 2,) or sums.dtype != np.float64
+                    or used is None or used.shape[1:] != (2,) or used.dtype != np.int64):
+                raise ValueError("arrays missing or of another shape")
+            totals[name] = ShardSums.of(sums, used, kept)
+        except ValueError as error:
+            raise StoreCorruptError(f"{source}: does not hold the figures of {name} of width {width} ({error})") from error
     return totals
 
 
@@ -125,6 +159,11 @@ def row_statistics(x_ND: np.ndarray, keep_N: np.ndarray) -> tuple[np.ndarray, np
     return squares_N, total_D
 
 
+def row_norms(bits_ND: np.ndarray) -> np.ndarray:
+    """float64 [N] norms of bfloat16 rows that are given as uint16."""
+    return norms_of(row_statistics(bits_ND, np.ones(len(bits_ND), bool))[0])
+
+
 def norms_of(squares_N: np.ndarray) -> np.ndarray:
     """float64 norms that float32 can hold; NaN and Inf stay what they are."""
     norms_N = np.sqrt(squares_N)
@@ -144,29 +183,3 @@ def non_finite_message(hookpoint: str, bad: int, of: int, places: list[tuple[int
     where = ", ".join(f"({c}, {t})" for c, t in places)
     return (f"{hookpoint}: {bad} of {of} activation rows hold NaN or Inf, first at (context, token) {where}; check "
             "the weights, or use config.lm.dtype='float32'")
-
-
-def exact_median(parts: Callable[[], Iterable[np.ndarray]], count: int) -> float:
-    """Median of `count` non-negative float32 values that `parts()` yields in pieces, in bounded memory.
-
-    The bits of non-negative floats order as integers: one pass counts their upper halves, a second one the lower halves
-    in the one or two buckets that hold the middle. All values may lie in one bucket, as norms behind a layer norm do.
-    """
-    upper = np.zeros(1 << 16, np.int64)
-    for part in parts():
-        upper += np.bincount(part.view(np.uint32) >> 16, minlength=1 << 16)
-    places = [_bucket(upper, rank) for rank in ((count - 1) // 2, count // 2)]
-    lower = {bucket: np.zeros(1 << 16, np.int64) for bucket, _ in places}
-    for part in parts():
-        bits = part.view(np.uint32)
-        for bucket, histogram in lower.items():
-            histogram += np.bincount(bits[bits >> 16 == bucket] & 0xFFFF, minlength=1 << 16)
-    middle = np.array([bucket << 16 | _bucket(lower[bucket], rank)[0] for bucket, rank in places], np.uint32)
-    return float(middle.view(np.float32).astype(np.float64).mean())
-
-
-def _bucket(histogram: np.ndarray, rank: int) -> tuple[int, int]:
-    """The bucket that holds the value of this rank, and the rank of that value inside it."""
-    ends = np.cumsum(histogram)
-    bucket = int(np.searchsorted(ends, rank, side="right"))
-    return bucket, rank - int(ends[bucket] - histogram[bucket])

@@ -1,15 +1,14 @@
-"""The activation store: bf16 activation rows on disk with their tokens, masks and norms, and a manifest written last.
+"""The activation store: bf16 activation rows on disk with their tokens and masks, and a manifest written last.
 
     manifest.json                     spec, counts, digests of the two files below; its presence means "complete"
     crcs.bin                          the crc32c of every chunk of every array, at places that follow from the spec
-    statistics.npz                    sums, median norm and outliers of every hookpoint
+    statistics.npz                    sums and a histogram of norms of every hookpoint
     spec.json                         what decides the bytes; a directory made for another spec is refused
-    shards/00000.bin                  record of a finished shard: checksums, partial sums, where the text stood
-    acts/<hookpoint>/  [N, D] bf16    tokens/ [N] int32    keep/ [N] uint8    norms/<hookpoint>/ [N] float32 ||x||
+    shards/00000.bin                  record of a finished shard: checksums and partial sums
+    acts/<hookpoint>/  [N, D] bf16    tokens/ [N] int32, ids; -1 - id where a row is masked
 
-N = contexts x context length: row r is token r % T of context r // T. Every row is stored; `keep` is 0 at masked
-special tokens. Equal inputs give equal bytes, whichever process wrote which shard. docs/reference/store_format.md has the
-details.
+N = contexts x context length: row r is token r % T of context r // T. Every row is stored, masked ones too. Equal inputs give
+equal bytes, whichever process wrote which shard. docs/reference/store_format.md has the details.
 """
 
 import functools
@@ -95,10 +94,10 @@ class Store:
     def stats(self, hookpoint: str) -> ActivationStats:
         """Statistics of the kept rows, raw units."""
         self.width(hookpoint)
-        return self.totals[hookpoint].stats(self.kept_rows)
+        return self.totals[hookpoint].stats()
 
     @functools.cached_property
-    def totals(self) -> dict[str, statistics.Totals]:
+    def totals(self) -> dict[str, statistics.ShardSums]:
         """What `statistics.npz` holds, by hookpoint."""
         path = self.path / STATISTICS
         try:
@@ -120,16 +119,12 @@ class Store:
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
         """int32 token ids of these rows."""
-        return self._readers["tokens"].read(start, stop)
+        ids = self._readers[mf.TOKENS].read(start, stop)
+        return np.maximum(ids, ~ids)
 
     def keep(self, start: int, stop: int) -> np.ndarray:
-        """bool, False at masked special tokens."""
-        return self._readers["keep"].read(start, stop).astype(bool)
-
-    def norms(self, hookpoint: str, start: int, stop: int) -> np.ndarray:
-        """float32 Euclidean norms of these rows."""
-        self.width(hookpoint)
-        return self._readers[f"norms/{hookpoint}"].read(start, stop)
+        """bool, False at rows that are masked."""
+        return self._readers[mf.TOKENS].read(start, stop) >= 0
 
     def read_into(self, array: str, spans: Iterable[Span], out: np.ndarray) -> None:
         """Reads row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`, in several threads."""

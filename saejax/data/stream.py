@@ -19,6 +19,8 @@ from saejax.base.errors import StoreError
 from saejax.base.records import StreamState
 from saejax.config import StreamOptions
 from saejax.data.order import Place, RowOrder
+from saejax.data.shards import Span
+from saejax.data.statistics import row_norms
 from saejax.data.store import Store
 
 _WINDOWS_AT_ONCE = 4  # read at the same time; the parts of each are read by the store's threads
@@ -144,7 +146,7 @@ class Stream:
             lane.empty = 0 if found.end > found.begin else lane.empty + 1
             if found.end > found.begin:
                 lane.windows.append(found)
-            if lane.empty > self.order.windows_of(lane.number):
+            if lane.empty >= 2 * self.order.windows_of(lane.number) - 1:  # among so many in a row are those of a whole epoch
                 self._failure = StoreError(f"{self.store.path}: every row of {', '.join(self.hookpoints)} in lane {lane.number} "
                                            "is masked; nothing to stream")
             lane.filled, lane.reading = found.end, False
@@ -154,24 +156,42 @@ class Stream:
     def _window(self, lane: _Lane, epoch: int, number: int, first: int) -> _Window:
         """Reads the rows of a window from its turn `first` on into the ring; of the lane of another process only how many."""
         spans = self.order.spans(self.seed, lane.number, epoch, number)
-        keep_R = np.concatenate([self._keep(start, stop) for start, stop in spans])
+        keep_R = np.concatenate([self.store.keep(start, stop) for start, stop in spans])
         rows = max(0, int(keep_R.sum()) - first)
         if lane.slot is not None and rows:
             turn_R = self.order.turns(self.seed, lane.number, epoch, number, keep_R) - first + lane.filled
             batch_R, row_R = np.divmod(turn_R, self.lane_rows)
             slot_R = ((batch_R % self._depth) * len(self.lanes) + lane.slot) * self.lane_rows + row_R
             slot_R[~keep_R | (turn_R < lane.filled)] = -1
-            flat, column = self._ring.reshape(-1, self._ring.shape[-1]), 0
-            for hookpoint, width in zip(self.hookpoints, self.widths, strict=True):
-                self.store.scatter(f"acts/{hookpoint}", spans, slot_R, flat[:, column:column + width])
-                column += width
+            flat = self._ring.reshape(-1, self._ring.shape[-1])
+            if self._options.mask_outliers:
+                self._scatter_usual(spans, turn_R - lane.filled + first, slot_R, flat)
+            else:
+                self._scatter(spans, slot_R, flat)
         return _Window(lane.filled, lane.filled + rows, epoch, number, first)
 
-    def _keep(self, start: int, stop: int) -> np.ndarray:
-        keep = self.store.keep(start, stop)
-        for hookpoint in self.hookpoints if self._options.mask_outliers else ():
-            keep &= self.store.norms(hookpoint, start, stop) <= self.store.outlier_bound(hookpoint)
-        return keep
+    def _scatter(self, spans: list[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
+        column = 0
+        for hookpoint, width in zip(self.hookpoints, self.widths, strict=True):
+            self.store.scatter(f"acts/{hookpoint}", spans, slot_R, out[:, column:column + width])
+            column += width
+
+    def _scatter_usual(self, spans: list[Span], turn_R: np.ndarray, slot_R: np.ndarray, out: np.ndarray) -> None:
+        """As `_scatter`, with the next usual row of the window in the place of an outlier. All of the window is read for it."""
+        window = np.empty((int(turn_R.max()) + 1, out.shape[1]), out.dtype)
+        self._scatter(spans, turn_R, window)
+        unusual, column = np.zeros(len(window), bool), 0
+        for hookpoint, width in zip(self.hookpoints, self.widths, strict=True):
+            unusual |= row_norms(window[:, column:column + width]) > self.store.outlier_bound(hookpoint)
+            column += width
+        usual = np.flatnonzero(~unusual)
+        if not len(usual):
+            raise StoreError(f"{self.store.path}: every row of a window is an outlier (config.stream.mask_outliers); raise "
+                             "config.stream.window_rows")
+        taken = np.arange(len(window))
+        taken[unusual] = usual[np.searchsorted(usual, taken[unusual]) % len(usual)]
+        wanted = slot_R >= 0
+        out[slot_R[wanted]] = window[taken[turn_R[wanted]]]
 
 
 def order_of(store: Store, options: StreamOptions, batch: int, state: StreamState | int) -> RowOrder:

@@ -10,7 +10,6 @@ import numpy as np
 
 from saejax.base import lease
 from saejax.base.errors import StoreCorruptError, StoreError
-from saejax.base.records import OUTLIER_FACTOR
 from saejax.base.storage import disk_errors, replacing, write_bytes, write_json
 from saejax.base.threads import in_order
 from saejax.base.verified import digests
@@ -18,7 +17,7 @@ from saejax.data import manifest as mf
 from saejax.data.manifest import StoreSpec
 from saejax.data.shard_record import ShardRecord, read_record
 from saejax.data.shard_writer import crc_row, write_shard_files
-from saejax.data.statistics import ShardSums, Totals, exact_median, to_npz
+from saejax.data.statistics import ShardSums, to_npz
 from saejax.data.store import CRCS, MANIFEST, RECORDS, SPEC, STATISTICS, TEXT, Store, read_spec, record_file, spec_file
 
 _LOOK_UP_THREADS = 8
@@ -84,10 +83,12 @@ class StoreWriter:
         """`record` of many shards. What takes time is the storage, so that threads help beyond the number of processors."""
         return in_order(self.record, shards, _LOOK_UP_THREADS)
 
-    def missing_shards(self, process: int = 0, n_processes: int = 1) -> list[int]:
-        """Shards that this process still has to write (fewer exist where the text ends early)."""
-        mine = range(process, self.spec.target_shards, n_processes)
-        return [shard for shard, record in zip(mine, self._records(mine), strict=True) if record is None]
+    def missing_shards(self, process: int = 0, n_processes: int = 1, *, contexts: int | None = None) -> list[int]:
+        """Shards of so many contexts (all of the spec) that this process still has to write, for the first time or longer."""
+        n_contexts = self.spec.target_contexts if contexts is None else contexts
+        mine = range(process, self.spec.shards(n_contexts), n_processes)
+        return [shard for shard, record in zip(mine, self._records(mine), strict=True)
+                if record is None or record.contexts != self.spec.contexts_of(shard, n_contexts)]
 
     def write_shard(self, shard: int, acts: dict[str, np.ndarray], tokens_NT: np.ndarray,
                     keep_NT: np.ndarray) -> None:
@@ -139,8 +140,7 @@ class StoreWriter:
         for name, array in self._arrays.items():
             write_json(self.path / name / "zarr.json", array.metadata(n_contexts * self.spec.context))
         crcs = digests(self.path / CRCS, block=mf.crc_block(self.spec, n_contexts))
-        draft = Store(self.path, mf.manifest_of(self.spec, n_contexts, kept, crcs, "0" * 64), self.spec)
-        found = to_npz({name: _totals(draft, name, total) for name, total in sums.items()})
+        found = to_npz(sums)
         write_bytes(self.path / STATISTICS, found)
         self._remove_leftovers()
         lease.confirm()
@@ -152,17 +152,3 @@ class StoreWriter:
         for folder in (".", RECORDS, *self._arrays):
             for file in (self.path / folder).glob(".*.tmp-*"):
                 file.unlink(missing_ok=True)
-
-
-def _totals(store: Store, hookpoint: str, sums: ShardSums) -> Totals:
-    median = exact_median(lambda: kept_norms(store, hookpoint), store.kept_rows)
-    outliers = sum(int((n > OUTLIER_FACTOR * median).sum()) for n in kept_norms(store, hookpoint))
-    return Totals(sums, median, outliers)
-
-
-def kept_norms(store: Store, hookpoint: str) -> Iterator[np.ndarray]:
-    """The norms of the kept rows, shard by shard."""
-    step = store.spec.shard_rows
-    for a in range(0, store.rows, step):
-        b = min(a + step, store.rows)
-        yield store.norms(hookpoint, a, b)[store.keep(a, b)]

@@ -182,7 +182,7 @@ def test_a_harvest_stops_on_request_and_goes_on(config_file, tmp_path, of):
     (tmp_path / "words.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i:i + 50])}) + "\n"
                                                   for i in range(0, len(words), 50)))
     port, flags = free_port(), (f"--config.text.source={tmp_path}/words.jsonl", f"--config.harvest.tokens={planned * 128}",
-                                "--config.harvest.shard_contexts=4", "--config.stream.block_contexts=4",
+                                f"--config.harvest.shard_bytes={4 * 32 * 2 * 48}",
                                 f"--config.harvest.store={tmp_path}/store")
     jobs = [launched("harvest", config_file, i, of, port, *flags) for i in range(of)]
     shards, deadline = tmp_path / "store/shards", time.monotonic() + 100

@@ -112,7 +112,7 @@ def tiny_config(folder: Path, source: Path, store: Path, **changes) -> C.Config:
     c = C.default_config()
     values = {"lm.model": str(folder), "text.source": (str(source),), "text.context": 16, "harvest.store": str(store),
               "harvest.hookpoints": ("blocks.0.hook_resid_post", "blocks.1.hook_mlp_out"), "harvest.tokens": 640,
-              "lm.batch_contexts": 3, "harvest.shard_contexts": 4,
+              "lm.batch_contexts": 3, "harvest.shard_bytes": 4 * 16 * 2 * (48 + 48),
               "stream.block_contexts": 2, "sae.hookpoint": "blocks.0.hook_resid_post", "log.progress": False, **changes}
     for key, value in values.items():
         node = c

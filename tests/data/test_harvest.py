@@ -272,24 +272,27 @@ def test_the_real_model_equals_a_direct_capture(tmp_path):
 
 
 def times(folder):
-    """When each file of activations, norms and records was written."""
-    files = [file for part in ("acts", "norms", "shards") for file in (folder / part).rglob("*")]
+    """When each file of activations, tokens and records was written."""
+    files = [file for part in ("acts", "tokens", "shards") for file in (folder / part).rglob("*")]
     return {file.relative_to(folder): file.stat().st_mtime_ns for file in files if file.is_file() and file.suffix != ".json"}
 
 
-def test_a_store_grows_and_its_shards_stay(parts, tmp_path, capsys):
-    """To the bytes of one straight harvest of all."""
-    config = tiny_config(*parts, tmp_path / "store", **{"harvest.tokens": 256})
-    harvest(config)
-    before = times(tmp_path / "store")
+@pytest.mark.parametrize("tokens, contexts, full", [(256, 16, 4), (205, 13, 3)])
+def test_a_store_grows_and_its_shards_stay(parts, tmp_path, capsys, tokens, contexts, full):
+    """To the bytes of one straight harvest of all. A last shard that is not full is the only one that is written again."""
+    config = tiny_config(*parts, tmp_path / "store", **{"harvest.tokens": tokens})
+    assert harvest(config).n_contexts == contexts
+    every = times(tmp_path / "store")
+    before = {file: time for file, time in every.items() if not {f"{full:05d}.bin", str(full)} & set(file.parts)}
+    assert len(every) - len(before) == (4 if contexts % 4 else 0)
     more = tiny_config(*parts, tmp_path / "store")
     grown = harvest(more)
-    assert "grows from 16 to 40 contexts" in capsys.readouterr().err
+    assert f"grows from {contexts} to 40 contexts" in capsys.readouterr().err
     after = times(tmp_path / "store")
     assert before and {file: after[file] for file in before} == before and len(after) > len(before)
     straight = harvest(tiny_config(*parts, tmp_path / "straight"))
     assert grown.digest == straight.digest and directory(tmp_path / "store") == directory(tmp_path / "straight")
-    with pytest.raises(StoreError, match="target_contexts: 40 -> 16"):
+    with pytest.raises(StoreError, match=f"target_contexts: 40 -> {contexts}"):
         harvest(config)
 
 
@@ -303,12 +306,12 @@ def test_repair_writes_only_what_does_not_verify(parts, tmp_path, capsys, finish
         data = bytearray((path / name).read_bytes())
         data[len(data) // 2] ^= 8
         (path / name).write_bytes(data)
-    (path / "norms/blocks.1.hook_mlp_out/c/8").unlink()
+    (path / "acts/blocks.1.hook_mlp_out/c/8/0").unlink()
     if not finished:
         (path / "manifest.json").unlink()
     harvest(config, repair=True)
     said = capsys.readouterr().err
-    assert all(name in said for name in ("c/3/0", "shards/00006.bin", "text", "c/8")), said
+    assert all(name in said for name in ("c/3/0", "shards/00006.bin", "text", "c/8/0")), said
     assert ("crcs.bin" in said) == finished
     assert directory(path) == whole
     shards = {int(next(p for p in file.parts[::-1] if p.split(".")[0].isdigit() and p != "0").split(".")[0])

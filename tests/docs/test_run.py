@@ -20,7 +20,7 @@ import runpy
 
 def get_config():
     c = runpy.run_path({str(ROOT / "configs/demo.py")!r})["get_config"]()
-    c.harvest.tokens, c.harvest.shard_contexts, c.train.tokens, c.train.batch = 8192, 64, 16_384, 512
+    c.harvest.tokens, c.train.tokens, c.train.batch = 8192, 16_384, 512
     c.sae.d_sae, c.sae.dead_tokens, c.checkpoint.every_tokens, c.eval.contexts = 3072, 8192, 16_384, 4
     c.log.progress = False
     return c

@@ -267,7 +267,7 @@ def test_training_recovers_the_world(small, tmp_path):
     c = default_config("topk")
     c.lm.model, c.run_dir = "synthetic", str(tmp_path / "run")
     c.harvest.hookpoints, c.sae.hookpoint = (synthetic.HOOKPOINT,), synthetic.HOOKPOINT
-    c.text.context, c.harvest.shard_contexts, c.stream.block_contexts, c.stream.window_rows = 64, 64, 1, 4096
+    c.text.context, c.stream.block_contexts, c.stream.window_rows = 64, 1, 4096
     c.sae.d_sae, c.sae.k, c.sae.aux_k, c.sae.dead_tokens = 64, 4, 16, 20_000
     c.train.batch, c.train.tokens, c.train.lr = 256, 256 * 800, 3e-3
     c.log.progress, c.log.tensorboard, c.checkpoint.every_tokens = False, False, 10**9

@@ -60,7 +60,7 @@ def make_config(kind: str, run_dir: Path, **overrides) -> Config:
     c = default_config(kind)
     c.lm.model = "synthetic"
     c.run_dir, c.harvest.hookpoints, c.sae.hookpoint = str(run_dir), tuple(WIDTHS), HOOKPOINT
-    c.text.context, c.harvest.shard_contexts = CONTEXT, SHARD_CONTEXTS
+    c.text.context = CONTEXT
     c.stream.block_contexts, c.stream.window_rows = 2, 64
     c.sae.d_sae, c.sae.k, c.sae.dead_tokens = 64, 4, 160
     if c.sae.kind in WITH_K:
