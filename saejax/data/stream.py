@@ -146,7 +146,7 @@ class Stream:
             lane.empty = 0 if found.end > found.begin else lane.empty + 1
             if found.end > found.begin:
                 lane.windows.append(found)
-            if lane.empty >= 2 * self.order.windows_of(lane.number) - 1:  # among so many in a row are those of a whole epoch
+            if lane.empty >= 2 * self.order.windows_of(lane.number):  # among so many in a row are all those of one epoch
                 self._failure = StoreError(f"{self.store.path}: every row of {', '.join(self.hookpoints)} in lane {lane.number} "
                                            "is masked; nothing to stream")
             lane.filled, lane.reading = found.end, False
