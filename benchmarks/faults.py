@@ -1,15 +1,19 @@
-"""Faults on purpose, with a tiny language model: two writers at once, and disks that fill up.
+"""Faults on purpose, with a tiny language model: two writers at once, disks that fill up, processes that are killed.
 
     python benchmarks/faults.py writers --trials=20 --seed=0
     python benchmarks/faults.py disk --trials=8 --seed=0        (mounts file systems in memory: Linux, as root)
+    python benchmarks/faults.py kills --trials=8 --seed=0
 
 `writers`: two equal `saejax run` at a random distance. Right: one does the work, the other is refused in one line or finds all
 done; no traceback, and no metric line is lost. `disk`: harvest, train, features and release on a disk with too little room,
-of a random size. Right: one line, exit code 2, and the same command finishes when there is room. Prints a table in Markdown; exit
+of a random size. Right: one line, exit code 2, and the same command finishes when there is room. `kills`: SIGKILL for one of two
+processes that make tokens, harvest or train, at a random moment. Right: the other one ends within the heartbeat and 5 s, and the
+same commands then finish with the bytes and parameters of a run that nobody disturbed. Prints a table in Markdown; exit
 code 1 when any trial went wrong.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -23,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from tests import tiny_experiment as tiny  # noqa: E402
+from tests.kills import HEARTBEAT, STAGES, Experiment  # noqa: E402
 
 JOBS = ("harvest", "train", "features", "release")
 KIB = 1024
@@ -171,16 +176,31 @@ def needed(disk_: Disk, job: str, config: Path, run: Path) -> int:
     return size_of(disk_.place) - before
 
 
+def kills(trials: int, seed: int) -> bool:
+    bad, worst = 0, 0.0
+    print("| stage | trial | killed | at | the other one ended after | wrong |\n|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        experiment = Experiment(Path(folder))
+        for stage in STAGES:
+            for number in range(seed, seed + trials):
+                trial = experiment.trial(stage, number)
+                bad, worst = bad + bool(trial.wrong), max(worst, trial.late)
+                row = (stage, number, f"process {trial.killed}", trial.at, f"{trial.late:.1f} s", trial.wrong or "nothing")
+                print(f"| {' | '.join(map(str, row))} |", flush=True)
+    print(f"\n{trials * len(STAGES)} trials, {bad} went wrong; heartbeat {HEARTBEAT} s, the longest wait {worst:.1f} s")
+    return bad == 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("writers", "disk"))
+    parser.add_argument("what", choices=("writers", "disk", "kills"))
     parser.add_argument("--trials", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", default=",".join(JOBS), help="of `disk`: some of harvest, train, features, release")
     args = parser.parse_args()
     jobs = tuple(args.jobs.split(","))
-    good = writers(args.trials, args.seed) if args.what == "writers" else disk(args.trials, args.seed, jobs)
-    sys.exit(0 if good else 1)
+    run = {"writers": writers, "kills": kills, "disk": functools.partial(disk, jobs=jobs)}[args.what]
+    sys.exit(0 if run(args.trials, args.seed) else 1)
 
 
 if __name__ == "__main__":

@@ -101,18 +101,20 @@ def _answers(address: str) -> bool:
         return False
 
 
-def check_agreement(values: Mapping[str, object]) -> None:
-    """Raises `ConfigError` in every process when not all of them were given the same values, naming keys and processes.
+def check_agreement(values: Mapping[str, object],
+                    advice: str = "start all of them with the same config, flags and version") -> None:
+    """Raises `ConfigError` in every process when not all of them have the same values, naming keys and processes.
 
     values: by config key (or other names), anything with a `repr` that does not depend on the machine. Two small collectives.
+    advice: what to do about it.
     """
     import jax
     if jax.process_count() == 1:
         return
     names = sorted(values)
     # First the names: with another version of the program the values would not even line up.
-    _raise_unless_equal(_gathered([_digest("\n".join(names))]), ["what was given (another version of saejax?)"])
-    _raise_unless_equal(_gathered([_digest(repr(values[name])) for name in names]), names)
+    _raise_unless_equal(_gathered([_digest("\n".join(names))]), ["what was given (another version of saejax?)"], advice)
+    _raise_unless_equal(_gathered([_digest(repr(values[name])) for name in names]), names, advice)
 
 
 def _digest(text: str) -> int:
@@ -125,7 +127,7 @@ def _gathered(digests: list[int]) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(np.array(digests, np.uint32)))
 
 
-def _raise_unless_equal(all_PN: np.ndarray, names: list[str]) -> None:
+def _raise_unless_equal(all_PN: np.ndarray, names: list[str], advice: str) -> None:
     different = (all_PN != all_PN[0]).any(0)
     if not different.any():
         return
@@ -133,4 +135,4 @@ def _raise_unless_equal(all_PN: np.ndarray, names: list[str]) -> None:
     keys = [name for name, wrong in zip(names, different, strict=True) if wrong]
     named = f"{', '.join(keys[:5])}{' and others' if len(keys) > 5 else ''}"
     raise ConfigError(f"{named}: not the same in all {len(all_PN)} processes "
-                      f"(process {others} differs from process 0); start all of them with the same config, flags and version")
+                      f"(process {others} differs from process 0); {advice}")

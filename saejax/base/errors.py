@@ -1,6 +1,9 @@
 """Typed errors. Every message is one line: the config key or file, the values, the fix."""
 
 
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, start the same command again
+
+
 class SaejaxError(Exception):
     """Base of every error that a user can cause or repair. The command line prints it as one line and exits with code 2."""
 
@@ -79,3 +82,7 @@ class SteeringError(SaejaxError):
 
 class JudgeError(SaejaxError):
     """A judge cannot be asked, its answers cannot be read in, or the answers kept belong to another index or other prompts."""
+
+
+class Preempted(SaejaxError):
+    """The job was asked to stop and has saved its state; the command line exits with `EXIT_PREEMPTED`."""

@@ -3,22 +3,19 @@
 import signal
 
 import jax
-
-from saejax.base.errors import SaejaxError
-
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL: state is saved, start the same command again
-
-
-class Preempted(SaejaxError):
-    """The run was asked to stop and has saved its state; the command line exits with `EXIT_PREEMPTED`."""
+import numpy as np
 
 
 class Preemption:
     """Context manager; `requested(step)` is true once this job should save and leave.
 
     Under `jax.distributed` the runtime's own notifier is used (a Python handler installed after it would break the agreement
-    between processes); in a single process SIGTERM and SIGINT set a flag, and a second one kills.
+    between processes); in a single process SIGTERM and SIGINT set a flag, and a second one kills. The notifier agrees on one
+    number, which no process has asked about yet, and answers yes to that one only: so questions are numbered one by one for as
+    long as the program runs.
     """
+
+    _asked = 0  # questions of this process
 
     def __init__(self):
         self._distributed = jax.distributed.is_initialized()
@@ -46,9 +43,17 @@ class Preemption:
         """True once a job of a single process was asked to leave; several processes leave together, at a `requested` step."""
         return self._signal is not None
 
-    def requested(self, step: int) -> bool:
-        """True when this step is the agreed last one. With several processes: a collective, once per step."""
+    def requested(self, step: int = 0) -> bool:
+        """True when this step of the caller is the agreed last one. Several processes ask equally often, or `meet` afterwards."""
         if self._distributed:
             from jax.experimental import multihost_utils
-            return multihost_utils.reached_preemption_sync_point(step)
+            Preemption._asked += 1
+            return multihost_utils.reached_preemption_sync_point(Preemption._asked)
         return self._signal is not None
+
+    def meet(self) -> bool:
+        """`requested` for processes that have not asked equally often before. A collective."""
+        if self._distributed:
+            from jax.experimental import multihost_utils
+            Preemption._asked = int(multihost_utils.process_allgather(np.array(Preemption._asked)).max())
+        return self.requested()

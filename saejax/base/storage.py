@@ -8,15 +8,18 @@ import os
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
-from saejax.base.errors import DiskError, SaejaxError
+from saejax.base.errors import DiskError, Preempted, SaejaxError
 
 # A `Path` has lost one of the two strokes.
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]+(?=://)|(?:gs|gcs|s3|az|abfs|hdfs|https?)(?=:/))")
 _PLAIN = re.compile(r"[A-Za-z0-9_.\-+=,/]*")
+_VIEW_SECONDS = 60  # that a network file system may keep a listing
+_Result = TypeVar("_Result")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
@@ -177,19 +180,36 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def decided(answer: bool) -> bool:
-    """What process 0 says, in every process: views of a shared directory may be seconds old."""
+def patient(action: Callable[[], _Result], error: type[SaejaxError]) -> _Result:
+    """What an action gives that reads files of another process: tried again for a minute while it raises this error, since a
+    shared file system may show what is there that much later. A single process does not wait.
+    """
+    import jax
+    deadline = time.monotonic() + _VIEW_SECONDS * (jax.process_count() > 1)
+    while True:
+        try:
+            return action()
+        except error:
+            if time.monotonic() >= deadline:
+                raise
+        time.sleep(0.5)
+
+
+def decided(answer: int) -> int:
+    """What process 0 says, in every process: views of a shared directory may be seconds old. For `bool` and small numbers."""
     import jax
     if jax.process_count() == 1:
         return answer
     import numpy
     from jax.experimental import multihost_utils
-    return bool(multihost_utils.broadcast_one_to_all(numpy.array(answer)))
+    return type(answer)(multihost_utils.broadcast_one_to_all(numpy.array(answer)))
 
 
 @contextlib.contextmanager
 def together(name: str):
-    """What all processes do or none: a `SaejaxError` in one of them becomes one in every process, after the body."""
+    """What all processes do or none: a `SaejaxError` in one of them becomes one in every process, after the body. It becomes
+    `Preempted` where nothing else stopped any of them.
+    """
     import jax
     if jax.process_count() == 1:
         yield
@@ -201,8 +221,10 @@ def together(name: str):
         error = e
     import numpy
     from jax.experimental import multihost_utils
-    failed_P = multihost_utils.process_allgather(numpy.array([error is not None])).ravel()
+    kind = 0 if error is None else 1 if isinstance(error, Preempted) else 2
+    kinds_P = multihost_utils.process_allgather(numpy.array([kind])).ravel()
     if error is not None:
         raise error
-    if failed_P.any():
-        raise SaejaxError(f"{name}: process {failed_P.argmax()} stopped; its own line says why")
+    if kinds_P.any():
+        stop = SaejaxError if kinds_P.max() == 2 else Preempted
+        raise stop(f"{name}: process {kinds_P.argmax()} stopped; its own line says why")

@@ -6,7 +6,7 @@ import sys
 import threading
 import traceback
 
-from saejax.base.errors import ConfigError, SaejaxError
+from saejax.base.errors import EXIT_PREEMPTED, ConfigError, Preempted, SaejaxError
 from saejax.base.version import __version__
 from saejax.cli.help import JOBS, family_help, job_help, overview
 from saejax.cli.options import Job
@@ -161,11 +161,10 @@ def _leave(code: int) -> int:
 
 def _failed(error: SaejaxError) -> int:
     """The error's one line. `Preempted` is no failure: its message and its own exit code."""
-    preemption = sys.modules.get("saejax.base.preemption")
     message = " ".join(str(error).split())
-    if preemption is not None and isinstance(error, preemption.Preempted):
+    if isinstance(error, Preempted):
         print(f"saejax: {message}", file=sys.stderr)
-        return preemption.EXIT_PREEMPTED
+        return EXIT_PREEMPTED
     print(f"saejax: error: {message}", file=sys.stderr)
     return EXIT_MISTAKE
 

@@ -23,11 +23,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from saejax import lm
 from saejax.base import assets, lease
-from saejax.base.errors import ConfigError, StoreError
+from saejax.base.distributed import check_agreement
+from saejax.base.errors import ConfigError, Preempted, StoreError
 from saejax.base.logs import Progress, say
-from saejax.base.preemption import Preempted, Preemption
+from saejax.base.preemption import Preemption
 from saejax.base.records import UNKNOWN
-from saejax.base.storage import barrier, decided, is_writer, together
+from saejax.base.storage import barrier, decided, is_writer, patient, together
 from saejax.config import Config
 from saejax.data import sources as src
 from saejax.data import text, token_store, tokens
@@ -39,6 +40,8 @@ from saejax.data.token_store import TokenStore
 from saejax.data.verify import mend
 from saejax.data.writer import StoreWriter
 from saejax.lm import LM, Files
+
+_SAME_DATA = "all of them need the same model, text and store: give paths that they share, or copies that are equal"
 
 
 def harvest(config: Config, lm_: LM | None = None, *, repair: bool = False) -> Store:
@@ -69,6 +72,7 @@ def harvest(config: Config, lm_: LM | None = None, *, repair: bool = False) -> S
         return store
     lm_ = lm_ or lm.load(config.lm.model, revision=config.lm.revision, dtype=config.lm.dtype, mesh=lm_mesh(config))
     spec = store_spec(config, lm_, sources)
+    check_agreement({f"the store's {key}": value for key, value in spec.to_json().items()}, _SAME_DATA)
     with lease.writing(path):
         writer = StoreWriter(path, spec)
         tokens = _tokens(path / TEXT, config, lm_, spec.target_contexts, sources)
@@ -77,8 +81,8 @@ def harvest(config: Config, lm_: LM | None = None, *, repair: bool = False) -> S
         barrier("saejax_harvest_written")
         with together("saejax_harvest_final"):
             if is_writer():
-                writer.finalize(n_contexts)
-    return Store.open(path)
+                patient(lambda: writer.finalize(n_contexts), StoreError)
+    return patient(lambda: Store.open(path), StoreError)
 
 
 def store_spec(config: Config, lm_: LM | Files, sources: Sources | None = None) -> StoreSpec:
@@ -128,7 +132,7 @@ def _mend(path: Path) -> None:
 
 def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None) -> Store | None:
     """The finished store of a config; None where it has fewer contexts and is to grow. Raises `StoreError`."""
-    store = Store.open(path)
+    store = patient(lambda: Store.open(path), StoreError)
     if lm_ is not None or not _pinned(config):
         wanted = store_spec(config, lm_ or lm.files(config.lm.model, config.lm.revision), sources)
     else:
@@ -140,6 +144,7 @@ def _open_matching(path: Path, config: Config, sources: Sources, lm_: LM | None)
     if store.spec.grows_to(wanted):
         say(f"{path}: grows from {store.spec.target_contexts:,} to {wanted.target_contexts:,} contexts")
         return None
+    check_agreement({"the store": store.digest}, _SAME_DATA)
     differences = store.spec.differences(wanted)
     if differences:
         raise StoreError(f"{path}: was harvested with another config ({'; '.join(differences)}); choose another "
@@ -174,15 +179,20 @@ class _Capture:
 
 
 def _tokens(path: Path, config: Config, lm_: LM, contexts: int, sources: Sources) -> TokenStore:
-    """The tokens to harvest from, made where they are not there. Raises `Preempted` for one process that is asked to stop."""
+    """The tokens to harvest from, made where they are not there. Raises `Preempted` in all processes where one is to stop."""
     with Preemption() as preemption, Progress("tokens", contexts * config.text.context, enabled=config.log.progress) as bar:
+        stop = Preempted(f"{path}: stopped on request; start the same command again to go on")
+
         def advance(made: int) -> None:
             bar.advance(made)
-            if preemption.asked_alone:
-                raise Preempted(f"{path}: stopped on request; start the same command again to go on")
+            if preemption.requested():
+                raise stop
 
-        return tokens.build(path, config.text, lm_.tokenizer, contexts, seed=config.seed_of_data, sources=sources,
+        made = tokens.build(path, config.text, lm_.tokenizer, contexts, seed=config.seed_of_data, sources=sources,
                             advance=advance)
+        if preemption.meet():
+            raise stop
+        return made
 
 
 @dataclass(frozen=True)

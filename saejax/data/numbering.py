@@ -36,18 +36,18 @@ class Numbering:
         return parts, rows
 
 
-def rows_needed(rows, finished, contexts: int) -> int | None:
+def rows_needed(rows, finished, contexts: int) -> int:
     """How many rows every part must have, so that this many contexts have a number: the least number for which they are enough,
-    where the parts whose text goes on are taken to have them. None when no part has to grow.
+    where the parts whose text goes on are taken to have them. 0 when no part has to grow.
     """
     rows, finished = np.asarray(rows, np.int64), np.asarray(finished, bool)
     low, high, going_on = 0, contexts, int((~finished).sum())
     if not going_on:
-        return None
+        return 0
     while low < high:
         middle = (low + high) // 2
         if going_on * middle + int(np.minimum(rows[finished], middle).sum()) >= contexts:
             high = middle
         else:
             low = middle + 1
-    return low if (rows[~finished] < low).any() else None
+    return low if (rows[~finished] < low).any() else 0

@@ -13,7 +13,7 @@ from saejax.base import lease
 from saejax.base.errors import StoreError, TextError
 from saejax.base.logs import say
 from saejax.base.records import TokenBatch
-from saejax.base.storage import barrier, disk_errors, file_sha256, is_writer, together, write_json
+from saejax.base.storage import barrier, decided, disk_errors, file_sha256, is_writer, patient, together, write_json
 from saejax.config import TextOptions
 from saejax.data import manifest, parts
 from saejax.data import sources as src
@@ -57,9 +57,9 @@ def build(path: str | Path, options: TextOptions, tokenizer: Tokenizer, contexts
         with together("saejax_tokens_same"):
             writer.check()
         while True:
-            with together("saejax_tokens_planned"):  # nobody goes on before all have read the records
-                rows = writer.rows_wanted(contexts)
-            if rows is None:
+            with together("saejax_tokens_planned"):  # nobody goes on before the records have been read
+                rows = writer.rows_wanted(contexts) if is_writer() else 0
+            if not (rows := decided(rows)):
                 break
             with together("saejax_tokens_made"):
                 for tokens in writer.extend(rows, process, n_processes):
@@ -68,7 +68,7 @@ def build(path: str | Path, options: TextOptions, tokenizer: Tokenizer, contexts
             if is_writer() and not is_complete(path):
                 writer.finish()
         barrier("saejax_tokens")
-    return TokenStore.open(path)
+    return patient(lambda: TokenStore.open(path), StoreError)
 
 
 def in_memory(options: TextOptions, tokenizer: Tokenizer, contexts: int, *, seed: int, split: str = "train",
@@ -77,7 +77,7 @@ def in_memory(options: TextOptions, tokenizer: Tokenizer, contexts: int, *, seed
     sources = sources or src.resolve(options)
     packing = Packing(options, tokenizer, split)
     made = [Part(number, packing) for number in range(parts.PARTS)]
-    while (rows := rows_needed([p.rows for p in made], [p.finished for p in made], contexts)) is not None:
+    while rows := rows_needed([p.rows for p in made], [p.finished for p in made], contexts):
         for _ in parts.extend(made, rows, packing, sources, seed):
             pass
     rests = Part(parts.PARTS, packing)
@@ -139,8 +139,8 @@ class TokenWriter:
             raise StoreError(f"{self.path}: holds the tokens of another config ({'; '.join(different)}); choose another folder "
                              "or delete this one")
 
-    def rows_wanted(self, contexts: int) -> int | None:
-        """How many rows every part has to have for this many contexts; None where they have them, or the text has no more."""
+    def rows_wanted(self, contexts: int) -> int:
+        """How many rows every part has to have for this many contexts; 0 where they have them, or the text has no more."""
         made = self._parts()
         return rows_needed([p.rows for p in made], [p.finished for p in made], contexts)
 

@@ -18,9 +18,10 @@ from jax.sharding import Mesh
 
 from saejax import config as config_lib
 from saejax.base import lease, sharding
-from saejax.base.errors import CheckpointError, NonFiniteError
+from saejax.base.distributed import check_agreement
+from saejax.base.errors import CheckpointError, NonFiniteError, Preempted
 from saejax.base.logs import MetricWriter, Progress, say
-from saejax.base.preemption import Preempted, Preemption
+from saejax.base.preemption import Preemption
 from saejax.base.records import RunPaths, StreamState
 from saejax.config import Config
 from saejax.data.store import Store
@@ -80,6 +81,7 @@ def _claimed(configs: Sequence[Config], store: Store, load: Load | None) -> Iter
     """A run that may write into its directories. What does not fit is refused before anything is made."""
     configs = list(map(settled, configs))
     mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
+    check_agreement({"the activation store": store.digest}, "give a directory that all of them share, or equal copies of it")
     check_all(configs, mesh, store)
     with lease.writing(*[config.run_dir for config in configs]):
         yield _Run(configs, mesh, store, load)

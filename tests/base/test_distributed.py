@@ -16,6 +16,7 @@ from saejax.cli.main import JOBS
 from saejax.cli.main import processes as processes_of
 from saejax.cli.parsing import parse
 from tests import tiny_experiment as tiny
+from tests.kills import Experiment, write_text
 from tests.processes import environment, free_port
 
 
@@ -102,9 +103,10 @@ def test_processes_that_do_not_come_are_missed(config_file):
 
 def test_disagreement_names_keys_and_processes():
     names = ["config.sae.k", "config.train.lr", "job"]
-    _raise_unless_equal(np.array([[1, 2, 3]] * 4), names)
-    with pytest.raises(ConfigError, match=r"^config.train.lr: not the same in all 4 processes \(process 2, 3 differs"):
-        _raise_unless_equal(np.array([[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 8, 3]]), names)
+    _raise_unless_equal(np.array([[1, 2, 3]] * 4), names, "change it")
+    words = r"^config.train.lr: not the same in all 4 processes \(process 2, 3 differs.*; change it$"
+    with pytest.raises(ConfigError, match=words):
+        _raise_unless_equal(np.array([[1, 2, 3], [1, 2, 3], [1, 9, 3], [1, 8, 3]]), names, "change it")
     check_agreement({"config.sae.k": 3})  # one process agrees with itself
 
 
@@ -197,3 +199,27 @@ def test_a_harvest_stops_on_request_and_goes_on(config_file, tmp_path, of):
     again = launched("harvest", config_file, 0, 1, port, *flags)
     _, error = again.communicate(timeout=300)
     assert again.returncode == 0, error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", [2, 3])
+def test_processes_that_make_tokens_stop_on_request_together(config_file, tmp_path, of):
+    """SIGTERM to the last of them, before the tokens are there: all end with code 75, and the same command goes on."""
+    flags = (f"--config.text.source={write_text(tmp_path / 'text.jsonl')}", "--config.harvest.tokens=2_000_000",
+             "--config.text.holdout=0", f"--config.harvest.store={tmp_path}/store", "--config.harvest.shard_bytes=200_000")
+    jobs = [launched("harvest", config_file, i, of, port, *flags) for port in [free_port()] for i in range(of)]
+    text, deadline = tmp_path / "store/text", time.monotonic() + 100
+    while not (text / "spec.json").exists() and jobs[-1].poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    jobs[-1].send_signal(signal.SIGTERM)
+    errors = [job.communicate(timeout=100)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [75] * of, errors
+    assert not list((tmp_path / "store/shards").glob("*.bin")) and not (tmp_path / "store/.lease").exists()
+    assert "store/text: stopped on request" in errors[-1] or "process" in errors[-1], errors
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_and_the_rerun_is_that_of_no_kill(tmp_path):
+    """One trial of the campaign in `benchmarks/faults.py`."""
+    trial = Experiment(tmp_path).trial("harvest", 0)
+    assert not trial.wrong and "shards" in trial.at, trial

@@ -48,4 +48,4 @@ def test_parts_get_no_more_rows_than_they_need(sizes, contexts):
         return sum(min(n, least) if f else least for n, f in sizes)
 
     least = next((n for n in range(contexts + 1) if room(n) >= contexts), None)
-    assert wanted == (least if any(n < (least or 0) and not f for n, f in sizes) else None)
+    assert wanted == (least if any(n < (least or 0) and not f for n, f in sizes) else 0)

@@ -85,7 +85,7 @@ class Case:
 
     def make(self, path, n_processes=1, contexts=None) -> Path:
         """As `build` does it, the processes one after the other."""
-        while (rows := self.writer(path).rows_wanted(contexts or self.contexts)) is not None:
+        while rows := self.writer(path).rows_wanted(contexts or self.contexts):
             for process in range(n_processes):
                 for _ in self.writer(path).extend(rows, process, n_processes):
                     pass

@@ -72,7 +72,8 @@ def test_what_has_no_digest_is_named(run, capsys):
         name = file.relative_to(run).as_posix()
         if not any(name == one or (one.endswith("/") and name.startswith(one)) for one in said):
             before = file.read_bytes()
-            if before and name.startswith(("store/", "release/sae_weights")):  # cfg.json and config.json are only parsed
+            other_part = name.startswith("store/text/part-") and "part-00007" not in name and "part-00064" not in name
+            if before and not other_part and name.startswith(("store/", "release/sae_weights")):  # others are only parsed
                 flip(file, len(before) // 2)
                 assert main(["inspect", str(run)]) == 2, f"{name} is neither read nor named"
                 file.write_bytes(before)

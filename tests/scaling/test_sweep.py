@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import saejax
-from saejax.base.errors import CheckpointError
+from saejax.base.errors import CheckpointError, Preempted
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
-from saejax.base.preemption import Preempted
 from saejax.cli.main import main
 from saejax.sae import SAESpec
 from saejax.scaling.sweep import members

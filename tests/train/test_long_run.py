@@ -12,9 +12,9 @@ import pytest
 from jax import monitoring
 
 from saejax.base import hardware
+from saejax.base.errors import Preempted
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
-from saejax.base.preemption import Preempted
 from saejax.config import differences
 from saejax.train import compilation_cache, loop, rates
 from saejax.train.profile import SETTLED, traces, window

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from saejax.base.errors import EXIT_PREEMPTED
 from saejax.base.logs import read_metrics
-from saejax.base.preemption import EXIT_PREEMPTED
 from saejax.train.checkpoint import read_meta, steps_in
 from saejax.train.profile import traces
 from tests.processes import environment, free_port

@@ -12,10 +12,9 @@ import pytest
 
 import saejax
 from saejax.base import sharding
-from saejax.base.errors import CheckpointCorruptError, CheckpointError, StoreError
+from saejax.base.errors import CheckpointCorruptError, CheckpointError, Preempted, StoreError
 from saejax.base.fingerprints import fingerprints
 from saejax.base.logs import read_metrics
-from saejax.base.preemption import Preempted
 from saejax.base.records import MeshOptions
 from saejax.sae import SAESpec
 from saejax.train import loop

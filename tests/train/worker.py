@@ -18,8 +18,8 @@ def main(options: dict) -> None:
         jax.distributed.initialize(f"127.0.0.1:{options['port']}", num_processes=options["processes"],
                                    process_id=options["process"], initialization_timeout=60, heartbeat_timeout_seconds=10,
                                    shutdown_timeout_seconds=15)
+    from saejax.base.errors import EXIT_PREEMPTED, Preempted
     from saejax.base.fingerprints import fingerprints
-    from saejax.base.preemption import EXIT_PREEMPTED, Preempted
     from saejax.data.store import Store
     from saejax.train import loop
 
