@@ -32,7 +32,7 @@ from saejax.base.storage import barrier, decided, is_writer, patient, together
 from saejax.config import Config
 from saejax.data import sources as src
 from saejax.data import text, token_store, tokens
-from saejax.data.manifest import StoreSpec
+from saejax.data.manifest import StoreSpec, contexts_of_shard
 from saejax.data.shards import chunk_rows_of
 from saejax.data.sources import Sources
 from saejax.data.store import SPEC, TEXT, Store, finished_shards, is_complete, model_name, read_spec
@@ -101,12 +101,6 @@ def _cheap_part(config: Config, widths: dict[str, int], sources: Sources) -> dic
             "text": text.describe(config.text, sources, config.seed_of_data) | token_store.versions(),
             "context": context, "shard_contexts": shard_contexts, "chunk_rows": chunk_rows_of(context * shard_contexts),
             "target_contexts": math.ceil(config.harvest.tokens / context)}
-
-
-def contexts_of_shard(size: int, context: int, width: int) -> int:
-    """Contexts in a shard of about `size` bytes: a multiple of 64, or a power of two below that, so that chunks divide it."""
-    n = max(1, size // (2 * context * max(1, width)))
-    return n - n % 64 if n >= 64 else 1 << n.bit_length() - 1
 
 
 def _pinned(config: Config) -> bool:

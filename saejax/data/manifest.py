@@ -87,6 +87,12 @@ class StoreSpec:
         return self.target_contexts < other.target_contexts and replace(self, target_contexts=other.target_contexts) == other
 
 
+def contexts_of_shard(size: int, context: int, width: int) -> int:
+    """Contexts in a shard of about `size` bytes: a multiple of 64, or a power of two below that, so that chunks divide it."""
+    n = max(1, size // (2 * context * max(1, width)))
+    return n - n % 64 if n >= 64 else 1 << n.bit_length() - 1
+
+
 def differences(mine: dict, theirs: dict) -> list[str]:
     """Lines "key: this -> other" of two JSON objects, with the keys of the objects inside them."""
     mine, theirs = _flat(mine), _flat(theirs)

@@ -53,6 +53,10 @@ class RowOrder:
         """Rows of a lane's window; the last one of an epoch may have fewer."""
         return self.window_blocks * self.block_rows
 
+    def batches_held(self, lane_rows: int) -> int:
+        """Batches, with so many rows of a lane each, that a stream holds: two windows of every lane, and the one handed out."""
+        return 1 + -(-2 * self.window_rows // lane_rows)
+
     def start(self, seed: int) -> StreamState:
         """The first row of the first epoch."""
         return StreamState(seed, ((0, 0, 0),) * self.lanes)

@@ -71,7 +71,7 @@ class Stream:
         slots = {lane: slot for slot, lane in enumerate(self.lanes)}
         self._lanes = [_Lane(n, slots.get(n), place) for n, place in enumerate(start.lanes)]
         self.wait_seconds, self._handed, self._done = 0.0, 0, 0  # batches handed out, and those that are done with
-        self._depth = 1 + -(-2 * self.order.window_rows // self.lane_rows)
+        self._depth = self.order.batches_held(self.lane_rows)
         self._ring = np.empty((self._depth, len(self.lanes), self.lane_rows, sum(self.widths)), np.uint16)
         self._changed, self._stop = threading.Condition(), False
         self._failure: BaseException | None = None

@@ -16,6 +16,7 @@ from saejax.base.hardware import Topology
 from saejax.base.records import MeshOptions
 from saejax.config import Config
 from saejax.data import order
+from saejax.data.manifest import contexts_of_shard
 from saejax.data.store import model_name
 from saejax.plan.compiled import compile_step
 from saejax.plan.source import Source, find
@@ -26,6 +27,9 @@ from saejax.train.step_cost import Work
 
 SCHEMA_VERSION = 1
 LM_SHARE = 0.4  # of the peak that a language model's forward pass reaches
+# What one core of a host does, as measured (docs/measurements/benchmarks.md), and how many of them work on it.
+CORES, TOKENIZED, WRITTEN = 16, 2.5e5, 1.0e9  # tokens/s; B/s
+_ROW_BYTES = 44  # beside its activations, of the shard that is written: squares, norms, token, mask
 _GB = 1e9
 
 
@@ -47,8 +51,7 @@ def make_plan(config: Config, topology: str | None = None, *, compiled: bool = F
         mesh = mesh_on(config, spec, chosen)
         plan |= on_topology(config, spec, chosen, *mesh)
         if source.lm_flops is not None:
-            speed = LM_SHARE * chosen.chip.flops * (1.0 if config.lm.dtype == "bfloat16" else chosen.chip.float32)
-            plan["harvest"]["seconds"] = source.lm_flops * config.harvest.tokens / (speed * chosen.size)
+            plan["harvest"] |= _harvest_time(config, source, plan["harvest"], chosen)
         if compiled:  # whether it fits is then the compiler's word
             plan["compiled"] = compile_step(config, spec, chosen, *mesh)
         else:
@@ -116,17 +119,19 @@ def _time(config: Config, work: Work, topology: Topology) -> dict:
     return {"seconds": parts, "aux_seconds": {str(most): value for most, value in dead.items()}, "step_seconds": step,
             "input_seconds": fed, "bound": max(sources, key=sources.__getitem__),
             "step_seconds_at_peak": sum(step_cost.seconds(work, topology, at_peak=True).values()),
-            "tokens_per_second": rate, "store_bytes_per_second": rate * row, "input": _input(config, rate * row, topology),
+            "tokens_per_second": rate, "store_bytes_per_second": rate * row, "input": _input(config, row, rate, topology),
             "steps": math.ceil(config.train.tokens / work.rows), "days": config.train.tokens / rate / 86_400}
 
 
-def _input(config: Config, bytes_per_second: float, topology: Topology) -> dict:
+def _input(config: Config, row: int, rows_per_second: float, topology: Topology) -> dict:
     """What every host reads of the store, and holds of it: two windows of each of its lanes, and a batch."""
-    lanes = order.of_a_large_store(config).lanes
-    over = order.amplification(config.train.batch, lanes, topology.hosts)
-    return {"hosts": topology.hosts, "lanes": lanes, "read_over": over,
-            "bytes_per_second_and_host": bytes_per_second * over / topology.hosts,
-            "contexts_of_a_batch": order.contexts_of_a_batch(config)}
+    rows, batch = order.of_a_large_store(config), config.train.batch
+    over = order.amplification(batch, rows.lanes, topology.hosts)
+    here = math.ceil(rows.lanes * over / topology.hosts)
+    size = batch // rows.lanes
+    return {"hosts": topology.hosts, "lanes": rows.lanes, "read_over": over,
+            "bytes_per_second_and_host": row * rows_per_second * over / topology.hosts,
+            "host_bytes": rows.batches_held(size) * here * size * row, "contexts_of_a_batch": order.contexts_of_a_batch(config)}
 
 
 def fitting(config: Config, spec: SAESpec) -> list[dict]:
@@ -196,13 +201,29 @@ def _sae(config: Config, spec: SAESpec) -> dict:
 def _harvest(config: Config, spec: SAESpec, source: Source) -> dict:
     """The store's size, and what a harvested token costs against a trained one (FLOPs; the dense path's where it depends)."""
     harvested = config.harvest.tokens
-    per_row = 2 * sum(source.widths.values()) + 5 + 4 * len(source.widths)  # bfloat16 rows; token, mask, norms
+    width = sum(source.widths.values())
+    per_row = 2 * width + 4  # bfloat16 rows; token
+    rows = config.text.context * contexts_of_shard(config.harvest.shard_bytes, config.text.context, width)
+    batch = config.text.context * config.lm.batch_contexts
     chip = dataclasses.replace(hardware.CHIPS["v5e"], memory=math.inf)  # with room for all pre-activations
     train = step_cost.flops(Work.of(config, spec, 1, 1, chip)) / config.train.batch
     out = {"model": model_name(config.lm.model), "hookpoints": list(source.widths), "store_tokens": harvested,
-           "store_bytes": harvested * per_row, "passes": config.train.tokens / harvested, "train_flops_per_token": round(train)}
+           "store_bytes": harvested * per_row, "shards": math.ceil(harvested / rows),
+           "host_bytes": 2 * 2 * width * (rows + batch) + _ROW_BYTES * rows,  # two shards, two batches
+           "passes": config.train.tokens / harvested, "train_flops_per_token": round(train)}
     if source.lm_flops is not None:
         total = source.lm_flops * harvested
         out |= {"lm_flops_per_token": round(source.lm_flops), "lm_parameters": source.lm_params,
                 "share_of_flops": total / (total + train * config.train.tokens)}
     return out
+
+
+def _harvest_time(config: Config, source: Source, harvest: dict, topology: Topology) -> dict:
+    """Seconds of a harvest: tokens come first, then the model and the writer work side by side."""
+    speed = LM_SHARE * topology.chip.flops * (1.0 if config.lm.dtype == "bfloat16" else topology.chip.float32)
+    cores = topology.hosts * (2 if topology.chip.platform == "cpu" else CORES)
+    stages = {"tokenizer": config.harvest.tokens / (cores * TOKENIZED),
+              "model": source.lm_flops * config.harvest.tokens / (speed * topology.size),
+              "writer": harvest["store_bytes"] / (cores * WRITTEN)}
+    return {"stage_seconds": stages, "slowest": max(stages, key=stages.__getitem__),
+            "seconds": stages["tokenizer"] + max(stages["model"], stages["writer"])}

@@ -44,12 +44,16 @@ def _experiment(plan: dict) -> list[tuple[str, str]]:
     out = [("SAE", f"{sae['kind']} {sae['shape']}{k}, {sae['d_in']} -> {sae['d_sae']:,} features"),
            ("parameters", f"{number(sae['parameters'])}, {sae['state_bytes_per_parameter']:.3g} B of state each"),
            ("batch, tokens", f"{sae['batch']:,}, {sae['tokens']:,}"),
-           ("store", f"{number(harvest['store_bytes'], 'B')} ({harvest['store_tokens']:,} tokens, read "
-                     f"{harvest['passes']:.3g} times)")]
+           ("store", f"{number(harvest['store_bytes'], 'B')} in {harvest['shards']:,} shards "
+                     f"({harvest['store_tokens']:,} tokens, read {harvest['passes']:.3g} times)"),
+           ("  a host of harvest holds", number(harvest["host_bytes"], "B"))]
     if "lm_flops_per_token" in harvest:
         out.append(("harvest", f"{number(harvest['lm_flops_per_token'], 'FLOP')} per token of {harvest['model']}, "
                                f"{harvest['share_of_flops']:.0%} of all FLOPs"
                                + (f"; about {_duration(harvest['seconds'])} here" if "seconds" in harvest else "")))
+    if "stage_seconds" in harvest:
+        stages = ", ".join(f"{name} {_duration(value)}" for name, value in harvest["stage_seconds"].items())
+        out.append(("  its stages", f"{stages}; slowest is the {harvest['slowest']}"))
     return out
 
 
@@ -87,8 +91,9 @@ def _time(plan: dict) -> list[tuple[str, str]]:
 
 def _input(read: dict) -> str:
     over = f", rows read {read['read_over']:.2f} times" if read["read_over"] > 1 else ""
-    return (f"{number(read['bytes_per_second_and_host'], 'B')}/s by each of {read['hosts']} hosts ({read['lanes']} lanes{over})"
-            if read["hosts"] > 1 else "by one host")
+    by = (f"{number(read['bytes_per_second_and_host'], 'B')}/s by each of {read['hosts']} hosts ({read['lanes']} lanes{over})"
+          if read["hosts"] > 1 else "by one host")
+    return f"{by}, which holds {number(read['host_bytes'], 'B')}"
 
 
 def _dead(seconds: dict[str, float]) -> str:
