@@ -65,7 +65,8 @@ class TextOptions:
     special: bool = opt(False, "read strings of a document that spell a special token as that token; off: they are text")
     mask: tuple[str, ...] = opt(("first", "special"), "tokens that are never trained on, measured or indexed. first: of every "
                                 "row, which models make an attention sink whatever is there; special: BOS, EOS, pad and the "
-                                "tokenizer's other special tokens", empty=True, choices=("first", "special"))
+                                "tokenizer's other special tokens; repeated: all of a context exactly like an earlier one",
+                                empty=True, choices=("first", "special", "repeated"))
     holdout: float = opt(0.02, "share of documents (by hash of their text) kept for evaluation", ge=0.0, lt=1.0)
 
     @property

@@ -217,8 +217,9 @@ def _fill(writer: StoreWriter, tokens: TokenStore, n_contexts: int, capture: _Ca
                 raise _stopped(writer)
             if shard in mine:
                 first = shard * spec.shard_contexts
-                tokens_NT = tokens.read(first, first + spec.contexts_of(shard, n_contexts))
-                pipeline.run(_Shard(shard, tokens_NT, tokens.keep(tokens_NT)))
+                numbers = np.arange(first, first + spec.contexts_of(shard, n_contexts))
+                tokens_NT = tokens.read(numbers)
+                pipeline.run(_Shard(shard, tokens_NT, tokens.keep(tokens_NT, numbers)))
         pipeline.drain()
 
 

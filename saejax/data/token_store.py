@@ -3,11 +3,14 @@
     tokens.json               everything below but the rows and their checksums, written last; its presence means "complete"
     spec.json                 what decides the rows; a folder made for another spec is refused
     part-00007.i32, .json     the parts of the text and their records (`parts`)
+    repeated.i64              numbers of the contexts that are exactly like an earlier one, where `config.text.mask` asks for them
 
 Rows are numbered over all parts (`numbering`): context c is the same row of tokens whoever made the store and however much was
 added to it since.
 """
 
+import functools
+import hashlib
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,8 +29,9 @@ from saejax.data.parts import AGAIN, Part
 from saejax.data.sources import Sources
 from saejax.lm import Tokenizer
 
-MANIFEST, SPEC = "tokens.json", "spec.json"
-KIND, SCHEMA_VERSION = "saejax-token-store", 1
+MANIFEST, SPEC, REPEATED = "tokens.json", "spec.json", "repeated.i64"
+KIND, SCHEMA_VERSION = "saejax-token-store", 2
+_CONTEXTS = 4096  # read at once where all are
 
 Rows = Callable[[np.ndarray], np.ndarray]  # int64 [N] rows of a part -> int32 [N, T]
 
@@ -56,16 +60,19 @@ def dropped_of(rests: Part) -> int:
 class TokenStore:
     """Rows of tokens by number. Every value that is read is checked; one that was altered is a `StoreCorruptError` that names the
     file. `contexts`: how many rows of `context` tokens; `dropped`: tokens that filled no row; `spec`: what decides the rows.
-    `path` and `digest` are those of the folder and of its `tokens.json`, None in memory.
+    `repeated`: numbers of the contexts that are masked for being like an earlier one. `path` and `digest` are those of the folder
+    and of its `tokens.json`, None in memory.
     """
 
     def __init__(self, spec: dict, masking: Masking, rows: Sequence[int], finished: Sequence[bool], read: Sequence[Rows], *,
-                 dropped: int, path: Path | None = None, digest: str | None = None):
-        """rows, finished, read: of every part, and last of what these had left."""
+                 dropped: int, repeated: Callable[[], np.ndarray] | None = None, path: Path | None = None,
+                 digest: str | None = None):
+        """rows, finished, read: of every part, and last of what these had left. repeated: None where they are looked for here."""
         self.spec, self.path, self.digest, self.dropped = spec, path, digest, dropped
         self.context: int = spec["context"]
         self._masking, self._numbering, self._rows = masking, Numbering(rows[:-1], finished[:-1]), read
         self.contexts = self._numbering.contexts + rows[-1]
+        self._find_repeated = repeated or self._look_for_repeated
 
     def __repr__(self) -> str:
         where = "in memory" if self.path is None else repr(str(self.path))
@@ -84,14 +91,21 @@ class TokenStore:
         if f.hex("sha256") != manifest.self_digest(f.values):
             raise StoreCorruptError(f"{path / MANIFEST}: altered since it was written (its digest does not verify); {AGAIN}")
         spec = _checked_spec(f)
-        n, digest = spec["parts"], spec_digest(spec)
-        rows, finished, records = (f.get(key, list) for key in ("rows", "finished", "records"))
-        if {len(rows), len(finished), len(records)} != {n + 1}:
-            f.refuse(f"rows, finished or records are not of {n} parts and their rests")
+        found = {key: f.get(key, list) for key in ("rows", "finished", "records")}
+        if {len(values) for values in found.values()} != {spec["parts"] + 1}:
+            f.refuse(f"rows, finished or records are not of {spec['parts']} parts and their rests")
+        repeated = functools.partial(_read_repeated, path / REPEATED, f.count("repeated"), f.hex("repeated_sha256"))
+        return cls.of_files(path, spec, Masking.of_json(f.section("masking")), **found, dropped=f.count("dropped"),
+                            repeated=repeated, digest=f.values["sha256"])
+
+    @classmethod
+    def of_files(cls, path: Path, spec: dict, masking: Masking, *, rows: Sequence[int], finished: Sequence[bool],
+                 records: Sequence[str], **more) -> "TokenStore":
+        """A token store of the parts in a folder; records: SHA-256 of theirs. more: arguments of a `TokenStore`."""
+        digest = spec_digest(spec)
         read = [_file_rows(path, number, sha256, spec["context"], of_part, digest)
                 for number, (sha256, of_part) in enumerate(zip(records, rows, strict=True))]
-        return cls(spec, Masking.of_json(f.section("masking")), rows, finished, read, dropped=f.count("dropped"), path=path,
-                   digest=f.values["sha256"])
+        return cls(spec, masking, rows, finished, read, path=path, **more)
 
     @classmethod
     def of_parts(cls, spec: dict, masking: Masking, made: Sequence[Part]) -> "TokenStore":
@@ -116,9 +130,31 @@ class TokenStore:
             out[here] = self._rows[part](rows[here])
         return out
 
-    def keep(self, tokens: np.ndarray) -> np.ndarray:
-        """bool [..., T] of rows [..., T]: False at what is masked (`config.text.mask`) and at what fills a row up."""
-        return self._masking.keep(tokens)
+    def keep(self, tokens_NT: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """bool [N, T] of the contexts with these numbers: False at what is masked (`config.text.mask`) or fills a row up."""
+        keep_NT = self._masking.keep(tokens_NT)
+        if len(self.repeated):
+            keep_NT[np.isin(numbers, self.repeated)] = False
+        return keep_NT
+
+    @functools.cached_property
+    def repeated(self) -> np.ndarray:
+        """int64, in order."""
+        return self._find_repeated()
+
+    def _look_for_repeated(self) -> np.ndarray:
+        """Compares SHA-256 of all contexts, of which 16 bytes each are kept in memory."""
+        if "repeated" not in self.spec["text"]["mask"]:
+            return np.empty(0, np.int64)
+        digests_N = np.empty(self.contexts, "V16")
+        for start in range(0, self.contexts, _CONTEXTS):
+            rows = self.read(start, min(start + _CONTEXTS, self.contexts))
+            digests_N[start:start + len(rows)] = np.frombuffer(
+                b"".join(hashlib.sha256(row).digest()[:16] for row in rows), "V16")
+        _, first = np.unique(digests_N, return_index=True)
+        repeated = np.ones(self.contexts, bool)
+        repeated[first] = False
+        return np.flatnonzero(repeated)
 
     def lengths(self, tokens: np.ndarray) -> np.ndarray:
         """int [...] of rows [..., T]: the tokens that are text; the others fill the row up."""
@@ -128,8 +164,19 @@ class TokenStore:
         """Reads every row, and `spec.json`. Raises `StoreCorruptError`."""
         if self.path is not None and (self.path / SPEC).read_bytes() != json_bytes(spec_file(self.spec)):
             raise StoreCorruptError(f"{self.path / SPEC}: altered, it does not say what {MANIFEST} says; {AGAIN}")
-        for start in range(0, self.contexts, 4096):
-            self.read(start, min(start + 4096, self.contexts))
+        for start in range(0, self.contexts, _CONTEXTS):
+            self.read(start, min(start + _CONTEXTS, self.contexts))
+        self.repeated  # noqa: B018 - reads and checks the file
+
+
+def _read_repeated(path: Path, count: int, sha256: str) -> np.ndarray:
+    try:
+        data = path.read_bytes() if count else b""
+    except OSError as error:
+        raise StoreCorruptError(f"{path}: missing; {AGAIN}") from error
+    if len(data) != 8 * count or hashlib.sha256(data).hexdigest() != sha256:
+        raise StoreCorruptError(f"{path}: altered since {MANIFEST} was written; {AGAIN}")
+    return np.frombuffer(data, "<i8")
 
 
 class _FileRows:

@@ -4,6 +4,7 @@ Process p of P makes parts p, p + P, ... of the text and tokenises their documen
 nor on interruptions, nor on how often a store was made larger.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from saejax.base import lease
 from saejax.base.errors import StoreError, TextError
 from saejax.base.logs import say
 from saejax.base.records import TokenBatch
-from saejax.base.storage import barrier, decided, disk_errors, file_sha256, is_writer, patient, together, write_json
+from saejax.base.storage import barrier, decided, disk_errors, file_sha256, is_writer, patient, together, write_bytes, write_json
 from saejax.config import TextOptions
 from saejax.data import manifest, parts
 from saejax.data import sources as src
@@ -24,6 +25,7 @@ from saejax.data.sources import Sources
 from saejax.data.token_store import (
     KIND,
     MANIFEST,
+    REPEATED,
     SCHEMA_VERSION,
     SPEC,
     TokenStore,
@@ -98,7 +100,7 @@ def token_batches(options: TextOptions, tokenizer: Tokenizer, batch: int, *, see
     for first in range(0, last, batch):
         numbers = np.arange(first, min(first + batch, last), dtype=np.int64)
         tokens_BT = store.read(numbers)
-        yield TokenBatch(tokens_BT, store.keep(tokens_BT), numbers, store.lengths(tokens_BT))
+        yield TokenBatch(tokens_BT, store.keep(tokens_BT, numbers), numbers, store.lengths(tokens_BT))
 
 
 class TokenWriter:
@@ -163,9 +165,16 @@ class TokenWriter:
             say(f"tokens: the text ended after {contexts} contexts of {self._packing.context} tokens; {dropped} tokens that fill "
                 "no context dropped")
         rests.save(last=True)
-        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, "spec": self.spec, "rows": [p.rows for p in every],
-                  "finished": [p.finished for p in every], "dropped": dropped, "masking": self._packing.masking.to_json(),
-                  "records": [file_sha256(parts.record_file(self.path, p.number)) for p in every]}
+        of_parts = {"rows": [p.rows for p in every], "finished": [p.finished for p in every],
+                    "records": [file_sha256(parts.record_file(self.path, p.number)) for p in every]}
+        masking = self._packing.masking
+        numbers = TokenStore.of_files(self.path, self.spec, masking, **of_parts, dropped=dropped).repeated
+        if len(numbers):
+            say(f"tokens: {len(numbers)} of {contexts} contexts are exactly like an earlier one and masked")
+            write_bytes(self.path / REPEATED, numbers.astype("<i8").tobytes())
+        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, "spec": self.spec, **of_parts, "dropped": dropped,
+                  "masking": masking.to_json(), "repeated": len(numbers),
+                  "repeated_sha256": hashlib.sha256(numbers.astype("<i8")).hexdigest()}
         for leftover in self.path.glob(".*.tmp-*"):
             leftover.unlink(missing_ok=True)
         lease.confirm()

@@ -183,8 +183,8 @@ def _store_facts(spec: mf.StoreSpec) -> dict:
 
 
 def _masked(spec: mf.StoreSpec) -> str:
-    names = {"first": "the first of every row", "special": "special tokens"}
-    return " and ".join(names[what] for what in spec.text.get("mask", []) if what in names) or "nothing"
+    names = {"first": "the first of every row", "special": "special tokens", "repeated": "repeated contexts"}
+    return " and ".join(names[what] for what in names if what in spec.text.get("mask", [])) or "nothing"
 
 
 def _checkpoint(path: Path, bar: Progress) -> Finding:

@@ -43,7 +43,7 @@ def test_one_document_a_row(docs, context, bos, separator, pad, special):
         return
     packed = in_memory(options, tokenizer, 10**6, seed=3, sources=sources)
     rows = packed.read(0, packed.contexts)  # no more documents than parts: they keep their order
-    lengths, keep = packed.lengths(rows), packed.keep(rows)
+    lengths, keep = packed.lengths(rows), packed.keep(rows, np.arange(len(rows)))
     assert lengths.tolist() == list(map(len, wanted)) and packed.dropped == 0
     for row, length, kept, text in zip(rows, lengths, keep, wanted, strict=True):
         assert row[:length].tolist() == text and (row[length:] == (1 if pad is None else pad)).all()
@@ -96,7 +96,7 @@ def test_the_first_token_of_a_row_is_masked_whatever_it_is(bos, first):
     options = TextOptions(context=8, holdout=0.0, bos=bos, mask=("first",) * first)
     sources = loaded(options, ["w5 w3 w4 w6 w7"] * 20)
     packed = in_memory(options, word_tokenizer(special=()), 4, seed=0, sources=sources)
-    assert np.array_equal(packed.keep(packed.read(0, 4)), np.tile(np.arange(8) >= first, (4, 1)))
+    assert np.array_equal(packed.keep(packed.read(0, 4), np.arange(4)), np.tile(np.arange(8) >= first, (4, 1)))
 
 
 def test_bos_and_separator_by_their_text():
@@ -137,7 +137,7 @@ def test_strings_that_spell_a_special_token_are_text_unless_asked_otherwise(tmp_
         options = TextOptions(context=24, holdout=0.0, bos="none", separator="none", special=special)
         packed = in_memory(options, tokenizer, 1, seed=0, sources=loaded(options, ["a<|endoftext|>b" * 9]))
         tokens = packed.read(0, 1)
-        assert (tokenizer.bos_id in tokens) == special == (not packed.keep(tokens)[0, 1:].all())
+        assert (tokenizer.bos_id in tokens) == special == (not packed.keep(tokens, np.arange(len(tokens)))[0, 1:].all())
 
 
 def test_context_ids_do_not_depend_on_the_batch_size():

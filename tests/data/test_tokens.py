@@ -362,6 +362,36 @@ build(o["path"], options, word_tokenizer(), 10**6, seed=0)
 """
 
 
+def test_contexts_that_repeat_an_earlier_one_are_masked_and_counted(tmp_path, capsys):
+    texts = sentences(400)
+    options = jsonl(tmp_path, texts + texts[:60] + texts[20:50], packing="document", mask=("first", "special", "repeated"))
+    made = build(tmp_path / "t", options, word_tokenizer(), 10**6, seed=0)
+    rows = made.read(0, made.contexts)
+    seen, expected = set(), []
+    for number, row in enumerate(rows):
+        if row.tobytes() in seen:
+            expected.append(number)
+        seen.add(row.tobytes())
+    assert made.repeated.tolist() == expected and len(expected) > 50
+    assert f"{len(expected)} of {made.contexts} contexts are exactly like an earlier one and masked" in capsys.readouterr().err
+    keep = made.keep(rows, np.arange(made.contexts))
+    plain = replace(options, mask=("first", "special"))
+    assert not keep[expected].any()
+    of_all = in_memory(plain, word_tokenizer(), 10**6, seed=0)
+    others = np.setdiff1d(np.arange(made.contexts), expected)
+    assert np.array_equal(keep[others], of_all.keep(rows, np.arange(made.contexts))[others]) and not len(of_all.repeated)
+    assert in_memory(options, word_tokenizer(), 10**6, seed=0).repeated.tolist() == expected
+    for contexts in (64, 200, 10**6):  # growing changes nothing for what was there
+        grown = build(tmp_path / "grown", options, word_tokenizer(), contexts, seed=0)
+        assert grown.repeated.tolist() == [n for n in expected if n < grown.contexts]
+    assert directory(tmp_path / "grown") == directory(tmp_path / "t")
+    data = (tmp_path / "t" / "repeated.i64").read_bytes()
+    for wrong in (data[:-8], data[8:] + data[:8], None):
+        (tmp_path / "t" / "repeated.i64").write_bytes(wrong) if wrong else (tmp_path / "t" / "repeated.i64").unlink()
+        with pytest.raises(StoreCorruptError, match=r"repeated.i64: (altered|missing)"):
+            TokenStore.open(tmp_path / "t").keep(rows[:1], np.arange(1))
+
+
 def test_real_processes_make_the_same_store(tmp_path):
     options = jsonl(tmp_path)
     plain = {"source": options.source, "holdout": options.holdout, "context": options.context}

@@ -91,8 +91,9 @@ def from_text(text: Text, lm_: LM, hookpoints: tuple[str, ...], *, split: str, t
         made = in_memory(options, lm_.tokenizer, contexts, seed=text.seed, split=split, sources=sources)
         last = min(contexts, made.contexts)
         for first in range(0, last, 256):
-            tokens_NT = made.read(first, min(first + 256, last))
-            yield tokens_NT, made.keep(tokens_NT)
+            numbers = np.arange(first, min(first + 256, last))
+            tokens_NT = made.read(numbers)
+            yield tokens_NT, made.keep(tokens_NT, numbers)
 
     forward = forward_of(hookpoints)
 
