@@ -8,6 +8,8 @@ BENCHMARKS = {
     "selection": "choosing the active features of a batch, per row (topk) and over the whole batch (batchtopk)",
     "step": "whole training steps on the dense and on the sparse path: gradients, Adam, constraints, the same rows in each",
     "devices": "whole training steps with the dictionary split over more and more devices",
+    "tokens": "documents to token store against the tokenizer alone on the same documents",
+    "writer": "shards of one, four and sixteen hookpoints against tensorstore writing the same arrays",
     "reader": "shuffled batches of a store against sequential reading of it through tensorstore",
     "harvest": "text to activation store: tokens, language model, copies and disk",
 }
@@ -18,6 +20,7 @@ class BenchOptions:
     """kind: recipes of `saejax.config`, with commas between; devices: how many, several numbers with commas between.
 
     steps: in a repeat, dispatched one after the other. compute_dtype: `train.compute_dtype`. tokens: of a repeat of `harvest`.
+    megabytes: of activations, of a repeat of `reader` and `writer`.
     """
 
     only: str = ",".join(BENCHMARKS)

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -13,15 +14,86 @@ import tensorstore as ts
 
 from saejax import lm
 from saejax.bench.options import BenchOptions, figure
-from saejax.config import StreamOptions, default_config, resolve
+from saejax.config import StreamOptions, TextOptions, default_config, resolve
+from saejax.data import sources as src
 from saejax.data.harvest import harvest as run_harvest
 from saejax.data.manifest import StoreSpec
 from saejax.data.store import Store
 from saejax.data.stream import Stream
+from saejax.data.tokens import build
 from saejax.data.writer import StoreWriter
 
 HOOK, CONTEXT, SHARD_CONTEXTS, PIECE, BATCH = "blocks.0.hook_resid_post", 128, 512, 16_384, 4096
 _SHARD = 16  # contexts of a shard of `harvest`
+
+
+def tokens(options: BenchOptions) -> Iterator[dict]:
+    """Tokens per second, of the token store and of the tokenizer alone with the same documents in the same batches."""
+    tokenizer = lm.files(options.model).tokenizer
+    text = TextOptions(source=(options.source,), context=CONTEXT, holdout=0.0)
+    sources = src.resolve(text)
+    documents = [document for batch in src.read(sources, 0) for document in batch if document]
+    rates: dict[str, list[float]] = {"the tokenizer alone": [], "token store": []}
+    for repeat in range(options.repeats + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            made = build(Path(folder) / "text", text, tokenizer, 10**12, seed=0, sources=sources)
+            store = time.perf_counter() - began
+        began = time.perf_counter()
+        for first in range(0, len(documents), 256):
+            tokenizer.encode_batch(documents[first:first + 256])
+        alone = time.perf_counter() - began
+        if repeat:  # the first is the warm-up
+            for name, took in zip(rates, (alone, store), strict=True):
+                rates[name].append(made.contexts * made.context / took)
+    for name, values in rates.items():
+        yield figure(f"{options.source}, {name}", "tokens/s", values)
+
+
+def writer(options: BenchOptions) -> Iterator[dict]:
+    """MB/s of activations, flushed to the disk."""
+    for hookpoints in (1, 4, 16):
+        spec = _spec(tuple((f"blocks.{i}.hook_resid_post", options.d_in) for i in range(hookpoints)), 1,
+                     max(1, SHARD_CONTEXTS // hookpoints))
+        rng, rows = np.random.default_rng(0), spec.shard_rows
+        acts = {name: rng.standard_normal((rows, width), np.float32).astype(ml_dtypes.bfloat16)
+                for name, width in spec.hookpoints}
+        size = 2 * rows * options.d_in * hookpoints
+        shards = max(1, round(options.megabytes * 1e6 / size))
+        rates: dict = {_written_by_tensorstore: [], _written: []}
+        for repeat in range(options.repeats + 1):
+            for measure, values in rates.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    began = time.perf_counter()
+                    measure(Path(folder), spec, acts, shards)
+                    if repeat:
+                        values.append(shards * size / 1e6 / (time.perf_counter() - began))
+        yield figure(f"tensorstore, hookpoints: {hookpoints}", "MB/s", rates[_written_by_tensorstore])
+        yield figure(f"StoreWriter, hookpoints: {hookpoints}", "MB/s", rates[_written])
+
+
+def _written_by_tensorstore(root: Path, spec: StoreSpec, acts: dict[str, np.ndarray], shards: int) -> None:
+    context, rows = ts.Context({"cache_pool": {"total_bytes_limit": 0}}), spec.shard_rows
+    arrays = {name: array.open(root, shards * rows, context) for name, array in spec.arrays().items()}
+    ids = np.zeros(rows, np.int32)
+    for shard in range(shards):
+        place = slice(shard * rows, (shard + 1) * rows)
+        writes = [array[place].write(acts.get(name.removeprefix("acts/"), ids)) for name, array in arrays.items()]
+        for write in writes:
+            write.result()
+
+
+def _written(root: Path, spec: StoreSpec, acts: dict[str, np.ndarray], shards: int) -> None:
+    ids = np.zeros((spec.shard_contexts, spec.context), np.int32)
+    store = StoreWriter(root, replace(spec, target_contexts=shards * spec.shard_contexts))
+    for shard in range(shards):
+        store.write_shard(shard, acts, ids, np.ones_like(ids, bool))
+    store.finalize(shards * spec.shard_contexts)
+
+
+def _spec(hookpoints: tuple[tuple[str, int], ...], shards: int, shard_contexts: int = SHARD_CONTEXTS) -> StoreSpec:
+    return StoreSpec(model="random", model_digest="0", lm_dtype="float32", tokenizer_digest="0", text={}, hookpoints=hookpoints,
+                     context=CONTEXT, shard_contexts=shard_contexts, chunk_rows=256, target_contexts=shards * shard_contexts)
 
 
 def reader(options: BenchOptions) -> Iterator[dict]:
@@ -44,9 +116,7 @@ def reader(options: BenchOptions) -> Iterator[dict]:
 def make_store(path: Path, width: int, megabytes: int) -> Store:
     """A store of about `megabytes` of random activations, in the default layout (64 Ki rows a shard, 256 rows a chunk)."""
     shards = max(1, round(megabytes * 1e6 / (SHARD_CONTEXTS * CONTEXT * width * 2)))
-    spec = StoreSpec(model="random", model_digest="0", lm_dtype="float32", tokenizer_digest="0", text={},
-                     hookpoints=((HOOK, width),), context=CONTEXT, shard_contexts=SHARD_CONTEXTS, chunk_rows=256,
-                     target_contexts=shards * SHARD_CONTEXTS)
+    spec = _spec(((HOOK, width),), shards)
     writer, rng = StoreWriter(path, spec), np.random.default_rng(0)
     for shard in range(shards):
         x = rng.standard_normal((SHARD_CONTEXTS * CONTEXT, width), np.float32).astype(ml_dtypes.bfloat16)

@@ -9,6 +9,7 @@ The order depends on seed, store, `StreamOptions` and L only: not on the number 
 `ORDER_VERSION` names it; changing it breaks resuming.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -16,10 +17,11 @@ import numpy as np
 from saejax.base.errors import StoreError
 from saejax.base.records import StreamState
 from saejax.config import Config, StreamOptions
-from saejax.data.permutation import Permutation, derive_key
+from saejax.data.permutation import Permutation, derive_key, shuffled
 
-ORDER_VERSION = 2
+ORDER_VERSION = 3
 MOST_LANES = 64
+_WINDOWS_TOGETHER = 64
 _BLOCK_ORDER, _ROW_ORDER = 1, 2
 Place = tuple[int, int, int]  # epoch, window, rows of it that were handed out
 
@@ -35,6 +37,7 @@ class RowOrder:
             raise StoreError(f"{self.n_blocks} blocks of {options.block_contexts} contexts are fewer than {lanes} lanes; this is "
                              "the state of another store")
         self.window_blocks = min(-(-self.n_blocks // lanes), _window_blocks(options, self.block_rows, lanes))
+        self._blocks = functools.lru_cache(2 * lanes)(self._blocks_of_windows)
 
     @classmethod
     def for_batches(cls, rows: int, context: int, options: StreamOptions, batch: int) -> "RowOrder":
@@ -71,16 +74,21 @@ class RowOrder:
 
     def spans(self, seed: int, lane: int, epoch: int, window: int) -> list[tuple[int, int]]:
         """Store rows start..stop-1 of the blocks of a window, in the order of reading."""
-        n = self.blocks_of(lane)
-        first, last = window * self.window_blocks, min((window + 1) * self.window_blocks, n)
-        blocks = Permutation(n, derive_key(seed, epoch, _BLOCK_ORDER, lane))(np.arange(first, last)) * self.lanes + lane
-        return [(int(b) * self.block_rows, min((int(b) + 1) * self.block_rows, self.rows)) for b in blocks]
+        group, place = divmod(window, _WINDOWS_TOGETHER)
+        blocks = self._blocks(seed, lane, epoch, group)[place * self.window_blocks:(place + 1) * self.window_blocks]
+        return [(b * self.block_rows, min((b + 1) * self.block_rows, self.rows)) for b in blocks.tolist()]
+
+    def _blocks_of_windows(self, seed: int, lane: int, epoch: int, group: int) -> np.ndarray:
+        """The blocks of a few consecutive windows: to permute many takes no longer than to permute one."""
+        n, many = self.blocks_of(lane), _WINDOWS_TOGETHER * self.window_blocks
+        positions = np.arange(group * many, min((group + 1) * many, n))
+        return Permutation(n, derive_key(seed, epoch, _BLOCK_ORDER, lane))(positions) * self.lanes + lane
 
     def turns(self, seed: int, lane: int, epoch: int, window: int, keep_R: np.ndarray) -> np.ndarray:
         """int64 [R]: when each of the window's R rows, in the order of reading, is handed out; -1: never, it is not kept."""
         kept = np.flatnonzero(keep_R)
         out_R = np.full(len(keep_R), -1, np.int64)
-        out_R[kept[Permutation(len(kept), derive_key(seed, epoch, _ROW_ORDER, lane, window)).all()]] = np.arange(len(kept))
+        out_R[kept[shuffled(len(kept), derive_key(seed, epoch, _ROW_ORDER, lane, window))]] = np.arange(len(kept))
         return out_R
 
     def following(self, lane: int, epoch: int, window: int) -> Place:

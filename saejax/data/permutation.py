@@ -74,6 +74,8 @@ class Permutation:
             outside = outside[walked >= n]
         return out.astype(np.int64).reshape(positions.shape)
 
-    def all(self) -> np.ndarray:
-        """The whole permutation: int64 [n]."""
-        return self(np.arange(self.n, dtype=np.int64))
+
+def shuffled(n: int, key: int) -> np.ndarray:
+    """A whole permutation of [0, n), int64 [n], of what is in memory anyway: numbers in the order of splitmix64 of number, key.
+    """
+    return np.argsort(_round(np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN), np.uint64(key)), kind="stable")

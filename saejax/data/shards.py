@@ -8,6 +8,7 @@ is checked against the crc32c that the writer recorded, not only against the wor
 stale or swapped cannot pass. `saejax.data.shard_writer` writes the files; any zarr v3 reader reads them.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,6 +30,7 @@ _PART_CHUNKS = 256  # of one read: two buffers each
 _MOST_BUFFERS = 1024  # of one system call
 _KNOWN_SHARDS = 1 << 14  # whose checksums an array keeps in memory
 _TASK_BYTES = 1 << 20
+_ALONE_BYTES = 8 << 20  # of a read for which it is not worth while to wake other threads
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "int32": np.dtype(np.int32)}
 Span = tuple[int, int]
 AGAIN = "mend the store with `saejax harvest` and its option repair, or make it again"
@@ -223,31 +225,42 @@ class ArrayReader:
             read.result()
 
     def scatter(self, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
-        """Reads the R rows of the spans; row r goes to `out[slot_R[r]]`, nowhere where that is -1. A part is read, checked and
-        placed while it is in the cache of a thread. Raises when no read is under way.
+        """Reads the R rows of the spans; row r goes to `out[slot_R[r]]`, those with -1 to the last one. A part is read, checked
+        and placed while it is in the cache of a thread; a few parts in the calling one. Raises when no read is under way.
         """
         at, reads = 0, []
         chunks = max(1, _TASK_BYTES // self.spec.chunk_bytes)
-        parts = list(self._parts(spans, chunks))
+        alone = len(slot_R) * self.spec.chunk_bytes // self.spec.chunk_rows <= _ALONE_BYTES
         try:
-            for n, (shard, a, b) in enumerate(parts):
+            for shard, a, b in self._parts(spans, chunks):
                 task = (self._shard(shard), a, b, slot_R[at:at + b - a], out)
                 at += b - a
-                if n + 1 < len(parts):
-                    reads.append(self._pool.submit(self._place_part, *task))
-                else:
+                if alone:
                     self._place_part(*task)
+                else:
+                    reads.append(self._pool.submit(self._place_part, *task))
         finally:
             wait(reads)
         for read in reads:
             read.result()
 
+    def announce(self, spans: Iterable[Span]) -> None:
+        """Says that these rows are read soon: a system that can do so fetches them meanwhile."""
+        for shard, a, b in self._parts(spans, 1 << 30) if hasattr(os, "posix_fadvise") else ():
+            first = a // self.spec.chunk_rows * self.spec.stride
+            last = -(-b // self.spec.chunk_rows) * self.spec.stride
+            with contextlib.suppress(OSError):  # reading them says what is wrong
+                fd = os.open(self._root / self.spec.shard_file(shard), os.O_RDONLY)
+                try:
+                    os.posix_fadvise(fd, first, last - first, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(fd)
+
     def _place_part(self, shard: tuple[str, np.ndarray], start: int, stop: int, slot_R: np.ndarray, out: np.ndarray) -> None:
-        wanted = np.flatnonzero(slot_R >= 0)
-        if len(wanted):
+        if (slot_R >= 0).any():
             rows = np.empty((stop - start, out.shape[1]), out.dtype)
             self._read_part(*shard, start, stop, rows.view(np.uint8))
-            out[slot_R[wanted]] = rows if len(wanted) == len(rows) else rows[wanted]
+            out[slot_R] = rows
 
     def _parts(self, spans: Iterable[Span], chunks: int = _PART_CHUNKS) -> Iterator[tuple[int, int, int]]:
         """(shard, first row, last row + 1), rows counted from the start of the shard; at most so many chunks each."""

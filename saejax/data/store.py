@@ -22,6 +22,7 @@ import numpy as np
 from saejax.base.errors import StoreCorruptError, StoreError
 from saejax.base.records import OUTLIER_FACTOR, UNKNOWN, ActivationStats
 from saejax.base.storage import inside
+from saejax.base.threads import processors
 from saejax.data import checksums, statistics
 from saejax.data import manifest as mf
 from saejax.data.checksums import Checksums
@@ -30,7 +31,7 @@ from saejax.data.shards import AGAIN, ArrayReader, ArraySpec, ShardTruth, Span
 
 MANIFEST, SPEC, RECORDS, TEXT = "manifest.json", "spec.json", "shards", "text"
 CRCS, STATISTICS = checksums.FILE, "statistics.npz"
-_READ_THREADS = 2  # one is enough for the page cache, two keep a disk busy
+_MOST_THREADS = 8  # that read large parts side by side; more than processors only wait for each other
 
 
 def record_file(shard: int) -> str:
@@ -63,7 +64,7 @@ class Store:
         self.has_tokens: bool = spec.text.get("tokens", True)
         self.n_shards = spec.shards(self.n_contexts)
         self.checksums = Checksums(path, values, spec)
-        pool = ThreadPoolExecutor(_READ_THREADS, "saejax-read")
+        pool = ThreadPoolExecutor(processors(_MOST_THREADS), "saejax-read")
         self._readers = {name: ArrayReader(path, array, self.rows, functools.partial(self._truth, name, array), pool)
                          for name, array in spec.arrays().items()}
         self._folder = functools.cache(functools.partial(inside, path, error=StoreCorruptError))
@@ -126,13 +127,23 @@ class Store:
         """bool, False at rows that are masked."""
         return self._readers[mf.TOKENS].read(start, stop) >= 0
 
+    def keep_of(self, spans: Sequence[Span]) -> np.ndarray:
+        """`keep` of the rows of these spans, side by side."""
+        ids = np.empty(sum(stop - start for start, stop in spans), np.int32)
+        self._readers[mf.TOKENS].read_into(spans, ids)
+        return ids >= 0
+
     def read_into(self, array: str, spans: Iterable[Span], out: np.ndarray) -> None:
         """Reads row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`, in several threads."""
         self._readers[array].read_into(spans, out)
 
     def scatter(self, array: str, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
-        """Reads the R rows of some spans; row r goes to `out[slot_R[r]]`, nowhere where that is -1. In several threads."""
+        """Reads the R rows of some spans; row r goes to `out[slot_R[r]]`, those with -1 to its last row. In several threads."""
         self._readers[array].scatter(spans, slot_R, out)
+
+    def announce(self, array: str, spans: Iterable[Span]) -> None:
+        """Says that these rows of an array are read soon."""
+        self._readers[array].announce(spans)
 
     def check_shard(self, array: str, shard: int) -> None:
         """Reads all of a shard of an array. Raises `StoreCorruptError` unless every byte of it is right."""

@@ -17,13 +17,14 @@ import numpy as np
 
 from saejax.base.errors import StoreError
 from saejax.base.records import StreamState
+from saejax.base.threads import processors
 from saejax.config import StreamOptions
 from saejax.data.order import Place, RowOrder
 from saejax.data.shards import Span
 from saejax.data.statistics import row_norms
 from saejax.data.store import Store
 
-_WINDOWS_AT_ONCE = 4  # read at the same time; the parts of each are read by the store's threads
+_MOST_THREADS = 8  # that read windows; more than processors only wait for each other
 
 
 @dataclass
@@ -72,10 +73,12 @@ class Stream:
         self._lanes = [_Lane(n, slots.get(n), place) for n, place in enumerate(start.lanes)]
         self.wait_seconds, self._handed, self._done = 0.0, 0, 0  # batches handed out, and those that are done with
         self._depth = self.order.batches_held(self.lane_rows)
-        self._ring = np.empty((self._depth, len(self.lanes), self.lane_rows, sum(self.widths)), np.uint16)
+        slots_in_all, width = self._depth * len(self.lanes) * self.lane_rows, sum(self.widths)
+        self._rows = np.empty((slots_in_all + 1, width), np.uint16)  # the last takes what is not handed out
+        self._ring = self._rows[:-1].reshape(self._depth, len(self.lanes) * self.lane_rows, width)
         self._changed, self._stop = threading.Condition(), False
         self._failure: BaseException | None = None
-        self._pool = ThreadPoolExecutor(min(_WINDOWS_AT_ONCE, self.order.lanes), "saejax-window")
+        self._pool = ThreadPoolExecutor(processors(_MOST_THREADS), "saejax-window")
         with self._changed:
             self._read_ahead()
 
@@ -100,7 +103,7 @@ class Stream:
             for lane in self._lanes:
                 self._hand_out(lane, end)
         self.wait_seconds += time.perf_counter() - began
-        batch = self._ring[self._handed % self._depth].reshape(-1, self._ring.shape[-1]).view(ml_dtypes.bfloat16)
+        batch = self._ring[self._handed % self._depth].view(ml_dtypes.bfloat16)
         self._handed += 1
         return batch
 
@@ -135,6 +138,7 @@ class Stream:
 
     def _read(self, lane: _Lane) -> None:
         try:
+            self._announce(lane)
             found = self._window(lane, *lane.ahead)
         except BaseException as error:
             with self._changed:
@@ -153,21 +157,29 @@ class Stream:
             self._changed.notify_all()
             self._read_ahead()
 
+    def _announce(self, lane: _Lane) -> None:
+        """Lets the system fetch the window behind the next one: so all lanes have reads under way, however few threads there are.
+        """
+        if lane.slot is not None:
+            epoch, number, _ = self.order.following(lane.number, *lane.ahead[:2])
+            spans = self.order.spans(self.seed, lane.number, epoch, number)
+            for hookpoint in self.hookpoints:
+                self.store.announce(f"acts/{hookpoint}", spans)
+
     def _window(self, lane: _Lane, epoch: int, number: int, first: int) -> _Window:
         """Reads the rows of a window from its turn `first` on into the ring; of the lane of another process only how many."""
         spans = self.order.spans(self.seed, lane.number, epoch, number)
-        keep_R = np.concatenate([self.store.keep(start, stop) for start, stop in spans])
+        keep_R = self.store.keep_of(spans)
         rows = max(0, int(keep_R.sum()) - first)
         if lane.slot is not None and rows:
             turn_R = self.order.turns(self.seed, lane.number, epoch, number, keep_R) - first + lane.filled
             batch_R, row_R = np.divmod(turn_R, self.lane_rows)
             slot_R = ((batch_R % self._depth) * len(self.lanes) + lane.slot) * self.lane_rows + row_R
             slot_R[~keep_R | (turn_R < lane.filled)] = -1
-            flat = self._ring.reshape(-1, self._ring.shape[-1])
             if self._options.mask_outliers:
-                self._scatter_usual(spans, turn_R - lane.filled + first, slot_R, flat)
+                self._scatter_usual(spans, turn_R - lane.filled + first, slot_R, self._rows)
             else:
-                self._scatter(spans, slot_R, flat)
+                self._scatter(spans, slot_R, self._rows)
         return _Window(lane.filled, lane.filled + rows, epoch, number, first)
 
     def _scatter(self, spans: list[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
@@ -178,8 +190,9 @@ class Stream:
 
     def _scatter_usual(self, spans: list[Span], turn_R: np.ndarray, slot_R: np.ndarray, out: np.ndarray) -> None:
         """As `_scatter`, with the next usual row of the window in the place of an outlier. All of the window is read for it."""
-        window = np.empty((int(turn_R.max()) + 1, out.shape[1]), out.dtype)
+        window = np.empty((int(turn_R.max()) + 2, out.shape[1]), out.dtype)
         self._scatter(spans, turn_R, window)
+        window = window[:-1]
         unusual, column = np.zeros(len(window), bool), 0
         for hookpoint, width in zip(self.hookpoints, self.widths, strict=True):
             unusual |= row_norms(window[:, column:column + width]) > self.store.outlier_bound(hookpoint)

@@ -28,7 +28,7 @@ from saejax.train.step_cost import Work
 SCHEMA_VERSION = 1
 LM_SHARE = 0.4  # of the peak that a language model's forward pass reaches
 # What one core of a host does, as measured (docs/measurements/benchmarks.md), and how many of them work on it.
-CORES, TOKENIZED, WRITTEN = 16, 2.5e5, 1.0e9  # tokens/s; B/s
+CORES, TOKENIZED, WRITTEN = 16, 6e5, 5e8  # tokens/s; B/s
 _ROW_BYTES = 44  # beside its activations, of the shard that is written: squares, norms, token, mask
 _GB = 1e9
 

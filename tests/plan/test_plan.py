@@ -16,6 +16,7 @@ from saejax.base.hardware import parse
 from saejax.base.records import MeshOptions
 from saejax.cli.main import main
 from saejax.plan import as_json, as_table, make_plan
+from saejax.plan import plan as plan_module
 from saejax.plan.compiled import lowered
 from saejax.plan.hlo import moved
 from saejax.sae import SAESpec
@@ -305,7 +306,11 @@ def test_harvest_and_store(model_and_text, tmp_path):
     assert harvest["store_tokens"] == 4096 and harvest["passes"] == 0.5
     lm, train = harvest["lm_flops_per_token"], harvest["train_flops_per_token"]
     assert harvest["share_of_flops"] == pytest.approx(lm * 4096 / (lm * 4096 + train * 2048), rel=1e-6)
-    assert harvest["seconds"] == pytest.approx(lm * 4096 / (0.4 * hardware.CHIPS["cpu"].flops), rel=1e-6)
+    stages = {"tokenizer": 4096 / (2 * plan_module.TOKENIZED), "model": lm * 4096 / (0.4 * hardware.CHIPS["cpu"].flops),
+              "writer": 4096 * (2 * tiny_experiment.D_IN + 4) / (2 * plan_module.WRITTEN)}
+    assert harvest["stage_seconds"] == pytest.approx(stages, rel=1e-6) and harvest["slowest"] == "model"
+    assert harvest["seconds"] == pytest.approx(stages["tokenizer"] + stages["model"], rel=1e-6)
+    assert harvest["shards"] == 4 and harvest["host_bytes"] == 2 * 32 * 36 * 96 + 44 * 32 * 32
     assert "of all FLOPs; about " in as_table(plan)
 
 

@@ -9,16 +9,16 @@ from saejax.cli.options import Job, Json, count, path, places, refuse, value
 
 _D = BenchOptions()
 _USERS = {("kind", "compute_dtype"): ("step", "devices"), ("batch", "d_sae", "k", "steps"): ("selection", "step", "devices"),
-          ("d_in",): ("step", "devices", "reader"), ("devices",): ("devices",), ("megabytes",): ("reader",),
-          ("model", "source", "hookpoint", "tokens"): ("harvest",)}  # options of some benchmarks only
+          ("d_in",): ("step", "devices", "writer", "reader"), ("devices",): ("devices",), ("megabytes",): ("writer", "reader"),
+          ("model", "source"): ("tokens", "harvest"), ("hookpoint", "tokens"): ("harvest",)}  # options of some benchmarks only
 
 
 @dataclass(frozen=True)
 class Options(Json):
     paths: tuple[str, ...] = places("", "", least=0, most=0)
-    only: str = value("of selection, step (dense against sparse path), devices, reader, harvest", "NAMES", default=_D.only)
+    only: str = value("selection, step (dense, sparse path), devices, tokens, writer, reader, harvest", "NAMES", default=_D.only)
     kind: str = value("recipes of the training steps; devices takes the first", "RECIPES", default=_D.kind)
-    d_in: int = value("width of the activations, of the reader's too", "N", count, default=_D.d_in)
+    d_in: int = value("width of the activations, of writer and reader too", "N", count, default=_D.d_in)
     d_sae: int = value("features", "N", count, default=_D.d_sae)
     batch: int = value("rows of a step", "N", count, default=_D.batch)
     k: int = value("active features of a row", "N", count, default=_D.k)
@@ -27,9 +27,9 @@ class Options(Json):
     compute_dtype: str = value("of the products", "DTYPE", default=_D.compute_dtype, choices=("auto", "float32", "bfloat16"))
     devices: str = value("numbers of devices, one after the other; on a CPU simulated ones", "LIST", default=_D.devices)
     threads: int | None = value("processors to use (default: all that this process may use)", "N", count)
-    megabytes: int = value("of the store that the reader reads", "N", count, default=_D.megabytes)
-    model: str = value("language model that is harvested", "MODEL", default=_D.model)
-    source: str = value("text that is harvested", "TEXT", default=_D.source)
+    megabytes: int = value("of the store that is written or read", "N", count, default=_D.megabytes)
+    model: str = value("language model that is harvested, or whose tokenizer is used", "MODEL", default=_D.model)
+    source: str = value("text that is harvested or tokenised", "TEXT", default=_D.source)
     hookpoint: str = value("where", "NAME", default=_D.hookpoint)
     tokens: int = value("of a repeat of the harvest", "N", count, default=_D.tokens)
     out: Path | None = value("write the tables between the marks of this page, or to a new one", "FILE.md", path)
