@@ -268,7 +268,7 @@ class ArrayReader:
         for start, stop in spans:
             while start < stop:
                 shard, a = divmod(start, self.spec.shard_rows)
-                b = min(stop - start + a, self.spec.shard_rows, (a // step + 1) * step)
+                b = min(stop - start + a, self.spec.shard_rows, a - a % self.spec.chunk_rows + step)
                 yield shard, a, b
                 start += b - a
 

@@ -72,6 +72,7 @@ class Stream:
         slots = {lane: slot for slot, lane in enumerate(self.lanes)}
         self._lanes = [_Lane(n, slots.get(n), place) for n, place in enumerate(start.lanes)]
         self.wait_seconds, self._handed, self._done = 0.0, 0, 0  # batches handed out, and those that are done with
+        self._end = self._behind = 0  # of the batch that is asked for: its last row of every lane, lanes that have not got there
         self._depth = self.order.batches_held(self.lane_rows)
         slots_in_all, width = self._depth * len(self.lanes) * self.lane_rows, sum(self.widths)
         self._rows = np.empty((slots_in_all + 1, width), np.uint16)  # the last takes what is not handed out
@@ -80,7 +81,8 @@ class Stream:
         self._failure: BaseException | None = None
         self._pool = ThreadPoolExecutor(processors(_MOST_THREADS), "saejax-window")
         with self._changed:
-            self._read_ahead()
+            for lane in self._lanes:
+                self._read_ahead(lane)
 
     @property
     def state(self) -> StreamState:
@@ -93,9 +95,11 @@ class Stream:
     def __next__(self) -> np.ndarray:
         end, began = (self._handed + 1) * self.lane_rows, time.perf_counter()
         with self._changed:
-            self._done = self._handed
-            self._read_ahead()
-            self._changed.wait_for(lambda: self._stop or self._failure or all(lane.filled >= end for lane in self._lanes))
+            self._done, self._end = self._handed, end
+            self._behind = sum(lane.filled < end for lane in self._lanes)
+            for lane in self._lanes:
+                self._read_ahead(lane)
+            self._changed.wait_for(lambda: self._stop or self._failure or not self._behind)
             if self._failure is not None:
                 raise self._failure
             if self._stop:
@@ -128,13 +132,12 @@ class Stream:
             now = lane.windows[0]
             lane.place = (now.epoch, now.number, now.first + end - now.begin)
 
-    def _read_ahead(self) -> None:
-        """Starts what the ring has room for; the lock is held. A lane's windows are read one after the other."""
+    def _read_ahead(self, lane: _Lane) -> None:
+        """Starts to read a lane's next window where the ring has room for it; the lock is held. One after the other."""
         room = (self._done + self._depth) * self.lane_rows
-        for lane in self._lanes:
-            if not (lane.reading or self._stop or self._failure) and lane.filled + self.order.window_rows <= room:
-                lane.reading = True
-                self._pool.submit(self._read, lane)
+        if not (lane.reading or self._stop or self._failure) and lane.filled + self.order.window_rows <= room:
+            lane.reading = True
+            self._pool.submit(self._read, lane)
 
     def _read(self, lane: _Lane) -> None:
         try:
@@ -153,9 +156,11 @@ class Stream:
             if lane.empty >= 2 * self.order.windows_of(lane.number):  # among so many in a row are all those of one epoch
                 self._failure = StoreError(f"{self.store.path}: every row of {', '.join(self.hookpoints)} in lane {lane.number} "
                                            "is masked; nothing to stream")
+            self._behind -= lane.filled < self._end <= found.end
             lane.filled, lane.reading = found.end, False
-            self._changed.notify_all()
-            self._read_ahead()
+            if self._failure or not self._behind:
+                self._changed.notify_all()
+            self._read_ahead(lane)
 
     def _announce(self, lane: _Lane) -> None:
         """Lets the system fetch the window behind the next one: so all lanes have reads under way, however few threads there are.
