@@ -110,4 +110,4 @@ def test_a_harvest_holds_two_shards(harvested, shard):
     """Beside what one with small shards holds: Python, jax, its program, the text."""
     (small, without), (found, size) = harvested(MB), harvested(shard)
     expected = small + size - without
-    assert 2 * shard * 0.9 <= size and 0.9 * expected <= found <= 1.1 * expected
+    assert 2 * shard * 0.9 <= size and 0.8 * expected <= found <= 1.1 * expected
