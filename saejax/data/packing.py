@@ -110,10 +110,10 @@ class Packing:
         mine = [i for i, text in enumerate(documents) if text and is_held_out(text, holdout) == heldout]
         out: list[np.ndarray | None] = [None] * len(documents)
         for i, ids in zip(mine, self._encode([documents[i] for i in mine]), strict=True):
-            if ids:
+            if len(ids):
                 before = self._before if ids[0] not in self._before else []
                 after = self._after if ids[-1] not in self._after else []
-                out[i] = self._piece([*before, *ids, *after])
+                out[i] = self._piece(np.concatenate([np.array(part, np.int32) for part in (before, ids, after)]))
         return out
 
     def rows(self, tokens: np.ndarray) -> np.ndarray:
@@ -124,14 +124,14 @@ class Packing:
         out[:, len(self._row):] = tokens.reshape(n, self.payload)
         return out
 
-    def _piece(self, ids: list[int]) -> np.ndarray:
+    def _piece(self, ids: np.ndarray) -> np.ndarray:
         if self._pad is None:
-            return np.array(ids, np.int32)
+            return ids
         row = np.full(self.context, self._pad, np.int32)
         row[:len(ids)] = ids[:len(row)]
         return row
 
-    def _encode(self, documents: list[Document]) -> list[list[int]]:
+    def _encode(self, documents: list[Document]) -> list[Sequence[int]]:
         """Token ids of documents: of texts, of conversations through the chat template, and those that are ids already."""
         texts = [d for d in documents if isinstance(d, str)]
         of_texts = iter(self._tokenizer.encode_batch(texts, special=self._options.special))

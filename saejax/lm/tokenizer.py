@@ -13,6 +13,7 @@ from tokenizers import pre_tokenizers
 
 from saejax.base.errors import TokenizerError
 from saejax.lm.gguf_file import GGUFFile
+from saejax.lm.long_text import LONG, ids_of
 from saejax.lm.token_text import TokenBytes, joined, text_of, token_bytes
 
 # GGUF pre-tokenizers that transformers leaves at GPT-2's split: rightly for the first set; for the second every digit
@@ -61,12 +62,13 @@ class Tokenizer:
         """Token ids of `text`, special tokens that it spells among them; adds no BOS or EOS."""
         return self.with_rows(self.backend.encode(text, add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    def encode_batch(self, texts: Sequence[str], *, special: bool = True) -> list[Sequence[int]]:
         """Token ids of many texts, in parallel threads; adds no BOS or EOS. special: strings that spell a special token are that
-        token; without it they are text like any other.
+        token; without it they are text like any other. A text of any length, in bounded memory but for the ids.
         """
         backend = self.backend if special else self._plain
-        return [self.with_rows(item.ids) for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        short = iter(backend.encode_batch_fast([text for text in texts if len(text) <= LONG], add_special_tokens=False))
+        return [self.with_rows(next(short).ids if len(text) <= LONG else ids_of(backend, text)) for text in texts]
 
     @cached_property
     def _plain(self) -> Backend:
@@ -88,9 +90,9 @@ class Tokenizer:
     def _beyond(self) -> bool:
         return self.rows is not None and self.vocab_size > self.rows
 
-    def with_rows(self, ids: list[int]) -> list[int]:
+    def with_rows(self, ids: Sequence[int]) -> Sequence[int]:
         """The same ids, or `TokenizerError` for one that the model has no embedding of."""
-        if self._beyond and ids and max(ids) >= self.rows:
+        if self._beyond and len(ids) and max(ids) >= self.rows:
             raise TokenizerError(f"the text gives token id {max(ids)} ({self.token(max(ids))!r}), but the model's embedding has "
                                  f"rows 0 to {self.rows - 1}: leave it out, or use the tokenizer that belongs to the model")
         return ids

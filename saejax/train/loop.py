@@ -244,9 +244,11 @@ class _Run:
             if hookpoints not in placed:
                 placed[hookpoints] = self.place(stream, self.columns(x_BW, hookpoints))
             dispatched[member] = member.step(number, placed[hookpoints])
+        state = stream.state
+        epochs = dict(zip(("epochs_least", "epochs_most"), state.epochs, strict=True))
         for member, metrics in dispatched.items():
-            member.counters = dataclasses.replace(member.counters, stream=stream.state, tokens_seen=number * self.batch)
-            if logs[member].step(number, metrics):
+            member.counters = dataclasses.replace(member.counters, stream=state, tokens_seen=number * self.batch)
+            if logs[member].step(number, metrics | epochs):
                 self.stop_broken(member, number, bar)
             elif due(member.config.train.resample, (number - 1) * self.batch, number * self.batch, member.total * self.batch):
                 self.resample(member, logs[member])

@@ -34,11 +34,15 @@ def test_metrics_are_read_one_step_late(tmp_path, monkeypatch):
 def test_metric_lines_hold_what_is_documented(tmp_path):
     store = make_store(tmp_path / "store")
     common = {"step", "tokens_seen", "loss", "mse", "l0", "fvu", "explained_variance", "dead_fraction", "grad_norm", "lr",
-              "tokens_per_second", "flops_per_second", "data_wait_share", "skipped", "skipped_in_row"}
+              "tokens_per_second", "flops_per_second", "data_wait_share", "skipped", "skipped_in_row", "epochs_least",
+              "epochs_most"}
     for kind, own in (("relu", {"l1", "l1_coefficient"}), ("topk", {"aux"})):
         loop.train(make_config(kind, tmp_path / kind), store)
         lines = read_metrics(tmp_path / kind / "metrics.jsonl")
         assert [line["step"] for line in lines] == list(range(5, 51, 5))
         assert all(line["tokens_seen"] == 32 * line["step"] for line in lines)
         assert set(lines[-2]) == common | own
+        epochs = [(line["epochs_least"], line["epochs_most"]) for line in lines]  # 1,600 of 336 rows that are kept
+        assert all(least <= most <= least + 1 for least, most in epochs) and epochs == sorted(epochs)
+        assert 32 * 50 / store.kept_rows - 2 < epochs[-1][0] <= 32 * 50 / store.kept_rows < epochs[-1][1] + 2
         assert all(0 <= line["data_wait_share"] <= 1 and line["tokens_per_second"] > 0 for line in lines)
