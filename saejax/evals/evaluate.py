@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 
-from saejax.base import sharding
 from saejax.base.errors import FormatError, SaejaxError
 from saejax.base.logs import Progress
 from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
@@ -26,7 +24,7 @@ SCHEMA_VERSION = 1
 KIND = "saejax-evaluation"
 PER_LAYER = ("fvu", "explained_variance", "normalized_mse", "mse", "cosine")
 PER_LAYER += tuple(f"{name}_no_outliers" for name in PER_LAYER)
-_ACTS_ELEMENTS = 1 << 25  # feature activations held at once: 128 MiB
+_CONTEXTS = 16  # of a store that are measured at once
 
 
 def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats], options: EvalOptions, *,
@@ -78,13 +76,13 @@ def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: boo
     own = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
     masked = 0
     with Progress("evaluate", len(chosen) * store.context, enabled=progress) as bar:
-        for number in chosen:
-            start, stop = int(number) * store.context, (int(number) + 1) * store.context
-            keep_N = store.keep(start, stop)
-            rows = {name: store.read(name, start, stop).astype(np.float32)[None] for name in hookpoints}
-            _reconstruct(sae, rows, keep_N[None], measured)
-            masked += int((~keep_N).sum())
-            bar.advance(store.context)
+        for first in range(0, len(chosen), _CONTEXTS):
+            spans = [(int(n) * store.context, (int(n) + 1) * store.context) for n in chosen[first:first + _CONTEXTS]]
+            keep_BT = np.stack([store.keep(*span) for span in spans])
+            rows = {name: np.stack([store.read(name, *span).astype(np.float32) for span in spans]) for name in hookpoints}
+            _reconstruct(sae, rows, keep_BT, measured)
+            masked += int((~keep_BT).sum())
+            bar.advance(keep_BT.size)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": store.spec.model, "model_digest": store.spec.model_digest,
             "measured_on": f"rows of {'the training' if own else 'a'} store", "hookpoint": sae.cfg.hookpoint,
             "contexts": len(chosen), "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR,
@@ -92,7 +90,7 @@ def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: boo
 
 
 def _figures(sae: SAE, stats: Mapping[str, ActivationStats]) -> dict[str, Reconstruction]:
-    return {name: Reconstruction(sae.cfg.d_sae, stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
+    return {name: Reconstruction(stats[name].mean_D, OUTLIER_FACTOR * stats[name].median_norm)
             for name in sae.cfg.targets}
 
 
@@ -103,27 +101,18 @@ def _padded(batch: TokenBatch, rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _reconstruct(sae: SAE, clean: dict, keep_BT: np.ndarray, into: dict[str, Reconstruction]) -> dict:
-    """Reconstructions `[B, T, D]` of a batch by hookpoint, measured on the way; pieces bound the memory for feature activations.
-    """
+    """Reconstructions `[B, T, D]` of a batch by hookpoint, measured on the way."""
     keep_N = keep_BT.reshape(-1)
-    on_host = np.asarray if sae.mesh is not None else jnp.asarray
-    flat = {name: on_host(x_BTD.reshape(len(keep_N), -1)) for name, x_BTD in clean.items()}
-    piece = max(1, min(len(keep_N), _ACTS_ELEMENTS // sae.cfg.d_sae))
-    parts: dict[str, list] = {name: [] for name in into}
-    for start in range(0, len(keep_N), piece):
-        here = {name: x_ND[start:start + piece] for name, x_ND in flat.items()}
-        read = [here[name] for name in sae.cfg.hookpoints]
-        recon_ND, acts_NF = sae.reconstruct(read[0] if len(read) == 1 else (np if sae.mesh else jnp).concatenate(read, axis=-1))
-        if sae.mesh is not None:
-            recon_ND = sharding.to_host(recon_ND)
-        first = 0
-        for name, figures in into.items():
-            last = first + here[name].shape[-1]
-            figures.add(here[name], recon_ND[:, first:last], acts_NF, keep_N[start:start + piece])
-            parts[name].append(recon_ND[:, first:last])
-            first = last
-    return {name: (p[0] if len(p) == 1 else np.concatenate([np.asarray(a) for a in p])).reshape(clean[name].shape)
-            for name, p in parts.items()}
+    flat = {name: np.asarray(x_BTD).reshape(len(keep_N), -1) for name, x_BTD in clean.items()}
+    read = [flat[name] for name in sae.cfg.hookpoints]
+    found = sae.measure(read[0] if len(read) == 1 else np.concatenate(read, axis=-1), keep_N)
+    parts, first = {}, 0
+    for name, figures in into.items():
+        last = first + flat[name].shape[-1]
+        recon_ND = found.recon_BD[:, first:last]
+        figures.add(flat[name], recon_ND, found.l0_B, found.fired_F, keep_N)
+        parts[name], first = recon_ND.reshape(clean[name].shape), last
+    return parts
 
 
 def _over_layers(measured: dict[str, Reconstruction]) -> dict:

@@ -4,6 +4,7 @@ Nothing is kept per token. Sums are float64 on the host; squared distances are t
 (the store's mean): sum ||x||^2 - n ||mean||^2 loses every digit where the mean dominates, as in residual streams.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 import jax
@@ -34,12 +35,6 @@ def _token_parts(x_ND, recon_ND, shift_D, keep_N, bound):
         "cosine": jnp.where(norms_N > 0, dot_N / jnp.where(norms_N > 0, norms_N, 1.0), 0.0),
         "centred": jnp.einsum("gn,nd->gd", groups_2N.astype(jnp.float32), centred_ND, precision="highest"),
     }
-
-
-@jax.jit
-def _feature_parts(acts_NF, keep_N):
-    fired_NF = (acts_NF > 0) & keep_N[:, None]
-    return fired_NF.sum(0, dtype=jnp.int32), fired_NF.sum(1, dtype=jnp.int32)
 
 
 @dataclass
@@ -87,20 +82,23 @@ class _Sums:
 
 
 class Reconstruction:
-    """Accumulates batches of raw activations with their reconstructions and feature activations.
+    """Accumulates batches of raw activations with their reconstructions, and what `SAE.measure` counts of them. How often each
+    feature fired stays on the devices until the end.
 
     mean_D: any point near the mean (it changes rounding only). outlier_bound: norm above which a token is an outlier.
     """
 
-    def __init__(self, d_sae: int, mean_D: np.ndarray, outlier_bound: float):
+    def __init__(self, mean_D: np.ndarray, outlier_bound: float):
         self._shift_D = np.asarray(mean_D, np.float32)
         self._bound = np.float32(outlier_bound)
         self._groups = (_Sums(len(mean_D)), _Sums(len(mean_D)))
-        self.fired_F = np.zeros(d_sae, np.int64)
-        self._l0_counts = np.zeros(d_sae + 1, np.int64)
+        self._fired_F: Array | None = None
+        self._l0_counts: Counter[int] = Counter()
 
-    def add(self, x_ND: Array, recon_ND: Array, acts_NF: Array, keep_N: np.ndarray) -> None:
-        """One batch; rows where `keep_N` is False count nowhere. Raises `NonFiniteError` (NaN or Inf in a kept row)."""
+    def add(self, x_ND: Array, recon_ND: Array, l0_N: Array, fired_F: Array, keep_N: np.ndarray) -> None:
+        """One batch; rows where `keep_N` is False count nowhere. l0_N: active features of each row; fired_F: in how many kept
+        rows each feature is active. Raises `NonFiniteError` (NaN or Inf in a kept row).
+        """
         keep_N = np.asarray(keep_N, bool)
         parts = jax.device_get(_token_parts(x_ND, recon_ND, self._shift_D, keep_N, self._bound))
         bad = keep_N & ~np.isfinite(parts["sq_error"])
@@ -110,9 +108,8 @@ class Reconstruction:
                                  "config.lm.dtype='float32'")
         for group, sums in enumerate(self._groups):
             sums.add(parts, group)
-        fired_F, l0_N = (sharding.to_host(a) for a in _feature_parts(acts_NF, keep_N))
-        self.fired_F += fired_F
-        self._l0_counts += np.bincount(l0_N[keep_N], minlength=len(self._l0_counts))
+        self._fired_F = fired_F if self._fired_F is None else _added(self._fired_F, fired_F)
+        self._l0_counts.update(np.asarray(l0_N)[keep_N].tolist())
 
     def result(self) -> dict:
         """Every figure over the kept tokens.
@@ -124,13 +121,13 @@ class Reconstruction:
         ordinary, outliers = self._groups
         both = ordinary.plus(outliers)
         n = both.tokens
-        l0 = np.arange(len(self._l0_counts))
+        fired_F = sharding.to_host(self._fired_F)
         return {
             "tokens": n, "outlier_tokens": outliers.tokens,
-            "l0_mean": float((l0 * self._l0_counts).sum() / n) if n else None, "l0_median": _median(self._l0_counts),
+            "l0_mean": sum(l0 * rows for l0, rows in self._l0_counts.items()) / n if n else None,
+            "l0_median": _median(self._l0_counts),
             **both.figures(), **{f"{name}_no_outliers": value for name, value in ordinary.figures().items()},
-            "dead_fraction": float((self.fired_F == 0).mean()),
-            "density_histogram": density_histogram(self.fired_F, n),
+            "dead_fraction": float((fired_F == 0).mean()), "density_histogram": density_histogram(fired_F, n),
         }
 
 
@@ -141,11 +138,14 @@ def density_histogram(fired_F: np.ndarray, tokens: int) -> dict:
     return {"log10_edges": list(LOG10_EDGES), "counts": counts.tolist(), "never": int((fired_F == 0).sum())}
 
 
-def _median(counts: np.ndarray) -> float | None:
+_added = jax.jit(jnp.add)
+
+
+def _median(counts: Counter[int]) -> float | None:
     """Median of integers given how often each value occurs."""
-    n = int(counts.sum())
+    n, values = counts.total(), sorted(counts)
     if n == 0:
         return None
-    below = np.cumsum(counts)
-    low, high = (int(np.searchsorted(below, rank, side="right")) for rank in ((n - 1) // 2, n // 2))
+    below = np.cumsum([counts[value] for value in values])
+    low, high = (values[int(np.searchsorted(below, rank, side="right"))] for rank in ((n - 1) // 2, n // 2))
     return (low + high) / 2

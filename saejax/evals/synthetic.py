@@ -297,14 +297,14 @@ class Recovery:
     def __init__(self, W_dec_FD: np.ndarray, directions_GD: np.ndarray, mean_D: np.ndarray):
         self._W_dec_FD, self._directions_GD = np.asarray(W_dec_FD), np.asarray(directions_GD)
         self._match_F = best_matches(W_dec_FD, directions_GD)
-        self._reconstruction = Reconstruction(len(self._W_dec_FD), mean_D, math.inf)
+        self._reconstruction = Reconstruction(mean_D, math.inf)
         self._both_F, self._fires_F, self._truth_F = np.zeros((3, len(self._W_dec_FD)), np.int64)
         self._true_active = 0
 
     def add(self, x_ND, recon_ND, acts_NF, true_NG) -> None:
         """One batch: rows, reconstructions, the SAE's activations and the true ones."""
-        self._reconstruction.add(x_ND, recon_ND, acts_NF, np.ones(len(x_ND), bool))
         both_F, fires_F, truth_F, active = jax.device_get(_counts(acts_NF, true_NG, self._match_F))
+        self._reconstruction.add(x_ND, recon_ND, (acts_NF > 0).sum(1), fires_F, np.ones(len(x_ND), bool))
         self._both_F += both_F
         self._fires_F += fires_F
         self._truth_F += truth_F

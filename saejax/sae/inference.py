@@ -14,6 +14,7 @@ from saejax.base import sharding
 from saejax.base.errors import FormatError
 from saejax.sae.activations import thresholds
 from saejax.sae.folding import decoder_norms, scale_features
+from saejax.sae.measuring import Measured, measured
 from saejax.sae.model import decode, encode, skipped
 from saejax.sae.normalization import Normalization
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
@@ -148,6 +149,17 @@ def _scale_and_shift(spec, norm, params, x_BD):
     return jnp.concatenate(normalise_rows(norm, x_BD)[1:], axis=1)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measured(spec, norm, params, x_BD, counted_B):
+    x_BD = x_BD.astype(jnp.float32)
+    rows_BD, scale_B1, shift_B1 = normalise_rows(norm, x_BD)
+    found = measured(spec, params.replace(W_skip=None), rows_BD, counted_B)
+    recon_BD = found.recon_BD
+    if norm != NONE and spec.d_out is None:
+        recon_BD = recon_BD * scale_B1 + shift_B1
+    return found.replace(recon_BD=recon_BD + skipped(spec, params, x_BD))
+
+
 class SAE:
     """A sparse autoencoder on raw activations.
 
@@ -214,6 +226,20 @@ class SAE:
         acts = self.encode(x)
         recon = self.decode(acts, x)
         return (recon + self._apply(_skipped, x, self.cfg.d_in, "d_in", "d_out") if self.cfg.skip else recon), acts
+
+    def measure(self, x_ND, counted_N) -> Measured:
+        """What evaluation counts of rows [N, d_in]: their reconstruction [N, d_out], how many features are active in each, and in
+        how many of those with `counted_N` each feature is. No array of rows x features is made, whatever the size.
+        """
+        x_ND, counted_N, n = np.asarray(x_ND), np.asarray(counted_N, bool), len(x_ND)
+        if self.mesh is None:
+            return _measured(self.cfg.spec, self.cfg.input_norm, self.params, x_ND, counted_N)
+        more = -n % self.mesh.size
+        with jax.set_mesh(self.mesh):
+            rows = sharding.place(np.pad(x_ND, ((0, more), (0, 0))), sharding.sharding(self.mesh, "rows_at_rest", None))
+            counted = sharding.place(np.pad(counted_N, (0, more)), sharding.sharding(self.mesh, None))
+            found = _measured(self.cfg.spec, self.cfg.input_norm, self.params, rows, counted)
+        return found.replace(recon_BD=sharding.to_host(found.recon_BD)[:n], l0_B=found.l0_B[:n])
 
     def offset(self, x) -> jax.Array:
         """What the reconstruction [..., d_out] of rows x is without any feature: b_dec, in the units and with the mean of the row

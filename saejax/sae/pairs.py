@@ -171,6 +171,17 @@ def fired(pairs: Pairs, features: int) -> jax.Array:
                    jnp.zeros(features, jnp.int32))
 
 
+def counts(pairs: Pairs, features: int, counted_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """How many features of this device are active in each row, int32 [B], and in how many of the counted rows each, int32 [F]."""
+    def add(sums, lines, first):
+        l0_B, fired_F = sums
+        active_Tn = (lines.values_Ln > 0).astype(jnp.int32)
+        return (l0_B.at[lines.row_L].add(active_Tn.sum(1)),
+                fired_F.at[lines.index_Ln].add(active_Tn * counted_B[lines.row_L][:, None].astype(jnp.int32)))
+
+    return _summed(pairs, _size(pairs, 1, False), add, (jnp.zeros(pairs.rows, jnp.int32), jnp.zeros(features, jnp.int32)))
+
+
 def _on_platform(by: Callable, *values):
     """by(whether it is a CPU, ...)."""
     return lax.platform_dependent(*values, cpu=functools.partial(by, True), default=functools.partial(by, False))

@@ -113,7 +113,7 @@ def decoded(spec: SAESpec, W_dec: jax.Array, pairs: Pairs, ends: tuple[int, ...]
         parts_GBD = lists.decoded(dtype, W_dec, pairs, ends)
         return sharding.scattered(parts_GBD, dtype, 1) if shards > 1 else parts_GBD
 
-    return sharding.on_shards(local, (_FD, _placed(pairs)), _GBD_REST)(W_dec, pairs)
+    return sharding.on_shards(local, (_FD, placement(pairs)), _GBD_REST)(W_dec, pairs)
 
 
 def backward(spec: SAESpec, W_dec: jax.Array, pairs: Pairs, ends: tuple[int, ...], read_BD: jax.Array,
@@ -129,7 +129,7 @@ def backward(spec: SAESpec, W_dec: jax.Array, pairs: Pairs, ends: tuple[int, ...
     def local(W_dec, gradient_GBD, pairs, shards):
         return lists.slopes(dtype, W_dec, gradient_GBD, pairs, ends)
 
-    slopes_Ln = sharding.on_shards(local, (_FD, _GBD, _placed(pairs)), _P)(W_dec, gradient_GBD, pairs)
+    slopes_Ln = sharding.on_shards(local, (_FD, _GBD, placement(pairs)), _P)(W_dec, gradient_GBD, pairs)
     return Backward(pairs, slopes_Ln, read_BD, gradient_GBD, dtype, ends)
 
 
@@ -138,7 +138,7 @@ def fired(spec: SAESpec, pairs: Pairs) -> jax.Array:
     def local(pairs, shards):
         return sharding.over(lax.pmax, lists.fired(pairs, spec.d_sae // shards), "data") > 0
 
-    return sharding.on_shards(local, (_placed(pairs),), _F)(pairs)
+    return sharding.on_shards(local, (placement(pairs),), _F)(pairs)
 
 
 def weight_gradients(parts: Backward, rows: Rows, at_rest: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -170,7 +170,7 @@ def weight_gradients(parts: Backward, rows: Rows, at_rest: bool) -> tuple[jax.Ar
     return sharding.on_shards(local, (where, _F, _F), (_FD, _F, _FD))(parts, rows.place_F, rows.index_C)
 
 
-def _placed(pairs: Pairs) -> Pairs:
+def placement(pairs: Pairs) -> Pairs:
     return jax.tree.map(lambda _: _P, pairs)
 
 

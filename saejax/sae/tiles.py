@@ -62,15 +62,16 @@ def over_features(spec: SAESpec, options: SAEOptions, params: SAEParams, read_BD
     """
     ends = borders(options.groups, spec.d_sae) if options.groups else (spec.d_sae,)
     own = params.replace(b_dec=None, W_skip=None)
-    return _over(_How(spec, options, ends, _tile_here(spec, read_BD)), own, bias(spec, params), lax.stop_gradient(read_BD))
+    return _over(_How(spec, options, ends, tile_here(spec, read_BD)), own, bias(spec, params), lax.stop_gradient(read_BD))
 
 
 def several(spec: SAESpec, read_BD: jax.Array) -> bool:
     """Whether a shard is more than one tile."""
-    return _tile_here(spec, read_BD) < spec.d_sae // sharding.shards()
+    return tile_here(spec, read_BD) < spec.d_sae // sharding.shards()
 
 
-def _tile_here(spec: SAESpec, read_BD: jax.Array) -> int:
+def tile_here(spec: SAESpec, read_BD: jax.Array) -> int:
+    """Features of a tile here."""
     rows = len(read_BD) // jax.sharding.get_abstract_mesh().shape.get("data", 1)
     return tile_width(rows, spec.d_sae // sharding.shards(), sharding.chip())
 
@@ -86,13 +87,6 @@ class _How:
     def dtype(self) -> Any:
         return jnp.dtype(self.spec.compute_dtype)
 
-    def each(self, of: Callable, carry, width: int):
-        """The carry after of(carry, tile) of every tile of a shard of `width` features."""
-        n, rest = divmod(width, self.tile)
-        full = functools.partial(_Tile, size=self.tile, aligned_at=0)
-        carry = of(carry, full(0)) if n == 1 else lax.fori_loop(0, n, lambda i, carry: of(carry, full(i * self.tile)), carry)
-        return of(carry, _Tile(width - rest, rest, width - rest)) if rest else carry
-
     def pre(self, W_enc: jax.Array, bias_T: jax.Array, read_BD: jax.Array) -> jax.Array:
         return product("bd,fd->bf", read_BD, W_enc, self.dtype) + bias_T
 
@@ -105,7 +99,7 @@ class _How:
             parts.append(added(self.dtype, pieces, acts_BT, W_dec, parts_GBD[i * G:(i + 1) * G]))
         return (jnp.concatenate(parts), sums), acts[0]
 
-    def pieces(self, tile: "_Tile", width: int) -> list:
+    def pieces(self, tile: "Tile", width: int) -> list:
         return pieces(self.ends, width, tile.first, tile.size, tile.aligned_at)
 
     def empty(self, own: SAEParams, read_BD: jax.Array) -> Found:
@@ -117,7 +111,7 @@ class _How:
                      jnp.zeros(width, jnp.int32), jnp.float32(jnp.inf))
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Where a tile lies in its shard; aligned_at: see `prefixes.pieces`."""
 
     first: jax.Array | int
@@ -132,10 +126,18 @@ class _Tile(NamedTuple):
         return jax.tree.map(lambda value, new: lax.dynamic_update_slice_in_dim(value, new, self.first, 0), tree, new)
 
 
+def each(size: int, of: Callable, carry, width: int):
+    """The carry after of(carry, tile) of every tile of `size` features of a shard of `width`."""
+    n, rest = divmod(width, size)
+    full = functools.partial(Tile, size=size, aligned_at=0)
+    carry = of(carry, full(0)) if n == 1 else lax.fori_loop(0, n, lambda i, carry: of(carry, full(i * size)), carry)
+    return of(carry, Tile(width - rest, rest, width - rest)) if rest else carry
+
+
 def _pass(how: _How, keep: bool, own: SAEParams, bias_F: jax.Array, read_BD: jax.Array):
     """(`Found`, the pre-activations [B, F] with `keep`, where there is one tile, else None)."""
     def local(own, bias_F, read_BD, shards):
-        def of(carry, tile: _Tile):
+        def of(carry, tile: Tile):
             found, _ = carry
             own_T, bias_T = tile.of((own, bias_F))
             pre_BT = how.pre(own_T.W_enc, bias_T, read_BD)
@@ -144,13 +146,13 @@ def _pass(how: _How, keep: bool, own: SAEParams, bias_F: jax.Array, read_BD: jax
             least = jnp.minimum(found.least, jnp.where(acts_BT > 0, acts_BT, jnp.inf).min())
             return Found(parts_GBD, sums, count_F, least), pre_BT if keep else None
 
-        found, pre_BF = how.each(of, (how.empty(own, read_BD), None), len(bias_F))
+        found, pre_BF = each(how.tile, of, (how.empty(own, read_BD), None), len(bias_F))
         sums, count_F = sharding.over(lax.psum, (found.sums, found.count_F), "data")
         parts_GBD = sharding.scattered(found.parts_GBD, how.dtype, 1) if shards > 1 else found.parts_GBD
         return Found(parts_GBD, sums, count_F, sharding.over(lax.pmin, found.least, "data", "dict")), pre_BF
 
     placed = Found(_GBD, _F, _F, sharding.spec())
-    return sharding.on_shards(local, (_placed(own), _F, _BD), (placed, _BF))(own, bias_F, read_BD)
+    return sharding.on_shards(local, (placement(own), _F, _BD), (placed, _BF))(own, bias_F, read_BD)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -169,7 +171,7 @@ def _backward(how: _How, saved, gradient: Found):
         if shards > 1:
             parts_GBD = lax.all_gather(parts_GBD, "dict", axis=1, tiled=True)
 
-        def of(carry, tile: _Tile):
+        def of(carry, tile: Tile):
             own_T, bias_T = tile.of((own, bias_F))
             pre_BT = how.pre(own_T.W_enc, bias_T, read_BD) if pre_BF is None else pre_BF
             of_tile = functools.partial(how.of_tile, how.pieces(tile, len(bias_F)), parts_GBD=jnp.zeros(parts_GBD.shape))
@@ -178,10 +180,10 @@ def _backward(how: _How, saved, gradient: Found):
             to_own = to_own.replace(W_enc=product("bf,bd->fd", to_pre, read_BD, how.dtype))
             return tile.put(carry, (to_own, to_pre.sum(0)))
 
-        return sharding.over(lax.psum, how.each(of, jax.tree.map(jnp.zeros_like, (own, bias_F)), len(bias_F)), "data")
+        return sharding.over(lax.psum, each(how.tile, of, jax.tree.map(jnp.zeros_like, (own, bias_F)), len(bias_F)), "data")
 
     own, bias_F, read_BD, pre_BF = saved
-    placed = _placed(own), _F
+    placed = placement(own), _F
     to_own, to_bias = sharding.on_shards(local, (*placed, _BD, _BF, _GBD, _F), placed)(*saved, gradient.parts_GBD, gradient.sums)
     return to_own, to_bias, jnp.zeros_like(read_BD)
 
@@ -189,5 +191,6 @@ def _backward(how: _How, saved, gradient: Found):
 _over.defvjp(_forward, _backward)
 
 
-def _placed(own: SAEParams) -> SAEParams:
+def placement(own: SAEParams) -> SAEParams:
+    """Where parameters by feature lie on a mesh."""
     return jax.tree.map(lambda value: _FD if value.ndim == 2 else _F, own)

@@ -1,6 +1,5 @@
 """Schedules, and the constraints on rows."""
 
-import jax
 import jax.numpy as jnp
 import optax
 
@@ -63,16 +62,3 @@ def constrained(options: SAEOptions, params: SAEParams) -> SAEParams:
         return params
     norm = jnp.linalg.norm(params.W_dec, axis=1, keepdims=True)
     return params.replace(W_dec=params.W_dec / jnp.maximum(norm, jnp.finfo(jnp.float32).tiny))
-
-
-def reset_rows(opt_state, rows_F: jax.Array):
-    """Zeroes Adam's moments of the marked features in every parameter that has a row per feature; the others' stay."""
-
-    def reset(kept: SAEParams) -> SAEParams:
-        return kept.replace(
-            W_enc=jnp.where(rows_F[:, None], 0.0, kept.W_enc), b_enc=jnp.where(rows_F, 0.0, kept.b_enc),
-            W_dec=jnp.where(rows_F[:, None], 0.0, kept.W_dec),
-            per_feature={name: jnp.where(rows_F, 0.0, value) for name, value in kept.per_feature.items()})
-
-    return jax.tree.map(lambda node: reset(node) if isinstance(node, SAEParams) else node, opt_state,
-                        is_leaf=lambda node: isinstance(node, SAEParams))

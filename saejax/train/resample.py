@@ -6,7 +6,8 @@ the alive encoder rows (of a transcoder the encoder row takes the direction of t
 bias becomes 0, what the kind keeps per feature becomes what it was at initialisation, and the optimizer forgets the row.
 
 Two passes over the same stream of batches, so that no candidate input has to be kept: the first measures the loss of every
-candidate row (one float each), the second carries the drawn rows to the devices that own the dead features.
+candidate row (one float each), the second carries the drawn rows to the devices that own the dead features. Neither makes an
+array of rows x features, and only rows of dead features are written.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,14 +18,16 @@ import numpy as np
 
 from saejax.base import sharding
 from saejax.config import Config, ResampleOptions, SAEOptions
-from saejax.sae import SAESpec, reconstruct
+from saejax.sae import SAEParams, SAESpec
 from saejax.sae.losses import squared_error
+from saejax.sae.measuring import measured
 from saejax.sae.normalization import columns
-from saejax.sae.params import SHARED, from_tensors, initial_per_feature, tensors
-from saejax.train import determinism, optim
+from saejax.sae.params import from_tensors, initial_per_feature, tensors
+from saejax.train import determinism
 from saejax.train.state import TrainState
 from saejax.train.step import dead_bound
 
+_AT_ONCE = 4096  # features that are replaced by one call
 ENCODER_SCALE = 0.2  # norm of a new encoder row over the mean norm of the alive ones. Source: Bricken et al. 2023
 
 
@@ -46,39 +49,52 @@ def draw(losses_N: np.ndarray, n: int, seed: tuple[int, ...]) -> np.ndarray:
 
 
 def _row_losses(spec: SAESpec, state: TrainState, rows_BW: jax.Array) -> jax.Array:
-    x_BD, y_BD = columns(spec, state.normalization.apply(sharding.gathered(rows_BW)))
-    recon_BD, _ = reconstruct(spec, state.params, x_BD)
-    return jax.sharding.reshard(squared_error(y_BD, recon_BD), jax.P())
+    x_BD, y_BD = columns(spec, state.normalization.apply(rows_BW))
+    found = measured(spec, state.params, x_BD, jnp.ones(len(x_BD), bool))
+    return jax.sharding.reshard(squared_error(y_BD, found.recon_BD), jax.P())
 
 
-def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: jax.Array, source_F: jax.Array, first: jax.Array,
-                encoder_norm: jax.Array, decoder_norm: jax.Array) -> TrainState:
-    """Features whose source row lies in this batch get that row's direction; all others stay as they are."""
-    rows_BW = jax.sharding.reshard(state.normalization.apply(rows_BW), jax.P())
-    row_F = source_F - first
-    here_F = (source_F >= 0) & (row_F >= 0) & (row_F < len(rows_BW))
+def _place_rows(spec: SAESpec, options: SAEOptions, state: TrainState, rows_BW: jax.Array, feature_C: jax.Array, row_C: jax.Array,
+                norms: tuple[jax.Array, jax.Array]) -> TrainState:
+    """Gives features the directions of rows of this batch; only what belongs to them is written. feature_C, row_C: which feature
+    gets which row; a feature that there is not stands for none. norms: of new rows of W_enc and W_dec.
+    """
+    chosen_CW = state.normalization.apply(rows_BW.at[row_C].get(out_sharding=jax.P()))
+    encoder_norm, decoder_norm = norms
 
-    def directions(values_BD: jax.Array) -> jax.Array:
-        unit_BD = values_BD / jnp.maximum(jnp.linalg.norm(values_BD, axis=1, keepdims=True), 1e-12)
-        return unit_BD.at[jnp.where(here_F, row_F, 0)].get(out_sharding=sharding.spec("features", None))
+    def directions(values_CD: jax.Array) -> jax.Array:
+        return values_CD / jnp.maximum(jnp.linalg.norm(values_CD, axis=1, keepdims=True), 1e-12)
 
     p, fresh = state.params, initial_per_feature(spec)
-    x_BD, y_BD = columns(spec, rows_BW)
-    decoder_FD = directions(y_BD - p.b_dec)
-    encoder_FD = decoder_FD if spec.d_out is None else directions(x_BD)
-    params = p.replace(
-        W_dec=jnp.where(here_F[:, None], decoder_FD * (1.0 if options.unit_decoder else decoder_norm), p.W_dec),
-        W_enc=jnp.where(here_F[:, None], encoder_FD * encoder_norm, p.W_enc),
-        b_enc=jnp.where(here_F, 0.0, p.b_enc),
-        per_feature={name: jnp.where(here_F, fresh[name], value) for name, value in p.per_feature.items()})
-    def in_mean(mean: jax.Array, new: jax.Array) -> jax.Array:
-        """A replaced row's mean starts anew: it would else be a mixture of the dead row and of this one."""
-        return jnp.where(here_F.reshape(-1, *[1] * (new.ndim - 1)), new, mean)
+    x_CD, y_CD = columns(spec, chosen_CW)
+    decoder_CD = directions(y_CD - p.b_dec)
+    encoder_CD = decoder_CD if spec.d_out is None else directions(x_CD)
+    new = {"W_dec": decoder_CD * (1.0 if options.unit_decoder else decoder_norm), "W_enc": encoder_CD * encoder_norm,
+           "b_enc": 0.0, **{name: fresh[name] for name in p.per_feature}}
 
-    ema = state.ema and from_tensors({name: value if name in SHARED else in_mean(value, tensors(params)[name])
-                                      for name, value in tensors(state.ema).items()})
-    return state.replace(params=params, ema=ema, opt_state=optim.reset_rows(state.opt_state, here_F),
-                         tokens_since_fired_F=jnp.where(here_F, 0, state.tokens_since_fired_F))
+    def put(tree: SAEParams | None, values: dict) -> SAEParams | None:
+        """In a mean of the parameters a replaced row starts anew: it would else be a mixture of the dead row and of this one."""
+        if tree is None:
+            return None
+        kept = tensors(tree)
+        return from_tensors(kept | _written({name: kept[name] for name in values}, values, feature_C))
+
+    nothing = dict.fromkeys(new, 0.0)
+    moments = state.opt_state.replace(first=put(state.opt_state.first, nothing), second=put(state.opt_state.second, nothing))
+    since_F = _written({"": state.tokens_since_fired_F}, {"": 0}, feature_C)[""]
+    return state.replace(params=put(p, new), ema=put(state.ema, new), opt_state=moments, tokens_since_fired_F=since_F)
+
+
+def _written(values: dict[str, jax.Array], new: dict[str, jax.Array | float], feature_C: jax.Array) -> dict[str, jax.Array]:
+    """Arrays by feature with what is new of these features, on the devices that hold them."""
+    def local(values, new, feature_C, shards):
+        F = len(next(iter(values.values())))
+        place_C = feature_C - (jax.lax.axis_index("dict") * F if shards > 1 else 0)
+        place_C = jnp.where((place_C >= 0) & (place_C < F), place_C, F)
+        return {name: value.at[place_C].set(jnp.asarray(new[name], value.dtype), mode="drop") for name, value in values.items()}
+
+    where = {name: sharding.spec("features", *[None] * (value.ndim - 1)) for name, value in values.items()}
+    return sharding.on_shards(local, (where, {name: jax.P() for name in new}, jax.P()), where)(values, new, feature_C)
 
 
 def _alive_norms(state: TrainState, dead_F: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -108,15 +124,20 @@ def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable
     place_rows = determinism.jit(_place_rows, config.train, static_argnums=(0, 1), donate_argnums=2)
     losses = [np.asarray(jax.device_get(row_losses(spec, state, x_BD))) for x_BD in first_pass]
     drawn = draw(np.concatenate(losses), len(dead), (config.seed, occasion, 0x5AE))
-    source = np.full(spec.d_sae, -1, np.int32)
-    source[dead] = drawn
-    source_F = sharding.place(source, dead_F.sharding)
     encoder_norm, decoder_norm = determinism.jit(_alive_norms, config.train)(state, dead_F)
-    encoder_norm = encoder_norm * ENCODER_SCALE
-    wanted = np.unique(drawn)
-    first = 0
+    norms, first, order = (encoder_norm * ENCODER_SCALE, decoder_norm), 0, np.argsort(drawn, kind="stable")
     for x_BD, batch_losses in zip(second_pass, losses, strict=True):
-        if np.any((wanted >= first) & (wanted < first + len(batch_losses))):
-            state = place_rows(spec, config.sae, state, x_BD, source_F, jnp.int32(first), encoder_norm, decoder_norm)
-        first += len(batch_losses)
+        last = first + len(batch_losses)
+        here = order[slice(*np.searchsorted(drawn[order], (first, last)))]
+        for a in range(0, len(here), _AT_ONCE):
+            some = here[a:a + _AT_ONCE]
+            pairs = _padded(dead[some], drawn[some] - first, spec.d_sae)
+            state = place_rows(spec, config.sae, state, x_BD, *pairs, norms)
+        first = last
     return state, len(dead)
+
+
+def _padded(features: np.ndarray, rows: np.ndarray, none: int) -> tuple[np.ndarray, np.ndarray]:
+    """One length, so that one program does for all."""
+    more = (0, _AT_ONCE - len(features))
+    return np.pad(features.astype(np.int32), more, constant_values=none), np.pad(rows.astype(np.int32), more)

@@ -34,8 +34,9 @@ class Linear:
         self.factor = factor
         self.cfg = SimpleNamespace(d_in=D_IN, d_sae=D_IN, hookpoint=HOOKPOINT, hookpoints=(HOOKPOINT,), targets=(HOOKPOINT,))
 
-    def reconstruct(self, x):
-        return x * self.factor, x * self.factor
+    def measure(self, x, counted):
+        active = x * self.factor > 0
+        return SimpleNamespace(recon_BD=x * self.factor, l0_B=active.sum(1), fired_F=(active & counted[:, None]).sum(0))
 
 
 def stats(mean=0.3, median=5.0):
@@ -169,7 +170,6 @@ def test_neither_batch_size_nor_chunking_changes_the_figures(config, tiny_lm, mo
     sae = random_sae(seed=1)  # no figure near 0, where the rounding of a difference would decide
     first = evaluate(config, sae, tiny_lm, stats())
     assert min(abs(first[name]) for name in ("ce_recovered", "ce_recovered_mean")) > 0.3
-    monkeypatch.setattr("saejax.evals.evaluate._ACTS_ELEMENTS", 64 * 33)  # 33 rows at a time, 128 in a batch
     monkeypatch.setattr(splice, "_LOGIT_BYTES", 4 * 97 * 7)               # logits of 7 tokens at a time
     for function in (splice.token_nll, splice.token_kl):
         function.clear_cache()
@@ -195,10 +195,10 @@ def test_fvu_is_accurate_where_the_mean_dominates():
     offset = np.full(16, 1e3)
     x = (offset + rng.standard_normal((4000, 16))).astype(np.float32)
     recon = (x + 0.1 * rng.standard_normal(x.shape)).astype(np.float32)
-    r = Reconstruction(4, x.mean(0), 1e9)
+    r = Reconstruction(x.mean(0), 1e9)
     for part in range(4):
         rows = slice(part * 1000, part * 1000 + 1000)
-        r.add(x[rows], recon[rows], np.zeros((1000, 4), np.float32), np.ones(1000, bool))
+        r.add(x[rows], recon[rows], np.zeros(1000, int), jnp.zeros(4, int), np.ones(1000, bool))
     x64, recon64 = x.astype(np.float64), recon.astype(np.float64)
     expected = np.square(x64 - recon64).sum() / np.square(x64 - x64.mean(0)).sum()
     assert r.result()["fvu"] == pytest.approx(expected, rel=1e-5)
@@ -209,10 +209,10 @@ def test_outliers_are_counted_and_left_out():
     x = rng.standard_normal((100, 8)).astype(np.float32)
     x[:3] *= 1000
     recon = np.where(np.arange(100)[:, None] < 3, x, 0.5 * x)  # outliers rebuilt perfectly: they flatter the whole
-    r = Reconstruction(2, np.zeros(8), 10 * np.median(np.linalg.norm(x, axis=1)))
+    r = Reconstruction(np.zeros(8), 10 * np.median(np.linalg.norm(x, axis=1)))
     keep = np.ones(100, bool)
     keep[50:] = False
-    r.add(x, recon, np.tile(np.float32([1, 0]), (100, 1)), keep)
+    r.add(x, recon, np.ones(100, int), jnp.array([50, 0]), keep)
     result = r.result()
     x64 = x[3:50].astype(np.float64)
     assert result["outlier_tokens"] == 3 and result["tokens"] == 50
@@ -225,12 +225,12 @@ def test_outliers_are_counted_and_left_out():
 def test_non_finite_activations_are_refused():
     x = np.float32([[1, 2], [np.nan, 0], [3, 1]])
     kept = np.array([True, False, True])
-    masked, without = Reconstruction(1, np.zeros(2), 10.0), Reconstruction(1, np.zeros(2), 10.0)
-    masked.add(x, x / 2, np.zeros((3, 1)), kept)
-    without.add(x[kept], x[kept] / 2, np.zeros((2, 1)), np.ones(2, bool))
+    masked, without = Reconstruction(np.zeros(2), 10.0), Reconstruction(np.zeros(2), 10.0)
+    masked.add(x, x / 2, np.zeros(3, int), jnp.zeros(1, int), kept)
+    without.add(x[kept], x[kept] / 2, np.zeros(2, int), jnp.zeros(1, int), np.ones(2, bool))
     assert masked.result() == without.result() and masked.result()["fvu"] == pytest.approx(15 / 4 / 2.5)
     with pytest.raises(NonFiniteError, match="1 of 3 tokens"):
-        masked.add(x, x / 2, np.zeros((3, 1)), np.ones(3, bool))
+        masked.add(x, x / 2, np.zeros(3, int), jnp.zeros(1, int), np.ones(3, bool))
 
 
 def test_density_histogram_places_every_feature():
