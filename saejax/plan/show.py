@@ -15,7 +15,7 @@ def as_table(plan: dict) -> str:
     """Label and value in two columns, section by section."""
     sections = [_experiment(plan)]
     if "topology" in plan:
-        sections += [_memory(plan), _traffic(plan), _time(plan)]
+        sections += [_memory(plan), _traffic(plan), _time(plan), _checkpoint(plan)]
     if "compiled" in plan:
         sections.append(_compiled(plan))
     width = max(len(label) for section in sections for label, _ in section) + 2
@@ -87,6 +87,16 @@ def _time(plan: dict) -> list[tuple[str, str]]:
             ("store is read at", f"{number(time['store_bytes_per_second'], 'B')}/s, {_input(time['input'])}"),
             ("a batch is drawn from", f"{time['input']['contexts_of_a_batch']:,} contexts"),
             ("training takes", f"{_duration(time['days'] * 86_400)} ({time['steps']:,} steps)")]
+
+
+def _checkpoint(plan: dict) -> list[tuple[str, str]]:
+    saved = plan["checkpoint"]
+    return [("checkpoint", f"{number(saved['bytes'], 'B')}, written in {_duration(saved['write_seconds'])}; the step waits "
+                           f"{_duration(saved['stall_seconds'])}"),
+            ("  saved every", f"{_duration(saved['interval_seconds'])}; with a failure every "
+                              f"{_duration(saved['failure_seconds'])}, {saved['lost']:.2%} of the time is lost"),
+            ("  least is lost", f"{saved['best_lost']:.2%}, with config.checkpoint.every_tokens = "
+                                f"{saved['best_every_tokens']:.1e}".replace("e+0", "e"))]
 
 
 def _input(read: dict) -> str:

@@ -358,3 +358,20 @@ def test_a_run_on_the_chosen_mesh(tmp_path):
     reference = train(fixed, store)
     difference = jax.device_get(trained.state.params.W_dec) - jax.device_get(reference.state.params.W_dec)
     assert abs(difference).max() < 1e-4
+
+
+def test_checkpoints_and_what_a_failure_costs():
+    config = make_config("topk", sae__d_sae=2**20)
+    plan = make_plan(dataclasses.replace(config, mesh=MeshOptions(-1, -1)), "v5e:8x8")
+    saved, kept = plan["checkpoint"], sum(size for name, size in plan["memory"]["by_kind"].items() if name in (
+        "parameters", "counters and scalars", "optimizer float32"))
+    assert saved["bytes"] == kept * plan["topology"]["mesh"]["dict"]
+    assert saved["interval_seconds"] == pytest.approx(config.checkpoint.every_tokens / plan["time"]["tokens_per_second"])
+
+    def lost(interval):
+        return saved["stall_seconds"] / interval + interval / 2 / saved["failure_seconds"]
+
+    assert saved["lost"] == pytest.approx(lost(saved["interval_seconds"]))
+    best = saved["best_every_tokens"] / plan["time"]["tokens_per_second"]
+    assert saved["best_lost"] == pytest.approx(lost(best)) and all(lost(best) <= lost(best * f) for f in (0.5, 0.9, 1.1, 2))
+    assert "of the time is lost" in as_table(plan)
