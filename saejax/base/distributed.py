@@ -4,6 +4,7 @@ Nothing here touches a device before `jax.distributed` has started; importing th
 """
 
 import hashlib
+import json
 import os
 import re
 import socket
@@ -115,6 +116,18 @@ def check_agreement(values: Mapping[str, object],
     # First the names: with another version of the program the values would not even line up.
     _raise_unless_equal(_gathered([_digest("\n".join(names))]), ["what was given (another version of saejax?)"], advice)
     _raise_unless_equal(_gathered([_digest(repr(values[name])) for name in names]), names, advice)
+
+
+def gathered(value) -> list:
+    """What every process has, plain JSON, in the order of the processes: numbers exactly. A collective."""
+    import jax
+    if jax.process_count() == 1:
+        return [value]
+    from jax.experimental import multihost_utils
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.array(len(data), np.int32))).ravel()
+    all_PN = np.asarray(multihost_utils.process_allgather(np.pad(data, (0, int(sizes.max()) - len(data)))))
+    return [json.loads(row[:size].tobytes()) for row, size in zip(all_PN.reshape(len(sizes), -1), sizes, strict=True)]
 
 
 def _digest(text: str) -> int:

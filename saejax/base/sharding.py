@@ -178,6 +178,18 @@ def place_pieces(value: np.ndarray, where: NamedSharding, rows: int, pieces: Seq
     return out if kept else jax.block_until_ready(out)
 
 
+def place_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Rows at rest over all devices: every process gives its own, equally many, a multiple of its number of devices."""
+    where = sharding(mesh, "rows_at_rest", *[None] * (value.ndim - 1))
+    return jax.make_array_from_process_local_data(where, value)
+
+
+def rows_here(x: jax.Array) -> np.ndarray:
+    """The rows of this process of an array whose rows are at rest, as `place_rows` was given them."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
+
+
 def to_host(x: jax.Array) -> np.ndarray:
     """The whole array in every process's host memory (a collective where it spans processes: all must call it)."""
     if x.is_fully_addressable or x.is_fully_replicated:

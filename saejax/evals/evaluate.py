@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 
+from saejax.base.distributed import gathered
 from saejax.base.errors import FormatError, SaejaxError
 from saejax.base.logs import Progress
 from saejax.base.records import OUTLIER_FACTOR, ActivationStats, RunPaths, TokenBatch
@@ -14,7 +16,8 @@ from saejax.base.storage import is_writer, read_json, text_sha256, write_json
 from saejax.config import Config, EvalOptions
 from saejax.data.store import Store
 from saejax.data.text import Text
-from saejax.data.tokens import token_batches
+from saejax.data.token_store import TokenStore
+from saejax.data.tokens import in_memory
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
 from saejax.lm import LM, width_of
@@ -36,8 +39,8 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
     stats: of these hookpoints on other text, as the training store's; the mean serves mean ablation, the median norm the outlier
     bound (10 x). Cross-entropy and KL come with outlier tokens only: every token after an outlier reads it, so that what the
     model loses "without" it is no part of a sum. batch_contexts: in one forward pass. Activations are the language model's own,
-    not rounded to bfloat16. Raises `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is
-    held out, `NonFiniteError`.
+    not rounded to bfloat16. On a mesh over several processes each runs the language model on its share of the contexts. Raises
+    `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
     """
     hookpoints, targets = sae.cfg.hookpoints, sae.cfg.targets
     width = sum(width_of(lm_.cfg, hookpoint) for hookpoint in hookpoints)
@@ -46,22 +49,21 @@ def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats]
                           " evaluate it with the model it was trained on")
     measured = _figures(sae, stats)
     means = {name: stats[name].mean_D for name in targets}
-    sums = splice.SpliceSums()
-    contexts = masked = 0
-    context = text.options.context
-    with Progress("evaluate", options.contexts * context, enabled=progress) as bar:
-        for batch in token_batches(text.options, lm_.tokenizer, batch_contexts, seed=text.seed, split="heldout",
-                                   max_contexts=options.contexts):
-            rows = len(batch.tokens_BT)
-            tokens_BT, keep_BT = _padded(batch, batch_contexts)
-            clean = splice.prefix(lm_.model, tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
-            recon = _reconstruct(sae, clean, keep_BT, measured)
-            lengths_B = np.pad(batch.lengths_B, (0, len(tokens_BT) - rows))
-            sums.add(lm_.model, tokens_BT, keep_BT, {name: clean[name] for name in targets}, recon, means, lengths_B)
-            contexts, masked = contexts + rows, masked + int(batch.lengths_B.sum() - batch.keep_BT.sum())
-            bar.advance(rows * context)
+    sums, masked = splice.SpliceSums(), 0
+    made = in_memory(text.options, lm_.tokenizer, options.contexts, seed=text.seed, split="heldout")
+    contexts, share = min(made.contexts, options.contexts), _Share.of(sae)
+    with Progress("evaluate", contexts * made.context, enabled=progress) as bar:
+        for first in range(0, contexts, batch_contexts * share.of_all):
+            batch = _batch(made, first + batch_contexts * share.number, contexts, batch_contexts)
+            clean = splice.prefix(lm_.model, batch.tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
+            recon = _reconstruct(sae, clean, batch.keep_BT, measured)
+            sums.add(lm_.model, batch.tokens_BT, batch.keep_BT, {name: clean[name] for name in targets}, recon, means,
+                     batch.lengths_B)
+            masked += int(batch.lengths_B.sum() - batch.keep_BT.sum())
+            bar.advance(min(contexts - first, batch_contexts * share.of_all) * made.context)
+    masked, sums = share.together(masked, sums, measured)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
-            "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": context, "masked_tokens": masked,
+            "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": made.context, "masked_tokens": masked,
             "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured), **sums.result()}
 
 
@@ -74,15 +76,19 @@ def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: boo
     measured = _figures(sae, {name: store.stats(name) for name in sae.cfg.targets})
     chosen = np.unique(np.linspace(0, store.n_contexts - 1, options.contexts).astype(int))
     own = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
-    masked = 0
-    with Progress("evaluate", len(chosen) * store.context, enabled=progress) as bar:
-        for first in range(0, len(chosen), _CONTEXTS):
-            spans = [(int(n) * store.context, (int(n) + 1) * store.context) for n in chosen[first:first + _CONTEXTS]]
-            keep_BT = np.stack([store.keep(*span) for span in spans])
-            rows = {name: np.stack([store.read(name, *span).astype(np.float32) for span in spans]) for name in hookpoints}
-            _reconstruct(sae, rows, keep_BT, measured)
-            masked += int((~keep_BT).sum())
-            bar.advance(keep_BT.size)
+    share, T, masked = _Share.of(sae), store.context, 0
+    with Progress("evaluate", len(chosen) * T, enabled=progress) as bar:
+        for first in range(0, len(chosen), _CONTEXTS * share.of_all):
+            mine = chosen[first + _CONTEXTS * share.number:][:_CONTEXTS].tolist()
+            keep_BT = np.stack([store.keep(n * T, n * T + T) for n in mine] or [np.zeros(T, bool)])
+            rows = {name: np.stack([store.read(name, n * T, n * T + T).astype(np.float32) for n in mine]
+                                   or [np.zeros((T, store.width(name)), np.float32)]) for name in hookpoints}
+            masked += len(mine) * T - int(keep_BT.sum())
+            more = (0, _CONTEXTS - len(keep_BT))
+            _reconstruct(sae, {name: np.pad(x_BTD, (more, (0, 0), (0, 0))) for name, x_BTD in rows.items()},
+                         np.pad(keep_BT, (more, (0, 0))), measured)
+            bar.advance(min(len(chosen) - first, _CONTEXTS * share.of_all) * T)
+    masked, _ = share.together(masked, splice.SpliceSums(), measured)
     return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": store.spec.model, "model_digest": store.spec.model_digest,
             "measured_on": f"rows of {'the training' if own else 'a'} store", "hookpoint": sae.cfg.hookpoint,
             "contexts": len(chosen), "context": store.context, "masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR,
@@ -94,10 +100,36 @@ def _figures(sae: SAE, stats: Mapping[str, ActivationStats]) -> dict[str, Recons
             for name in sae.cfg.targets}
 
 
-def _padded(batch: TokenBatch, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask of `rows` rows: one shape, so that nothing is compiled twice. Added rows are masked."""
-    pad = ((0, rows - len(batch.tokens_BT)), (0, 0))
-    return np.pad(batch.tokens_BT, pad, mode="edge"), np.pad(batch.keep_BT, pad, constant_values=False)
+@dataclass(frozen=True)
+class _Share:
+    """Which part of the batches this process measures: one of as many as the SAE's mesh has processes."""
+
+    number: int = 0
+    of_all: int = 1
+
+    @classmethod
+    def of(cls, sae: SAE) -> "_Share":
+        several = sae.mesh is not None and sae.mesh.is_multi_process
+        return cls(jax.process_index(), jax.process_count()) if several else cls()
+
+    def together(self, masked: int, sums: splice.SpliceSums,
+                 measured: dict[str, Reconstruction]) -> tuple[int, splice.SpliceSums]:
+        """What all processes have measured, in each of them."""
+        if self.of_all == 1:
+            return masked, sums
+        parts = gathered({"masked": masked, "splice": asdict(sums), "layers": {n: one.sums() for n, one in measured.items()}})
+        for name, figures in measured.items():
+            figures.become([part["layers"][name] for part in parts])
+        return sum(part["masked"] for part in parts), splice.SpliceSums.together([part["splice"] for part in parts])
+
+
+def _batch(made: TokenStore, first: int, last: int, rows: int) -> TokenBatch:
+    """`rows` contexts from number `first` on: one shape, so that nothing is compiled twice. Those from `last` on are masked."""
+    numbers = np.arange(first, min(first + rows, last), dtype=np.int64)
+    tokens_BT = made.read(numbers)
+    keep_BT, lengths_B, room = made.keep(tokens_BT, numbers), made.lengths(tokens_BT), rows - len(numbers)
+    return TokenBatch(np.pad(tokens_BT, ((0, room), (0, 0))), np.pad(keep_BT, ((0, room), (0, 0))), numbers,
+                      np.pad(lengths_B, (0, room)))
 
 
 def _reconstruct(sae: SAE, clean: dict, keep_BT: np.ndarray, into: dict[str, Reconstruction]) -> dict:

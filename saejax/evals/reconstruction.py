@@ -5,7 +5,7 @@ Nothing is kept per token. Sums are float64 on the host; squared distances are t
 """
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,20 @@ class Reconstruction:
             sums.add(parts, group)
         self._fired_F = fired_F if self._fired_F is None else _added(self._fired_F, fired_F)
         self._l0_counts.update(np.asarray(l0_N)[keep_N].tolist())
+
+    def sums(self) -> dict:
+        """What it has summed so far but for how often features fired, as plain JSON."""
+        groups = [{f.name: getattr(s, f.name) for f in fields(s)} | {"centred_D": s.centred_D.tolist()} for s in self._groups]
+        return {"groups": groups, "l0": {str(l0): rows for l0, rows in self._l0_counts.items()}}
+
+    def become(self, parts: list[dict]) -> None:
+        """Takes the `sums` of several processes for its own."""
+        for group, total in enumerate(self._groups):
+            each = [part["groups"][group] for part in parts]
+            for f in fields(total):
+                values = [np.asarray(one[f.name]) if f.name == "centred_D" else one[f.name] for one in each]
+                setattr(total, f.name, total.d_in if f.name == "d_in" else sum(values[1:], values[0]))
+        self._l0_counts = sum((Counter({int(l0): rows for l0, rows in part["l0"].items()}) for part in parts), Counter())
 
     def result(self) -> dict:
         """Every figure over the kept tokens.

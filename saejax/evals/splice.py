@@ -116,6 +116,11 @@ class SpliceSums:
                 self.kl += _total(token_kl(model, clean_BTD, final_BTD), lengths_B)
         self.tokens += int(np.maximum(lengths_B - 1, 0).sum())
 
+    @classmethod
+    def together(cls, parts: list[dict]) -> "SpliceSums":
+        """Of what several processes summed, as `asdict` gives it."""
+        return cls(**{name: sum(part[name] for part in parts) for name in parts[0]})
+
     def result(self) -> dict:
         """Means per predicted token; ce_recovered = (zero - spliced) / (zero - clean), None where that is undefined."""
         clean, spliced, zero, mean, kl = (

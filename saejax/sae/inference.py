@@ -230,16 +230,19 @@ class SAE:
     def measure(self, x_ND, counted_N) -> Measured:
         """What evaluation counts of rows [N, d_in]: their reconstruction [N, d_out], how many features are active in each, and in
         how many of those with `counted_N` each feature is. No array of rows x features is made, whatever the size.
+
+        On a mesh over several processes each gives rows of its own, equally many, and gets what belongs to them; what is counted
+        of features is that of all.
         """
         x_ND, counted_N, n = np.asarray(x_ND), np.asarray(counted_N, bool), len(x_ND)
         if self.mesh is None:
             return _measured(self.cfg.spec, self.cfg.input_norm, self.params, x_ND, counted_N)
-        more = -n % self.mesh.size
+        more = -n % len(self.mesh.local_devices)
         with jax.set_mesh(self.mesh):
-            rows = sharding.place(np.pad(x_ND, ((0, more), (0, 0))), sharding.sharding(self.mesh, "rows_at_rest", None))
-            counted = sharding.place(np.pad(counted_N, (0, more)), sharding.sharding(self.mesh, None))
+            rows, counted = (sharding.place_rows(np.pad(value, [(0, more)] + [(0, 0)] * (value.ndim - 1)), self.mesh)
+                             for value in (x_ND, counted_N))
             found = _measured(self.cfg.spec, self.cfg.input_norm, self.params, rows, counted)
-        return found.replace(recon_BD=sharding.to_host(found.recon_BD)[:n], l0_B=found.l0_B[:n])
+        return found.replace(recon_BD=sharding.rows_here(found.recon_BD)[:n], l0_B=sharding.rows_here(found.l0_B)[:n])
 
     def offset(self, x) -> jax.Array:
         """What the reconstruction [..., d_out] of rows x is without any feature: b_dec, in the units and with the mean of the row

@@ -25,8 +25,8 @@ _REST = sharding.spec("rows_at_rest", None)
 
 @struct.dataclass
 class Measured:
-    """recon_BD: float32, rows at rest. l0_B: active features of each row. fired_F: in how many of the counted rows each feature
-    is active, split over `dict`. Both int32.
+    """recon_BD: float32. l0_B: active features of each row. fired_F: in how many of the counted rows each feature is active,
+    split over `dict`. Both int32. Rows are at rest.
     """
 
     recon_BD: jax.Array
@@ -42,7 +42,7 @@ def measured(spec: SAESpec, params: SAEParams, x_BD: jax.Array, counted_B: jax.A
     counted_B = jax.sharding.reshard(counted_B, _B) if sharding.mesh_is_set() else counted_B
     of = _by_tiles if spec.kind in LOSSES else _by_pairs if spec.kind in WITH_K else _whole
     found = of(spec, params, read_BD, counted_B)
-    l0_B = jax.sharding.reshard(found.l0_B, jax.P()) if sharding.mesh_is_set() else found.l0_B
+    l0_B = jax.sharding.reshard(found.l0_B, sharding.spec("rows_at_rest")) if sharding.mesh_is_set() else found.l0_B
     return found.replace(recon_BD=found.recon_BD + params.b_dec + skipped(spec, params, x_BD), l0_B=l0_B)
 
 
