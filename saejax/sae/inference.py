@@ -62,6 +62,11 @@ class SAEConfig:
         read = self.hookpoint if len(self.hookpoints) < 3 else f"{self.hookpoints[0]} ... {self.hookpoints[-1]}"
         return f"{read} -> {self.target}" if self.target else read
 
+    def __str__(self) -> str:
+        k = f", k={self.k}" if self.k else ""
+        shape = "" if self.spec.shape == "sae" else f" {self.spec.shape}"
+        return f"SAE({self.kind}{shape}{k}, d_in={self.d_in}, d_sae={self.d_sae}, {self.place} of {self.model})"[:150]
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The hookpoints that are reconstructed."""
@@ -227,8 +232,8 @@ class SAE:
         return self.reconstruct(x)[0]
 
     def save(self, path: str | Path) -> Path:
-        """Writes the SAE as a directory that `saejax.load` and SAELens read; returns it. Raises `FormatError` where nothing
-        writes it: `saejax.load` gives an SAE its writer.
+        """Writes the SAE as a release, which `saejax.load` reads, and SAELens where it is one file; returns the directory. Raises
+        `FormatError` where nothing writes it: `saejax.load` gives an SAE its writer.
         """
         if self.writer is None:
             raise FormatError("this SAE was made in Python; saejax.formats.saelens.write(directory, sae) writes it")
@@ -269,10 +274,7 @@ class SAE:
             return out.reshape(*lead, out.shape[-1], out_sharding=jax.P(*(None,) * len(lead), last))
 
     def __repr__(self) -> str:
-        c = self.cfg
-        k = f", k={c.k}" if c.k else ""
-        shape = "" if c.spec.shape == "sae" else f" {c.spec.shape}"
-        return f"SAE({c.kind}{shape}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {c.place} of {c.model})"[:150]
+        return str(self.cfg)
 
     def _repr_html_(self) -> str | None:
         return None if self.card is None else self.card(self)

@@ -23,9 +23,9 @@ def run(options: Options) -> int:
     if options.approximate != (options.rows is not None):
         raise ConfigError("saejax convert: --approximate and --rows=FILE.npy go together: the error is measured on those rows")
     source, directory = options.paths[0], Path(options.paths[1])
-    sae, compared = convert(source, directory, options.to, None if options.rows is None else array_of("rows", options.rows))
+    cfg, compared = convert(source, directory, options.to, None if options.rows is None else array_of("rows", options.rows))
     if is_writer():
-        print(f"converted {directory}: {options.to}, {sae}\ncompared  {compared}")
+        print(f"converted {directory}: {options.to}, {cfg}\ncompared  {compared}")
     return 0
 
 
