@@ -187,10 +187,13 @@ def to_host(x: jax.Array) -> np.ndarray:
 
 
 def row_shards(x: jax.Array) -> list[tuple[int, int, frozenset[int]]]:
-    """How the rows of an array are cut: (first, one past the last, the processes whose devices hold them), in order."""
+    """How the rows of an array are cut: (first, one past the last, the processes whose devices hold them), in order. What lies on
+    devices of one process only, every process has for itself.
+    """
     held: dict[tuple[int, int], set[int]] = {}
     for device, index in x.sharding.devices_indices_map(x.shape).items():
-        held.setdefault(index[0].indices(x.shape[0])[:2], set()).add(device.process_index)
+        processes = range(jax.process_count()) if x.is_fully_addressable else [device.process_index]
+        held.setdefault(index[0].indices(x.shape[0])[:2], set()).update(processes)
     return [(first, stop, frozenset(processes)) for (first, stop), processes in sorted(held.items())]
 
 

@@ -53,8 +53,7 @@ def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FormatError(f"{directory}: is not empty; two formats in one folder cannot be told apart, give another one")
-    _, place, _ = located(source)
-    if to == "saelens" and rows is None and saelens.listed(place) is not None:
+    if to == "saelens" and rows is None and saelens.listed(place := located(source)[1]) is not None:
         return _joined(place, directory)
     sae = load(source)
     _check_saelens(sae.cfg, to)

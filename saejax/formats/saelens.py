@@ -8,7 +8,7 @@ W_enc + b_enc. `model_name` is what other libraries load: of a preset the publis
 
 Above `FILE_BYTES` the weights are in several files, `sae_weights-00001-of-00004.safetensors` and so on, each with the tensors of
 its own range of features; what has no feature axis (b_dec, W_skip) is in all of them. `metadata.saejax.files` lists them:
-`file`, `first` and `last` feature, `sha256`. SAELens reads one file only: `saejax convert --to=saelens` writes that.
+`file`, `first` and `last` feature, `sha256`. SAELens reads one file only: `saejax convert` to saelens writes that.
 """
 
 import contextlib
@@ -97,7 +97,7 @@ def write_from(directory: Path, cfg: SAEConfig, source: streamed.Source, files: 
     names = [WEIGHTS] if len(files) == 1 else [SHARD.format(n, len(files)) for n in range(1, len(files) + 1)]
     total = sum(streamed.tensor_bytes(cfg.spec, of.stop - of.first) for of in files)
     architecture(cfg)
-    with together(f"{directory}: release"):
+    with together("saejax_release"):
         if is_writer():
             check_room(directory, total)
     digests = _write_weights(directory, cfg, source, dict(zip(names, files, strict=True)))
@@ -130,12 +130,11 @@ def _write_weights(directory: Path, cfg: SAEConfig, source: streamed.Source, fil
     """The digests of all files. They are whole under other names before the first takes its place: of a release that was there
     nothing is lost till then.
     """
-    here, what = jax.process_index(), f"{directory}: release"
-    digests = np.zeros((len(files), 32), np.uint8)
+    here, digests = jax.process_index(), np.zeros((len(files), 32), np.uint8)
     sizes = {name: streamed.tensor_bytes(cfg.spec, of.stop - of.first) for name, of in files.items()}
     own = sum(sizes[name] for name, of in files.items() if of.process == here)
-    with together(what), contextlib.ExitStack() as stack:
-        with together(what), Progress("write", own, unit="B", enabled=sum(sizes.values()) > FILE_BYTES) as bar:
+    with together("saejax_release"), contextlib.ExitStack() as stack:
+        with together("saejax_release"), Progress("write", own, unit="B", enabled=sum(sizes.values()) > FILE_BYTES) as bar:
             for number, (name, of) in enumerate(files.items()):
                 if of.process == here:
                     f = stack.enter_context(replacing(directory / name))

@@ -91,7 +91,7 @@ def read(directory: Path, mesh: Mesh | None = None, features: range | slice | No
     not of topk, which compares all features of a row. Raises `FormatError` naming file and key or tensor.
     """
     spanning = mesh is not None and mesh.is_multi_process
-    with together(f"{directory}: load") if spanning else contextlib.nullcontext():
+    with together("saejax_load") if spanning else contextlib.nullcontext():
         found = opened(directory, mesh, features)
     params = read_params(found.file, found.cfg.spec, found.parts, mesh, found.ignored, found.dtypes)
     if found.folds != _Folds():
@@ -168,7 +168,7 @@ def _part(directory: Path, cfg: SAEConfig, own: dict, features: range) -> tuple[
 def _range(features: range | slice, cfg: SAEConfig, source: Path) -> range:
     if cfg.kind == "topk":
         raise FormatError(f"{source}: features={features} of a topk SAE: which features are active depends on all of them; load "
-                          "it whole, or release it with one threshold (saejax release --jumprelu)")
+                          "it whole, or release it as jumprelu, with one threshold (an option of saejax release)")
     if isinstance(features, slice):
         start, stop, step = features.start or 0, cfg.d_sae if features.stop is None else features.stop, features.step or 1
     else:

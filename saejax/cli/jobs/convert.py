@@ -33,5 +33,6 @@ JOB = Job(
     "convert", "exchange", "an SAE of any library -> the files of another one", """
     Reads SRC: a run, a checkpoint step, a release, files of SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI,
     OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub; writes the directory DST, reads it back and compares. What
-    the format cannot express exactly is refused with the reason (docs/how-to/other_libraries.md).
+    the format cannot express exactly is refused with the reason (docs/how-to/other_libraries.md). For saelens the weights are one
+    file; a release in several files is joined piece by piece.
     """, "saejax convert runs/demo my_sae --to=dictionary_learning", Options, run)
