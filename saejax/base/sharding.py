@@ -184,7 +184,7 @@ def place_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.make_array_from_process_local_data(where, value)
 
 
-def rows_here(x: jax.Array) -> np.ndarray:
+def own_rows(x: jax.Array) -> np.ndarray:
     """The rows of this process of an array whose rows are at rest, as `place_rows` was given them."""
     parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)])
@@ -196,3 +196,27 @@ def to_host(x: jax.Array) -> np.ndarray:
         return np.asarray(jax.device_get(x))
     from jax.experimental import multihost_utils
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def row_shards(x: jax.Array) -> list[tuple[int, int, frozenset[int]]]:
+    """How the rows of an array are cut: (first, one past the last, the processes whose devices hold them), in order. What lies on
+    devices of one process only, every process has for itself.
+    """
+    held: dict[tuple[int, int], set[int]] = {}
+    for device, index in x.sharding.devices_indices_map(x.shape).items():
+        processes = range(jax.process_count()) if x.is_fully_addressable else [device.process_index]
+        held.setdefault(index[0].indices(x.shape[0])[:2], set()).update(processes)
+    return [(first, stop, frozenset(processes)) for (first, stop), processes in sorted(held.items())]
+
+
+def rows_here(x: jax.Array, first: int, stop: int) -> np.ndarray:
+    """Rows first to stop - 1, all held by devices of this process, in host memory; no other row passes through it."""
+    held = {shard.index[0].indices(x.shape[0])[:2]: shard.data for shard in x.addressable_shards}
+    parts = [_rows(data, max(first, a) - a, min(stop, b) - a) for (a, b), data in sorted(held.items()) if a < stop and first < b]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _rows(data: jax.Array, first: int, stop: int) -> np.ndarray:
+    if next(iter(data.devices())).platform == "cpu":
+        return np.asarray(data)[first:stop]  # the device's own memory
+    return np.asarray(jax.lax.dynamic_slice_in_dim(data, first, stop - first))

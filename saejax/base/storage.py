@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -83,6 +84,18 @@ def reserve(path: str | Path, size: int) -> None:
         else:
             for start in range(0, size, 1 << 22):
                 f.write(bytes(min(1 << 22, size - start)))
+
+
+def check_room(directory: str | Path, needed: int) -> None:
+    """Raises `DiskError` unless `needed` bytes are free where the directory is or will be."""
+    place = Path(directory).absolute()
+    while not place.exists():
+        place = place.parent
+    with disk_errors(directory):
+        free = shutil.disk_usage(place).free
+    if free < needed:
+        raise DiskError(f"{directory}: {needed:,} bytes will be written and {free:,} are free; free space or choose another "
+                        "directory")
 
 
 def write_json(path: str | Path, value) -> None:

@@ -10,7 +10,10 @@ from jax.sharding import Mesh
 
 from saejax.base import sharding
 from saejax.formats.arrays import FLOATS, ArrayFile
+from saejax.formats.ranges import FeatureFiles
 from saejax.sae import SAEParams, SAESpec, from_tensors, param_shapes, param_shardings, tensors
+
+Tensors = ArrayFile | FeatureFiles
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def expected_shapes(spec: SAESpec, parts: Mapping[str, Part]) -> dict[str, tuple
             for name, part in parts.items() if part.fill is None}
 
 
-def read_params(file: ArrayFile, spec: SAESpec, parts: Mapping[str, Part], mesh: Mesh | None, ignored: tuple[str, ...] = (),
+def read_params(file: Tensors, spec: SAESpec, parts: Mapping[str, Part], mesh: Mesh | None, ignored: tuple[str, ...] = (),
                 dtypes: tuple[str, ...] = FLOATS) -> SAEParams:
     """The parameters, float32, placed over `mesh` (None: one device). Names, shapes and dtypes are checked before any tensor is
     read; raises `FormatError`.
@@ -51,22 +54,23 @@ def read_params(file: ArrayFile, spec: SAESpec, parts: Mapping[str, Part], mesh:
     return from_tensors({name: _placed(file, part, shapes[name], where[name]) for name, part in parts.items()})
 
 
-def _whole(file: ArrayFile, part: Part, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.asarray(_piece(file, part, shape, tuple(slice(0, n) for n in shape)))
+def _whole(file: Tensors, part: Part, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(piece(file, part, shape, tuple(slice(0, n) for n in shape)))
 
 
-def _placed(file: ArrayFile, part: Part, shape: tuple[int, ...], where: jax.sharding.NamedSharding) -> jax.Array:
+def _placed(file: Tensors, part: Part, shape: tuple[int, ...], where: jax.sharding.NamedSharding) -> jax.Array:
     """Device by device, not all pieces at once: the host never holds more than one of them beside the devices' own copies."""
-    pieces, last, piece = [], None, None
+    pieces, last, value = [], None, None
     for device, index in where.addressable_devices_indices_map(shape).items():
         bounds = tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))
         if bounds != last:
-            last, piece = bounds, _piece(file, part, shape, bounds)
-        pieces.append(jax.block_until_ready(jax.device_put(piece, device)))
+            last, value = bounds, piece(file, part, shape, bounds)
+        pieces.append(jax.block_until_ready(jax.device_put(value, device)))
     return jax.make_array_from_single_device_arrays(shape, where, pieces)
 
 
-def _piece(file: ArrayFile, part: Part, shape: tuple[int, ...], bounds: tuple[slice, ...]) -> np.ndarray:
+def piece(file: Tensors, part: Part, shape: tuple[int, ...], bounds: tuple[slice, ...]) -> np.ndarray:
+    """The part of a parameter of this shape that lies within bounds, float32."""
     if part.fill is not None:
         return np.full([b.stop - b.start for b in bounds], part.fill, np.float32)
     if part.transposed:

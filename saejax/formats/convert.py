@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.base.errors import FormatError
-from saejax.formats import saelens
-from saejax.formats.loading import FORMATS, load
+from saejax.formats import saelens, saelens_read, streamed
+from saejax.formats.loading import FORMATS, load, located
+from saejax.formats.ranges import Range
+from saejax.sae import param_shapes, tensors
 from saejax.sae.calibrate import calibrate, scaled
-from saejax.sae.inference import SAE
+from saejax.sae.inference import SAE, SAEConfig
 
 _SEED, _ROWS = 0, 64
 LIMIT = 1e-4  # relative to the largest value
@@ -36,8 +38,10 @@ class Agreement:
                 f"{self.other_features} other features active")
 
 
-def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray | None = None) -> tuple[SAE, str]:
+def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray | None = None) -> tuple[SAEConfig, str]:
     """Writes the SAE at `source` in the format `to` and reads it back; (what was read, one line on what was compared).
+
+    A release in several files goes into SAELens' one file block by block; otherwise the SAE passes through host memory whole.
 
     rows [N, d_in]: activations; with them a topk SAE may be written with one threshold where `to` has no topk (approximate), and
     the line states what that changes on them. Without rows the function is the same or nothing is written. Raises `FormatError`
@@ -49,8 +53,10 @@ def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FormatError(f"{directory}: is not empty; two formats in one folder cannot be told apart, give another one")
+    if to == "saelens" and rows is None and saelens.listed(place := located(source)[1]) is not None:
+        return _joined(place, directory)
     sae = load(source)
-    _check_saelens(sae, to)
+    _check_saelens(sae.cfg, to)
     note = ""
     if rows is not None:
         if sae.cfg.kind != "topk" or to != "gemma_scope":
@@ -62,13 +68,27 @@ def convert(source: str | Path, directory: str | Path, to: str, rows: np.ndarray
     measured = agreement(sae, written, _random_rows(sae) if rows is None else rows)
     if not measured.good:
         raise FormatError(f"{directory}: what was written does not agree with {source} ({measured}); do not use it")
-    return written, f"{measured}{note}"
+    return written.cfg, f"{measured}{note}"
 
 
-def _check_saelens(sae: SAE, to: str) -> None:
-    if to == "saelens" and saelens.architecture(sae.cfg) not in saelens.KNOWN_TO_SAELENS:
-        raise FormatError(f"a {sae.cfg.kind} {sae.cfg.spec.shape} cannot be written for SAELens, which has no architecture "
-                          f"{saelens.architecture(sae.cfg)!r}; it knows {', '.join(saelens.KNOWN_TO_SAELENS)}")
+def _joined(source: Path, directory: Path) -> tuple[SAEConfig, str]:
+    """A release in several files as one, every value compared."""
+    found = saelens_read.opened(source)
+    _check_saelens(found.cfg, "saelens")
+    saelens.write_from(directory, found.cfg, found.source(), [Range(0, found.cfg.d_sae)])
+    written = saelens_read.opened(directory)
+    before, after = found.source(), written.source()
+    for name, shape in tensors(param_shapes(found.cfg.spec, folded=True)).items():
+        for first, stop in streamed.blocks(shape):
+            if not np.array_equal(before.rows(name, first, stop), after.rows(name, first, stop)):
+                raise FormatError(f"{directory}: {name}: what was written is not what {source} holds; do not use it")
+    return written.cfg, f"all {found.cfg.d_sae:,} features of {len(saelens.weights(found.cfg))} files: the same values"
+
+
+def _check_saelens(cfg: SAEConfig, to: str) -> None:
+    if to == "saelens" and saelens.architecture(cfg) not in saelens.KNOWN_TO_SAELENS:
+        raise FormatError(f"a {cfg.kind} {cfg.spec.shape} cannot be written for SAELens, which has no architecture "
+                          f"{saelens.architecture(cfg)!r}; it knows {', '.join(saelens.KNOWN_TO_SAELENS)}")
 
 
 def check_rows(rows: np.ndarray, sae: SAE) -> np.ndarray:

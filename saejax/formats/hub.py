@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
 from saejax.base.errors import FormatError
@@ -11,8 +12,9 @@ from saejax.formats.keys import counted, one_of
 
 _SOURCE = re.compile(r"(?P<repo>[\w.\-]+/[\w.\-]+)(?:@(?P<revision>[\w.\-/]+))?:(?P<path>[^:]*)")
 # The only files that are fetched from a folder: those that some format consists of.
-WANTED = ("cfg.json", "config.json", "hyperparams.json", "sae_weights.safetensors", "sae.safetensors", "params.safetensors",
-          "params.npz", "ae.pt", "activation_scaler.json", "checkpoints/final.safetensors")
+WANTED = ("cfg.json", "config.json", "hyperparams.json", "sae_weights.safetensors", "sae_weights-?????-of-?????.safetensors",
+          "sae.safetensors", "params.safetensors", "params.npz", "ae.pt", "activation_scaler.json",
+          "checkpoints/final.safetensors")
 _FILES = (".pt", ".pth", ".npz")
 
 
@@ -87,9 +89,9 @@ def _below(source: Source, snapshot: Path) -> list[str]:
         files = [file.relative_to(snapshot).as_posix() for file in snapshot.rglob("*") if file.is_file()]
     start, found = f"{source.path}/" if source.path else "", set()
     for file in (file.removeprefix(start) for file in files if file.startswith(start)):
-        weights = next((name for name in WANTED if not name.endswith(".json") and file.endswith(f"/{name}")), None)
+        weights = next((name for name in WANTED if not name.endswith(".json") and fnmatchcase(file, f"*/{name}")), None)
         if weights or file.endswith(_FILES):
-            found.add(file.removesuffix(f"/{weights}") if weights else file)
+            found.add(file.rsplit("/", 1 + weights.count("/"))[0] if weights else file)
     return sorted((place for place in found if place.rpartition("/")[0] not in found), key=counted)  # no data beside an SAE
 
 

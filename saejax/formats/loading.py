@@ -1,5 +1,6 @@
 """`saejax.load`: one door for releases, runs, checkpoint steps and the files of other libraries, told apart by content."""
 
+import functools
 import inspect
 import os
 from collections.abc import Callable
@@ -38,22 +39,20 @@ class Format:
     write: Callable[[Path, SAE], None] | None = None
 
 
-def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SAE:
+def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto", features: range | slice | None = None) -> SAE:
     """The SAE at `path`: a release, a run (newest checkpoint that verifies), a checkpoint step, files of SAELens, sparsify,
     dictionary_learning, Gemma Scope, OpenAI, OpenMOSS or Goodfire, or of a Hugging Face repository as "org/repo:path/in/repo"
     ("org/repo@revision:path").
 
-    mesh: a ("data", "dict") mesh to split the dictionary over; None: one device. format: a name of `FORMATS`, or "auto". Feature
-    activations are those of the library that wrote the files. Raises `FormatError` when nothing fits, when more than one format
-    does, or for anything in the files that is not understood; `CheckpointError` / `CheckpointCorruptError` when nothing of a run
-    verifies. Nothing found in the path is executed.
+    mesh: a ("data", "dict") mesh to split the dictionary over; None: one device. format: a name of `FORMATS`, or "auto".
+    features: of a release only these neighbours, such as range(0, 4096), as an SAE of their own; only their bytes are read, and
+    digests, which are of whole files, are not verified. Feature activations are those of the library that wrote the files. Raises
+    `FormatError` when nothing fits, when more than one format does, or for anything in the files that is not understood;
+    `CheckpointError` / `CheckpointCorruptError` when nothing of a run verifies. Nothing found in the path is executed.
     """
     if trouble := bucket_trouble(path):
         raise FormatError(trouble)
-    source = hub.parse(path)
-    if source is not None:
-        path, revision = hub.fetch(source)
-    path = Path(path)
+    source, path, revision = located(path)
     name = recognise(path) if format == "auto" else format
     if name not in FORMATS:
         raise FormatError(f"format={name!r} is not one of auto, {', '.join(FORMATS)}")
@@ -63,6 +62,11 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
         _refuse_many(path)
     reader = FORMATS[name].read
     extra = {"origin": source.origin} if source is not None and "origin" in inspect.signature(reader).parameters else {}
+    if features is not None:
+        if "features" not in inspect.signature(reader).parameters:
+            raise FormatError(f"{path}: features={features}: only releases and files of SAELens are read in part, and this is of "
+                              f"format {name}; load it whole, or write a release of it")
+        extra["features"] = features
     sae = reader(path, mesh, **extra)
     if name not in OURS and "saejax_version" not in sae.cfg.metadata:
         sae.cfg.metadata.setdefault("source", {"format": name})
@@ -71,6 +75,12 @@ def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SA
     if source is not None:
         sae.cfg.metadata["hub"] = {"repo": source.repo, "path": source.path, "revision": revision}
     return sae
+
+
+def located(path: str | Path) -> tuple[hub.Source | None, Path, str]:
+    """(the place in a repository or None, where that is on this machine, its commit)"""
+    source = hub.parse(path)
+    return (None, Path(path), "") if source is None else (source, *hub.fetch(source))
 
 
 def recognise(path: Path) -> str:
@@ -178,7 +188,8 @@ OURS = ("run", "checkpoint")
 FORMATS = {
     "run": Format(_is_run, _read_run, "config.json + checkpoints/"),
     "checkpoint": Format(is_step, from_checkpoint, "meta/ + state/"),
-    "saelens": Format(saelens.is_release, saelens_read.read, f"{saelens.CONFIG} + {saelens.WEIGHTS}", saelens.write),
+    "saelens": Format(saelens.is_release, saelens_read.read, f"{saelens.CONFIG} + {saelens.WEIGHTS}",
+                      functools.partial(saelens.write, single=True)),
     "sparsify": Format(sparsify.recognise, sparsify.read, sparsify.NEEDS, sparsify.write),
     "gemma_scope": Format(gemma_scope.recognise, gemma_scope.read, gemma_scope.NEEDS, gemma_scope.write),
     "dictionary_learning": Format(dictionary_learning.recognise, dictionary_learning.read, dictionary_learning.NEEDS,

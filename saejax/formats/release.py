@@ -32,7 +32,7 @@ def release(sae: SAE, out: Path, metrics: dict | None = None) -> Path:
         saelens.write(out, sae)
         if is_writer():
             write_json(out / "metrics.json", metrics or {})
-            write_bytes(out / "README.md", _card(sae, metrics or {}).encode())
+            write_bytes(out / "README.md", _card(sae, metrics or {}, saelens.listed(out) is None).encode())
     return out
 
 
@@ -53,7 +53,7 @@ def with_one_threshold(step: Path, mesh: Mesh | None, rows: np.ndarray) -> SAE:
     return sae
 
 
-def _card(sae: SAE, metrics: dict) -> str:
+def _card(sae: SAE, metrics: dict, one_file: bool) -> str:
     c = sae.cfg
     held_out = f" (silent on {metrics['tokens']:,} tokens)" if "tokens" in metrics else ""
     rows = "\n".join(f"| {key}{held_out if key == 'dead_fraction' else ''} | {value:{',' if isinstance(value, int) else '.4g'}} |"
@@ -62,8 +62,9 @@ def _card(sae: SAE, metrics: dict) -> str:
     what = {"sae": "Sparse autoencoder", "transcoder": "Transcoder", "skip transcoder": "Skip transcoder",
             "crosscoder": "Crosscoder"}[c.spec.shape]
     where = f"{c.hookpoint} to {c.target}" if c.target else ", ".join(c.hookpoints)
-    readers = ("\nSAELens reads the same directory: `sae_lens.SAE.load_from_disk(path)`.\n"
-               if saelens.architecture(c) in saelens.KNOWN_TO_SAELENS else "")
+    readers = ("\nSAELens reads the same directory: `sae_lens.SAE.load_from_disk(path)`.\n" if one_file else
+               "\nThe weights are in several files; `saejax convert` writes the one file that SAELens reads.\n")
+    readers = readers if saelens.architecture(c) in saelens.KNOWN_TO_SAELENS else ""
     measured = c.metadata.get("calibration")
     threshold = (f"\nTrained as topk; the one threshold of all features was measured on {measured['rows']:,} rows, on which "
                  f"{measured['l0']:.4g} features fire per row (k = {measured['k']}).\n" if measured else "")

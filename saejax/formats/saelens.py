@@ -5,31 +5,47 @@ Tensors (float32): W_enc [d_in, d_sae], b_enc [d_sae], W_dec [d_sae, d_out], b_d
 every kind, and transcoders of kind relu and jumprelu; the other shapes follow the same pattern under names that it refuses.
 Normalisation and, except for topk, decoder norms are folded, so raw activations go in: pre = (x - b_dec if apply_b_dec_to_input)
 W_enc + b_enc. `model_name` is what other libraries load: of a preset the published model; `metadata.saejax.lm` says what it is.
+
+Above `FILE_BYTES` the weights are in several files, `sae_weights-00001-of-00004.safetensors` and so on, each with the tensors of
+its own range of features; what has no feature axis (b_dec, W_skip) is in all of them. `metadata.saejax.files` lists them:
+`file`, `first` and `last` feature, `sha256`. SAELens reads one file only: `saejax convert` to saelens writes that.
 """
 
-import hashlib
+import contextlib
+import os
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
-from safetensors.numpy import save
 
-from saejax.base import sharding
+from saejax.base import distributed
 from saejax.base.assets import MODELS, provenance, published
 from saejax.base.errors import FormatError
-from saejax.base.storage import is_writer, write_bytes, write_json
+from saejax.base.logs import Progress, say
+from saejax.base.storage import check_room, file_sha256, is_writer, replacing, together, write_json
 from saejax.base.version import __version__
-from saejax.sae import tensors
+from saejax.formats import streamed
+from saejax.formats.assembling import Part, parts_of
+from saejax.formats.keys import json_object
+from saejax.formats.ranges import Range, ranges
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.row_norm import CENTER, NONE
 
 SCHEMA_VERSION = 1
 WEIGHTS, CONFIG = "sae_weights.safetensors", "cfg.json"
+FILE_BYTES = 4_000_000_000  # of weights in one file; beyond, a release has several
+SHARD = "sae_weights-{:05d}-of-{:05d}.safetensors"
+_SHARD = re.compile(r"sae_weights-\d{5}-of-\d{5}\.safetensors")
 _PLAIN = {"relu": "standard", "topk": "topk", "gated": "gated", "jumprelu": "jumprelu"}
 _SHAPES = {"transcoder": "transcoder", "skip transcoder": "skip_transcoder", "crosscoder": "crosscoder"}
 ARCHITECTURES = {(kind, "sae"): name for kind, name in _PLAIN.items()} | {
     (kind, shape): ("" if kind == "relu" else f"{kind}_") + name for kind in _PLAIN for shape, name in _SHAPES.items()}
 KNOWN_TO_SAELENS = (*_PLAIN.values(), "transcoder", "skip_transcoder", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 TRANSPOSED = ("W_enc", "W_skip")  # stored here the other way round
+NAMES = {"gated": {"b_enc": "b_gate"}}  # tensors that are called otherwise than the parameters of a kind
+DIGESTS = ("weights_sha256", "files")  # in metadata.saejax: of one file, of several
 SAELENS_VERSION = "6.54.12"  # the reader that releases are checked against; readers treat < 6 as an older layout
 
 
@@ -45,26 +61,86 @@ def _centred(cfg: SAEConfig, theirs: dict) -> dict:
     return {"model_from_pretrained_kwargs": (theirs.get("model_from_pretrained_kwargs") or {}) | {"center_writing_weights": True}}
 
 
+def listed(path: Path) -> list | None:
+    """The entries of `metadata.saejax.files` of a release in several files; None for others. Nothing is checked."""
+    found = json_object(path / CONFIG)
+    for key in ("metadata", "saejax", "files"):
+        found = found.get(key) if isinstance(found, dict) else None
+    return found if isinstance(found, list) else None
+
+
 def is_release(path: Path) -> bool:
-    """True for a directory that holds both files of a release."""
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+    """True for a directory that holds a `cfg.json` and weights beside it, or names the several files that hold them."""
+    return (path / CONFIG).is_file() and ((path / WEIGHTS).is_file() or listed(path) is not None)
 
 
-def write(directory: Path, sae: SAE) -> None:
-    """Writes `cfg.json` and the weights; the weights are whole on disk before `cfg.json` names them.
+def weights(cfg: SAEConfig) -> list[str]:
+    """The files that hold the weights of a release that was read."""
+    return [entry["file"] for entry in cfg.metadata.get("files", [])] or [WEIGHTS]
 
-    Every process must call it; one writes. The arrays pass through host memory whole.
+
+def write(directory: Path, sae: SAE, *, single: bool = False) -> None:
+    """Writes the weights and `cfg.json`; the weights are whole on disk before `cfg.json` names them.
+
+    single: into the one file that SAELens reads, whatever its size. Every process must call it. Each writes whole files of
+    features that its own devices hold, block by block. Raises `DiskError` before it begins where the room is not there.
     """
-    arrays = {name: sharding.to_host(value) for name, value in tensors(sae.params).items()}
-    arrays = {_tensor(sae.cfg.kind, name): np.ascontiguousarray(value.T) if name in TRANSPOSED else value
-              for name, value in arrays.items()}
-    bad = [name for name, value in arrays.items() if not np.isfinite(value).all()]
-    if bad:
-        raise FormatError(f"{directory}: not released, {', '.join(bad)} hold NaN or Inf")
-    if is_writer():
-        weights = save(arrays, metadata={"format": "pt"})
-        write_bytes(directory / WEIGHTS, weights)
-        write_json(directory / CONFIG, _to_cfg(sae.cfg, hashlib.sha256(weights).hexdigest()))
+    source = streamed.of_params(sae.params)
+    files = [Range(0, sae.cfg.d_sae)] if single else _files(sae.cfg, source)
+    if len(files) == 1 and not all(0 in processes for _, _, processes in source.shards):
+        source = streamed.gathered(sae.params)
+    write_from(directory, sae.cfg, source, files)
+
+
+def write_from(directory: Path, cfg: SAEConfig, source: streamed.Source, files: Sequence[Range]) -> None:
+    """`write` of what need not be in the memory of devices. files: the features of each."""
+    names = [WEIGHTS] if len(files) == 1 else [SHARD.format(n, len(files)) for n in range(1, len(files) + 1)]
+    total = sum(streamed.tensor_bytes(cfg.spec, of.stop - of.first) for of in files)
+    architecture(cfg)
+    with together("saejax_release"):
+        if is_writer():
+            check_room(directory, total)
+    digests = _write_weights(directory, cfg, source, dict(zip(names, files, strict=True)))
+    if total > FILE_BYTES:
+        say(f"{directory}: {total:,} bytes of weights in {len(files)} file{'s' * (len(files) > 1)}")
+    if not is_writer():
+        return
+    written = {"weights_sha256": digests[0]} if len(files) == 1 else {"files": [
+        {"file": name, "first": of.first, "last": of.stop - 1, "sha256": digest}
+        for name, of, digest in zip(names, files, digests, strict=True)]}
+    write_json(directory / CONFIG, _to_cfg(cfg, written))
+    for name in os.listdir(directory):  # of a release that was here before
+        if (name == WEIGHTS or _SHARD.fullmatch(name)) and name not in names:
+            (directory / name).unlink()
+
+
+def parts_for(cfg: SAEConfig) -> dict[str, Part]:
+    """How the parameters lie in a file."""
+    return parts_of(cfg.spec, NAMES.get(cfg.kind, {}), TRANSPOSED)
+
+
+def _files(cfg: SAEConfig, source: streamed.Source) -> list[Range]:
+    shared, one = (streamed.tensor_bytes(cfg.spec, n) for n in (0, 1))
+    if shared + (one - shared) * cfg.d_sae <= FILE_BYTES:
+        return [Range(0, cfg.d_sae)]
+    return ranges(source.shards, max(1, (FILE_BYTES - shared) // (one - shared)))
+
+
+def _write_weights(directory: Path, cfg: SAEConfig, source: streamed.Source, files: Mapping[str, Range]) -> list[str]:
+    """The digests of all files. They are whole under other names before the first takes its place: of a release that was there
+    nothing is lost till then.
+    """
+    here, digests = jax.process_index(), np.zeros((len(files), 32), np.uint8)
+    sizes = {name: streamed.tensor_bytes(cfg.spec, of.stop - of.first) for name, of in files.items()}
+    own = sum(sizes[name] for name, of in files.items() if of.process == here)
+    with together("saejax_release"), contextlib.ExitStack() as stack:
+        with together("saejax_release"), Progress("write", own, unit="B", enabled=sum(sizes.values()) > FILE_BYTES) as bar:
+            for number, (name, of) in enumerate(files.items()):
+                if of.process == here:
+                    f = stack.enter_context(replacing(directory / name))
+                    streamed.write_file(f, directory / name, source, cfg.spec, parts_for(cfg), of, bar.advance)
+                    digests[number] = np.frombuffer(bytes.fromhex(file_sha256(f.name)), np.uint8)
+    return [row.tobytes().hex() for row in distributed.summed_over_processes(digests)]
 
 
 def architecture(cfg: SAEConfig) -> str:
@@ -75,15 +151,11 @@ def architecture(cfg: SAEConfig) -> str:
     return ARCHITECTURES[cfg.kind, cfg.spec.shape]
 
 
-def _tensor(kind: str, name: str) -> str:
-    """The tensor of a file that holds a parameter."""
-    return "b_gate" if (kind, name) == ("gated", "b_enc") else name
-
-
-def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
+def _to_cfg(cfg: SAEConfig, written: dict) -> dict:
+    """written: the digests of the weights."""
     text = cfg.metadata.get("text", {})
     theirs = cfg.metadata.get("saelens", {})  # of a file of SAELens that was read
-    own = {name: value for name, value in cfg.metadata.items() if name != "saelens"}
+    own = {name: value for name, value in cfg.metadata.items() if name not in ("saelens", *DIGESTS)}
     if cfg.model in MODELS:
         own |= {"lm": own.get("lm", {}) | provenance(cfg.model)}
     out = {
@@ -94,8 +166,7 @@ def _to_cfg(cfg: SAEConfig, weights_sha256: str) -> dict:
                      "hook_name": cfg.hookpoint,
                      "hook_head_index": None, "context_size": text.get("context"),
                      "prepend_bos": _begins_rows(text.get("bos")), **_centred(cfg, theirs),
-                     "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": __version__,
-                                "weights_sha256": weights_sha256}},
+                     "saejax": {**own, "schema_version": SCHEMA_VERSION, "saejax_version": __version__, **written}},
     }
     if cfg.kind == "topk":
         out |= {"k": cfg.k, "rescale_acts_by_decoder_norm": False}

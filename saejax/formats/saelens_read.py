@@ -1,6 +1,7 @@
 """Reading SAELens' directories: releases of either library, files of SAELens before 6.0, and training checkpoints."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -8,18 +9,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from saejax.base import sharding
 from saejax.base.assets import MODELS, published
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
 from saejax.base.records import UNKNOWN
-from saejax.base.storage import file_sha256
-from saejax.formats import saelens_model
-from saejax.formats.arrays import FLOATS, ArrayFile
-from saejax.formats.assembling import parts_of, read_params, under
+from saejax.base.storage import file_sha256, together
+from saejax.formats import saelens_model, streamed
+from saejax.formats.arrays import FLOATS
+from saejax.formats.assembling import Part, Tensors, expected_shapes, parts_of, read_params, under
 from saejax.formats.keys import file_keys
-from saejax.formats.saelens import ARCHITECTURES, CONFIG, SCHEMA_VERSION, TRANSPOSED, WEIGHTS
+from saejax.formats.ranges import FeatureFiles, Held, Range, named
+from saejax.formats.saelens import ARCHITECTURES, CONFIG, DIGESTS, NAMES, SCHEMA_VERSION, SHARD, TRANSPOSED, WEIGHTS
 from saejax.formats.safetensors_file import open_safetensors
-from saejax.sae import SAEParams
+from saejax.sae import SAEParams, param_shapes, tensors
 from saejax.sae.folding import decoder_norms, fold_input_scale, scale_features
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.row_norm import CONSTANT_NORM, LAYER_NORM, NONE
@@ -58,30 +61,128 @@ class _Folds:
         return params
 
 
-def read(directory: Path, mesh: Mesh | None = None) -> SAE:
-    """The SAE of a directory with `cfg.json` and `sae_weights.safetensors`; each device reads its own slice of the file.
+@dataclass(frozen=True)
+class Opened:
+    """A directory whose config is read and whose weights are found: what it takes to read them. dtypes: those that are read."""
+
+    cfg: SAEConfig
+    file: Tensors
+    parts: dict[str, Part]
+    folds: _Folds
+    ignored: tuple[str, ...]
+    dtypes: tuple[str, ...]
+
+    def check(self) -> None:
+        """Raises `FormatError` for wrong tensors, before any is read."""
+        self.file.check(expected_shapes(self.cfg.spec, self.parts), self.ignored, self.dtypes)
+
+    def source(self) -> streamed.Source:
+        """Its parameters as they lie there, block by block."""
+        self.check()
+        return streamed.of_files(self.file, self.cfg.spec, self.parts)
+
+
+def read(directory: Path, mesh: Mesh | None = None, features: range | slice | None = None) -> SAE:
+    """The SAE of a directory with `cfg.json` and `sae_weights.safetensors`, or the several files that a large release has; each
+    device reads its own slice of the files.
 
     Feature activations are SAELens' own. A training checkpoint (`activation_scaler.json`, `topk_threshold`, `log_threshold`)
-    comes out as what SAELens would export. Raises `FormatError` naming file and key or tensor.
+    comes out as what SAELens would export. features: only these, without looking at other bytes, so that no digest is verified;
+    not of topk, which compares all features of a row. Raises `FormatError` naming file and key or tensor.
     """
+    spanning = mesh is not None and mesh.is_multi_process
+    with together("saejax_load") if spanning else contextlib.nullcontext():
+        found = opened(directory, mesh, features)
+    params = read_params(found.file, found.cfg.spec, found.parts, mesh, found.ignored, found.dtypes)
+    if found.folds != _Folds():
+        params = under(mesh, found.folds.apply, params)
+        found.cfg.metadata["folding"] = {"scaling_factor": found.folds.scale, "decoder_norms": found.folds.decoder_norms}
+    return SAE(params, found.cfg, mesh)
+
+
+def opened(directory: Path, mesh: Mesh | None = None, features: range | slice | None = None) -> Opened:
+    """What `read` reads. The digests of the files that this process reads for the mesh are verified."""
     directory = Path(directory)
-    path = directory / WEIGHTS
     keys = file_keys(directory / CONFIG)
     own = _own(keys)
     if "sae_lens_version" not in keys.section("metadata", {}).values and not own:
         keys = Keys(_modern(keys), keys.source, FormatError)
     cfg, rescaled = _config(keys, own)
-    if own.get("weights_sha256") is not None and file_sha256(path) != own["weights_sha256"]:
-        raise FormatError(f"{path}: altered since cfg.json was written (sha256 differs); copy or release it again")
-    file = open_safetensors(path)
+    if features is None:
+        file = _verified(directory, cfg, own, mesh)
+    else:
+        file, cfg = _part(directory, cfg, own, _range(features, cfg, keys.source))
     folds, names, ignored = _folds(directory, keys, cfg, file, rescaled)
     fills = {} if folds.threshold is None else {"threshold": folds.threshold}
     parts = parts_of(cfg.spec, names, TRANSPOSED, fills)
-    params = read_params(file, cfg.spec, parts, mesh, ignored, ("F32",) if own else FLOATS)
-    if folds != _Folds():
-        params = under(mesh, folds.apply, params)
-        cfg.metadata["folding"] = {"scaling_factor": folds.scale, "decoder_norms": folds.decoder_norms}
-    return SAE(params, cfg, mesh)
+    return Opened(cfg, file, parts, folds, ignored, ("F32",) if own else FLOATS)
+
+
+def verify(directory: Path, advance: Callable[[int], object] = lambda _: None) -> SAEConfig:
+    """What the SAE is, once every byte of its weights is read, block by block. Raises `FormatError`, as `read` does."""
+    found = opened(directory)
+    source = found.source()
+    for name, shape in tensors(param_shapes(found.cfg.spec, folded=True)).items():
+        for first, stop in streamed.blocks(shape):
+            advance(source.rows(name, first, stop).nbytes)
+    return found.cfg
+
+
+def _weights(directory: Path, cfg: SAEConfig, own: dict) -> dict[str, tuple[Range, str | None]]:
+    """{file: (its features, sha256)}"""
+    if "files" not in own:
+        return {WEIGHTS: (Range(0, cfg.d_sae), own.get("weights_sha256"))}
+    if not isinstance(own["files"], list):
+        raise FormatError(f"{directory / CONFIG}: metadata.saejax.files is not a list; release it again")
+    return named(directory, own["files"], cfg.d_sae, SHARD)
+
+
+def _verified(directory: Path, cfg: SAEConfig, own: dict, mesh: Mesh | None) -> Tensors:
+    weights = _weights(directory, cfg, own)
+    _present(directory, weights)
+    here = [(0, cfg.d_sae)]
+    if mesh is not None and len(weights) > 1:
+        sharding.check_features(cfg.d_sae, mesh)
+        where = sharding.sharding(mesh, "features").addressable_devices_indices_map((cfg.d_sae,))
+        here = [index[0].indices(cfg.d_sae)[:2] for index in where.values()]
+    for number, (name, (of, digest)) in enumerate(weights.items()):
+        read_here = number == 0 or any(of.first < stop and first < of.stop for first, stop in here)
+        if digest is not None and read_here and file_sha256(directory / name) != digest:
+            raise FormatError(f"{directory / name}: altered since cfg.json was written (sha256 differs); copy or release it "
+                              "again")
+    held = [Held(open_safetensors(directory / name), of.first, of.stop) for name, (of, _) in weights.items()]
+    return held[0].file if len(held) == 1 else FeatureFiles(held, range(cfg.d_sae), TRANSPOSED)
+
+
+def _part(directory: Path, cfg: SAEConfig, own: dict, features: range) -> tuple[Tensors, SAEConfig]:
+    """(the tensors of these features, the SAE of them)"""
+    weights = {name: of for name, (of, _) in _weights(directory, cfg, own).items()
+               if of.first < features.stop and features.start < of.stop}
+    _present(directory, weights)
+    held = [Held(open_safetensors(directory / name), of.first, of.stop) for name, of in weights.items()]
+    metadata = {name: value for name, value in cfg.metadata.items() if name not in DIGESTS}
+    metadata["features"] = {"first": features.start, "last": features.stop - 1, "of": cfg.d_sae}
+    return FeatureFiles(held, features, TRANSPOSED), replace(cfg, d_sae=len(features), metadata=metadata)
+
+
+def _range(features: range | slice, cfg: SAEConfig, source: Path) -> range:
+    if cfg.kind == "topk":
+        raise FormatError(f"{source}: features={features} of a topk SAE: which features are active depends on all of them; load "
+                          "it whole, or release it as jumprelu, with one threshold (an option of saejax release)")
+    if isinstance(features, slice):
+        start, stop, step = features.start or 0, cfg.d_sae if features.stop is None else features.stop, features.step or 1
+    else:
+        start, stop, step = features.start, features.stop, features.step
+    if step != 1 or not 0 <= start < stop <= cfg.d_sae:
+        raise FormatError(f"{source}: features={features}: expected neighbours, at least one, from 0 to {cfg.d_sae}")
+    return range(start, stop)
+
+
+def _present(directory: Path, names: Iterable[str]) -> None:
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise FormatError(f"{directory / missing[0]}: missing{f', and {len(missing) - 1} more' if missing[1:] else ''}; copy the "
+                          "whole release again")
 
 
 def _own(keys: Keys) -> dict:
@@ -154,9 +255,9 @@ def _metadata(written: Mapping, architecture: str, norm: str, reshape: str, k) -
             "saelens": dict(written)}
 
 
-def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: ArrayFile, rescaled: bool) -> tuple[_Folds, dict, tuple[str, ...]]:
+def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: Tensors, rescaled: bool) -> tuple[_Folds, dict, tuple[str, ...]]:
     """(what to fold, names of tensors that differ from the parameters', tensors that are read elsewhere)."""
-    names, ignored, threshold, log = {"b_enc": "b_gate"} if cfg.kind == "gated" else {}, _ones(file, cfg), None, False
+    names, ignored, threshold, log = NAMES.get(cfg.kind, {}), _ones(file, cfg), None, False
     scale = _scale(directory, keys)
     if keys.values["architecture"] in WITH_TOPK_THRESHOLD:
         ignored = (*ignored, "topk_threshold")
@@ -171,7 +272,7 @@ def _folds(directory: Path, keys: Keys, cfg: SAEConfig, file: ArrayFile, rescale
     return _Folds(log, scale, rescaled, threshold), names, ignored
 
 
-def _ones(file: ArrayFile, cfg: SAEConfig) -> tuple[str, ...]:
+def _ones(file: Tensors, cfg: SAEConfig) -> tuple[str, ...]:
     """`scaling_factor`, which files from before 6.0 hold: factors on the activations after finetuning; read where all are 1."""
     if "scaling_factor" not in file.entries:
         return ()

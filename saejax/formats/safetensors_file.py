@@ -1,7 +1,9 @@
-"""The directory of a safetensors file, checked in full before anything is allocated for a tensor."""
+"""The directory of a safetensors file: checked in full before anything is allocated for a tensor, and made."""
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,18 @@ def open_safetensors(path: Path) -> ArrayFile:
         raise FormatError(f"{path}: not a readable safetensors file ({size:,} bytes, its header describes {end:,}); download "
                           "it again")
     return ArrayFile(path, entries)
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]]) -> tuple[bytes, dict[str, Entry]]:
+    """(the bytes before the first tensor, where each float32 tensor lies) of a file as the safetensors library writes it."""
+    header, entries, end = {"__metadata__": {"format": "pt"}}, {}, 0
+    for name in sorted(shapes):
+        entries[name] = Entry("F32", tuple(shapes[name]), end)
+        header[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [end, end := end + entries[name].nbytes]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    start = len(text).to_bytes(8, "little") + text
+    return start, {name: replace(entry, offset=len(start) + entry.offset) for name, entry in entries.items()}
 
 
 def _no_repeats(pairs: list) -> dict:

@@ -103,7 +103,7 @@ def _job(path: Path) -> Callable[[Path, Progress], Finding]:
         return _store
     if is_step(path):
         return _checkpoint
-    if (path / saelens.WEIGHTS).is_file():
+    if (path / saelens.WEIGHTS).is_file() or saelens.is_release(path):
         return _release
     if RunPaths(path).config.is_file():
         return _run
@@ -226,16 +226,23 @@ def _mesh(d_sae: int) -> Mesh:
 
 
 def _release(path: Path, bar: Progress) -> Finding:
-    found = Finding(path, "release", read={path / saelens.CONFIG, path / saelens.WEIGHTS})
-    for name in (saelens.CONFIG, saelens.WEIGHTS):
-        if not (path / name).is_file():
-            found.problems.append(f"{path / name}: missing")
-    sae = found.attempt(lambda: saelens_read.read(path)) if not found.problems else None
-    if sae is not None:
-        found.facts = _sae_facts(sae.cfg) | {"schema_version": sae.cfg.metadata.get("schema_version"),
-                                             "tokens_seen": sae.cfg.metadata.get("training", {}).get("tokens"),
-                                             "weights_sha256": file_sha256(path / saelens.WEIGHTS)}
-    bar.advance(size_on_disk(path))
+    several, done = saelens.listed(path) is not None, 0
+    found = Finding(path, "release", read={path / saelens.CONFIG, *([] if several else [path / saelens.WEIGHTS])})
+    found.problems = [f"{file}: missing" for file in sorted(found.read) if not file.is_file()]
+
+    def advance(n: int) -> None:
+        nonlocal done
+        done += n
+        bar.advance(n)
+
+    cfg = found.attempt(lambda: saelens_read.verify(path, advance)) if not found.problems else None
+    if cfg is not None:
+        found.read |= {path / name for name in saelens.weights(cfg)}
+        found.facts = _sae_facts(cfg) | {"schema_version": cfg.metadata.get("schema_version"),
+                                         "tokens_seen": cfg.metadata.get("training", {}).get("tokens"),
+                                         **({"files": len(cfg.metadata["files"])} if several else
+                                            {"weights_sha256": file_sha256(path / saelens.WEIGHTS)})}
+    bar.advance(size_on_disk(path) - done)
     return found
 
 

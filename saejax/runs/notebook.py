@@ -9,8 +9,8 @@ from saejax.pages import cards
 from saejax.sae.inference import SAE
 
 
-def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto") -> SAE:
-    sae = loading.load(path, mesh, format)
+def load(path: str | Path, mesh: Mesh | None = None, format: str = "auto", features: range | slice | None = None) -> SAE:
+    sae = loading.load(path, mesh, format, features)
     sae.card = cards.sae
     return sae
 

@@ -63,6 +63,11 @@ class SAEConfig:
         read = self.hookpoint if len(self.hookpoints) < 3 else f"{self.hookpoints[0]} ... {self.hookpoints[-1]}"
         return f"{read} -> {self.target}" if self.target else read
 
+    def __str__(self) -> str:
+        k = f", k={self.k}" if self.k else ""
+        shape = "" if self.spec.shape == "sae" else f" {self.spec.shape}"
+        return f"SAE({self.kind}{shape}{k}, d_in={self.d_in}, d_sae={self.d_sae}, {self.place} of {self.model})"[:150]
+
     @property
     def targets(self) -> tuple[str, ...]:
         """The hookpoints that are reconstructed."""
@@ -242,7 +247,7 @@ class SAE:
             rows, counted = (sharding.place_rows(np.pad(value, [(0, more)] + [(0, 0)] * (value.ndim - 1)), self.mesh)
                              for value in (x_ND, counted_N))
             found = _measured(self.cfg.spec, self.cfg.input_norm, self.params, rows, counted)
-        return found.replace(recon_BD=sharding.rows_here(found.recon_BD)[:n], l0_B=sharding.rows_here(found.l0_B)[:n])
+        return found.replace(recon_BD=sharding.own_rows(found.recon_BD)[:n], l0_B=sharding.own_rows(found.l0_B)[:n])
 
     def offset(self, x) -> jax.Array:
         """What the reconstruction [..., d_out] of rows x is without any feature: b_dec, in the units and with the mean of the row
@@ -256,8 +261,8 @@ class SAE:
         return self.reconstruct(x)[0]
 
     def save(self, path: str | Path) -> Path:
-        """Writes the SAE as a directory that `saejax.load` and SAELens read; returns it. Raises `FormatError` where nothing
-        writes it: `saejax.load` gives an SAE its writer.
+        """Writes the SAE as a release, which `saejax.load` reads, and SAELens where it is one file; returns the directory. Raises
+        `FormatError` where nothing writes it: `saejax.load` gives an SAE its writer.
         """
         if self.writer is None:
             raise FormatError("this SAE was made in Python; saejax.formats.saelens.write(directory, sae) writes it")
@@ -298,10 +303,7 @@ class SAE:
             return out.reshape(*lead, out.shape[-1], out_sharding=jax.P(*(None,) * len(lead), last))
 
     def __repr__(self) -> str:
-        c = self.cfg
-        k = f", k={c.k}" if c.k else ""
-        shape = "" if c.spec.shape == "sae" else f" {c.spec.shape}"
-        return f"SAE({c.kind}{shape}{k}, d_in={c.d_in}, d_sae={c.d_sae}, {c.place} of {c.model})"[:150]
+        return str(self.cfg)
 
     def _repr_html_(self) -> str | None:
         return None if self.card is None else self.card(self)

@@ -50,9 +50,10 @@ def test_directory_that_is_not_empty(tmp_path):
 def test_topk_with_a_threshold(tmp_path):
     source = ROOT / "saelens" / "topk"
     rows = np.load(source / "io.npz")["x"]
-    sae, said = convert(source, tmp_path / "out", "gemma_scope", rows)
+    cfg, said = convert(source, tmp_path / "out", "gemma_scope", rows)
+    sae = saejax.load(tmp_path / "out")
     acts = np.asarray(sae.encode(rows))
-    assert sae.cfg.kind == "jumprelu" and (acts > 0).sum() == 8 * len(rows)
+    assert cfg.kind == sae.cfg.kind == "jumprelu" and (acts > 0).sum() == 8 * len(rows)
     exact = np.asarray(saejax.load(source).encode(rows))
     changed = ((acts > 0) != (exact > 0)).sum() / (exact > 0).sum()
     assert f"mean L0 8.00, {100 * changed:.1f} % of the active features differ" in said
@@ -75,4 +76,4 @@ def test_gemma_scope_tells_shapes_by_place(tmp_path):
     with pytest.raises(FormatError, match="with 'transcoder' in its name"):
         convert(ROOT / "saelens" / "transcoder", tmp_path / "out", "gemma_scope")
     written, _ = convert(ROOT / "saelens" / "transcoder", tmp_path / "transcoder", "gemma_scope")
-    assert written.cfg.d_out == 24
+    assert written.d_out == 24

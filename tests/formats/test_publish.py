@@ -47,7 +47,7 @@ def test_dry_run_is_the_default(released, hub, capsys):
 def test_upload(released, hub, capsys):
     assert main(["push-to-hub", str(released), "--repo=me/sae", "--license=apache-2.0", "--yes"]) == 0
     assert hub.repos == [("me/sae", True)] and set(hub.files) == {"cfg.json", "sae_weights.safetensors", "README.md"}
-    assert hub.files["sae_weights.safetensors"] == (released / "sae_weights.safetensors").read_bytes()
+    assert hub.files["sae_weights.safetensors"] == str(released / "sae_weights.safetensors")
     card = hub.files["README.md"].decode()
     assert card.startswith("---\n") and 'license: "apache-2.0"' in card and card.endswith("# a card\n")
     assert "wrote https://huggingface.co/me/sae/commit/1" in capsys.readouterr().out

@@ -23,9 +23,9 @@ def run(options: Options) -> int:
     if options.approximate != (options.rows is not None):
         raise ConfigError("saejax convert: --approximate and --rows=FILE.npy go together: the error is measured on those rows")
     source, directory = options.paths[0], Path(options.paths[1])
-    sae, compared = convert(source, directory, options.to, None if options.rows is None else array_of("rows", options.rows))
+    cfg, compared = convert(source, directory, options.to, None if options.rows is None else array_of("rows", options.rows))
     if is_writer():
-        print(f"converted {directory}: {options.to}, {sae}\ncompared  {compared}")
+        print(f"converted {directory}: {options.to}, {cfg}\ncompared  {compared}")
     return 0
 
 
@@ -33,5 +33,6 @@ JOB = Job(
     "convert", "exchange", "an SAE of any library -> the files of another one", """
     Reads SRC: a run, a checkpoint step, a release, files of SAELens, sparsify, dictionary_learning, Gemma Scope, OpenAI,
     OpenMOSS or Goodfire, or org/repo:path of the Hugging Face hub; writes the directory DST, reads it back and compares. What
-    the format cannot express exactly is refused with the reason (docs/how-to/other_libraries.md).
+    the format cannot express exactly is refused with the reason (docs/how-to/other_libraries.md). For saelens the weights are one
+    file; a release in several files is joined piece by piece.
     """, "saejax convert runs/demo my_sae --to=dictionary_learning", Options, run)

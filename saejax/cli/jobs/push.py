@@ -27,6 +27,6 @@ def run(options: Options) -> int:
 JOB = Job(
     "push-to-hub", "exchange", "a release -> a Hugging Face repository; says what it would do unless --yes", """
     Reads and verifies a release directory; without --yes it lists what it would upload and writes nothing. With --yes it makes
-    the repository where there is none and writes cfg.json, sae_weights.safetensors, metrics.json and README.md in one commit,
-    with the account that `hf auth login` logged in.
+    the repository where there is none and writes cfg.json, the weights, metrics.json and README.md in one commit, with the
+    account that `hf auth login` logged in.
     """, "saejax push-to-hub runs/demo/release --repo=me/my-sae", Options, run)

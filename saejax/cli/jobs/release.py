@@ -69,5 +69,6 @@ def rows_ahead(subject):
 JOB = Job(
     "release", "make", "a checkpoint -> a directory that loads anywhere", """
     Reads a run directory (its newest checkpoint that verifies) or one checkpoint step, also while the run goes on; writes
-    cfg.json, sae_weights.safetensors, metrics.json and README.md to DIR. saejax.load and SAELens read it.
+    cfg.json, sae_weights.safetensors, metrics.json and README.md to DIR. saejax.load and SAELens read it. More than 4 GB of
+    weights are in several files, each of a range of features; SAELens needs them joined (saejax convert).
     """, "saejax release runs/demo/checkpoints/400 --out=my_sae", Options, run)
