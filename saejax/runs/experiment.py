@@ -16,7 +16,7 @@ from saejax.data.store import Store, finished_shards
 from saejax.formats import load
 from saejax.scaling.sweep import is_sweep, members
 from saejax.train.loop import train, train_all
-from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir, settled
+from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir, has_checkpoints, settled
 from saejax.train.step_cost import mesh_options
 
 
@@ -26,7 +26,8 @@ def preflight(config: Config) -> list[Config]:
     """
     configs = [settled(member) for member in members(config)]
     check_run_dir(settled(config))
-    check_all(configs, sharding.make_mesh(mesh_options(config, jax.devices())))
+    going_on = has_checkpoints(configs[0])
+    check_all(configs, sharding.make_mesh(mesh_options(configs[0], jax.devices(), going_on=going_on)))
     return configs
 
 

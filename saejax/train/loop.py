@@ -28,7 +28,7 @@ from saejax.data.store import Store
 from saejax.data.stream import Stream, order_of
 from saejax.sae import SAESpec
 from saejax.train import compilation_cache, determinism
-from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, settled
+from saejax.train.member import Member, Outcome, check_all, checkpoint_steps, has_checkpoints, settled
 from saejax.train.profile import Profile, window
 from saejax.train.rates import Rates, flops_of_step, on_bar
 from saejax.train.resample import due, resample
@@ -80,7 +80,12 @@ def train_all(configs: Sequence[Config], store: Store, load: Load | None = None)
 def _claimed(configs: Sequence[Config], store: Store, load: Load | None) -> Iterator["_Run"]:
     """A run that may write into its directories. What does not fit is refused before anything is made."""
     configs = list(map(settled, configs))
-    mesh = sharding.make_mesh(mesh_options(configs[0], jax.devices(), store.width))
+    given, going_on = configs[0].mesh, has_checkpoints(configs[0])
+    options = mesh_options(configs[0], jax.devices(), store.width, going_on=going_on)
+    if options != given and (given.data, given.dict) != (-1, -1):
+        say(f"config.mesh: {given.data} x {given.dict} does not use the {jax.device_count()} devices here; the run goes on with "
+            f"{options.data} x {options.dict} (data x dict)")
+    mesh = sharding.make_mesh(options)
     check_agreement({"the activation store": store.digest}, "give a directory that all of them share, or equal copies of it")
     check_all(configs, mesh, store)
     with lease.writing(*[config.run_dir for config in configs]):

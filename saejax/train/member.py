@@ -14,7 +14,7 @@ from saejax import config as config_lib
 from saejax.base import hardware, sharding
 from saejax.base.errors import CheckpointCorruptError, CheckpointError, SaejaxError
 from saejax.base.records import MADE_ELSEWHERE, RunPaths
-from saejax.base.storage import barrier, is_writer, write_json
+from saejax.base.storage import barrier, decided, is_writer, write_json
 from saejax.config import Config, read_config
 from saejax.data import kept
 from saejax.data.order import ORDER_VERSION
@@ -63,6 +63,11 @@ def check_run_dir(config: Config) -> RunPaths:
             raise CheckpointError(f"{paths.root}: this run directory belongs to another config ({'; '.join(different)}); "
                                   "choose another config.run_dir, or delete it")
     return paths
+
+
+def has_checkpoints(config: Config) -> bool:
+    """Whether a run goes on, as process 0 sees it."""
+    return decided(bool(steps_in(RunPaths(Path(config.run_dir)).checkpoints)))
 
 
 def claim_run_dir(config: Config) -> RunPaths:

@@ -274,16 +274,30 @@ def best_mesh(config: Config, spec: SAESpec, topology: Topology) -> tuple[int, i
     return best.data, best.dict
 
 
-def mesh_options(config: Config, devices, width_of: Callable[[str], int] | None = None) -> MeshOptions:
+def mesh_options(config: Config, devices, width_of: Callable[[str], int] | None = None, *,
+                 going_on: bool = False) -> MeshOptions:
     """`config.mesh`, and where it leaves both sizes open (-1) the ones that `best_mesh` chooses for these devices.
 
-    width_of: of a hookpoint; where that is not known yet, a middling width is taken: it only decides what fits.
+    width_of: of a hookpoint; where that is not known yet, a middling width is taken: it only decides what fits. going_on: the
+    run has checkpoints. Where `config.mesh` is not for as many devices as there are now, it goes on with what `best_mesh` says.
+    Raises `ConfigError` where then nothing fits.
     """
-    if (config.mesh.data, config.mesh.dict) != (-1, -1):
-        return config.mesh
+    given, topology = config.mesh, present(devices)
+    chosen = (given.data, given.dict) == (-1, -1)
+    if not chosen:
+        try:
+            sharding.mesh_sizes(given, len(devices))
+            return given
+        except ConfigError:
+            if not going_on:
+                return given  # making it says what is wrong
     widths = {name: width_of(name) if width_of else config.sae.d_in or 2048 for name in config.sae.hookpoints}
     spec = SAESpec.from_options(config.sae, widths, config.train.compute_dtype)
-    return MeshOptions(*best_mesh(config, spec, present(devices)))
+    best = best_mesh(config, spec, topology)
+    if not chosen and not fits(Work.of(config, spec, *best, topology.chip), topology.chip):
+        raise ConfigError(f"config.mesh: {given.data} x {given.dict} does not use the {len(devices)} devices here, and the run "
+                          "does not fit them in any shape; start it again with more")
+    return MeshOptions(*best)
 
 
 def with_path(config: Config, pairs: bool) -> Config:

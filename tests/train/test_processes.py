@@ -143,3 +143,25 @@ def test_a_killed_peer_ends_the_job_and_the_last_checkpoint_is_whole(store, tmp_
     resumed = fingerprints(finish(launch(store, run, processes=2, devices=2, mesh__data=2)))
     assert resumed == fingerprints(finish(launch(store, tmp_path / "straight", processes=2, devices=2, mesh__data=2)))
     assert read_meta(run / "checkpoints" / "50").counters.tokens_seen == 1600
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(-1, -1), (2, 4)])
+def test_a_run_goes_on_with_fewer_devices_and_processes(store, tmp_path, mesh):
+    """Two processes of four devices, one of four, one of two: the same rows in the same order."""
+    options = {"mesh__data": mesh[0], "mesh__dict": mesh[1], "train__resample__every_tokens": None}
+    finish(launch(store, tmp_path / "straight", devices=8, **options))
+    for target, processes, devices in ((8, 2, 4), (24, 1, 4)):
+        jobs = launch(store, tmp_path / "run", processes=processes, devices=devices, slow=[0.05] * processes, **options)
+        wait_for_step(tmp_path / "run", target)
+        jobs[-1].send_signal(signal.SIGTERM)
+        results = finish(jobs)
+        assert [code for code, _, _ in results] == [EXIT_PREEMPTED] * processes, results[0][2][-2000:]
+    [(code, _, err)] = finish(launch(store, tmp_path / "run", devices=2, **options))
+    assert code == 0, err[-2000:]
+    assert ("config.mesh: 2 x 4 does not use the 2 devices here; the run goes on with" in err) == (mesh == (2, 4))
+    straight, run = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("straight", "run"))
+    assert [line["step"] for line in run] == [line["step"] for line in straight] == list(range(1, 51))
+    assert [line["loss"] for line in run] == pytest.approx([line["loss"] for line in straight], rel=1e-4)
+    states = [read_meta(tmp_path / name / "checkpoints" / "50").counters.stream for name in ("straight", "run")]
+    assert states[0] == states[1]
