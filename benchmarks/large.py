@@ -3,8 +3,8 @@
     python benchmarks/large.py --features=1048576 --steps=200 --place=DIR
 
 A random Llama of width 256 and random words. Stages, each a process of its own: harvest; training, which is stopped once and goes
-on with another mesh; evaluation; release; index; dashboard; search; conversion. What is in --place is gone on with. Prints a table
-in Markdown.
+on with another mesh; evaluation; release; index; dashboard; search; conversion. What is in --place is gone on with. Prints a
+table in Markdown.
 """
 
 import argparse
