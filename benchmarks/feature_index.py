@@ -17,6 +17,7 @@ from saejax.base import sharding
 from saejax.base.records import MeshOptions
 from saejax.features.index import accumulate
 from saejax.features.index.examples import Examples
+from saejax.features.index.lookup import Lookup
 from saejax.features.index.state import BYTES_PER_FEATURE
 from saejax.features.index.windows import Windows
 from saejax.sae import SAEParams
@@ -57,9 +58,9 @@ def gather_of(sae: SAE, rows: int, folder):
                         rng.integers(0, rows, n).astype(np.uint32))
     (folder / "windows.bin").write_bytes(bytes(4 * n * 32))
     windows = Windows(folder, examples, CONTEXT, 0)
-    gather = windows.make_gather(sae)
+    lookup = Lookup.of(sae, windows.window)
     start = (windows.context_E * CONTEXT + windows.start_E).astype(np.int32)
-    return lambda x, keep: gather(sae.params, x, keep, start, examples.feature)
+    return lambda x, keep: lookup.gather(sae.params, lookup.prepare(sae.params, x), keep, start, examples.feature)
 
 
 def formula(features: int, rows: int, devices: int) -> float:
@@ -71,7 +72,7 @@ def main(features: int, memory_only: bool) -> None:
     import pathlib
     import tempfile
     sae = make_sae(features)
-    contexts = accumulate.batch_contexts(sae.mesh, CONTEXT, features, ROWS)
+    contexts = accumulate.batch_contexts(sae, CONTEXT, ROWS // CONTEXT)
     rows, devices = contexts * CONTEXT, sae.mesh.size
     step, state = accumulate.make_step(sae, CONTEXT, contexts), accumulate.empty_state(features, sae.mesh)
     with jax.set_mesh(sae.mesh):

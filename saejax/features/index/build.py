@@ -25,6 +25,7 @@ from saejax.base.storage import barrier, is_writer, read_json, text_sha256, writ
 from saejax.features.index import accumulate, tables
 from saejax.features.index.corpus import Corpus, Tokens
 from saejax.features.index.examples import BEFORE, INTERVALS, WINDOW, Examples, choose
+from saejax.features.index.lookup import Lookup
 from saejax.features.index.reader import (
     FEATURES,
     KIND,
@@ -48,7 +49,7 @@ _BLOCK = 4096  # features whose examples are chosen at once
 class BuildOptions:
     """rows: of a batch, about. save_rows: between two savings. Neither changes the index (`total` in its last bits)."""
 
-    rows: int = 4096
+    rows: int = accumulate.ROWS
     save_rows: int = 1 << 20
     progress: bool = True
 
@@ -192,7 +193,7 @@ def _check_finite(x_BD: np.ndarray, keep_B: np.ndarray, start: int, context: int
 def _states(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, options: BuildOptions) -> FeatureState:
     """First pass. The state of all features, as host arrays."""
     T, mesh = corpus.context, sae.mesh
-    size = accumulate.batch_contexts(mesh, T, sae.cfg.d_sae, options.rows)
+    size = accumulate.batch_contexts(sae, T, len(tokens.tokens_NT), options.rows)
     step = accumulate.make_step(sae, T, size)
     done, state = _saved_state(path, sae)
     total, unsaved = len(tokens.tokens_NT), 0
@@ -248,12 +249,12 @@ def _surroundings(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, examples
     """Second pass: the activations around every example."""
     T = corpus.context
     windows = Windows.open(path / PROGRESS, examples, T)
-    size = accumulate.batch_contexts(sae.mesh, T, sae.cfg.d_sae, options.rows)
-    gather = windows.make_gather(sae)
+    size = accumulate.batch_contexts(sae, T, len(tokens.tokens_NT), options.rows)
+    lookup = Lookup.of(sae, windows.window)
     total, unsaved = len(tokens.tokens_NT), 0
     with Progress("index, pass 2", total * T, initial=windows.done * T, enabled=options.progress) as bar, jax.set_mesh(sae.mesh):
         for batch in _batches(sae, corpus, tokens, size, windows.done):
-            windows.fill(gather, sae, batch.x_BD, batch.keep_B, batch.first, batch.first + batch.contexts)
+            windows.fill(lookup, sae, batch.x_BD, batch.keep_B, batch.first, batch.first + batch.contexts)
             unsaved += batch.contexts * T
             if unsaved >= options.save_rows or windows.done == total:
                 windows.save()
