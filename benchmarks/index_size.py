@@ -1,9 +1,9 @@
 """Time and memory of a whole feature index, stage by stage, where the dictionary is large.
 
-    JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python benchmarks/index_size.py [FEATURES [CONTEXTS [KIND]]]     # 131072 8 topk
+    JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python benchmarks/index_size.py [FEATURES [CONTEXTS [KIND [NEIGHBOURS]]]]
 
-topk (k = 32) or relu SAE of width 256, random rows in contexts of 128 tokens, a small random language model of the tests; all
-devices along `dict`. The time of a stage is without that of the stages inside it; memory is the most that the process held.
+Default: 131072 8 topk auto. A topk (k = 32) or relu SAE of width 256, random rows in contexts of 128 tokens, a small random
+language model of the tests; all devices along `dict`. The time of a stage is without that of the stages inside it; memory is the most that the process held.
 """
 
 import contextlib
@@ -30,8 +30,9 @@ from tests.lm import tiny_llama
 
 WIDTH, K, CONTEXT, HOOKPOINT = 256, 32, 128, "blocks.1.hook_resid_post"
 STAGES = {"pass 1": (building, "_states"), "examples": (building, "_examples"), "pass 2": (building, "_surroundings"),
-          "weights": (tables, "_weights"), "logits": (tables, "_logits"), "cosines": (tables, "_cosines"),
-          "activity": (tables, "_activity"), "top tokens": (tables, "_tokens"), "firing together": (tables, "_together"),
+          "weights": (tables, "_weights"), "logits": (tables, "_logits"), "cosines": (tables, "nearest"),
+          "parts": (tables, "write_parts"), "activity": (tables, "_activity"), "top tokens": (tables, "_tokens"),
+          "firing together": (tables, "_together"),
           "writing tables": (tables, "write"), "manifest": (tables, "write_manifest")}
 
 
@@ -74,7 +75,7 @@ def make_sae(features: int, kind: str) -> SAE:
     return SAE(params, cfg, sharding.make_mesh(MeshOptions(1, -1)))
 
 
-def main(features: int, contexts: int, kind: str) -> None:
+def main(features: int, contexts: int, kind: str, neighbours: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         rng = np.random.default_rng(1)
@@ -85,17 +86,17 @@ def main(features: int, contexts: int, kind: str) -> None:
         sae, clock = make_sae(features, kind), Clock()
         clock.watch()
         index = building.build(folder / "index", sae, corpus.from_store(store, (HOOKPOINT,)), lm_,
-                               building.BuildOptions(progress=False))
+                               building.BuildOptions(neighbours=neighbours, progress=False))
         clock.turn()
         totals = index.manifest["totals"]
         size = sum(file.stat().st_size for file in index.path.iterdir())
-    print(f"{kind}, {features:,} features, {contexts * CONTEXT:,} tokens, {sae.mesh.size} devices: "
+    near = index.manifest["settings"]["neighbours"]
+    print(f"{kind}, {features:,} features, neighbours of {near}, {contexts * CONTEXT:,} tokens, {sae.mesh.size} devices: "
           f"{sum(clock.seconds.values()):.1f} s, {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB; "
           f"{totals['alive']:,} alive, {totals['examples']:,} examples, {size / 2**20:,.0f} MiB")
     print(", ".join(f"{name} {seconds:.1f} s" for name, seconds in clock.seconds.most_common()))
 
 
 if __name__ == "__main__":
-    given = sys.argv[1:]
-    main(*(int(given[i]) if i < len(given) else default for i, default in enumerate((131072, 8))),
-         given[2] if len(given) > 2 else "topk")
+    given = [*sys.argv[1:], *("131072", "8", "topk", "auto")[len(sys.argv) - 1:]]
+    main(int(given[0]), int(given[1]), *given[2:])
