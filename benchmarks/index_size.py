@@ -3,7 +3,8 @@
     JAX_NUM_CPU_DEVICES=8 JAX_PLATFORMS=cpu python benchmarks/index_size.py [FEATURES [CONTEXTS [KIND [NEIGHBOURS]]]]
 
 Default: 131072 8 topk auto. A topk (k = 32) or relu SAE of width 256, random rows in contexts of 128 tokens, a small random
-language model of the tests; all devices along `dict`. The time of a stage is without that of the stages inside it; memory is the most that the process held.
+language model of the tests; all devices along `dict`. The time of a stage is without that of the stages inside it, but with that
+of compiling; memory is the most that the process held.
 """
 
 import contextlib
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the tests' language model
 
 from saejax.base import sharding
 from saejax.base.records import MeshOptions

@@ -28,7 +28,7 @@ PAIRS_PER_ROW = 64  # of kinds without k: pairs of a row that are taken in one r
 ROWS = 16_384       # of a batch, where its memory allows: adding it to the state costs the same for any number
 MEMORY = 1 / 16     # of a chip's: what a batch may need
 LEAST_PER_ROW = 4   # pairs of a row in a tile that are taken in one round
-_PAIR, _PEAK = 64, 24  # bytes of a pair and of a feature's peak in a context, with what is made of them
+PAIR, PEAK = 64, 24  # bytes of a pair and of a feature's peak in a context, with what is made of them
 
 
 def empty_state(features: int, mesh: Mesh) -> FeatureState:
@@ -145,9 +145,9 @@ def batch_contexts(sae: SAE, context: int, contexts: int, rows: int = ROWS) -> i
     peaks of every feature in every context, and the rows themselves; whole per `data` shard, no more than there are `contexts`.
     """
     spec, data, width = sae.cfg.spec, sae.mesh.shape["data"], sae.cfg.d_sae // sae.mesh.shape["dict"]
-    row = _PAIR * (spec.k if spec.kind in WITH_K else PAIRS_PER_ROW) + 8 * spec.d_in // data
+    row = PAIR * (spec.k if spec.kind in WITH_K else PAIRS_PER_ROW) + 8 * spec.d_in // data
     if spec.kind not in WITH_K and spec.kind not in LOSSES:
         row += 8 * width // data
     room = MEMORY * hardware.chip_of(sae.mesh.devices.flat[0]).memory
-    most = min(rows // context, int(room // (row * context + _PEAK * width)), contexts + -contexts % data)
+    most = min(rows // context, int(room // (row * context + PEAK * width)), contexts + -contexts % data)
     return max(1, most // data) * data
