@@ -17,11 +17,13 @@ from saejax.base import sharding
 from saejax.base.records import MeshOptions
 from saejax.features.index import accumulate
 from saejax.features.index.examples import Examples
+from saejax.features.index.lookup import Lookup
 from saejax.features.index.state import BYTES_PER_FEATURE
 from saejax.features.index.windows import Windows
 from saejax.sae import SAEParams
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.model import encode
+from saejax.sae.sparse import tile_size
 
 WIDTH, K, CONTEXT, ROWS, EXAMPLES_PER_ROW = 576, 32, 128, 4096, 1
 
@@ -57,21 +59,22 @@ def gather_of(sae: SAE, rows: int, folder):
                         rng.integers(0, rows, n).astype(np.uint32))
     (folder / "windows.bin").write_bytes(bytes(4 * n * 32))
     windows = Windows(folder, examples, CONTEXT, 0)
-    gather = windows.make_gather(sae)
+    lookup = Lookup.of(sae, windows.window)
     start = (windows.context_E * CONTEXT + windows.start_E).astype(np.int32)
-    return lambda x, keep: gather(sae.params, x, keep, start, examples.feature)
+    return lambda x, keep: lookup.gather(sae.params, lookup.prepare(sae.params, x), keep, start, examples.feature)
 
 
-def formula(features: int, rows: int, devices: int) -> float:
+def formula(features: int, contexts: int, devices: int) -> float:
     """Bytes on a device while the first pass adds a batch, beyond the SAE's parameters; see docs/explanation/feature_index.md."""
-    return features / devices * (2 * BYTES_PER_FEATURE + 8 * rows)
+    batch = contexts * (accumulate.PEAK * features / devices + CONTEXT * K * accumulate.PAIR)
+    return features / devices * 2 * BYTES_PER_FEATURE + batch + 8 * tile_size(features // devices, jax.default_backend())
 
 
 def main(features: int, memory_only: bool) -> None:
     import pathlib
     import tempfile
     sae = make_sae(features)
-    contexts = accumulate.batch_contexts(sae.mesh, CONTEXT, features, ROWS)
+    contexts = accumulate.batch_contexts(sae, CONTEXT, ROWS // CONTEXT)
     rows, devices = contexts * CONTEXT, sae.mesh.size
     step, state = accumulate.make_step(sae, CONTEXT, contexts), accumulate.empty_state(features, sae.mesh)
     with jax.set_mesh(sae.mesh):
@@ -79,7 +82,7 @@ def main(features: int, memory_only: bool) -> None:
         memory = step.lower(state, sae.params, x, keep, np.uint32(0)).compile().memory_analysis()
         used = BYTES_PER_FEATURE * features / devices + memory.temp_size_in_bytes
         print(f"{features:>8} features, {rows} rows a batch: {used / 2**20:,.0f} MiB a device, formula "
-              f"{formula(features, rows, devices) / 2**20:,.0f} MiB, {devices} device(s)")
+              f"{formula(features, contexts, devices) / 2**20:,.0f} MiB, {devices} device(s)")
         if memory_only:
             return
         encoder = jax.jit(lambda params, x: encode(sae.cfg.spec, params, x).sum(0))

@@ -29,9 +29,9 @@ def tokenizer_backend():
     return backend
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, config: dict = tiny_llama.CONFIG) -> Path:
     """A Hugging Face directory: config, safetensors, tokenizer."""
-    tiny_llama.write(folder)
+    tiny_llama.write(folder, config)
     tokenizer_backend().save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         '{"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}')

@@ -127,7 +127,8 @@ def _meta(index: FeatureIndex, title: str, figures, links) -> dict:
             "per_file": FEATURES_PER_FILE, "per_folder": FILES_PER_FOLDER, "intervals": INTERVALS,
             "figures": [[visible(label), _long(value)] for label, value in (*figures, *_own_figures(m))],
             "links": [[visible(label), address] for label, address in links if _is_local(address)],
-            "rows": m["totals"]["kept_rows"], "histogram": m["totals"]["density_histogram"]}
+            "neighbours": m["settings"].get("neighbours", "all"), "rows": m["totals"]["kept_rows"],
+            "histogram": m["totals"]["density_histogram"]}
 
 
 def _own_figures(manifest: dict) -> list[tuple[str, str]]:

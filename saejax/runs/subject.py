@@ -253,6 +253,7 @@ class Subject:
             raise FeatureIndexError(f"{self.source}: has no index of its features; build one (saejax features), give index=DIR")
         index = FeatureIndex.open(self.index_home, sae=self.sae, lm_=self.__dict__.get("lm"))
         index.card = cards.feature
+        index.near = lambda feature: [(f.feature, f.score) for f in actions.alike(self.sae, feature, None, actions.MOST)]
         return index
 
     def index_if_any(self) -> FeatureIndex | None:

@@ -15,12 +15,14 @@ from saejax.base.errors import FormatError
 from saejax.sae.activations import thresholds
 from saejax.sae.folding import decoder_norms, scale_features
 from saejax.sae.measuring import Measured, measured
-from saejax.sae.model import decode, encode, skipped
+from saejax.sae.model import decode, encode, read, skipped
 from saejax.sae.normalization import Normalization
+from saejax.sae.pairs import Pairs
 from saejax.sae.params import SAEParams, SAESpec, param_shardings, tensors
 from saejax.sae.products import product
 from saejax.sae.row_norm import CENTER, NONE, normalise_rows
 from saejax.sae.saebench import config_for
+from saejax.sae.sparse import selected
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,16 @@ def unfold(spec: SAESpec, params: SAEParams, normalization: Normalization, *, un
 def encode_raw(spec: SAESpec, norm: str, params: SAEParams, x_BD: jax.Array) -> jax.Array:
     """Activations [B, F] of raw rows, as `SAE.encode` gives them, inside compiled functions; norm: `SAEConfig.input_norm`."""
     return encode(spec, params, normalise_rows(norm, x_BD)[0])
+
+
+def read_raw(spec: SAESpec, norm: str, params: SAEParams, x_BD: jax.Array) -> jax.Array:
+    """What the encoder's product reads of raw rows (`model.read`), inside compiled functions."""
+    return read(spec, params, normalise_rows(norm, x_BD)[0])
+
+
+def selected_raw(spec: SAESpec, norm: str, params: SAEParams, x_BD: jax.Array) -> Pairs:
+    """`encode_raw` of kinds with k as pairs, without an array [B, F]."""
+    return selected(spec, params, read_raw(spec, norm, params, x_BD), spec.k, over_batch=spec.kind == "batchtopk")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

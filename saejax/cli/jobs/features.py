@@ -33,6 +33,9 @@ class Options(Json, SubjectOptions, CorpusOptions, DistributedOptions):
     baseline: str | None = value("index what features are held against instead, in RUN/features_NAME: neurons (of the MLP below, "
                                  "through the language model), directions (random), random_sae (untrained)", "NAME",
                                  choices=BASELINES)
+    neighbours: str = value("whose nearest decoder rows the index has: of all features, of a sample (16,384 that fire), of none; "
+                            "auto: of all, of a dictionary of more than 131,072 of a sample", "WHOSE", default="auto",
+                            choices=("auto", "all", "sample", "none"))
     out: Path | None = value("where to write (default RUN/features)", "DIR", path)
     rebuild: bool = switch("remove the index that is there and begin anew")
     verify: int | None = value("run N examples again through language model and SAE, and say how they differ", "N", count)
@@ -66,7 +69,7 @@ def run(options: Options) -> int:
         sae = subject.sae if baseline is None else baseline_of(baseline, subject)
         split = options.split or ("train" if baseline == "neurons" else None)
         corpus = subject.corpus(split=split, tokens=options.tokens, hookpoints=sae.cfg.hookpoints)
-        index = build(home, sae, corpus, lm_, BuildOptions(progress=subject.progress))
+        index = build(home, sae, corpus, lm_, BuildOptions(neighbours=options.neighbours, progress=subject.progress))
         verified = None if not options.verify else fidelity.check(index, sae, lm_, options.verify,
                                                                   progress=subject.progress).to_json()
         if is_writer():

@@ -16,16 +16,19 @@ def plane(index: FeatureIndex, *, seed: int = 0, progress: bool = True) -> np.nd
 
     The graph of UMAP is made of the 10 neighbours of each feature that the index holds, at distance 1 - cosine: neither decoder
     nor F x F cosines are needed. The same seed gives the same picture. Raises `FeatureIndexError` when the package umap-learn
-    is missing, or there are fewer than `LEAST` features.
+    is missing, there are fewer than `LEAST` features, or the index has not the neighbours of all of them.
     """
     if index.features < LEAST:
         raise FeatureIndexError(f"{index.path}: {index.features} features are too few for a picture; {LEAST} are needed")
+    own_F, ids = np.arange(index.features)[:, None], index.lists("cosine_ids")
+    if not all(map(len, ids)):
+        raise FeatureIndexError(f"{index.path}: a picture needs the neighbours of all features; build the index anew "
+                                "with neighbours=all (saejax features)")
     try:
         from umap import UMAP
     except ImportError as error:
         raise FeatureIndexError(f"a picture of the features needs UMAP; run pip install 'saejax[umap]' ({error})") from error
-    own_F = np.arange(index.features)[:, None]
-    ids_FN = np.concatenate([own_F, np.array(index.lists("cosine_ids"))], axis=1)
+    ids_FN = np.concatenate([own_F, np.array(ids)], axis=1)
     distance_FN = np.concatenate([own_F * 0, 1 - np.array(index.lists("cosine_scores"))], axis=1).clip(0).astype(np.float32)
     epochs = 500 if index.features <= 10_000 else 200  # as UMAP chooses
     with warnings.catch_warnings(), Progress("map", epochs, unit="epoch", enabled=progress) as bar:

@@ -1,4 +1,8 @@
-"""The compiled step of an index: a batch of rows -> SAE -> positive activations as pairs -> state of every feature."""
+"""The compiled step of an index: a batch of rows -> SAE -> positive activations as pairs -> state of every feature.
+
+Kinds with k give their pairs at once (`saejax.sae.sparse`), the others tile by tile of a shard's features (`saejax.sae.tiles`):
+no array of rows x features is in memory. Only `groupmax`, which is read and never trained, takes its activations as a whole.
+"""
 
 import functools
 from collections.abc import Callable
@@ -8,13 +12,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import Mesh
 
-from saejax.base import sharding
+from saejax.base import hardware, sharding
 from saejax.config.recipes import WITH_K
 from saejax.features.index import state as st
 from saejax.features.index.state import FeatureState, Pairs, Peaks
-from saejax.sae.inference import SAE, encode_raw
+from saejax.sae import sparse, tiles
+from saejax.sae.activations import activate
+from saejax.sae.featurewise import LOSSES
+from saejax.sae.inference import SAE, encode_raw, read_raw, selected_raw
+from saejax.sae.model import bias
+from saejax.sae.products import product
+from saejax.sae.select import largest
 
-PAIRS_PER_ROW = 64  # of kinds without k: pairs of a row that are taken in one round
+PAIRS_PER_ROW = 64  # of kinds without k: pairs of a row that are taken in one round, of all features of a shard
+ROWS = 16_384       # of a batch, where its memory allows: adding it to the state costs the same for any number
+MEMORY = 1 / 16     # of a chip's: what a batch may need
+LEAST_PER_ROW = 4   # pairs of a row in a tile that are taken in one round
+PAIR, PEAK = 64, 24  # bytes of a pair and of a feature's peak in a context, with what is made of them
 
 
 def empty_state(features: int, mesh: Mesh) -> FeatureState:
@@ -33,55 +47,107 @@ def merger(mesh: Mesh) -> Callable[[FeatureState, FeatureState], FeatureState]:
 
 
 def make_step(sae: SAE, context: int, contexts: int) -> Callable:
-    """step(state, params, x [B, D], keep [B], first row) -> state, for batches of `contexts` whole contexts.
+    """step(state, params, x [B, D], keep [B], first row) -> state, for batches of `contexts` whole contexts. Call it where the
+    SAE's mesh is set.
 
-    Beyond the encoder it reads the activations [B, F] once, for the largest of each row; all else works on pairs (feature, row,
-    value). Kinds with k have at most k of them; of others `PAIRS_PER_ROW` are taken in a round, and there are as many rounds as
-    the fullest row asks for, so that none is lost. Communication: per round one all-gather of the pairs along `data`.
+    Behind the encoder all work is on pairs (feature, row, value). Kinds with k give one list of them for a batch. Of others
+    `PAIRS_PER_ROW` of a row are taken in a round (of a tile its share), and there are as many rounds as the fullest row asks for,
+    so that none is lost. Communication: that of the selection; per round one all-gather of the pairs along `data`.
     """
-    spec, mesh = sae.cfg.spec, sae.mesh
-    exact = spec.kind in WITH_K
-    per_row = min(spec.k if exact else PAIRS_PER_ROW, spec.d_sae // mesh.shape["dict"])
-    local = functools.partial(_local, per_row=per_row, exact=exact, context=context, contexts=contexts)
-    rows = sharding.spec("rows")
-    gathered = jax.shard_map(local, mesh=mesh, in_specs=(st.specs(), sharding.spec("rows", "features"), rows, sharding.spec()),
-                             out_specs=st.specs(), check_vma=False)
+    spec, norm = sae.cfg.spec, sae.cfg.input_norm
 
     def step(state, params, x_BD, keep_B, first_row):
-        return gathered(state, encode_raw(spec, sae.cfg.input_norm, params, x_BD), keep_B, first_row)
+        rows = sharding.spec("rows")
+        if spec.kind in WITH_K:
+            given = selected_raw(spec, norm, params, x_BD)
+            local, placed = _of_pairs, sparse.placement(given)
+        elif spec.kind in LOSSES:
+            own, read_BD = params.replace(b_dec=None, W_dec=None, W_skip=None), read_raw(spec, norm, params, x_BD)
+            given = own, bias(spec, params), read_BD
+            local = functools.partial(_of_tiles, spec=spec, size=tiles.tile_here(spec, read_BD))
+            placed = tiles.placement(own), sharding.spec("features"), sharding.spec("rows", None)
+        else:
+            given, local, placed = encode_raw(spec, norm, params, x_BD), _of_acts, sharding.spec("rows", "features")
+        local = functools.partial(local, context=context, contexts=contexts)
+        return jax.shard_map(local, mesh=sae.mesh, in_specs=(st.specs(), rows, sharding.spec(), placed), out_specs=st.specs(),
+                             check_vma=False)(state, keep_B, first_row, given)
 
     return jax.jit(step, donate_argnums=0)
 
 
-def _local(state, acts_BF, keep_B, first_row, *, per_row: int, exact: bool, context: int, contexts: int):
-    B, F = acts_BF.shape
-    row_B = first_row + (jnp.arange(B) + B * lax.axis_index("data")).astype(jnp.uint32)
-    number_F = jnp.arange(F, dtype=jnp.int32) + F * lax.axis_index("dict")
-    acts_BF = jnp.where(keep_B[:, None], acts_BF, 0.0)
+def _of_pairs(state, keep_B, first_row, listed, *, context: int, contexts: int) -> FeatureState:
+    """The state with a batch whose pairs are `listed`."""
+    value_Ln = jnp.where(keep_B[listed.row_L][:, None], listed.values_Ln, 0.0)
+    row_Ln = jnp.broadcast_to(_rows(keep_B, first_row)[listed.row_L][:, None], value_Ln.shape)
+    add = functools.partial(_added, number_F=_numbers(len(state.max)), first_row=first_row, context=context)
+    return st.topped(*add(state, Peaks.none(len(state.max), contexts), value_Ln, listed.index_Ln, row_Ln))
 
-    def add(state, peaks, acts_BF):
-        value_BK, index_BK = lax.top_k(acts_BF, per_row)
-        row_BK = jnp.broadcast_to(row_B[:, None], value_BK.shape)
-        feature_BK = jnp.where(value_BK > 0, index_BK, F)
-        value_P, feature_P, row_P = (lax.all_gather(x.reshape(-1), "data", tiled=True) for x in (value_BK, feature_BK, row_BK))
-        pairs = Pairs(feature_P, value_P, row_P, number_F)
-        return st.updated(state, pairs), peaks.raised(pairs, first_row, context), index_BK
+
+def _of_tiles(state, keep_B, first_row, given, *, spec, size: int, context: int, contexts: int) -> FeatureState:
+    """The state with a batch of rows, each tile's features with their own part of it."""
+    own, bias_F, read_BD = given
+    F = len(bias_F)
+    number_F = _numbers(F)
+
+    def of(state, tile: tiles.Tile):
+        own_T, bias_T, number_T, state_T = tile.of((own, bias_F, number_F, state))
+        acts_BT = activate(spec, own_T, product("bd,fd->bf", read_BD, own_T.W_enc, jnp.dtype(spec.compute_dtype)) + bias_T)
+        per_row = min(PAIRS_PER_ROW, max(LEAST_PER_ROW, -(-PAIRS_PER_ROW * tile.size // F)))
+        return tile.put(state, _in_rounds(state_T, keep_B, first_row, acts_BT, number_T, per_row, context, contexts))
+
+    return tiles.each(size, of, state, F)
+
+
+def _of_acts(state, keep_B, first_row, acts_BF, *, context: int, contexts: int) -> FeatureState:
+    """The state with a batch of which all activations are there."""
+    return _in_rounds(state, keep_B, first_row, acts_BF, _numbers(len(state.max)), PAIRS_PER_ROW, context, contexts)
+
+
+def _in_rounds(state, keep_B, first_row, acts_BF, number_F, per_row: int, context: int, contexts: int) -> FeatureState:
+    B, F = acts_BF.shape
+    per_row, row_B = min(per_row, F), _rows(keep_B, first_row)
+    acts_BF = jnp.where(keep_B[:, None], acts_BF, 0.0)
 
     def round_(carry):
         state, peaks, acts_BF, left = carry
-        state, peaks, index_BK = add(state, peaks, acts_BF)
+        value_BK, index_BK = largest(acts_BF, per_row)
+        row_BK = jnp.broadcast_to(row_B[:, None], value_BK.shape)
+        state, peaks = _added(state, peaks, value_BK, index_BK, row_BK, number_F=number_F, first_row=first_row, context=context)
         return state, peaks, acts_BF.at[jnp.arange(B)[:, None], index_BK].set(0.0), left - 1
 
-    peaks = Peaks.none(F, contexts)
-    if exact:
-        return st.topped(*add(state, peaks, acts_BF)[:2])
     most = (acts_BF > 0).sum(1, dtype=jnp.int32).max()
     rounds = lax.pmax(-(-most // per_row), ("data", "dict"))  # equal everywhere: the rounds communicate
-    return st.topped(*lax.while_loop(lambda carry: carry[3] > 0, round_, (state, peaks, acts_BF, rounds))[:2])
+    carry = state, Peaks.none(F, contexts), acts_BF, rounds
+    return st.topped(*lax.while_loop(lambda carry: carry[3] > 0, round_, carry)[:2])
 
 
-def batch_contexts(mesh: Mesh, context: int, features: int, rows: int = 4096, elements: int = 1 << 28) -> int:
-    """Contexts of a batch: about `rows` rows, fewer where [B, F] would pass `elements` on a device; whole per `data` shard."""
-    data = mesh.shape["data"]
-    most = min(rows, max(1, elements * mesh.size // features))
-    return max(1, most // context // data) * data
+def _added(state, peaks, value, index, row, *, number_F, first_row, context: int) -> tuple[FeatureState, Peaks]:
+    """With the pairs of all devices along `data`; index: of features within the shard or tile, whose numbers are `number_F`."""
+    feature = jnp.where(value > 0, index, len(number_F))
+    value_P, feature_P, row_P = (lax.all_gather(x.reshape(-1), "data", tiled=True) for x in (value, feature, row))
+    pairs = Pairs(feature_P, value_P, row_P, number_F)
+    return st.updated(state, pairs), peaks.raised(pairs, first_row, context)
+
+
+def _rows(keep_B, first_row):
+    """The numbers of a device's rows."""
+    B = len(keep_B)
+    return first_row + (jnp.arange(B) + B * lax.axis_index("data")).astype(jnp.uint32)
+
+
+def _numbers(F: int):
+    """The numbers of a shard's features in the whole dictionary."""
+    return jnp.arange(F, dtype=jnp.int32) + F * lax.axis_index("dict")
+
+
+def batch_contexts(sae: SAE, context: int, contexts: int, rows: int = ROWS) -> int:
+    """Contexts of a batch: about `rows` rows, fewer where a device would need more than its share `MEMORY` for their pairs, the
+    peaks of every feature in every context, and the rows themselves; whole per `data` shard, no more than there are `contexts`.
+    """
+    spec, data, width = sae.cfg.spec, sae.mesh.shape["data"], sae.cfg.d_sae // sae.mesh.shape["dict"]
+    row = PAIR * (spec.k if spec.kind in WITH_K else PAIRS_PER_ROW) + 8 * spec.d_in // data
+    if spec.kind not in WITH_K and spec.kind not in LOSSES:
+        row += 8 * width // data
+    room = MEMORY * hardware.chip_of(sae.mesh.devices.flat[0]).memory
+    most = min(rows // context, int(room // (row * context + PEAK * width)), contexts + -contexts % data)
+    return max(1, most // data) * data

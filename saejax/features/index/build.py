@@ -6,7 +6,6 @@ and ends in the same files.
 """
 
 import dataclasses
-import io
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,11 @@ from saejax.base import lease, sharding
 from saejax.base.errors import FeatureIndexError, FormatError, NonFiniteError
 from saejax.base.logs import Progress
 from saejax.base.records import UNKNOWN
-from saejax.base.storage import barrier, is_writer, read_json, text_sha256, write_bytes, write_json
-from saejax.features.index import accumulate, tables
+from saejax.base.storage import barrier, is_writer, read_json, replacing, text_sha256, write_json
+from saejax.features.index import accumulate, neighbours, tables
 from saejax.features.index.corpus import Corpus, Tokens
 from saejax.features.index.examples import BEFORE, INTERVALS, WINDOW, Examples, choose
+from saejax.features.index.lookup import Lookup
 from saejax.features.index.reader import (
     FEATURES,
     KIND,
@@ -46,10 +46,13 @@ _BLOCK = 4096  # features whose examples are chosen at once
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """rows: of a batch, about. save_rows: between two savings. Neither changes the index (`total` in its last bits)."""
+    """rows: of a batch, about. save_rows: between two savings. Neither changes the index (`total` in its last bits). neighbours:
+    whose neighbours by decoder it has (`neighbours.CHOICES`).
+    """
 
-    rows: int = 4096
+    rows: int = accumulate.ROWS
     save_rows: int = 1 << 20
+    neighbours: str = neighbours.AUTO
     progress: bool = True
 
 
@@ -65,10 +68,11 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
     corpus = _of_model(corpus, lm_)
     source = {"sae": _describe(sae), "corpus": corpus.describe(),
               "settings": {"window": min(WINDOW, corpus.context), "before": BEFORE, "intervals": INTERVALS}}
+    near = neighbours.resolved(options.neighbours, sae.cfg.d_sae)
     if (path / MANIFEST).is_file():
-        return _reopened(path, source, sae, lm_)
+        return _reopened(path, source, sae, lm_, None if options.neighbours == neighbours.AUTO else near)
     with lease.writing(path):
-        _write(path, source, sae, corpus, lm_, options)
+        _write(path, source, sae, corpus, lm_, dataclasses.replace(options, neighbours=near))
     return FeatureIndex.open(path, sae=sae, lm_=lm_)
 
 
@@ -78,15 +82,14 @@ def _write(path: Path, source: dict, sae: SAE, corpus: Corpus, lm_: LM, options:
     state = _states(path, sae, corpus, tokens, options)
     examples = _examples(state, options.progress)
     windows = _surroundings(path, sae, corpus, tokens, examples, options)
-    dictionary = tables.blocks(sae, lm_, progress=options.progress)
+    found, near = tables.Found(state, examples, windows, tokens), options.neighbours
+    parts = tables.write_parts(path / PROGRESS, sae, lm_, found, near, progress=options.progress)
     if is_writer():
-        totals = tables.write(path, dictionary, lm_.tokenizer.token_bytes.pieces, state, tables.Found(examples, windows), tokens)
+        totals = tables.write(path, parts, lm_.tokenizer.token_bytes.pieces, found)
         lease.confirm()
-        tables.write_manifest(path, {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals},
-                              progress=options.progress)
-    else:
-        for _ in dictionary:  # the collectives of the one that writes
-            pass
+        values = {"kind": KIND, "schema_version": SCHEMA_VERSION, **source, "totals": totals}
+        values["settings"] = source["settings"] | {"neighbours": near}
+        tables.write_manifest(path, values, progress=options.progress)
     barrier("saejax_index_written")
     if is_writer():
         shutil.rmtree(path / PROGRESS)
@@ -119,12 +122,15 @@ def _of_model(corpus: Corpus, lm_: LM) -> Corpus:
     return corpus
 
 
-def _reopened(path: Path, source: dict, sae: SAE, lm_: LM) -> FeatureIndex:
+def _reopened(path: Path, source: dict, sae: SAE, lm_: LM, near: str | None) -> FeatureIndex:
     manifest = read_manifest(path)
     check_belongs(path, manifest, sae, lm_)
     if manifest["corpus"]["digest"] != source["corpus"]["digest"]:
         raise FeatureIndexError(f"{path}: was built over another corpus ({manifest['corpus']['kind']}); choose another "
                                 "directory, or build it anew (rebuild)")
+    has = manifest["settings"].get("neighbours", neighbours.ALL)
+    if near not in (None, has):
+        raise FeatureIndexError(f"{path}: was built with neighbours={has}; choose another directory, or build it anew (rebuild)")
     return FeatureIndex.open(path, sae=sae, lm_=lm_)
 
 
@@ -190,48 +196,50 @@ def _check_finite(x_BD: np.ndarray, keep_B: np.ndarray, start: int, context: int
 
 
 def _states(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, options: BuildOptions) -> FeatureState:
-    """First pass. The state of all features, as host arrays."""
+    """First pass. The state of all features, as host arrays: those that were saved at last."""
     T, mesh = corpus.context, sae.mesh
-    size = accumulate.batch_contexts(mesh, T, sae.cfg.d_sae, options.rows)
-    step = accumulate.make_step(sae, T, size)
-    done, state = _saved_state(path, sae)
+    done, saved = _saved_state(path)
     total, unsaved = len(tokens.tokens_NT), 0
+    if saved is not None and done == total:
+        return saved
+    size = accumulate.batch_contexts(sae, T, total, options.rows)
+    step = accumulate.make_step(sae, T, size)
+    state = accumulate.empty_state(sae.cfg.d_sae, mesh) if saved is None else FeatureState(**{
+        name: sharding.place(value, sharding.sharding(mesh, "features", *[None] * (value.ndim - 1)))
+        for name, value in ((name, getattr(saved, name)) for name in FIELDS)})
     with Progress("index, pass 1", total * T, initial=done * T, enabled=options.progress) as bar, jax.set_mesh(mesh):
         for batch in _batches(sae, corpus, tokens, size, done):
-            state = step(state, sae.params, batch.x_BD, batch.keep_B, np.uint32(batch.first * T))
+            saved, state = None, step(state, sae.params, batch.x_BD, batch.keep_B, np.uint32(batch.first * T))
             done, unsaved = batch.first + batch.contexts, unsaved + batch.contexts * T
             if unsaved >= options.save_rows or done == total:
-                _save_state(path, state, done)
-                unsaved = 0
+                saved, unsaved = _save_state(path, state, done), 0
             bar.advance(batch.contexts * T)
-    return jax.tree.map(sharding.to_host, state)
+    return saved
 
 
-def _save_state(path: Path, state: FeatureState, contexts: int) -> None:
-    """One file, by rename: counts and place cannot disagree. The state passes through the host whole (1.9 KB a feature)."""
-    arrays = {name: sharding.to_host(getattr(state, name)) for name in FIELDS}
+def _save_state(path: Path, state: FeatureState, contexts: int) -> FeatureState:
+    """One file, by rename: counts and place cannot disagree. The state passes through the host whole (1.9 KB a feature), and is
+    returned as it lies there.
+    """
+    state = jax.tree.map(sharding.to_host, state)
     if is_writer():
         lease.confirm()
-        buffer = io.BytesIO()
-        np.savez(buffer, contexts=np.int64(contexts), **arrays)
-        write_bytes(path / PROGRESS / "state.npz", buffer.getvalue())
+        with replacing(path / PROGRESS / "state.npz") as file:
+            np.savez(file, contexts=np.int64(contexts), **{name: getattr(state, name) for name in FIELDS})
+    return state
 
 
-def _saved_state(path: Path, sae: SAE) -> tuple[int, FeatureState]:
-    """(contexts done, state), from where an interrupted first pass stood."""
-    file, mesh = path / PROGRESS / "state.npz", sae.mesh
+def _saved_state(path: Path) -> tuple[int, FeatureState | None]:
+    """(contexts done, state as host arrays), from where an interrupted first pass stood."""
+    file = path / PROGRESS / "state.npz"
     if not file.is_file():
-        return 0, accumulate.empty_state(sae.cfg.d_sae, mesh)
+        return 0, None
     try:
         with np.load(file, allow_pickle=False) as saved:
-            arrays = {name: saved[name] for name in FIELDS}
-            contexts = int(saved["contexts"])
+            return int(saved["contexts"]), FeatureState(**{name: saved[name] for name in FIELDS})
     except (OSError, ValueError, KeyError) as error:
         raise FeatureIndexError(f"{file}: not readable ({' '.join(str(error).split())[:200]}); delete it to begin "
                                 "again") from error
-    return contexts, FeatureState(**{
-        name: sharding.place(value, sharding.sharding(mesh, "features", *[None] * (value.ndim - 1)))
-        for name, value in arrays.items()})
 
 
 def _examples(state: FeatureState, progress: bool) -> Examples:
@@ -248,12 +256,12 @@ def _surroundings(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, examples
     """Second pass: the activations around every example."""
     T = corpus.context
     windows = Windows.open(path / PROGRESS, examples, T)
-    size = accumulate.batch_contexts(sae.mesh, T, sae.cfg.d_sae, options.rows)
-    gather = windows.make_gather(sae)
+    size = accumulate.batch_contexts(sae, T, len(tokens.tokens_NT), options.rows)
+    lookup = Lookup.of(sae, windows.window)
     total, unsaved = len(tokens.tokens_NT), 0
     with Progress("index, pass 2", total * T, initial=windows.done * T, enabled=options.progress) as bar, jax.set_mesh(sae.mesh):
         for batch in _batches(sae, corpus, tokens, size, windows.done):
-            windows.fill(gather, sae, batch.x_BD, batch.keep_B, batch.first, batch.first + batch.contexts)
+            windows.fill(lookup, sae, batch.x_BD, batch.keep_B, batch.first, batch.first + batch.contexts)
             unsaved += batch.contexts * T
             if unsaved >= options.save_rows or windows.done == total:
                 windows.save()

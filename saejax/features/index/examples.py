@@ -81,15 +81,18 @@ def interval_counts(state: FeatureState) -> np.ndarray:
     edges = np.minimum(np.arange(hist.shape[1] + 1)[None] / hist.shape[1] * whole[:, None], top[:, None])
     cumulative = np.concatenate([np.zeros((len(hist), 1)), np.cumsum(hist, 1)], axis=1)
     ends = top[:, None] * np.arange(INTERVALS + 1) / INTERVALS
-    out = np.zeros((len(hist), INTERVALS))
-    for f in np.flatnonzero(top > 0):
-        n = int(np.searchsorted(edges[f], top[f])) + 1
-        out[f] = np.diff(np.interp(ends[f], edges[f, :n], cumulative[f, :n]))
-    return out
+    last_F = np.maximum((edges < top[:, None]).sum(1) - 1, 0)  # the bin that the maximum lies in
+    at_FI = np.minimum((edges[:, None] <= ends[..., None]).sum(2) - 1, last_F[:, None])
+    low, high = (np.take_along_axis(edges, at_FI + step, 1) for step in (0, 1))
+    before, after = (np.take_along_axis(cumulative, at_FI + step, 1) for step in (0, 1))
+    slope = np.divide(after - before, high - low, out=np.zeros(high.shape), where=high > low)
+    below_FI = np.where(ends < top[:, None], slope * (ends - low) + before, after)
+    return np.where(top[:, None] > 0, np.diff(below_FI, axis=1), 0.0)
 
 
-def top_tokens(state: FeatureState, tokens_N: np.ndarray, first_feature: int = 0) -> list[list[tuple[int, float, float]]]:
-    """Of every feature the (token, share of its total activation, mean activation there), largest share first, at most 10.
+def top_tokens(state: FeatureState, tokens_N: np.ndarray, first_feature: int = 0) -> tuple[np.ndarray, ...]:
+    """(how many of each feature [F]; token, share of its total activation, mean activation there, of each feature the largest
+    share first, at most 10).
 
     Estimated from the samples: a bin of n activations of which m are sampled counts each n / m times (Horvitz-Thompson).
     """
@@ -97,17 +100,14 @@ def top_tokens(state: FeatureState, tokens_N: np.ndarray, first_feature: int = 0
     F = len(keys)
     counts, sampled = bin_counts(state), there.sum(2)
     weight = np.where(there, (counts / np.maximum(sampled, 1))[..., None], 0.0)
-    numbers = np.broadcast_to(np.arange(first_feature, first_feature + F)[:, None, None], keys.shape)
     f, b, s = np.nonzero(there)
-    token = np.asarray(tokens_N)[bits.row_of_pair_key(numbers[f, b, s], keys[f, b, s]).astype(np.int64)]
+    token = np.asarray(tokens_N)[bits.row_of_pair_key(f + first_feature, keys[f, b, s]).astype(np.int64)].astype(np.int64)
     w, v = weight[f, b, s], values[f, b, s].astype(np.float64)
-    borders = np.searchsorted(f, np.arange(F + 1))
-    out = []
-    for i in range(F):
-        part = slice(borders[i], borders[i + 1])
-        ids, place = np.unique(token[part], return_inverse=True)
-        mass, mean = np.bincount(place, w[part] * v[part], len(ids)), np.bincount(place, w[part], len(ids))
-        best = np.lexsort((ids, -mass))[:TOP_TOKENS]
-        total = mass.sum()
-        out.append([(int(ids[j]), float(mass[j] / total), float(mass[j] / mean[j])) for j in best])
-    return out
+    pair, place = np.unique(f << 32 | token, return_inverse=True)
+    mass, mean = np.bincount(place, w * v, len(pair)), np.bincount(place, w, len(pair))
+    f, token = pair >> 32, pair & 0xFFFFFFFF
+    share = mass / np.maximum(np.bincount(f, mass, F), np.finfo(np.float64).tiny)[f]
+    order = np.lexsort((token, -mass, f))
+    rank = np.arange(len(order)) - np.searchsorted(f, f)  # f rises, before and after
+    best = order[rank < TOP_TOKENS]
+    return np.bincount(f[best], minlength=F), token[best], share[best], mass[best] / mean[best]

@@ -11,9 +11,27 @@ from jax.sharding import Mesh
 
 from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError
-from saejax.features.index.bits import EMPTY
+from saejax.features.index.bits import EMPTY, row_key
 
 LEAST_SUPPORT = 3  # shared rows in the samples below which two features are not called correlated
+AUTO, ALL, SAMPLE, NONE = CHOICES = "auto", "all", "sample", "none"  # whose neighbours by decoder an index has
+UP_TO, SAMPLED = 131_072, 16_384  # auto: of all features up to so many, else of so many of them
+
+
+def resolved(choice: str, features: int) -> str:
+    """What `auto` means for so many features: F^2 cosines take too long for a large dictionary."""
+    if choice not in CHOICES:
+        raise FeatureIndexError(f"neighbours={choice!r}: choose {', '.join(CHOICES)}")
+    return choice if choice != AUTO else ALL if features <= UP_TO else SAMPLE
+
+
+def chosen(choice: str, fired_F: np.ndarray) -> np.ndarray:
+    """bool [F]: whose neighbours are found. Of a sample, of those that fire, the ones with the least hash of their number."""
+    alive = np.flatnonzero(fired_F)
+    found_F = np.full(len(fired_F), choice == ALL)
+    if choice == SAMPLE:
+        found_F[alive[np.argsort(row_key(alive.astype(np.uint32)), kind="stable")[:SAMPLED]]] = True
+    return found_F
 
 
 def nearest(directions_FD: jax.Array, queries: np.ndarray, n: int, mesh: Mesh | None, *, own: np.ndarray | None = None,

@@ -65,6 +65,7 @@ class FeatureIndex:
     def __init__(self, path: Path, manifest: dict):
         self.path, self.manifest = path, manifest
         self.card = None  # HTML of a feature for notebooks, where somebody draws it
+        self.near = None  # [(feature, cosine)] of a feature that has no neighbours here, where somebody finds them
         self.features: int = manifest["sae"]["d_sae"]
         self.window: int = manifest["settings"]["window"]
         self._group = functools.lru_cache(maxsize=4)(lambda name, group: self._tables[name].read_row_group(group))
@@ -178,7 +179,7 @@ class FeatureIndex:
         half = len(logits) // 2
         examples = [self._example(e) for e in self.examples(number)]
         tokens = list(zip(map(self.token, row["token_ids"]), row["token_shares"], strict=True))
-        near = list(zip(row["cosine_ids"], row["cosine_scores"], strict=True))
+        near = list(zip(row["cosine_ids"], row["cosine_scores"], strict=True)) or (self.near(number) if self.near else [])
         return Feature(number, row["fired"], row["density"], row["max"], row["mean"], tokens, logits[:half], logits[half:], near,
                        examples, self.card)
 

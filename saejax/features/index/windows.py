@@ -1,18 +1,18 @@
 """Second pass of an index: what a feature does at the tokens around its examples."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from saejax.base import lease, sharding
+from saejax.base import lease
 from saejax.base.errors import FeatureIndexError
 from saejax.base.storage import barrier, is_writer, read_json, reserve, write_json
 from saejax.features.index.examples import BEFORE, WINDOW, Examples
-from saejax.sae.inference import SAE, encode_raw
+from saejax.features.index.lookup import Lookup
+from saejax.sae.inference import SAE
+
+_AT_ONCE = 1 << 17  # examples
 
 
 class Windows:
@@ -54,39 +54,18 @@ class Windows:
                 self.acts.flush()
             write_json(self._folder / "windows.json", {"contexts": self.done})
 
-    def fill(self, gather: Callable, sae: SAE, x_BD: jax.Array, keep_B: jax.Array, first: int, last: int) -> None:
+    def fill(self, lookup: Lookup, sae: SAE, x_BD: jax.Array, keep_B: jax.Array, first: int, last: int) -> None:
         """Fills the windows of all examples in contexts first .. last - 1, which are the batch's first."""
-        chosen = self._order[slice(*np.searchsorted(self._sorted, (first, last)))]
+        chosen = np.sort(self._order[slice(*np.searchsorted(self._sorted, (first, last)))])  # by feature
         self.done = last
-        if not len(chosen):
-            return
-        size = 1 << (len(chosen) - 1).bit_length()  # few shapes, few compilations
-        row_E = np.zeros(size, np.int32)
-        feature_E = np.full(size, -1, np.int32)
-        row_E[:len(chosen)] = (self.context_E[chosen] - first) * self.context + self.start_E[chosen]
-        feature_E[:len(chosen)] = self._feature_E[chosen]
-        acts_EW = np.asarray(jax.device_get(gather(sae.params, x_BD, keep_B, row_E, feature_E)))
-        if is_writer():
-            self.acts[chosen] = acts_EW[:len(chosen)]
-
-    def make_gather(self, sae: SAE) -> Callable:
-        """gather(params, x [B, D], keep [B], row [E], feature [E]) -> [E, window] activations of a feature from a row on.
-
-        Every device looks up what lies on it; one all-reduce of [E, window] puts it together.
-        """
-        window, spec, norm = self.window, sae.cfg.spec, sae.cfg.input_norm
-
-        def local(acts_BF, keep_B, row_E, feature_E):
-            B, F = acts_BF.shape
-            row_EW = row_E[:, None] + jnp.arange(window) - B * lax.axis_index("data")
-            feature_E = feature_E - F * lax.axis_index("dict")
-            here = (row_EW >= 0) & (row_EW < B) & ((feature_E >= 0) & (feature_E < F))[:, None]
-            at = jnp.clip(row_EW, 0, B - 1)
-            value_EW = acts_BF[at, jnp.clip(feature_E, 0, F - 1)[:, None]]
-            return lax.psum(jnp.where(here & keep_B[at], value_EW, 0.0), ("data", "dict"))
-
-        gather = jax.shard_map(local, mesh=sae.mesh, in_specs=(sharding.spec("rows", "features"), sharding.spec("rows"),
-                                                               sharding.spec(), sharding.spec()),
-                               out_specs=sharding.spec(), check_vma=False)
-        return jax.jit(lambda params, x_BD, keep_B, row_E, feature_E:
-                       gather(encode_raw(spec, norm, params, x_BD), keep_B, row_E, feature_E))
+        table = lookup.prepare(sae.params, x_BD) if len(chosen) else None
+        for start in range(0, len(chosen), _AT_ONCE):
+            part = chosen[start:start + _AT_ONCE]
+            size = 1 << (len(part) - 1).bit_length()  # few shapes, few compilations
+            row_E = np.zeros(size, np.int32)
+            feature_E = np.full(size, -1, np.int32)
+            row_E[:len(part)] = (self.context_E[part] - first) * self.context + self.start_E[part]
+            feature_E[:len(part)] = self._feature_E[part]
+            acts_EW = np.asarray(jax.device_get(lookup.gather(sae.params, table, keep_B, row_E, feature_E)))
+            if is_writer():
+                self.acts[part] = acts_EW[:len(part)]

@@ -47,10 +47,10 @@
       el("div", {}, left), el("div", { class: "v" }, right)]));
   }
 
-  function near(title, about, rows) {
+  function near(title, about, rows, none = "none found") {
     const lines = rows.map(([feature, text, score]) => [
       el("a", { href: link(feature) }, `${feature} `, text ? word(text) : ""), number(score)]);
-    return card(el("h3", {}, title), lines.length ? pairs(lines) : note("none found"), note(about));
+    return card(el("h3", {}, title), lines.length ? pairs(lines) : note(none), note(about));
   }
 
   function effects(f, words) {
@@ -83,7 +83,8 @@
   }
 
   function body(f, words) {
-    const cosine = near("Nearest by decoder", "cosine of the decoder directions", f.cosine);
+    const cosine = near("Nearest by decoder", "cosine of the decoder directions", f.cosine,
+      data.meta.neighbours === "all" ? "none found" : `not in this index: saejax search like SAE ${f.id} finds them`);
     if (f.fired === 0) return [facts(f), el("div", { class: "grid" }, effects(f, words), cosine)];
     const firing = near("Fires together with", "correlation of firing, estimated from shared sampled tokens", f.firing);
     return [facts(f), el("div", { class: "layout" },
