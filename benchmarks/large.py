@@ -38,7 +38,8 @@ def write_config(place: Path, features: int, steps: int, mesh: str) -> Path:
     model = place / "model"
     if not model.exists():
         tiny.write_model(model)
-        tiny_llama.write(model, {**tiny_llama.CONFIG, "hidden_size": WIDTH, "head_dim": 32, "intermediate_size": 512})
+        tiny_llama.write(model, {**tiny_llama.CONFIG, "hidden_size": WIDTH, "head_dim": 32, "num_attention_heads": 8,
+                                   "intermediate_size": 512})
         write_text(place / "text.jsonl", 2 * steps * BATCH)
     tokens = steps * BATCH
     extra = f"""c.sae.d_sae, c.sae.k, c.sae.aux_k, c.sae.dead_tokens = {features}, 32, 0, {tokens // 4}

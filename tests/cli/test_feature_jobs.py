@@ -224,7 +224,8 @@ def test_mistaken_searches_end_in_one_line(run, arguments, message, capsys):
     (["features", "RUN", "--store=RUN/store", "--text=x", "--context=9"], "--text, --context have no effect where the store is"),
     (["dashboard", "RUN/features", "--model=m", "--index=x"], "dashboard: --model, --index have no effect as RUN/features is an"),
     (["search", "like", "RUN", "5", "--within=RUN", "--index=RUN/features"], "search like: --index has no effect with --within"),
-    (["bench", "--only=step", "--megabytes=5", "--tokens=9"], "bench: --megabytes has no effect without writer or reader in --only")])
+    (["bench", "--only=step", "--megabytes=5", "--tokens=9"],
+     "bench: --megabytes has no effect without writer or reader in --only")])
 def test_options_without_effect_are_refused(run, arguments, message, capsys):
     capsys.readouterr()
     assert main([a.replace("RUN", str(run)) for a in arguments]) == 2

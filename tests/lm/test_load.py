@@ -90,6 +90,14 @@ def test_directory_without_tokenizer(tmp_path):
         lm.load(str(tiny_llama.write(tmp_path / "tiny")))
 
 
+def test_a_config_that_transformers_refuses_is_one_line(tmp_path):
+    tiny_llama.write(tmp_path, {**tiny_llama.CONFIG, "hidden_size": 256})  # for 6 heads, as it thinks
+    write_tokenizer(tmp_path, 97)
+    with pytest.raises(TokenizerError, match="no usable tokenizer .*256.* is not a multiple") as error:
+        lm.load(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
 def test_chat_template_in_a_file_of_its_own(folder):
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }} {% endfor %}")
     assert lm.load(str(folder)).tokenizer.chat([{"role": "user", "content": "w5 w9"}]) == [5, 9]
