@@ -11,13 +11,13 @@ from tests.processes import environment, free_port
 
 
 def evaluate(config, out, of):
-    port, command = free_port(), [sys.executable, "-m", "saejax", "eval", f"--config={config}", f"--out={out}", "--json"]
+    port, command = free_port(), [sys.executable, "-m", "saejax", "eval", f"--config={config}", f"--out={out}"]
     own = ["--distributed", f"--num-processes={of}", f"--coordinator=127.0.0.1:{port}"] if of > 1 else []
     jobs = [subprocess.Popen([*command, *own, *([f"--process-id={i}"] if own else [])], stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True, env=environment(4 // of)) for i in range(of)]
-    out = [job.communicate(timeout=300) for job in jobs]
-    assert all(job.returncode == 0 for job in jobs), out
-    return json.loads(out[0][0])
+    said = [job.communicate(timeout=300) for job in jobs]
+    assert all(job.returncode == 0 for job in jobs), said
+    return json.loads((out / "eval.json").read_text())["entries"][-1]["result"]
 
 
 @pytest.mark.slow
