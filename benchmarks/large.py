@@ -23,6 +23,7 @@ from tests import tiny_experiment as tiny  # noqa: E402
 from tests.lm import tiny_llama  # noqa: E402
 
 WIDTH, BATCH = 256, 1024
+_PATIENCE = "--xla_cpu_collective_call_terminate_timeout_seconds=900"  # simulated devices wait for each other on few cores
 
 
 def write_text(file: Path, letters: int) -> Path:
@@ -55,7 +56,8 @@ c.log.progress = True
 
 def stage(name: str, *words, devices: int = 8, stop_at: int | None = None, run: Path | None = None) -> None:
     """Runs `saejax` and prints a row. stop_at: SIGTERM when the run has so many lines of metrics."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    own = {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT), "XLA_FLAGS": _PATIENCE}
+    env = os.environ | own
     began, log = time.monotonic(), (run.parent / f"{name.replace(' ', '_')}.log").open("w")
     job = subprocess.Popen([sys.executable, "-m", "saejax", *map(str, words)], env=env, stdout=log, stderr=log)
     asked = False

@@ -133,6 +133,7 @@ def resample(config: Config, spec: SAESpec, state: TrainState, batches: Iterable
             some = here[a:a + _AT_ONCE]
             pairs = _padded(dead[some], drawn[some] - first, spec.d_sae)
             state = place_rows(spec, config.sae, state, x_BD, *pairs, norms)
+            jax.block_until_ready(state.tokens_since_fired_F)  # simulated devices get stuck with many collectives under way
         first = last
     return state, len(dead)
 
