@@ -71,7 +71,8 @@ def stage(name: str, *words, devices: int = 8, stop_at: int | None = None, run: 
             asked = True
         time.sleep(0.2)
     code = os.waitstatus_to_exitcode(status)
-    note = "" if code in (0, 75) else f"exit code {code}: {(Path(log.name).read_text().splitlines() or [""])[-1][:200]}"
+    said = Path(log.name).read_text().splitlines() or ["nothing"]
+    note = "" if code in (0, 75) else f"exit code {code}: {said[-1][:200]}"
     print(f"| {name} | {time.monotonic() - began:,.0f} s | {used.ru_maxrss / 2**20:.2f} GiB | {note} |", flush=True)
 
 
