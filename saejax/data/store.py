@@ -133,10 +133,6 @@ class Store:
         self._readers[mf.TOKENS].read_into(spans, ids)
         return ids >= 0
 
-    def read_into(self, array: str, spans: Iterable[Span], out: np.ndarray) -> None:
-        """Reads row spans of an array ("tokens", "acts/<hookpoint>", ...) into `out`, in several threads."""
-        self._readers[array].read_into(spans, out)
-
     def scatter(self, array: str, spans: Iterable[Span], slot_R: np.ndarray, out: np.ndarray) -> None:
         """Reads the R rows of some spans; row r goes to `out[slot_R[r]]`, those with -1 to its last row. In several threads."""
         self._readers[array].scatter(spans, slot_R, out)
