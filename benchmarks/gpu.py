@@ -6,7 +6,7 @@
 steps: whole training steps of saejax in bfloat16, of eai-sparsify (its Triton kernels and its own bfloat16 autocast, fused Adam,
 clipping) and of a dense topk step in plain torch, at the same shapes on the same card in the same call; above them the rates of
 plain products and copies, and whether compiler flags bring JAX's product closer to torch's. Selection by itself as well. Every
-figure is the median of several repeats.
+figure is the median of several repeats. After each of saejax's steps the kernels that it spends most time in, from a trace.
 
 world: the synthetic world of 16,384 features in 768 dimensions, sampled and trained on the device for one kind, and its scores
 beside the published ones. The time of a step is measured first; from it follows the number of steps, and so the learning rate's
@@ -77,7 +77,7 @@ class Report:
         plain = [row for row in self.rows if row["section"].split("-")[0] in ("products", "torch", "trial", "selection")]
         if plain:
             parts.append("| what | ms | quartiles | rate |\n|---|---|---|---|\n" + "\n".join(map(plain_row, plain)))
-        steps = [row for row in self.rows if row not in plain]
+        steps = [row for row in self.rows if row not in plain and row["what"] != "kernels"]
         if steps:
             head = ("workload", "side", "ms", "quartiles", "rows/s", "eai-sparsify's ms / ms", "TF/s", "of JAX's product", "GB",
                     "first, s")
@@ -128,6 +128,8 @@ def line(row: dict) -> str:
     what = ", ".join(str(row[name]) for name in names if row.get(name))
     if "failed" in row:
         return f"{what}: FAILED: {row['failed']}"
+    if "kernels" in row:
+        return what + "".join(f"\n    {ms:8.3f} ms {calls:6.1f} calls  {name[:90]}" for name, ms, calls in row["kernels"])
     time_ = f"{row['ms']:.3f} ms ({quartiles(row)}), first {row['first_s']:.1f} s" if "ms" in row else ""
     return f"{what}: " + ", ".join(part for part in (time_, rate(row)) if part)
 

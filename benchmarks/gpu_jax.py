@@ -1,8 +1,13 @@
 """The sections of benchmarks/gpu.py that JAX measures, each in a process of its own; `gpu.py` starts it."""
 
 import argparse
+import collections
+import gzip
+import json
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -123,8 +128,10 @@ def steps(emit, case: Case, tiny: bool, flags: str) -> None:
     options = BenchOptions(d_in=case.d_in, d_sae=case.d_sae, batch=case.batch, k=case.k or 32)
     training = Training(case.kind, options, sharding.single_device_mesh(), **(BFLOAT16 | case.changes))
     for path in case.paths:
-        attempt(emit, "saejax", lambda path=path: timed(training, path, case), path=path, kind=case.kind, shape=case.shape,
-                rows=case.batch, dtype=training.spec.compute_dtype)
+        row = dict(path=path, kind=case.kind, shape=case.shape, rows=case.batch, dtype=training.spec.compute_dtype)
+        attempt(emit, "saejax", lambda path=path: timed(training, path, case), **row)
+        if not case.dead:
+            attempt(emit, "kernels", lambda path=path: {"kernels": kernels(lambda n: training.seconds(path, n))}, **row)
 
 
 def timed(training, path: str, case: Case) -> dict:
@@ -138,6 +145,26 @@ def timed(training, path: str, case: Case) -> dict:
     flops = (10 if path == "dense" else 2) * case.batch * case.d_in * case.d_sae
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return row | more | {"tflops": flops / row["ms"] / 1e9, "peak_gb": peak / 1e9 if peak else None}
+
+
+def kernels(seconds: Callable[[int], float], n: int = 3) -> list[tuple[str, float, float]]:
+    """(name, ms, calls) of one step by the device's own clock, the longest first, from a trace of n steps."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            seconds(n)
+        (file,) = Path(folder).glob("plugins/profile/*/*.trace.json.gz")
+        events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event.get("name") == "process_name"}
+    streams = {(event["pid"], event["tid"]) for event in events
+               if event.get("name") == "thread_name" and event["args"]["name"].startswith("Stream")}
+    total, calls = collections.Counter(), collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and "GPU" in names[event["pid"]] and (event["pid"], event["tid"]) in streams:
+            total[event["name"]] += event["dur"] / 1e3 / n
+            calls[event["name"]] += 1 / n
+    return [(name, ms, calls[name]) for name, ms in total.most_common(20)]
 
 
 def main() -> None:
