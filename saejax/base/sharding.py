@@ -178,9 +178,13 @@ def place_pieces(value: np.ndarray, where: NamedSharding, rows: int, pieces: Seq
     return out if kept else jax.block_until_ready(out)
 
 
-def place_rows(value: np.ndarray, mesh: Mesh) -> jax.Array:
-    """Rows at rest over all devices: every process gives its own, equally many, a multiple of its number of devices."""
+def place_rows(value: np.ndarray | jax.Array, mesh: Mesh) -> jax.Array:
+    """Rows at rest over all devices: every process gives its own, equally many, a multiple of its number of devices; those of the
+    only process may lie on any devices.
+    """
     where = sharding(mesh, "rows_at_rest", *[None] * (value.ndim - 1))
+    if isinstance(value, jax.Array):
+        return jax.device_put(value, where)
     return jax.make_array_from_process_local_data(where, value)
 
 

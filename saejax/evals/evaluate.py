@@ -1,12 +1,14 @@
 """`evaluate`: one pass over held-out text, reconstruction and splicing together; and the cache of its results."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from saejax.base.distributed import gathered
 from saejax.base.errors import FormatError, SaejaxError
@@ -20,7 +22,7 @@ from saejax.data.token_store import TokenStore
 from saejax.data.tokens import in_memory
 from saejax.evals import splice
 from saejax.evals.reconstruction import Reconstruction
-from saejax.lm import LM, width_of
+from saejax.lm import LM, Decoder, make_mesh, place, width_of
 from saejax.sae.inference import SAE
 
 SCHEMA_VERSION = 1
@@ -32,39 +34,69 @@ _CONTEXTS = 16  # of a store that are measured at once
 
 def evaluate(sae: SAE, lm_: LM, text: Text, stats: Mapping[str, ActivationStats], options: EvalOptions, *,
              batch_contexts: int = 16, progress: bool = True) -> dict:
-    """Everything measured on `options.contexts` contexts of the held-out part of a text, as plain JSON.
+    """`evaluate_all` of one SAE."""
+    return evaluate_all([sae], lm_, text, [stats], options, batch_contexts=batch_contexts, progress=progress)[0]
 
-    The figures are those of `Reconstruction.result` and `SpliceSums.result`, at the hookpoints that the SAE reconstructs; those
+
+def evaluate_all(saes: Sequence[SAE], lm_: LM, text: Text, stats: Sequence[Mapping[str, ActivationStats]],
+                 options: EvalOptions, *, batch_contexts: int = 16, progress: bool = True) -> list[dict]:
+    """Everything measured of each SAE on `options.contexts` contexts of the held-out part of a text, as plain JSON.
+
+    The figures are those of `Reconstruction.result` and `SpliceSums.result`, at the hookpoints that an SAE reconstructs; those
     of a crosscoder are replaced together, its reconstruction figures are means over them and each has its own under `layers`.
-    stats: of these hookpoints on other text, as the training store's; the mean serves mean ablation, the median norm the outlier
-    bound (10 x). Cross-entropy and KL come with outlier tokens only: every token after an outlier reads it, so that what the
-    model loses "without" it is no part of a sum. batch_contexts: in one forward pass. Activations are the language model's own,
-    not rounded to bfloat16. On a mesh over several processes each runs the language model on its share of the contexts. Raises
+    What does not depend on the SAE, the language model computes once for all of them. stats: of each one's hookpoints on other
+    text, as the training store's; the mean serves mean ablation, the median norm the outlier bound (10 x). Cross-entropy and KL
+    come with outlier tokens only: every token after an outlier reads it, so that what the model loses "without" it is no part of
+    a sum. batch_contexts: in one forward pass, on all devices of a process. Activations are the language model's own, not rounded
+    to bfloat16. On a mesh over several processes each runs the language model on its share of the contexts. Raises
     `HookpointError` / `FormatError` when SAE and model do not fit, `TextError` when no text is held out, `NonFiniteError`.
     """
-    hookpoints, targets = sae.cfg.hookpoints, sae.cfg.targets
-    width = sum(width_of(lm_.cfg, hookpoint) for hookpoint in hookpoints)
-    if width != sae.cfg.d_in:
-        raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {sae.cfg.hookpoint} of {lm_.name} has {width};"
-                          " evaluate it with the model it was trained on")
-    measured = _figures(sae, stats)
-    means = {name: stats[name].mean_D for name in targets}
-    sums, masked = splice.SpliceSums(), 0
+    each = [_One(sae, lm_, own) for sae, own in zip(saes, stats, strict=True)]
+    hookpoints = tuple(dict.fromkeys(name for sae in saes for name in sae.cfg.hookpoints + sae.cfg.targets))
     made = in_memory(text.options, lm_.tokenizer, options.contexts, seed=text.seed, split="heldout")
-    contexts, share = min(made.contexts, options.contexts), _Share.of(sae)
+    contexts, share = min(made.contexts, options.contexts), _Share.of(saes)
+    model, rows = _everywhere(lm_.model, batch_contexts)
     with Progress("evaluate", contexts * made.context, enabled=progress) as bar:
         for first in range(0, contexts, batch_contexts * share.of_all):
             batch = _batch(made, first + batch_contexts * share.number, contexts, batch_contexts)
-            clean = splice.prefix(lm_.model, batch.tokens_BT, hookpoints=tuple(dict.fromkeys(hookpoints + targets)))
-            recon = _reconstruct(sae, clean, batch.keep_BT, measured)
-            sums.add(lm_.model, batch.tokens_BT, batch.keep_BT, {name: clean[name] for name in targets}, recon, means,
-                     batch.lengths_B)
-            masked += int(batch.lengths_B.sum() - batch.keep_BT.sum())
+            tokens_BT = jax.device_put(batch.tokens_BT, rows)
+            clean = splice.prefix(model, tokens_BT, hookpoints=hookpoints)
+            splicer = splice.Splicer(model, batch, tokens_BT, clean)
+            for one in each:
+                one.add(splicer, clean, batch)
             bar.advance(min(contexts - first, batch_contexts * share.of_all) * made.context)
-    masked, sums = share.together(masked, sums, measured)
-    return {"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
-            "hookpoint": sae.cfg.hookpoint, "contexts": contexts, "context": made.context, "masked_tokens": masked,
-            "outlier_factor": OUTLIER_FACTOR, **_over_layers(measured), **sums.result()}
+    return [{"schema_version": SCHEMA_VERSION, "kind": KIND, "model": lm_.name, "model_digest": lm_.digest,
+             "hookpoint": one.sae.cfg.hookpoint, "contexts": contexts, "context": made.context, **one.result(share)}
+            for one in each]
+
+
+class _One:
+    """An SAE that is measured."""
+
+    def __init__(self, sae: SAE, lm_: LM, stats: Mapping[str, ActivationStats]):
+        width = sum(width_of(lm_.cfg, hookpoint) for hookpoint in sae.cfg.hookpoints)
+        if width != sae.cfg.d_in:
+            raise FormatError(f"the SAE expects activations of width {sae.cfg.d_in}, {sae.cfg.hookpoint} of {lm_.name} has "
+                              f"{width}; evaluate it with the model it was trained on")
+        self.sae, self._figures = sae, _figures(sae, stats)
+        self._means = {name: stats[name].mean_D for name in sae.cfg.targets}
+        self._sums, self._masked = splice.SpliceSums(), 0
+
+    def add(self, splicer: splice.Splicer, clean: dict, batch: TokenBatch) -> None:
+        splicer.add(self._sums, _reconstruct(self.sae, clean, batch.keep_BT, self._figures), self._means)
+        self._masked += int(batch.lengths_B.sum() - batch.keep_BT.sum())
+
+    def result(self, share: "_Share") -> dict:
+        masked, sums = share.together(self._masked, self._sums, self._figures)
+        return {"masked_tokens": masked, "outlier_factor": OUTLIER_FACTOR, **_over_layers(self._figures), **sums.result()}
+
+
+def _everywhere(model: Decoder, rows: int) -> tuple[Decoder, NamedSharding]:
+    """The language model on all devices of this process, or where it is split already, and how batches of rows lie there."""
+    placed = next(iter(model.whole.values()))[...].sharding
+    mesh = placed.mesh if isinstance(placed, NamedSharding) and placed.mesh.size > 1 else make_mesh(rows=rows)
+    rows_at = NamedSharding(mesh, PartitionSpec("data"))
+    return (model if placed.device_set == set(mesh.devices.flat) else place(model, mesh)), rows_at
 
 
 def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: bool = True) -> dict:
@@ -76,7 +108,7 @@ def evaluate_rows(sae: SAE, store: Store, options: EvalOptions, *, progress: boo
     measured = _figures(sae, {name: store.stats(name) for name in sae.cfg.targets})
     chosen = np.unique(np.linspace(0, store.n_contexts - 1, options.contexts).astype(int))
     own = sae.cfg.metadata.get("training", {}).get("store_digest") == store.digest
-    share, T, masked = _Share.of(sae), store.context, 0
+    share, T, masked = _Share.of([sae]), store.context, 0
     with Progress("evaluate", len(chosen) * T, enabled=progress) as bar:
         for first in range(0, len(chosen), _CONTEXTS * share.of_all):
             mine = chosen[first + _CONTEXTS * share.number:][:_CONTEXTS].tolist()
@@ -102,14 +134,14 @@ def _figures(sae: SAE, stats: Mapping[str, ActivationStats]) -> dict[str, Recons
 
 @dataclass(frozen=True)
 class _Share:
-    """Which part of the batches this process measures: one of as many as the SAE's mesh has processes."""
+    """Which part of the batches this process measures: one of as many as the SAEs' meshes have processes."""
 
     number: int = 0
     of_all: int = 1
 
     @classmethod
-    def of(cls, sae: SAE) -> "_Share":
-        several = sae.mesh is not None and sae.mesh.is_multi_process
+    def of(cls, saes: Sequence[SAE]) -> "_Share":
+        several = any(sae.mesh is not None and sae.mesh.is_multi_process for sae in saes)
         return cls(jax.process_index(), jax.process_count()) if several else cls()
 
     def together(self, masked: int, sums: splice.SpliceSums,
@@ -135,13 +167,15 @@ def _batch(made: TokenStore, first: int, last: int, rows: int) -> TokenBatch:
 def _reconstruct(sae: SAE, clean: dict, keep_BT: np.ndarray, into: dict[str, Reconstruction]) -> dict:
     """Reconstructions `[B, T, D]` of a batch by hookpoint, measured on the way."""
     keep_N = keep_BT.reshape(-1)
-    flat = {name: np.asarray(x_BTD).reshape(len(keep_N), -1) for name, x_BTD in clean.items()}
+    flat = {name: x_BTD.reshape(len(keep_N), -1) for name, x_BTD in clean.items()}
     read = [flat[name] for name in sae.cfg.hookpoints]
-    found = sae.measure(read[0] if len(read) == 1 else np.concatenate(read, axis=-1), keep_N)
+    found = sae.measure(read[0] if len(read) == 1 else jnp.concatenate(read, axis=-1), keep_N)
     parts, first = {}, 0
     for name, figures in into.items():
         last = first + flat[name].shape[-1]
-        recon_ND = found.recon_BD[:, first:last]
+        recon_ND = found.recon_BD if found.recon_BD.shape[1] == last - first else found.recon_BD[:, first:last]
+        if isinstance(flat[name], jax.Array):
+            recon_ND = jax.device_put(recon_ND, flat[name].sharding)
         figures.add(flat[name], recon_ND, found.l0_B, found.fired_F, keep_N)
         parts[name], first = recon_ND.reshape(clean[name].shape), last
     return parts

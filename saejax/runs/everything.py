@@ -7,17 +7,19 @@ from ml_collections import ConfigDict
 
 from saejax.base import lease
 from saejax.base.logs import say
+from saejax.base.records import RunPaths
 from saejax.base.storage import is_writer
 from saejax.config import Config, resolve
 from saejax.formats.release import release
 from saejax.pages.report import write_report
 from saejax.pages.summary import Result
-from saejax.runs.evaluation import evaluated, result_of, scalars
+from saejax.runs.evaluation import evaluated_all, result_of, scalars
 from saejax.runs.experiment import harvested, preflight, raise_troubles, trained
 from saejax.runs.opening import open_all
 from saejax.runs.subject import Given, Subject, forget_language_model
 from saejax.scaling.sweep import is_sweep
 from saejax.train.compilation_cache import kept
+from saejax.train.member import Outcome
 
 
 def run(config: Config | ConfigDict) -> Subject | list[Subject]:
@@ -44,15 +46,18 @@ def made(config: Config) -> tuple[list[Result], list]:
         outcomes = trained(config, members, store)
         gc.collect()
         say("3/4 evaluate and release")
-        results = []
-        for outcome in (outcome for outcome in outcomes if not outcome.trouble):
-            paths = outcome.paths
-            subject = Subject(paths.root, Given(), outcome.config, paths.checkpoints / str(outcome.step))
-            evaluation = evaluated(subject)
-            release(subject.sae, paths.release, scalars(evaluation))
+        results, done = [], [outcome for outcome in outcomes if not outcome.trouble]
+        for subject, evaluation in evaluated_all([_subject(outcome) for outcome in done]):
+            release(subject.sae, RunPaths(subject.run).release, scalars(evaluation))
             results.append(result_of(subject, evaluation))
+            del subject
         forget_language_model()
         say("4/4 report")
         for result in results if is_writer() else []:
             write_report(result.paths, result)
         return results, outcomes
+
+
+def _subject(outcome: Outcome) -> Subject:
+    paths = outcome.paths
+    return Subject(paths.root, Given(), outcome.config, paths.checkpoints / str(outcome.step))

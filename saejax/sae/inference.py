@@ -251,14 +251,19 @@ class SAE:
         On a mesh over several processes each gives rows of its own, equally many, and gets what belongs to them; what is counted
         of features is that of all.
         """
-        x_ND, counted_N, n = np.asarray(x_ND), np.asarray(counted_N, bool), len(x_ND)
+        counted_N, n = np.asarray(counted_N, bool), len(x_ND)
         if self.mesh is None:
+            x_ND = jax.device_put(x_ND, self.params.W_enc.sharding) if isinstance(x_ND, jax.Array) else x_ND
             return _measured(self.cfg.spec, self.cfg.input_norm, self.params, x_ND, counted_N)
         more = -n % len(self.mesh.local_devices)
+        if more or self.mesh.is_multi_process:
+            x_ND = np.asarray(x_ND)
         with jax.set_mesh(self.mesh):
-            rows, counted = (sharding.place_rows(np.pad(value, [(0, more)] + [(0, 0)] * (value.ndim - 1)), self.mesh)
-                             for value in (x_ND, counted_N))
+            rows, counted = (sharding.place_rows(np.pad(value, [(0, more)] + [(0, 0)] * (value.ndim - 1)) if more else value,
+                                                 self.mesh) for value in (x_ND, counted_N))
             found = _measured(self.cfg.spec, self.cfg.input_norm, self.params, rows, counted)
+        if not more and not self.mesh.is_multi_process:
+            return found
         return found.replace(recon_BD=sharding.own_rows(found.recon_BD)[:n], l0_B=sharding.own_rows(found.l0_B)[:n])
 
     def offset(self, x) -> jax.Array:

@@ -15,7 +15,7 @@ from saejax.base.records import ActivationStats, MeshOptions, RunPaths
 from saejax.data.text import Text
 from saejax.data.tokens import token_batches
 from saejax.evals import splice
-from saejax.evals.evaluate import cache_key, cached, remember
+from saejax.evals.evaluate import cache_key, cached, evaluate_all, remember
 from saejax.evals.evaluate import evaluate as evaluated
 from saejax.evals.reconstruction import Reconstruction, density_histogram
 from saejax.lm import capture, cross_entropy
@@ -52,6 +52,12 @@ def random_sae(mesh=None, d_sae=64, k=8, seed=0):
 
 def evaluate(config, sae, lm, given):
     return evaluated(sae, lm, Text.of(config), given, config.eval, batch_contexts=config.lm.batch_contexts, progress=False)
+
+
+def assert_same(found, expected):
+    """Figures to 1e-5, all else equal."""
+    for name, value in expected.items():
+        assert found[name] == (pytest.approx(value, rel=1e-5) if isinstance(value, float) else value), name
 
 
 def held_out(config, lm):
@@ -170,16 +176,35 @@ def test_neither_batch_size_nor_chunking_changes_the_figures(config, tiny_lm, mo
     sae = random_sae(seed=1)  # no figure near 0, where the rounding of a difference would decide
     first = evaluate(config, sae, tiny_lm, stats())
     assert min(abs(first[name]) for name in ("ce_recovered", "ce_recovered_mean")) > 0.3
-    monkeypatch.setattr(splice, "_LOGIT_BYTES", 4 * 97 * 7)               # logits of 7 tokens at a time
-    for function in (splice.token_nll, splice.token_kl):
-        function.clear_cache()
+    monkeypatch.setattr(splice, "_LOGIT_BYTES", {"cpu": 4 * 97 * 7})  # logits of 7 tokens at a time
     other = dataclasses.replace(config, lm=dataclasses.replace(config.lm, batch_contexts=3))
     second = evaluate(other, sae, tiny_lm, stats())
-    for name, value in first.items():
-        if isinstance(value, float):
-            assert second[name] == pytest.approx(value, rel=1e-5), name
-        else:
-            assert second[name] == value, name
+    assert_same(second, first)
+
+
+def test_many_in_one_pass_measure_what_each_does_alone(config, tiny_lm):
+    """An SAE on one device, one on a mesh, one with another mean: the same figures, and the language model's own only once."""
+    saes = [random_sae(seed=1), random_sae(sharding.make_mesh(MeshOptions(2, 4)), seed=2), random_sae(seed=3)]
+    given, suffixes = [stats(), stats(), stats(mean=0.1)], splice.suffix
+    alone = [evaluate(config, sae, tiny_lm, own) for sae, own in zip(saes, given, strict=True)]
+    runs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(splice, "suffix", lambda *args: runs.append(1) or suffixes(*args))
+        together = evaluate_all(saes, tiny_lm, Text.of(config), given, config.eval, batch_contexts=5, progress=False)
+    for one, other in zip(alone, together, strict=True):
+        assert_same(other, one)
+    batches = -(-config.eval.contexts // 5)
+    assert len(runs) == batches * (3 + 3 + 3)  # clean, zero and mean for each mean; one for each SAE
+
+
+def test_the_language_model_runs_on_all_devices(config, tiny_lm, monkeypatch):
+    seen = []
+    prefix = splice.prefix
+    monkeypatch.setattr(splice, "prefix", lambda *args, **more: seen.append(prefix(*args, **more)) or seen[-1])
+    evaluate(dataclasses.replace(config, lm=dataclasses.replace(config.lm, batch_contexts=8)), random_sae(), tiny_lm, stats())
+    values = seen[0][HOOKPOINT]
+    assert {shard.data.shape[0] for shard in values.addressable_shards} == {1}
+    assert len(values.sharding.device_set) == len(jax.devices()) == 8
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (4, 2)])

@@ -13,6 +13,7 @@ import saejax
 from saejax.base.errors import StoreError
 from saejax.cli.main import main
 from saejax.runs import evaluation
+from saejax.runs.opening import open_all
 from tests import tiny_experiment as tiny
 from tests.processes import as_user
 
@@ -61,10 +62,26 @@ def test_other_content_behind_the_same_names_is_measured_again(run, monkeypatch,
     if changed == "special id":
         file = model / "tokenizer_config.json"
         file.write_text(file.read_text().replace('"eos_token": "</s>"', '"eos_token": "<unk>"'))
-    evaluate = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *args, **more: measured.append(1) or evaluate(*args, **more))
+    evaluate = evaluation.evaluate_all
+    monkeypatch.setattr(evaluation, "evaluate_all", lambda *args, **more: measured.append(1) or evaluate(*args, **more))
     saejax.evaluate(run)
     assert len(measured) == (changed != "nothing")
+
+
+def test_neighbours_of_one_model_and_text_are_measured_in_one_pass(made, monkeypatch):
+    run, passes, evaluate = made[2], [], evaluation.evaluate_all
+    monkeypatch.setattr(evaluation, "evaluate_all", lambda saes, *args, **more: passes.append(len(saes))
+                        or evaluate(saes, *args, **more))
+    step = max(int(p.name) for p in (run / "checkpoints").iterdir() if p.name.isdigit())
+    places = [run, run / "release", run / "checkpoints" / str(step)]
+    subjects = [found for place in places for found in open_all(place)]
+    found = list(evaluation.evaluated_all(list(subjects), contexts=7))
+    assert [subject for subject, _ in found] == subjects and passes == [3]
+    assert found[0][1] == found[2][1] and found[1][1]["ce_spliced"] == pytest.approx(found[0][1]["ce_spliced"], rel=1e-4)
+    assert found[0][1] == saejax.evaluate(run, contexts=7) and passes == [3]  # kept
+    monkeypatch.setattr(evaluation, "TOGETHER", 0)
+    list(evaluation.evaluated_all([found for place in places for found in open_all(place)], contexts=6))
+    assert passes == [3, 1, 1]  # the third is what the first one kept
 
 
 def test_what_cannot_be_kept_is_shown(made, tmp_path):

@@ -31,15 +31,14 @@ def run(options: Options) -> int:
     from saejax.base.storage import is_writer
     from saejax.cli.subjects import subjects
     from saejax.pages.summary import columns
-    from saejax.runs.evaluation import evaluated
+    from saejax.runs.evaluation import evaluated_all
     from saejax.runs.subject import forget_language_model
     waiting, found = subjects(options), []
     if options.out is not None and (len(waiting) > 1 or not waiting[0].trained_here):
         raise ConfigError(f"saejax eval: --out={options.out} takes one run")
-    while waiting:
-        subject = waiting.pop(0)  # not kept: the next one's dictionary needs the memory
-        evaluation = evaluated(subject, options.contexts, options.out)
+    for subject, evaluation in evaluated_all(waiting, options.contexts, options.out):
         found.append((str(subject.run if subject.trained_here else subject.source), *_shown(subject, evaluation)))
+        del subject  # the next one's dictionary needs the memory
     forget_language_model()
     if is_writer():
         print(json.dumps([plain for _, _, plain in found], indent=1) if options.json else
