@@ -4,7 +4,7 @@
     python benchmarks/large.py --gpu --features=1048576 --width=2304 --batch=4096 --steps=4000 --epochs=5 --place=DIR
 
 A random Llama and random words. Stages, each a process of its own: harvest; training, which is stopped once and goes
-on with another mesh; evaluation; release; index; dashboard; search; conversion. What is in --place is gone on with. Prints a
+on with half as many devices; evaluation; release; index; dashboard; search; conversion. What is in --place is gone on with. Prints a
 table in Markdown.
 """
 
@@ -61,10 +61,10 @@ c.train.optimizer, c.log.every_steps = "lazy", 50
     return tiny.write_config(place / "config.py", model, place / "text.jsonl", place / "run", extra)
 
 
-def stage(args: argparse.Namespace, name: str, *words, stop_at: int | None = None) -> None:
+def stage(args: argparse.Namespace, name: str, *words, devices: int = 8, stop_at: int | None = None) -> None:
     """Runs `saejax` and prints a row. stop_at: SIGTERM when the run has made so many steps."""
     own = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    own |= {} if args.gpu else {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": _PATIENCE}
+    own |= {} if args.gpu else {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "XLA_FLAGS": _PATIENCE}
     began, log = time.monotonic(), (args.place / f"{name.replace(' ', '_')}.log").open("w")
     job = subprocess.Popen([sys.executable, "-m", "saejax", *map(str, words)], env=os.environ | own, stdout=log, stderr=log)
     asked = False
@@ -119,16 +119,17 @@ def main() -> None:
           f"{'one GPU' if args.gpu else '8 simulated devices'}; "
           f"parameters {4 * parameters / 2**30:.2f} GiB, with Adam's moments {12 * parameters / 2**30:.2f} GiB\n")
     print("| stage | time | peak memory | |\n|---|---|---|---|")
-    one, other = ("1, 1", "1, 1") if args.gpu else ("1, 8", "2, 4")
+    one, other = ("1, 1", "1, 1") if args.gpu else ("1, 8", "1, 4")
 
     def config(mesh: str) -> str:
         return f"--config={write_config(args, mesh)}"
 
     if "harvest" in wanted:
         stage(args, "harvest", "harvest", config(one))
-    if "train" in wanted:
+    if {"train", "stopped"} & set(wanted):
         stage(args, "train, stopped", "train", config(one), stop_at=args.steps * 3 // 4)
-        stage(args, f"train, goes on with {other.replace(', ', ' x ')}", "train", config(other))
+    if {"train", "goes on"} & set(wanted):
+        stage(args, "train, goes on" + ("" if args.gpu else " with 4 devices"), "train", config(other), devices=4)
     jobs = {"eval": ("eval", config(one)), "release": ("release", config(one)),
             "features": ("features", run), "dashboard": ("dashboard", run),
             "search": ("search", "like", run, "5"), "convert": ("convert", run / "release", place / "converted", "--to=saelens")}
