@@ -4,8 +4,8 @@
     python benchmarks/large.py --gpu --features=1048576 --width=2304 --batch=4096 --steps=4000 --epochs=5 --place=DIR
 
 A random Llama and random words. Stages, each a process of its own: harvest; training, which is stopped once and goes
-on with half as many devices; evaluation; release; index; dashboard; search; conversion. What is in --place is gone on with. Prints a
-table in Markdown.
+on with half as many devices; evaluation; release; index; dashboard; search; conversion. What is in --place is gone on
+with. Prints a table in Markdown.
 """
 
 import argparse

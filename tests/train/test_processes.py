@@ -145,6 +145,40 @@ def test_a_killed_peer_ends_the_job_and_the_last_checkpoint_is_whole(store, tmp_
     assert read_meta(run / "checkpoints" / "50").counters.tokens_seen == 1600
 
 
+def _killed_while_saving(jobs, checkpoints, deadline=120) -> bool:
+    """Kills all processes at once while a checkpoint is written; whether it was still unfinished then."""
+    end, seen = time.monotonic() + deadline, set(unfinished(checkpoints))
+    while time.monotonic() < end and all(job.poll() is None for job in jobs):
+        if set(unfinished(checkpoints)) - seen:
+            break
+        time.sleep(0.001)
+    for job in jobs:
+        job.kill()
+    finish(jobs)
+    return bool(unfinished(checkpoints))
+
+
+def unfinished(checkpoints) -> list[str]:
+    return [path.name for path in checkpoints.glob("*-tmp*")]
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_a_save_it_goes_on_with_another_number_of_processes(store, tmp_path):
+    options = {"mesh__data": 2, "mesh__dict": 2, "train__resample__every_tokens": None, "checkpoint__every_tokens": 4 * 32}
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    finish(launch(store, straight, **options))
+    for _ in range(8):  # a save takes a moment, which may be over before the signal is there
+        if _killed_while_saving(launch(store, run, processes=2, devices=2, slow=[0.02, 0.02], **options), run / "checkpoints"):
+            break
+    else:
+        pytest.fail("no save was ever caught")
+    [(code, _, err)] = finish(launch(store, run, processes=1, devices=4, **options))
+    assert code == 0 and "corrupt" not in err, err[-2000:]
+    assert not unfinished(run / "checkpoints")
+    losses = [[line["loss"] for line in read_metrics(place / "metrics.jsonl")] for place in (straight, run)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and len(losses[1]) == 50
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(-1, -1), (2, 4)])
 def test_a_run_goes_on_with_fewer_devices_and_processes(store, tmp_path, mesh):
