@@ -149,14 +149,14 @@ def test_a_batch_has_no_more_pairs_than_are_counted(monkeypatch):
         assert contexts * 128 * per_row <= accumulate.COUNTED < (contexts + data) * 128 * per_row
 
 
-@pytest.mark.parametrize("sae, context, message", [
-    (sized("topk", 1 << 20, 1 << 13, 2), 1 << 17, "2 contexts of 131072 tokens.*config.mesh.data=2.*2147483648 active.*k=8192"),
-    (sized("batchtopk", 1 << 20, 128, 8), 1 << 17, "8 contexts of 131072 tokens.*index shorter contexts"),
-    (sized("relu", 1 << 20, 0, 1), 1 << 25, "1 contexts of 33554432 tokens"),
-    (sized("topk", 1 << 27, 32, 1), 128, "134217728 features on a device: an index holds at most 67108864 there.*mesh.dict=1")])
-def test_what_cannot_be_counted_is_refused(sae, context, message):
+@pytest.mark.parametrize("given, context, message", [
+    (("topk", 1 << 20, 1 << 13, 2), 1 << 17, "2 contexts of 131072 tokens.*config.mesh.data=2.*2147483648 active.*k=8192"),
+    (("batchtopk", 1 << 20, 128, 8), 1 << 17, "8 contexts of 131072 tokens.*index shorter contexts"),
+    (("relu", 1 << 20, 0, 1), 1 << 25, "1 contexts of 33554432 tokens"),
+    (("topk", 1 << 27, 32, 1), 128, "134217728 features on a device: an index holds at most 67108864 there.*mesh.dict=1")])
+def test_what_cannot_be_counted_is_refused(given, context, message):
     with pytest.raises(FeatureIndexError, match=message) as raised:
-        accumulate.batch_contexts(sae, context, 10)
+        accumulate.batch_contexts(sized(*given), context, 10)
     assert "\n" not in str(raised.value)
-    half = sized(sae.cfg.kind, sae.cfg.d_sae // 2, sae.cfg.k // 2, 1)
-    assert accumulate.batch_contexts(half, min(context, 1 << 16), 1) == 1, "which is counted"
+    kind, features, k, _ = given
+    assert accumulate.batch_contexts(sized(kind, features // 2, k // 2, 1), min(context, 1 << 16), 1) == 1, "which is counted"

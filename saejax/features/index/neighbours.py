@@ -150,21 +150,22 @@ class Coactivation:
     sampled rows count that are below the bound up to which the sample of j is complete; the share of them in j's sample
     estimates P(j | i). phi = (n_ij N - n_i n_j) / sqrt(n_i (N - n_i) n_j (N - n_j)), the Pearson correlation of firing, with
     exact n_i, n_j. Shared rows below `LEAST_SUPPORT` are no evidence; so j may fire at most some 20 times as often as i, and a
-    phi above 0.22 is within reach of every pair. Memory: 64 rows a feature, whatever F and N; up to 832 bytes.
+    phi above 0.22 is within reach of every pair. Memory: 64 rows a feature, whatever F and N.
     """
 
     def __init__(self, sketch_FS: np.ndarray, fired_F: np.ndarray, rows: int):
         self._sketch, self._fired, self._rows = np.asarray(sketch_FS), np.asarray(fired_F, np.float64), float(rows)
         self._bound = self._sketch[:, -1]  # EMPTY: all rows of the feature are sampled
         there = self._sketch != EMPTY
-        pair_P = self._sketch[there].astype(np.uint64) << np.uint64(32)
+        pair_P = self._sketch[there].astype(np.uint64)
+        pair_P <<= np.uint64(32)
         pair_P |= np.repeat(np.arange(len(there), dtype=np.uint32), there.sum(1))
         pair_P.sort()  # by key, then by feature
-        key_P = (pair_P >> np.uint64(32)).astype(np.uint32)
-        begin_K = np.flatnonzero(np.concatenate([[True], key_P[1:] != key_P[:-1]]))[:len(key_P)]
-        self._keys = key_P[begin_K]
-        ones, features = np.ones(len(pair_P), np.int8), (pair_P & np.uint64(0xFFFFFFFF)).astype(np.int32)
-        self._features_KF = csr_array((ones, features, np.append(begin_K, len(pair_P))), shape=(len(begin_K), len(there)))
+        feature_P, key_P = pair_P.view("<u4").reshape(-1, 2).T
+        border_K = np.concatenate([[0], 1 + np.flatnonzero(key_P[1:] != key_P[:-1]), [len(key_P)]][len(key_P) == 0:])
+        self._keys = key_P[border_K[:-1]]
+        self._features_KF = csr_array((np.ones(len(pair_P), np.int8), feature_P.astype(np.int32), border_K),
+                                      shape=(len(self._keys), len(there)))
 
     def of(self, first: int, last: int, n: int) -> tuple[np.ndarray, ...]:
         """(how many of each feature [last - first]; feature, phi, shared sampled rows): of features first .. last - 1 those with
