@@ -17,7 +17,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, SingleDeviceSharding
 
 from saejax.base import lease, sharding
 from saejax.base.distributed import gathered
@@ -78,10 +78,8 @@ class SavedState:
         """On a mesh: every process reads the features of its own devices, file by file."""
         held = sharding.sharding(mesh, "features").addressable_devices_indices_map((self.features,))
         held = {device: index[0].indices(self.features)[:2] for device, index in held.items()}
-        states = {}
-        for device, (first, stop) in held.items():
-            with jax.default_device(device):
-                states[device] = st.empty(stop - first)
+        states = {device: jax.jit(st.empty, static_argnums=0, out_shardings=SingleDeviceSharding(device))(stop - first)
+                  for device, (first, stop) in held.items()}
         for start, end in zip(self._borders, self._borders[1:], strict=False):
             for device, (first, stop) in held.items():
                 a, b = max(start, first), min(end, stop)
