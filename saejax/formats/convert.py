@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from saejax.base.errors import FormatError
+from saejax.base.ranges import Range
 from saejax.formats import saelens, saelens_read, streamed
 from saejax.formats.loading import FORMATS, load, located
-from saejax.formats.ranges import Range
 from saejax.sae import param_shapes, tensors
 from saejax.sae.calibrate import calibrate, scaled
 from saejax.sae.inference import SAE, SAEConfig

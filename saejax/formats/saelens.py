@@ -24,12 +24,12 @@ from saejax.base import distributed
 from saejax.base.assets import MODELS, provenance, published
 from saejax.base.errors import FormatError
 from saejax.base.logs import Progress, say
+from saejax.base.ranges import Range, ranges
 from saejax.base.storage import check_room, file_sha256, is_writer, replacing, together, write_json
 from saejax.base.version import __version__
 from saejax.formats import streamed
 from saejax.formats.assembling import Part, parts_of
 from saejax.formats.keys import json_object
-from saejax.formats.ranges import Range, ranges
 from saejax.sae.inference import SAE, SAEConfig
 from saejax.sae.row_norm import CENTER, NONE
 

@@ -13,13 +13,14 @@ from saejax.base import sharding
 from saejax.base.assets import MODELS, published
 from saejax.base.errors import FormatError
 from saejax.base.keys import Keys
+from saejax.base.ranges import Range
 from saejax.base.records import UNKNOWN
 from saejax.base.storage import file_sha256, together
 from saejax.formats import saelens_model, streamed
 from saejax.formats.arrays import FLOATS
 from saejax.formats.assembling import Part, Tensors, expected_shapes, parts_of, read_params, under
 from saejax.formats.keys import file_keys
-from saejax.formats.ranges import FeatureFiles, Held, Range, named
+from saejax.formats.ranges import FeatureFiles, Held, named
 from saejax.formats.saelens import ARCHITECTURES, CONFIG, DIGESTS, NAMES, SCHEMA_VERSION, SHARD, TRANSPOSED, WEIGHTS
 from saejax.formats.safetensors_file import open_safetensors
 from saejax.sae import SAEParams, param_shapes, tensors

@@ -10,9 +10,9 @@ import numpy as np
 
 from saejax.base import sharding
 from saejax.base.errors import FormatError
+from saejax.base.ranges import Range, Shard
 from saejax.base.storage import is_writer, reserve
 from saejax.formats.assembling import Part, Tensors, expected_shapes, piece
-from saejax.formats.ranges import Range, Shard
 from saejax.formats.safetensors_file import layout
 from saejax.sae import SAEParams, SAESpec, param_shapes, tensors
 from saejax.sae.params import SHARED

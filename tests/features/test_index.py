@@ -148,7 +148,8 @@ def test_features_that_fire_together_are_found():
     acts[:, 1] = acts[:, 0] * (rng.random(20_000) < 0.8)
     acts[:, 2] = acts[:, 3] * (rng.random(20_000) < 0.5)
     fields = state_of(acts, 16)
-    found = Coactivation(fields["sketch"], fields["fired"], 20_000).of(0, 30, 5)
+    count_F, *columns = Coactivation(fields["sketch"], fields["fired"], 20_000).of(0, 30, 5)
+    found = [list(zip(*part, strict=True)) for part in zip(*(np.split(x, np.cumsum(count_F)[:-1]) for x in columns), strict=True)]
     exact = np.corrcoef(acts.T)
     for a, b in ((0, 1), (1, 0), (2, 3), (3, 2)):
         feature, phi, support = found[a][0]
@@ -162,30 +163,46 @@ def test_every_example_run_again_gives_its_activation(index, sae, lm_):
     assert found.within_tolerance > 0.99 and found.mean_difference < 1e-3, found
 
 
+def stopping(words, calls: list[int], n: int) -> corpus.Corpus:
+    """Which reads n batches, and notes the first row of each that it is asked for."""
+    def activations(start, stop, tokens):
+        calls.append(start)
+        if len(calls) > n:
+            raise KeyboardInterrupt
+        return words.activations(start, stop, tokens)
+
+    return dataclasses.replace(words, activations=activations)
+
+
 def test_interrupted_is_as_uninterrupted(index, sae, words, lm_, tmp_path):
     options = BuildOptions(rows=512, save_rows=1024, progress=False)
     out, calls = tmp_path / "features", []
-
-    def stop_at(n):
-        def activations(start, stop, tokens):
-            calls.append(start)
-            if len(calls) > n:
-                raise KeyboardInterrupt
-            return words.activations(start, stop, tokens)
-        return dataclasses.replace(words, activations=activations)
-
     for n, begins in ((5, 0), (4, 2048), (6, 0)):  # in the first pass, behind its end, in the second pass
         calls.clear()
         with pytest.raises(KeyboardInterrupt):
-            build(out, sae, stop_at(n), lm_, options)
+            build(out, sae, stopping(words, calls, n), lm_, options)
         assert calls[0] == begins and not (out / MANIFEST).exists()
     with pytest.raises(FeatureIndexError, match="missing, so there is no finished index"):
         FeatureIndex.open(out)
     calls.clear()
-    resumed = build(out, sae, stop_at(9), lm_, options)
+    resumed = build(out, sae, stopping(words, calls, 9), lm_, options)
     assert calls[0] == 3072, "the second pass went on, too"
     assert resumed.manifest == index.manifest, "digests of all files among it"
     assert not (out / building.PROGRESS).exists()
+
+
+def test_what_takes_long_is_saved_by_the_clock(index, sae, words, lm_, tmp_path):
+    for seconds, saved in ((1e9, 0), (0.0, 5)):
+        out, calls = tmp_path / str(saved), []
+        options = dataclasses.replace(QUIET, save_rows=1 << 40, save_seconds=seconds)
+        for passes in range(2):  # interrupted in each of them
+            with pytest.raises(KeyboardInterrupt):
+                build(out, sae, stopping(words, calls, 5 if passes == 0 else 8 - saved + 5), lm_, options)
+            assert calls[0] == passes * saved * 512
+            calls.clear()
+        resumed = build(out, sae, stopping(words, calls, 8 - saved), lm_, options)
+        assert calls == list(range(saved * 512, 8 * 512, 512)), "the rest of the second pass"
+        assert resumed.manifest == index.manifest, "digests of all files among it"
 
 
 @pytest.mark.parametrize("shape", [pytest.param(s, marks=pytest.mark.slow) for s in ((2, 4), (1, 8))])

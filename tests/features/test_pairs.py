@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from saejax.base import sharding
+from saejax.base.errors import FeatureIndexError
 from saejax.base.records import MeshOptions
 from saejax.features.index import accumulate
 from saejax.features.index.lookup import Lookup
 from saejax.sae import SAEParams, sparse, tiles
-from saejax.sae.inference import SAE, SAEConfig
+from saejax.sae.inference import SAE, SAEConfig, selected_raw
 from tests.features.reference import assert_equal, state_of
 
 D, F, T, CONTEXTS = 16, 48, 8, 16
@@ -51,17 +52,21 @@ def in_tiles(monkeypatch, size: int = 5) -> None:
         monkeypatch.setattr(sparse, name, 1)
 
 
+def on_mesh(kind: str, shape: tuple[int, int]) -> tuple[SAE, tuple[jax.Array, jax.Array], np.ndarray]:
+    """(SAE on a mesh, rows and which of them count there, all activations of those)."""
+    mesh, (x, keep) = sharding.make_mesh(MeshOptions(*shape), jax.devices()[:shape[0] * shape[1]]), rows()
+    return made(kind, mesh), placed(mesh, x, keep), np.where(keep[:, None], np.asarray(made(kind).encode(x)), 0)
+
+
 @pytest.mark.parametrize("shape", MESHES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_state_is_that_of_the_activations(kind, shape, monkeypatch):
     in_tiles(monkeypatch)
-    mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[:shape[0] * shape[1]])
-    sae, (x, keep) = made(kind, mesh), rows()
-    step, state = accumulate.make_step(sae, T, CONTEXTS), accumulate.empty_state(F, mesh)
-    with jax.set_mesh(mesh):
-        state = step(state, sae.params, *placed(mesh, x, keep), jnp.uint32(0))
-    acts = np.where(keep[:, None], np.asarray(made(kind).encode(x)), 0)
-    assert (acts > 0).sum() > len(x)
+    sae, given, acts = on_mesh(kind, shape)
+    step, state = accumulate.make_step(sae, T, CONTEXTS), accumulate.empty_state(F, sae.mesh)
+    with jax.set_mesh(sae.mesh):
+        state = step(state, sae.params, *given, jnp.uint32(0))
+    assert (acts > 0).sum() > len(acts)
     assert_equal(jax.tree.map(sharding.to_host, state), state_of(acts, T))
 
 
@@ -69,14 +74,11 @@ def test_the_state_is_that_of_the_activations(kind, shape, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_are_those_of_the_activations(kind, shape, monkeypatch):
     in_tiles(monkeypatch)
-    mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[:shape[0] * shape[1]])
-    sae, (x, keep) = made(kind, mesh), rows()
-    acts = np.where(keep[:, None], np.asarray(made(kind).encode(x)), 0)
+    sae, (x_BD, keep_B), acts = on_mesh(kind, shape)
     row, feature = (index.astype(np.int32) for index in np.nonzero(acts[::T]))
     row, feature = np.resize(row * T, 128), np.append(np.sort(np.resize(feature, 127)), np.int32(-1))
     lookup = Lookup.of(sae, T)
-    with jax.set_mesh(mesh):
-        x_BD, keep_B = placed(mesh, x, keep)
+    with jax.set_mesh(sae.mesh):
         found = np.asarray(lookup.gather(sae.params, lookup.prepare(sae.params, x_BD), keep_B, row, feature))
     expected = acts[row[:, None] + np.arange(T), feature[:, None]]
     np.testing.assert_array_equal(found[:-1], expected[:-1])
@@ -118,3 +120,43 @@ def test_a_batch_is_as_large_as_its_memory_allows(kind, features, contexts, expe
     sae = SAE(None, SAEConfig(kind, 64, features, 32, False, ("h",), "tiny"))
     sae.mesh = sharding.single_device_mesh()
     assert accumulate.batch_contexts(sae, 128, contexts) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize("k", [6, 32])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_places_for_pairs_are_counted(kind, k, shape):
+    """Those of a batch on a device once they are gathered along `data`, the empty ones among them."""
+    mesh = sharding.make_mesh(MeshOptions(*shape), jax.devices()[:shape[0] * shape[1]])
+    sae, B = SAE(made(kind, mesh, 1024).params, SAEConfig(kind, D, 1024, k, False, ("h",), "tiny"), mesh), CONTEXTS * T
+    with jax.set_mesh(mesh):
+        pairs = jax.eval_shape(lambda params, x: selected_raw(sae.cfg.spec, "none", params, x), sae.params,
+                               *placed(mesh, *rows())[:1])
+    there, most = pairs.values_Ln.size // shape[1], B * accumulate.pairs_per_row(sae)
+    assert most - B * 16 < there <= most, "a line that is not full for each row"
+
+
+def sized(kind: str, features: int, k: int, data: int) -> SAE:
+    sae = SAE(None, SAEConfig(kind, 64, features, k, False, ("h",), "tiny"))
+    sae.mesh = sharding.make_mesh(MeshOptions(data, 1), jax.devices()[:data])
+    return sae
+
+
+def test_a_batch_has_no_more_pairs_than_are_counted(monkeypatch):
+    monkeypatch.setattr(accumulate, "MEMORY", 1e9)
+    for kind, k, data, per_row in (("topk", 32, 2, 32), ("batchtopk", 32, 2, 64 + 16), ("relu", 0, 2, accumulate.PAIRS_PER_ROW)):
+        contexts = accumulate.batch_contexts(sized(kind, 4096, k, data), 128, 10**9, rows=10**12)
+        assert contexts * 128 * per_row <= accumulate.COUNTED < (contexts + data) * 128 * per_row
+
+
+@pytest.mark.parametrize("given, context, message", [
+    (("topk", 1 << 20, 1 << 13, 2), 1 << 17, "2 contexts of 131072 tokens.*config.mesh.data=2.*2147483648 active.*k=8192"),
+    (("batchtopk", 1 << 20, 128, 8), 1 << 17, "8 contexts of 131072 tokens.*index shorter contexts"),
+    (("relu", 1 << 20, 0, 1), 1 << 25, "1 contexts of 33554432 tokens"),
+    (("topk", 1 << 27, 32, 1), 128, "134217728 features on a device: an index holds at most 67108864 there.*mesh.dict=1")])
+def test_what_cannot_be_counted_is_refused(given, context, message):
+    with pytest.raises(FeatureIndexError, match=message) as raised:
+        accumulate.batch_contexts(sized(*given), context, 10)
+    assert "\n" not in str(raised.value)
+    kind, features, k, _ = given
+    assert accumulate.batch_contexts(sized(kind, features // 2, k // 2, 1), min(context, 1 << 16), 1) == 1, "which is counted"

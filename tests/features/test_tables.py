@@ -107,3 +107,38 @@ def test_sums_of_many_features_are_those_of_each():
         np.testing.assert_allclose(shares[part], mass[best] / mass.sum(), rtol=1e-12)
         np.testing.assert_allclose(means[part], mass[best] / np.bincount(token, weight, 40)[best], rtol=1e-12)
     assert not found[19].any() and count_F[19] == 0, "the last is dead"
+
+
+def by_hand(sketch, fired, rows: int, a: int) -> list[tuple[float, int, int]]:
+    """(-phi, feature, shared rows) of the features that fire with one, of each pair by itself."""
+    out = []
+    for b in (b for b in range(len(sketch)) if b != a):
+        shared = len(set(sketch[a]) & set(sketch[b]) - {int(bits.EMPTY)})
+        rare, bound = (a if sketch[a, -1] >= sketch[b, -1] else b), min(sketch[a, -1], sketch[b, -1])
+        usable = ((sketch[rare] <= bound) & (sketch[rare] != bits.EMPTY)).sum()
+        n_a, n_b, both = float(fired[a]), float(fired[b]), min(shared / max(usable, 1), 1.0) * float(fired[rare])
+        spread = np.sqrt(n_a * (rows - n_a) * n_b * (rows - n_b))
+        phi = (both * rows - n_a * n_b) / spread if spread else 0.0
+        if shared >= neighbours.LEAST_SUPPORT and phi > 0:
+            out.append((-phi, b, shared))
+    return sorted(out)
+
+
+def test_those_that_fire_together_are_those_of_every_pair():
+    rng, rows = np.random.default_rng(0), 4096
+    of_group = rng.random((rows, 6)) < np.geomspace(0.004, 0.2, 6)  # of some features all rows are sampled
+    acts = (np.repeat(of_group, 4, axis=1) & (rng.random((rows, 24)) < 0.7)).astype(np.float32)
+    acts[:, [5, 23]] = 0
+    fields = state_of(acts, 16)
+    full = fields["sketch"][:, -1] != bits.EMPTY
+    together = neighbours.Coactivation(fields["sketch"], fields["fired"], rows)
+    for first, last, n in ((0, 24, 40), (5, 17, 2), (23, 24, 3)):
+        count_F, ids, phis, shared = together.of(first, last, n)
+        expected = [by_hand(fields["sketch"], fields["fired"], rows, f)[:n] for f in range(first, last)]
+        np.testing.assert_array_equal(count_F, [len(found) for found in expected])
+        np.testing.assert_array_equal(ids, [b for found in expected for _, b, _ in found])
+        np.testing.assert_array_equal(phis, [min(-phi, 1.0) for found in expected for phi, _, _ in found])
+        np.testing.assert_array_equal(shared, [both for found in expected for _, _, both in found])
+        assert len(ids) > 2 * (last - first - 4) and full.any() and not full.all()
+    none = neighbours.Coactivation(np.full((4, st.SKETCH), bits.EMPTY), np.zeros(4, np.uint32), rows).of(0, 4, 5)
+    assert [len(x) for x in none] == [4, 0, 0, 0] and not none[0].any()

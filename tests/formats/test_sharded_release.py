@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save, save_file
 import saejax
 from saejax.base import sharding, storage
 from saejax.base.errors import ConfigError, DiskError, FormatError
+from saejax.base.ranges import ranges as ranges_of
 from saejax.base.records import MeshOptions
 from saejax.cli.main import main
 from saejax.formats import ranges, saelens, streamed
@@ -120,7 +121,7 @@ def test_borders_are_those_of_shards():
         return [(8 * n, 8 * n + 8, frozenset(held)) for n, held in enumerate(owners)]
 
     def found(most, *owners):
-        return [(r.first, r.stop, r.process) for r in ranges.ranges(shards(*owners), most)]
+        return [(r.first, r.stop, r.process) for r in ranges_of(shards(*owners), most)]
 
     assert found(16, [0], [0], [0], [1]) == [(0, 16, 0), (16, 24, 0), (24, 32, 1)]
     assert found(100, [0], [1]) == [(0, 8, 0), (8, 16, 1)]

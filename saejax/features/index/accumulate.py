@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from saejax.base import hardware, sharding
+from saejax.base.errors import FeatureIndexError
 from saejax.config.recipes import WITH_K
 from saejax.features.index import state as st
 from saejax.features.index.state import FeatureState, Pairs, Peaks
@@ -21,6 +22,7 @@ from saejax.sae.activations import activate
 from saejax.sae.featurewise import LOSSES
 from saejax.sae.inference import SAE, encode_raw, read_raw, selected_raw
 from saejax.sae.model import bias
+from saejax.sae.pairs import slots
 from saejax.sae.products import product
 from saejax.sae.select import largest
 
@@ -28,6 +30,7 @@ PAIRS_PER_ROW = 64  # of kinds without k: pairs of a row that are taken in one r
 ROWS = 16_384       # of a batch, where its memory allows: adding it to the state costs the same for any number
 MEMORY = 1 / 16     # of a chip's: what a batch may need
 LEAST_PER_ROW = 4   # pairs of a row in a tile that are taken in one round
+COUNTED = 2**30      # pairs and features times bins on a device: int32, and a bisection adds two of them
 PAIR, PEAK = 64, 24  # bytes of a pair and of a feature's peak in a context, with what is made of them
 
 
@@ -140,14 +143,36 @@ def _numbers(F: int):
     return jnp.arange(F, dtype=jnp.int32) + F * lax.axis_index("dict")
 
 
+def pairs_per_row(sae: SAE) -> int:
+    """Places for pairs on a device that a row of a batch brings, once those of all devices along `data` are there: for batchtopk
+    every device has room for what the whole batch keeps.
+    """
+    spec, mesh = sae.cfg.spec, sae.mesh
+    if spec.kind not in WITH_K:
+        return PAIRS_PER_ROW
+    unfilled = slots(spec.k, mesh.shape["dict"]) - 1
+    if spec.kind == "topk":
+        return spec.k + (unfilled if mesh.shape["dict"] > 1 else 0)
+    return 1 + unfilled + min(spec.d_sae // mesh.shape["dict"], spec.k * mesh.shape["data"])
+
+
 def batch_contexts(sae: SAE, context: int, contexts: int, rows: int = ROWS) -> int:
     """Contexts of a batch: about `rows` rows, fewer where a device would need more than its share `MEMORY` for their pairs, the
-    peaks of every feature in every context, and the rows themselves; whole per `data` shard, no more than there are `contexts`.
+    peaks of every feature in every context, and the rows themselves, or could not count them; whole per `data` shard, no more
+    than there are `contexts`. Raises `FeatureIndexError` where it cannot count the pairs of the smallest batch, or its features.
     """
     spec, data, width = sae.cfg.spec, sae.mesh.shape["data"], sae.cfg.d_sae // sae.mesh.shape["dict"]
-    row = PAIR * (spec.k if spec.kind in WITH_K else PAIRS_PER_ROW) + 8 * spec.d_in // data
+    pairs = pairs_per_row(sae) * context  # of a context
+    if width * st.SAMPLE_BINS > COUNTED:
+        raise FeatureIndexError(f"{width} features on a device: an index holds at most {COUNTED // st.SAMPLE_BINS} there; split "
+                                f"them further (config.mesh.dict={sae.mesh.shape['dict']})")
+    if pairs * data > COUNTED:
+        raise FeatureIndexError(f"{data} contexts of {context} tokens, one for each of config.mesh.data={data}, may have "
+                                f"{pairs * data} active features (k={spec.k}), an index counts up to {COUNTED} in a batch; index "
+                                "shorter contexts, or use fewer devices along data")
+    row = PAIR * pairs_per_row(sae) + 8 * spec.d_in // data
     if spec.kind not in WITH_K and spec.kind not in LOSSES:
         row += 8 * width // data
     room = MEMORY * hardware.chip_of(sae.mesh.devices.flat[0]).memory
-    most = min(rows // context, int(room // (row * context + PEAK * width)), contexts + -contexts % data)
+    most = min(rows // context, int(room // (row * context + PEAK * width)), contexts + -contexts % data, COUNTED // pairs)
     return max(1, most // data) * data

@@ -1,12 +1,14 @@
 """The story of an index: tokens, states of all features, examples, their surroundings, tables, manifest.
 
 The corpus is read twice: what the examples are is known at the end of the first pass, and what a feature does at the tokens
-around them is taken in the second. Both passes save where they stand every `save_rows` rows; an interrupted build goes on there
-and ends in the same files.
+around them is taken in the second. Both passes save where they stand every so many rows or seconds; an interrupted build goes on
+there and ends in the same files.
 """
 
 import dataclasses
+import functools
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,8 +22,8 @@ from saejax.base import lease, sharding
 from saejax.base.errors import FeatureIndexError, FormatError, NonFiniteError
 from saejax.base.logs import Progress
 from saejax.base.records import UNKNOWN
-from saejax.base.storage import barrier, is_writer, read_json, replacing, text_sha256, write_json
-from saejax.features.index import accumulate, neighbours, tables
+from saejax.base.storage import barrier, decided, is_writer, read_json, write_json
+from saejax.features.index import accumulate, neighbours, saved, tables
 from saejax.features.index.corpus import Corpus, Tokens
 from saejax.features.index.examples import BEFORE, INTERVALS, WINDOW, Examples, choose
 from saejax.features.index.lookup import Lookup
@@ -35,7 +37,8 @@ from saejax.features.index.reader import (
     read_manifest,
     sae_fingerprint,
 )
-from saejax.features.index.state import FIELDS, FeatureState
+from saejax.features.index.saved import SavedState
+from saejax.features.index.source import check_part
 from saejax.features.index.windows import Windows
 from saejax.lm import LM
 from saejax.sae.inference import SAE
@@ -46,12 +49,13 @@ _BLOCK = 4096  # features whose examples are chosen at once
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """rows: of a batch, about. save_rows: between two savings. Neither changes the index (`total` in its last bits). neighbours:
-    whose neighbours by decoder it has (`neighbours.CHOICES`).
+    """rows: of a batch, about. save_rows, save_seconds: between two savings at most, but for the batch under way. None of them
+    changes the index (`total` in its last bits). neighbours: whose neighbours by decoder it has (`neighbours.CHOICES`).
     """
 
     rows: int = accumulate.ROWS
     save_rows: int = 1 << 20
+    save_seconds: float = 600.0
     neighbours: str = neighbours.AUTO
     progress: bool = True
 
@@ -79,10 +83,11 @@ def build(path: str | Path, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOpt
 def _write(path: Path, source: dict, sae: SAE, corpus: Corpus, lm_: LM, options: BuildOptions) -> None:
     _claim(path, source)
     tokens = Tokens.write(path, corpus)
-    state = _states(path, sae, corpus, tokens, options)
+    made = _Passes(path / PROGRESS, source, sae, corpus, tokens, options)
+    state = _states(made)
     examples = _examples(state, options.progress)
-    windows = _surroundings(path, sae, corpus, tokens, examples, options)
-    found, near = tables.Found(state, examples, windows, tokens), options.neighbours
+    windows = _surroundings(made, examples)
+    found, near = tables.Found(state, examples, windows, tokens, source), options.neighbours
     parts = tables.write_parts(path / PROGRESS, sae, lm_, found, near, progress=options.progress)
     if is_writer():
         totals = tables.write(path, parts, lm_.tokenizer.token_bytes.pieces, found)
@@ -137,15 +142,12 @@ def _reopened(path: Path, source: dict, sae: SAE, lm_: LM, near: str | None) -> 
 def _claim(path: Path, source: dict) -> None:
     """Makes the directory this build's, or refuses one that another build has begun."""
     file = path / PROGRESS / "source.json"
-    digest = text_sha256(repr(source))
     if file.is_file():
-        if read_json(file, FeatureIndexError).get("digest") != digest:
-            raise FeatureIndexError(f"{path}: holds the unfinished index of another checkpoint, model or corpus; delete it, or "
-                                    "choose another directory")
+        check_part(file, read_json(file, FeatureIndexError), source)
     elif is_writer():
         if path.is_dir() and any(file for file in path.iterdir() if not file.name.startswith(lease.FILE)):
             raise FeatureIndexError(f"{path}: is not empty and holds no index; choose another directory")
-        write_json(file, {"digest": digest})
+        write_json(file, source)
     barrier("saejax_index_claimed")
 
 
@@ -195,76 +197,87 @@ def _check_finite(x_BD: np.ndarray, keep_B: np.ndarray, start: int, context: int
                              f"{place[1]}; harvest with config.lm.dtype='float32'")
 
 
-def _states(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, options: BuildOptions) -> FeatureState:
-    """First pass. The state of all features, as host arrays: those that were saved at last."""
-    T, mesh = corpus.context, sae.mesh
-    done, saved = _saved_state(path)
-    total, unsaved = len(tokens.tokens_NT), 0
-    if saved is not None and done == total:
-        return saved
-    size = accumulate.batch_contexts(sae, T, total, options.rows)
-    step = accumulate.make_step(sae, T, size)
-    state = accumulate.empty_state(sae.cfg.d_sae, mesh) if saved is None else FeatureState(**{
-        name: sharding.place(value, sharding.sharding(mesh, "features", *[None] * (value.ndim - 1)))
-        for name, value in ((name, getattr(saved, name)) for name in FIELDS)})
-    with Progress("index, pass 1", total * T, initial=done * T, enabled=options.progress) as bar, jax.set_mesh(mesh):
-        for batch in _batches(sae, corpus, tokens, size, done):
-            saved, state = None, step(state, sae.params, batch.x_BD, batch.keep_B, np.uint32(batch.first * T))
-            done, unsaved = batch.first + batch.contexts, unsaved + batch.contexts * T
-            if unsaved >= options.save_rows or done == total:
-                saved, unsaved = _save_state(path, state, done), 0
-            bar.advance(batch.contexts * T)
-    return saved
+@dataclass(frozen=True)
+class _Passes:
+    """What both passes over the corpus work with; progress: where they save."""
+
+    progress: Path
+    source: dict
+    sae: SAE
+    corpus: Corpus
+    tokens: Tokens
+    options: BuildOptions
+
+    @functools.cached_property
+    def batch(self) -> int:
+        """Contexts of a batch."""
+        return accumulate.batch_contexts(self.sae, self.corpus.context, len(self.tokens.tokens_NT), self.options.rows)
+
+    def batches(self, name: str, done: int) -> Iterator[_Batch]:
+        """From context `done` on; how far the work is is shown by that name."""
+        total, T = len(self.tokens.tokens_NT), self.corpus.context
+        with Progress(f"index, {name}", total * T, initial=done * T, enabled=self.options.progress) as bar:
+            for batch in _batches(self.sae, self.corpus, self.tokens, self.batch, done):
+                yield batch
+                bar.advance(batch.contexts * T)
 
 
-def _save_state(path: Path, state: FeatureState, contexts: int) -> FeatureState:
-    """One file, by rename: counts and place cannot disagree. The state passes through the host whole (1.9 KB a feature), and is
-    returned as it lies there.
-    """
-    state = jax.tree.map(sharding.to_host, state)
-    if is_writer():
-        lease.confirm()
-        with replacing(path / PROGRESS / "state.npz") as file:
-            np.savez(file, contexts=np.int64(contexts), **{name: getattr(state, name) for name in FIELDS})
-    return state
+class Savings:
+    """When a pass saves: every so many rows or seconds, whichever is first."""
+
+    def __init__(self, rows: int, seconds: float):
+        self._rows, self._seconds = rows, seconds
+        self.begin()
+
+    def begin(self) -> None:
+        """Everything so far is saved."""
+        self._unsaved, self._since = 0, time.monotonic()
+
+    def due(self, rows: int) -> bool:
+        """Whether to save after so many rows more: the same in every process, by the clock of one. A small collective."""
+        self._unsaved += rows
+        return self._unsaved >= self._rows or decided(time.monotonic() - self._since >= self._seconds)
 
 
-def _saved_state(path: Path) -> tuple[int, FeatureState | None]:
-    """(contexts done, state as host arrays), from where an interrupted first pass stood."""
-    file = path / PROGRESS / "state.npz"
-    if not file.is_file():
-        return 0, None
-    try:
-        with np.load(file, allow_pickle=False) as saved:
-            return int(saved["contexts"]), FeatureState(**{name: saved[name] for name in FIELDS})
-    except (OSError, ValueError, KeyError) as error:
-        raise FeatureIndexError(f"{file}: not readable ({' '.join(str(error).split())[:200]}); delete it to begin "
-                                "again") from error
+def _states(made: _Passes) -> SavedState:
+    """First pass: the state of all features, as it was saved at last."""
+    T, sae, options, total = made.corpus.context, made.sae, made.options, len(made.tokens.tokens_NT)
+    last = SavedState.open(made.progress, made.source)
+    if last is not None and last.contexts == total:
+        return last
+    step = accumulate.make_step(sae, T, made.batch)
+    state = accumulate.empty_state(sae.cfg.d_sae, sae.mesh) if last is None else last.placed(sae.mesh)
+    savings = Savings(options.save_rows, options.save_seconds)
+    for batch in made.batches("pass 1", 0 if last is None else last.contexts):
+        with jax.set_mesh(sae.mesh):
+            state = step(state, sae.params, batch.x_BD, batch.keep_B, np.uint32(batch.first * T))
+        jax.block_until_ready(state)  # else batches pile up on the device, and the clock says nothing
+        done = batch.first + batch.contexts
+        if savings.due(batch.contexts * T) or done == total:
+            last = saved.save(made.progress, state, done, made.source)
+            savings.begin()
+    return last
 
 
-def _examples(state: FeatureState, progress: bool) -> Examples:
+def _examples(state: SavedState, progress: bool) -> Examples:
     parts = []
-    with Progress("index, examples", len(state.max), unit="feature", enabled=progress) as bar:
-        for first in range(0, len(state.max), _BLOCK):
-            block = jax.tree.map(lambda x, a=first: x[a:a + _BLOCK], state)
-            parts.append(choose(block, first))
-            bar.advance(len(block.max))
+    with Progress("index, examples", state.features, unit="feature", enabled=progress) as bar:
+        for first in range(0, state.features, _BLOCK):
+            stop = min(first + _BLOCK, state.features)
+            parts.append(choose(state.block(first, stop), first))
+            bar.advance(stop - first)
     return Examples(*(np.concatenate([getattr(p, name) for p in parts]) for name in Examples.__dataclass_fields__))
 
 
-def _surroundings(path: Path, sae: SAE, corpus: Corpus, tokens: Tokens, examples: Examples, options: BuildOptions) -> Windows:
+def _surroundings(made: _Passes, examples: Examples) -> Windows:
     """Second pass: the activations around every example."""
-    T = corpus.context
-    windows = Windows.open(path / PROGRESS, examples, T)
-    size = accumulate.batch_contexts(sae, T, len(tokens.tokens_NT), options.rows)
-    lookup = Lookup.of(sae, windows.window)
-    total, unsaved = len(tokens.tokens_NT), 0
-    with Progress("index, pass 2", total * T, initial=windows.done * T, enabled=options.progress) as bar, jax.set_mesh(sae.mesh):
-        for batch in _batches(sae, corpus, tokens, size, windows.done):
-            windows.fill(lookup, sae, batch.x_BD, batch.keep_B, batch.first, batch.first + batch.contexts)
-            unsaved += batch.contexts * T
-            if unsaved >= options.save_rows or windows.done == total:
-                windows.save()
-                unsaved = 0
-            bar.advance(batch.contexts * T)
+    T, options, total = made.corpus.context, made.options, len(made.tokens.tokens_NT)
+    windows = Windows.open(made.progress, examples, T, made.source)
+    lookup, savings = Lookup.of(made.sae, windows.window), Savings(options.save_rows, options.save_seconds)
+    for batch in made.batches("pass 2", windows.done):
+        with jax.set_mesh(made.sae.mesh):
+            windows.fill(lookup, made.sae, batch.x_BD, batch.keep_B, batch.first, batch.first + batch.contexts)
+        if savings.due(batch.contexts * T) or windows.done == total:
+            windows.save()
+            savings.begin()
     return windows

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import Mesh
+from scipy.sparse import csr_array
 
 from saejax.base import sharding
 from saejax.base.errors import FeatureIndexError
@@ -154,26 +155,38 @@ class Coactivation:
 
     def __init__(self, sketch_FS: np.ndarray, fired_F: np.ndarray, rows: int):
         self._sketch, self._fired, self._rows = np.asarray(sketch_FS), np.asarray(fired_F, np.float64), float(rows)
-        self._bound = np.where(self._sketch[:, -1] == EMPTY, EMPTY, self._sketch[:, -1])
-        feature, _ = np.nonzero(self._sketch != EMPTY)
-        keys = self._sketch[self._sketch != EMPTY]
-        order = np.lexsort((feature, keys))
-        self._keys, self._features = keys[order], feature[order]
+        self._bound = self._sketch[:, -1]  # EMPTY: all rows of the feature are sampled
+        there = self._sketch != EMPTY
+        pair_P = self._sketch[there].astype(np.uint64)
+        pair_P <<= np.uint64(32)
+        pair_P |= np.repeat(np.arange(len(there), dtype=np.uint32), there.sum(1))
+        pair_P.sort()  # by key, then by feature
+        feature_P, key_P = pair_P.view("<u4").reshape(-1, 2).T
+        border_K = np.concatenate([[0], 1 + np.flatnonzero(key_P[1:] != key_P[:-1]), [len(key_P)]][len(key_P) == 0:])
+        self._keys = key_P[border_K[:-1]]
+        self._features_KF = csr_array((np.ones(len(pair_P), np.int8), feature_P.astype(np.int32), border_K),
+                                      shape=(len(self._keys), len(there)))
 
-    def of(self, first: int, last: int, n: int) -> list[list[tuple[int, float, int]]]:
-        """Of features first .. last - 1 the (feature, phi, shared sampled rows) with the highest phi > 0, at most n each."""
-        i, slot = np.nonzero(self._sketch[first:last] != EMPTY)
-        keys = self._sketch[first:last][i, slot]
-        begin, end = np.searchsorted(self._keys, keys, "left"), np.searchsorted(self._keys, keys, "right")
-        lengths = end - begin
-        source = np.repeat(i + first, lengths)
-        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        other = self._features[np.repeat(begin, lengths) + within]
-        pairs, shared = np.unique((source * len(self._fired) + other)[source != other], return_counts=True)
-        enough = shared >= LEAST_SUPPORT
-        a, b = np.divmod(pairs[enough], len(self._fired))
-        phi = self._phi(a, b, shared[enough])
-        return self._best(a, b, phi, shared[enough], first, last, n)
+    def of(self, first: int, last: int, n: int) -> tuple[np.ndarray, ...]:
+        """(how many of each feature [last - first]; feature, phi, shared sampled rows): of features first .. last - 1 those with
+        the highest phi > 0, falling, at most n each.
+        """
+        keys_S = self._sketch[first:last]
+        there = keys_S != EMPTY
+        begin = np.concatenate([[0], np.cumsum(there.sum(1))])
+        rows = csr_array((np.ones(begin[-1], np.int8), np.searchsorted(self._keys, keys_S[there]), begin),
+                         shape=(last - first, len(self._keys)))
+        shared = rows @ self._features_KF  # counts up to 64: of all pairs of features that share a row
+        a, b = np.repeat(np.arange(first, last), np.diff(shared.indptr)), shared.indices
+        enough = (shared.data >= LEAST_SUPPORT) & (a != b)
+        a, b, shared = a[enough], b[enough].astype(np.int64), shared.data[enough].astype(np.int64)
+        phi = self._phi(a, b, shared)
+        order = np.lexsort((b, -phi, a))
+        order = order[phi[order] > 0]
+        a = a[order]
+        best = np.arange(len(a)) - np.searchsorted(a, a) < n
+        order, count_F = order[best], np.bincount(a[best] - first, minlength=last - first)
+        return count_F, b[order], np.minimum(phi[order], 1.0), shared[order]
 
     def _phi(self, a: np.ndarray, b: np.ndarray, shared: np.ndarray) -> np.ndarray:
         rare = np.where(self._bound[a] >= self._bound[b], a, b)
@@ -183,17 +196,3 @@ class Coactivation:
         n_a, n_b, N = self._fired[a], self._fired[b], self._rows
         spread = np.sqrt(n_a * (N - n_a) * n_b * (N - n_b))
         return np.divide(both * N - n_a * n_b, spread, out=np.zeros(len(a)), where=spread > 0)
-
-    @staticmethod
-    def _best(a, b, phi, shared, first, last, n):
-        order = np.lexsort((b, -phi, a))
-        a, b, phi, shared = a[order], b[order], phi[order], shared[order]
-        borders = np.searchsorted(a, np.arange(first, last + 1))
-        out = []
-        for begin, end in zip(borders[:-1], borders[1:], strict=True):
-            part = slice(begin, min(end, begin + n))
-            out.append([(int(j), float(min(p, 1.0)), int(s)) for j, p, s in zip(b[part], phi[part], shared[part], strict=True)
-                        if p > 0])
-        return out
-
-

@@ -25,6 +25,7 @@ from saejax.base.text import visible
 from saejax.base.verified import VerifiedFile
 from saejax.features.index.corpus import Tokens
 from saejax.features.index.feature import Example, Feature
+from saejax.features.index.source import differences
 from saejax.lm import LM
 from saejax.lm.token_text import joined
 from saejax.sae import tensors
@@ -241,15 +242,9 @@ def manifest_digest(values: dict) -> str:
 
 def check_belongs(path: Path, manifest: dict, sae: SAE | None, lm_: LM | None) -> None:
     """Raises one `FeatureIndexError` that lists what an index was not built for."""
-    problems = []
-    if sae is not None and sae_fingerprint(sae) != manifest["sae"]["fingerprint"]:
-        problems.append(f"another checkpoint (fingerprint {manifest['sae']['fingerprint'][:12]}, given "
-                        f"{sae_fingerprint(sae)[:12]})")
-    if lm_ is not None:
-        for what, given in (("model", lm_.digest), ("tokenizer", lm_.tokenizer.digest)):
-            recorded = manifest["corpus"][f"{what}_digest"]
-            if given != recorded:
-                problems.append(f"another {what} (digest {recorded[:12]}, given {given[:12]})")
+    problems = differences(manifest, {
+        "sae": {} if sae is None else {"fingerprint": sae_fingerprint(sae)},
+        "corpus": {} if lm_ is None else {"model_digest": lm_.digest, "tokenizer_digest": lm_.tokenizer.digest}})
     if problems:
         raise FeatureIndexError(f"{path}: was built for {' and '.join(problems)}; build an index for this one into another "
                                 "directory")

@@ -45,25 +45,26 @@ class FeatureState:
     sketch: jax.Array         # [F, 64] uint32, `row_key`s, rising; EMPTY where there are fewer
 
 
-_SHAPES = FeatureState(
+SHAPES = FeatureState(  # of each field: what a feature has, dtype, the value of no rows
     fired=((), jnp.uint32, 0), total=((), jnp.float32, 0), total_low=((), jnp.float32, 0), max=((), jnp.float32, 0),
     log_hist=((LOG_BINS,), jnp.uint32, 0), lin_hist=((LIN_BINS,), jnp.uint32, 0),
     top_value=((TOP,), jnp.float32, 0), top_row=((TOP,), jnp.uint32, EMPTY),
     sample_key=((SAMPLE_BINS, SAMPLES), jnp.uint32, EMPTY), sample_value=((SAMPLE_BINS, SAMPLES), jnp.float32, 0),
     sketch=((SKETCH,), jnp.uint32, EMPTY))
-FIELDS = tuple(_SHAPES.__dataclass_fields__)
-BYTES_PER_FEATURE = sum(4 * int(np.prod(getattr(_SHAPES, name)[0])) for name in FIELDS)
+FIELDS = tuple(SHAPES.__dataclass_fields__)
+LOGICAL = {name: ("features", *[None] * len(getattr(SHAPES, name)[0])) for name in FIELDS}  # axes, as in `sharding.AXES`
+BYTES_PER_FEATURE = sum(4 * int(np.prod(getattr(SHAPES, name)[0])) for name in FIELDS)
 
 
 def specs() -> FeatureState:
     """PartitionSpec of every field."""
-    return FeatureState(**{name: sharding.spec("features", *[None] * len(getattr(_SHAPES, name)[0])) for name in FIELDS})
+    return FeatureState(**{name: sharding.spec(*logical) for name, logical in LOGICAL.items()})
 
 
 def empty(features: int) -> FeatureState:
     """The state of no rows; call it inside `shard_map` or `jit`, or on one device."""
     return FeatureState(**{name: jnp.full((features, *shape), fill, dtype)
-                           for name, (shape, dtype, fill) in ((n, getattr(_SHAPES, n)) for n in FIELDS)})
+                           for name, (shape, dtype, fill) in ((n, getattr(SHAPES, n)) for n in FIELDS)})
 
 
 def merge(a: FeatureState, b: FeatureState) -> FeatureState:

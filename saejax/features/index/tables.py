@@ -1,7 +1,9 @@
 """The tables of an index, written block by block of features and saved in parts, and its manifest."""
 
+import contextlib
 import functools
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +34,8 @@ from saejax.features.index.reader import (
     example_schema,
     manifest_digest,
 )
+from saejax.features.index.saved import SavedState
+from saejax.features.index.source import check_part
 from saejax.features.index.state import LOG_BINS, FeatureState
 from saejax.features.index.windows import Windows
 from saejax.lm import LM
@@ -39,18 +43,22 @@ from saejax.lm.token_text import text_of
 from saejax.sae.inference import SAE
 
 NEAR, LOGITS = 10, 10
+_SOURCE = b"saejax.source"  # of a part: what it was made from
 PART = 65_536  # features of a part, which an interrupted build need not make again
 LOG10_EDGES = tuple(-7 + 0.5 * i for i in range(15))  # of the density histogram, as evaluation has it
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the passes have found: the state of all features, examples, the activations around them, and the tokens of all."""
+    """What the passes have found: the state of all features, examples, the activations around them, the tokens of all, and from
+    what.
+    """
 
-    state: FeatureState
+    state: SavedState
     examples: Examples
     windows: Windows
     tokens: Tokens
+    source: dict
 
     @functools.cached_property
     def rows(self) -> int:
@@ -63,23 +71,23 @@ def write_parts(folder: Path, sae: SAE, lm_: LM, found: Found, near: str, *, pro
     neighbours by decoder are in them (`neighbours.CHOICES`). All collectives of writing the tables are in here, so every process
     goes through it to its end, in step; one writes.
     """
-    F = sae.cfg.d_sae
+    F, schema = sae.cfg.d_sae, FEATURE_SCHEMA.with_metadata({_SOURCE: json.dumps(found.source)})
     files = [folder / f"features_{near}" / f"{first // PART:05d}.parquet" for first in range(0, F, PART)]
-    left = [first for first, file in zip(range(0, F, PART), files, strict=True) if not file.is_file()]
+    left = [first for first, file in zip(range(0, F, PART), files, strict=True) if not _made(file, found.source)]
     barrier("saejax_index_parts")  # all have seen what is left
     if not left:
         return files
     with Progress("index, tables", F, initial=F - sum(min(PART, F - first) for first in left), unit="feature",
                   enabled=progress) as bar:
         weights, chosen_F = _weights(sae), chosen(near, found.state.fired)
-        together = Coactivation(found.state.sketch, found.state.fired, found.rows) if is_writer() else None
+        together = Coactivation(found.state.column("sketch"), found.state.fired, found.rows) if is_writer() else None
         for first in left:
             last = min(first + PART, F)
             nearest_ = _Nearest.of(sae, chosen_F, first, last)
             blocks = _blocks(sae, lm_, first, last, weights, nearest_, bar)
             if is_writer():
                 lease.confirm()
-                with replacing(files[first // PART]) as file, pq.ParquetWriter(file, FEATURE_SCHEMA, compression="zstd") as part:
+                with replacing(files[first // PART]) as file, pq.ParquetWriter(file, schema, compression="zstd") as part:
                     for a, b, columns in blocks:
                         part.write_table(pa.table(columns | _seen(found, together, a, b), schema=FEATURE_SCHEMA), GROUP)
             else:
@@ -99,7 +107,7 @@ def _blocks(sae: SAE, lm_: LM, first: int, last: int, weights: dict, nearest_: "
 
 def _seen(found: Found, together: Coactivation, first: int, last: int) -> dict:
     """What the corpus says of features first .. last - 1."""
-    block = jax.tree.map(lambda x: np.asarray(x[first:last]), found.state)
+    block = found.state.block(first, last)
     return _activity(block, first, found.rows) | _tokens(block, found.tokens.tokens_NT.reshape(-1), first) | \
         _together(together, first, last)
 
@@ -109,7 +117,7 @@ def write(path: Path, parts: list[Path], vocabulary: list[bytes], found: Found) 
     features. parts: `write_parts`.
     """
     examples, windows = found.examples, found.windows
-    borders = np.searchsorted(examples.feature, np.arange(0, len(found.state.max) + GROUP, GROUP))
+    borders = np.searchsorted(examples.feature, np.arange(0, found.state.features + GROUP, GROUP))
     with disk_errors(path), _writer(path / FEATURES, FEATURE_SCHEMA) as features_file, \
             _writer(path / EXAMPLES, example_schema(windows.window)) as examples_file:
         for rows in itertools.chain.from_iterable(map(_row_groups, parts)):
@@ -123,11 +131,27 @@ def write(path: Path, parts: list[Path], vocabulary: list[bytes], found: Found) 
     return _totals(found.state, found.tokens, found.rows, len(examples.row))
 
 
+def _made(part: Path, source: dict) -> bool:
+    """Whether a part is there. Raises `FeatureIndexError` for one of an index of something else."""
+    if not part.is_file():
+        return False
+    with _reading(part):
+        noted = (pq.read_schema(part).metadata or {}).get(_SOURCE, b"{}")
+    check_part(part, json.loads(noted), source)
+    return True
+
+
 def _row_groups(part: Path) -> Iterator[pa.Table]:
-    try:
+    with _reading(part):
         file = pq.ParquetFile(part)
         for group in range(file.num_row_groups):
             yield file.read_row_group(group)
+
+
+@contextlib.contextmanager
+def _reading(part: Path):
+    try:
+        yield
     except (OSError, pa.ArrowException) as error:
         raise FeatureIndexError(f"{part}: not readable ({' '.join(str(error).split())[:200]}); delete it, and run saejax "
                                 "features again") from error
@@ -212,9 +236,9 @@ class _Nearest:
 
 
 def _together(pairs: Coactivation, first: int, last: int) -> dict:
-    together = pairs.of(first, last, NEAR)
-    return {name: [[entry[i] for entry in feature] for feature in together]
-            for i, name in enumerate(("firing_ids", "firing_scores", "firing_support"))}
+    count_F, *columns = pairs.of(first, last, NEAR)
+    names = "firing_ids", "firing_scores", "firing_support"
+    return {name: _lists(count_F, column) for name, column in zip(names, columns, strict=True)}
 
 
 def _examples(examples: Examples, windows: Windows, part: slice) -> pa.Table:
@@ -225,7 +249,7 @@ def _examples(examples: Examples, windows: Windows, part: slice) -> pa.Table:
                      "start": windows.start_E[part].astype(np.int32), "acts": acts}, schema=schema)
 
 
-def _totals(state: FeatureState, tokens: Tokens, rows: int, examples: int) -> dict:
+def _totals(state: SavedState, tokens: Tokens, rows: int, examples: int) -> dict:
     fired = np.asarray(state.fired, np.int64)
     share = np.log10(np.clip(fired[fired > 0] / max(rows, 1), 10.0 ** LOG10_EDGES[0], 1.0))
     return {"contexts": len(tokens.tokens_NT), "rows": tokens.tokens_NT.size, "kept_rows": rows, "examples": examples,

@@ -10,6 +10,7 @@ from saejax.base.errors import FeatureIndexError
 from saejax.base.storage import barrier, is_writer, read_json, reserve, write_json
 from saejax.features.index.examples import BEFORE, WINDOW, Examples
 from saejax.features.index.lookup import Lookup
+from saejax.features.index.source import check_part
 from saejax.sae.inference import SAE
 
 _AT_ONCE = 1 << 17  # examples
@@ -21,9 +22,9 @@ class Windows:
     The window of an example are up to 23 tokens before it and what follows, 32 in all, moved so that it lies in the context.
     """
 
-    def __init__(self, folder: Path, examples: Examples, context: int, done: int):
+    def __init__(self, folder: Path, examples: Examples, context: int, done: int, source: dict):
         self.context, self.window, self.done = context, min(WINDOW, context), done
-        self._folder = folder
+        self._folder, self._source = folder, source
         self.context_E, self.position_E = np.divmod(examples.row.astype(np.int64), context)
         self.start_E = np.clip(self.position_E - BEFORE, 0, context - self.window)
         self._feature_E = examples.feature
@@ -34,17 +35,19 @@ class Windows:
             np.zeros(shape, np.float32)
 
     @classmethod
-    def open(cls, folder: Path, examples: Examples, context: int) -> "Windows":
-        """As an interrupted pass left it, or new."""
+    def open(cls, folder: Path, examples: Examples, context: int, source: dict) -> "Windows":
+        """As an interrupted pass left it, or new. Raises `FeatureIndexError` for those of an index of something else."""
         file, bytes_ = folder / "windows.bin", 4 * len(examples.row) * min(WINDOW, context)
         saved = folder / "windows.json"
         done = 0
         if saved.is_file() and file.is_file() and file.stat().st_size == bytes_:
-            done = int(read_json(saved, FeatureIndexError)["contexts"])
+            note = read_json(saved, FeatureIndexError)
+            check_part(saved, note.get("source", {}), source)
+            done = int(note["contexts"])
         elif is_writer():
             reserve(file, bytes_)
         barrier("saejax_index_windows")
-        return cls(folder, examples, context, done)
+        return cls(folder, examples, context, done, source)
 
     def save(self) -> None:
         """What is filled is on the disk before the note that says so."""
@@ -52,7 +55,7 @@ class Windows:
             lease.confirm()
             if len(self.acts):
                 self.acts.flush()
-            write_json(self._folder / "windows.json", {"contexts": self.done})
+            write_json(self._folder / "windows.json", {"contexts": self.done, "source": self._source})
 
     def fill(self, lookup: Lookup, sae: SAE, x_BD: jax.Array, keep_B: jax.Array, first: int, last: int) -> None:
         """Fills the windows of all examples in contexts first .. last - 1, which are the batch's first."""
