@@ -43,12 +43,6 @@ def empty_state(features: int, mesh: Mesh) -> FeatureState:
         return jax.jit(jax.shard_map(local, in_specs=(), out_specs=st.specs(), check_vma=False))()
 
 
-@functools.cache
-def merger(mesh: Mesh) -> Callable[[FeatureState, FeatureState], FeatureState]:
-    """`state.merge` on a mesh; no communication."""
-    return jax.jit(jax.shard_map(st.merge, mesh=mesh, in_specs=(st.specs(), st.specs()), out_specs=st.specs(), check_vma=False))
-
-
 def make_step(sae: SAE, context: int, contexts: int) -> Callable:
     """step(state, params, x [B, D], keep [B], first row) -> state, for batches of `contexts` whole contexts. Call it where the
     SAE's mesh is set.
