@@ -12,7 +12,7 @@ from saejax.features.compare import picture
 class Neighbours:
     """What a picture reads of an index: exact cosine neighbours of `directions_FD`."""
 
-    path = "index"
+    path, has_all_neighbours = "index", True
 
     def __init__(self, directions_FD: np.ndarray, n: int = 10):
         unit_FD = directions_FD / np.linalg.norm(directions_FD, axis=1, keepdims=True)
@@ -20,10 +20,10 @@ class Neighbours:
         np.fill_diagonal(cosine_FF, -np.inf)
         ids_FN = np.argsort(-cosine_FF, axis=1)[:, :n]
         self.features = len(directions_FD)
-        self._lists = {"cosine_ids": ids_FN.tolist(), "cosine_scores": np.take_along_axis(cosine_FF, ids_FN, 1).tolist()}
+        self._lists = {"cosine_ids": ids_FN, "cosine_scores": np.take_along_axis(cosine_FF, ids_FN, 1)}
 
-    def lists(self, name: str) -> list[list]:
-        return self._lists[name]
+    def heads(self, name: str, n: int) -> np.ndarray:
+        return self._lists[name][:, :n]
 
 
 def groups(seed: int, number: int = 12, each: int = 40) -> np.ndarray:
@@ -34,13 +34,15 @@ def groups(seed: int, number: int = 12, each: int = 40) -> np.ndarray:
 def test_groups_of_like_directions_stay_together_and_a_seed_repeats(capsys):
     pytest.importorskip("umap", reason="umap-learn is optional")
     index, label_F = Neighbours(groups(0)), np.repeat(np.arange(12), 40)
-    places_F2 = picture.plane(index)
+    found = picture.plane(index)
+    places_F2 = found.places_S2
+    assert found.features_S.tolist() == list(range(480))
     assert places_F2.shape == (480, 2) and places_F2.min() == 0 and places_F2.max() == 1
     middle_G2 = np.stack([places_F2[label_F == g].mean(0) for g in range(12)])
     nearest_F = np.linalg.norm(places_F2[:, None] - middle_G2, axis=2).argmin(1)
     assert (nearest_F == label_F).mean() > 0.95
     capsys.readouterr()
-    np.testing.assert_array_equal(picture.plane(index), places_F2)
+    np.testing.assert_array_equal(picture.plane(index).places_S2, places_F2)
     out, err = capsys.readouterr()
     assert out == "" and re.fullmatch(r"map: 100% 500/500 \[.*epoch/s\]\n", err)
     picture.plane(index, progress=False)

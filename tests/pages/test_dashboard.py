@@ -1,5 +1,6 @@
 """The site: nothing from a corpus can run or hide, files are bounded, and a real browser searches, sorts, opens and goes back."""
 
+import base64
 import json
 import re
 import shutil
@@ -13,9 +14,11 @@ from saejax.base.errors import FeatureIndexError
 from saejax.base.records import RunPaths
 from saejax.base.text import LONGEST, script_json, visible
 from saejax.config import default_config, resolve
+from saejax.features.compare.picture import Picture
 from saejax.features.index.reader import FeatureIndex
-from saejax.pages import dashboard
+from saejax.pages import dashboard, dashboard_features, dashboard_list, data_files
 from saejax.pages.dashboard import add_link, address_in, write_dashboard
+from saejax.pages.dashboard_list import Lines
 from saejax.pages.report import LINK, html, link_dashboard
 from saejax.pages.summary import Rates, Result
 from tests.features.conftest import DEAD, FEATURES
@@ -75,35 +78,119 @@ def test_json_in_a_script_is_ascii_without_markup(text):
 def test_hostile_text_stays_data(hostile_site):
     for file in (hostile_site.parent / "data").rglob("*.js"):
         data = file.read_bytes()
-        assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data and len(data) < 2**20
+        assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data
+        assert len(data) <= data_files.LARGEST
     page = hostile_site.read_text()
     assert page.count("<script") == len(dashboard.SCRIPTS) and "<img" not in page and "default-src 'none'" in page
     assert parsed(hostile_site.parent / "data" / "meta.js")["links"] == [["ok", "../report.html"]]
 
 
+def unpacked(values) -> np.ndarray:
+    """The numbers of a typed array of the page."""
+    kind = {"Float32Array": "<f4", "Uint16Array": "<u2", "Uint32Array": "<u4"}[values[0]]
+    return np.frombuffer(base64.b64decode(values[1]), kind)
+
+
+def column(data, name: str) -> np.ndarray:
+    """Numbers of the list, from all their files."""
+    return np.concatenate([unpacked(parsed(file)) for file in sorted((data / name).iterdir())])
+
+
+def texts(data, name: str) -> list:
+    """`words` or `said` of the list, from all their files."""
+    return sum((parsed(file) for file in sorted((data / name).iterdir())), [])
+
+
+def words_of(data, name: str) -> list[list[str]]:
+    """The words of `tokens` or `logits` of each feature."""
+    words = texts(data, "words")
+    return [[words[w] for w in row if w] for row in column(data, name).reshape(-1, dashboard_list.SHOWN)]
+
+
+def examples_of(data) -> list[list[list[str]]]:
+    """The texts of the examples of each feature."""
+    return [[[f["texts"][w] for w in example[5]] for example in f["examples"]] for f in features_of(data)]
+
+
+def features_of(data) -> list[dict]:
+    """Everything about each feature, with `texts`: the words that it names by number; found as the page finds it."""
+    meta, out = parsed(data / "meta.js"), []
+    for feature in range(meta["features"]):
+        folder = np.searchsorted(meta["folders"], feature, "right") - 1
+        place = data / "features" / f"{folder:04d}"
+        firsts = parsed(place / "firsts.js")
+        within = np.searchsorted(firsts, feature, "right") - 1
+        file = parsed(place / f"{folder * meta['per_folder'] + within:06d}.js")
+        out.append(file[feature - firsts[within]] | {"texts": [word for f in file for word in f["words"]]})
+    return out
+
+
 def test_data_are_those_of_the_index(index, site):
-    listed = parsed(site.parent / "data" / "list" / "000.js")
-    np.testing.assert_allclose(listed["density"], index.column("density"), rtol=1e-4)
-    chunk = parsed(site.parent / "data" / "features" / "000" / "000000.js")
-    assert len(chunk["features"]) == FEATURES and chunk["features"][3]["fired"] == index.column("fired")[3]
-    example, stored = chunk["features"][3]["examples"][0], index.examples(3)[0]
+    data = site.parent / "data"
+    for name in ("density", "max", "mean"):
+        np.testing.assert_array_equal(column(data, name), index.column(name).astype(np.float32))
+    for name, listed in (("tokens", "token_ids"), ("logits", "logit_ids")):
+        assert words_of(data, name) == [[visible(index.token(t)) for t in ids[:4]] for ids in index.lists(listed)]
+    features = features_of(data)
+    assert [f["id"] for f in features] == list(range(FEATURES)) and features[3]["fired"] == index.column("fired")[3]
+    example, stored = features[3]["examples"][0], index.examples(3)[0]
     assert example[1] == pytest.approx(stored["value"], rel=1e-3)
     assert example[2:5] == [stored[name] for name in ("context", "position", "start")]
     tokens = index.tokens_NT[stored["context"], stored["start"]:stored["start"] + index.window]
-    assert [chunk["words"][w] for w in example[5]] == [visible(index.vocabulary[t]) for t in tokens]
+    assert [features[3]["texts"][w] for w in example[5]] == [visible(index.vocabulary[t]) for t in tokens]
     acts = dict(zip(example[6][::2], example[6][1::2], strict=True))
     np.testing.assert_allclose([acts.get(i, 0) for i in range(index.window)], stored["acts"], rtol=1e-3)
-    assert chunk["features"][DEAD[0]]["examples"] == []
+    assert features[DEAD[0]]["examples"] == []
 
 
-def test_files_are_few_and_small(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard, "FEATURES_PER_FILE", 3)
-    monkeypatch.setattr(dashboard, "FILES_PER_FOLDER", 4)
-    monkeypatch.setattr(dashboard, "LIST", 16)
-    page = write_dashboard(index, tmp_path / "site", title="x", progress=False)
-    folders = sorted((page.parent / "data" / "features").iterdir())
-    assert [len(list(f.iterdir())) for f in folders] == [4, 4, 4, 2] and len(list((page.parent / "data" / "list").iterdir())) == 3
-    assert [parsed(f)["first"] for f in sorted(page.parent.rglob("features/*/*.js"))] == list(range(0, FEATURES, 3))
+def test_files_are_few_and_small(index, site, tmp_path, monkeypatch):
+    """Bounded, full but for the last, and together they say what one large file says; a feature that is too large is alone."""
+    sizes = [len(json.dumps(feature)) for feature in parsed(site.parent / "data" / "features" / "0000" / "000000.js")]
+    monkeypatch.setattr(data_files, "LARGEST", int(np.median(sizes)) * 4)
+    monkeypatch.setattr(dashboard_features, "FILES_PER_FOLDER", 4)
+    monkeypatch.setattr(dashboard_list, "PART", 16)
+    data = write_dashboard(index, tmp_path / "site", title="x", progress=False).parent / "data"
+    assert all(file.stat().st_size <= data_files.LARGEST for file in data.rglob("*.js"))
+    folders = [sorted(folder.glob("0*.js")) for folder in sorted((data / "features").iterdir())]
+    assert len(folders) > 1 and {len(files) for files in folders[:-1]} == {4} and len(list((data / "tokens").iterdir())) == 3
+    whole = site.parent / "data"
+    assert examples_of(data) == examples_of(whole) and words_of(data, "logits") == words_of(whole, "logits")
+    monkeypatch.setattr(data_files, "LARGEST", min(sizes) // 2)
+    alone = write_dashboard(index, tmp_path / "site", title="x", progress=False).parent / "data" / "features"
+    assert [len(parsed(file)) for file in alone.rglob("0*.js")] == [1] * FEATURES, "and nothing is left of the site before"
+
+
+MILLION = 2**20
+
+
+def many_lines(features: int, tokens: int = 49_152) -> Lines:
+    """Lines of as many features, drawn; every tenth is dead and every hundredth has an explanation."""
+    rng = np.random.default_rng(0)
+    numbers = {name: rng.random(features, np.float32) for name in dashboard_list.NUMBERS}
+    numbers["density"][::10] = 0
+    ids = {name: rng.integers(0, tokens, (features, dashboard_list.SHOWN), np.int32) for name in ("tokens", "logits")}
+    ids["tokens"][::10] = -1
+    return Lines(numbers, ids, {feature: f"about {feature} things" for feature in range(0, features, 100)})
+
+
+def test_the_list_of_a_million_features(tmp_path):
+    """Its files are small, say what they were given, and the page is told where each begins."""
+    lines = many_lines(MILLION)
+    divided = dashboard_list.write_list(tmp_path, lines, lambda token: f" token {token}")
+    files = [*tmp_path.rglob("*.js")]
+    assert max(file.stat().st_size for file in files) <= data_files.LARGEST
+    assert sum(file.stat().st_size for file in files) < 50 * MILLION
+    np.testing.assert_array_equal(column(tmp_path, "max"), lines.numbers["max"])
+    words = texts(tmp_path, "words")
+    assert words[0] == "" and len(set(words)) == len(words) == 49_153, "a word once"
+    for name, ids in lines.ids.items():
+        shown = column(tmp_path, name).reshape(ids.shape)
+        assert np.array_equal(np.array([-1, *(int(word.split()[1]) for word in words[1:])])[shown], ids), name
+    assert [feature for feature, _ in texts(tmp_path, "said")] == list(range(0, MILLION, 100))
+    for name in ("words", "said"):
+        first = [parsed(file)[0] for file in sorted((tmp_path / name).iterdir())]
+        assert len(first) == len(divided[name])
+        assert divided[name] == ([words.index(word) for word in first] if name == "words" else [feature for feature, _ in first])
 
 
 def test_an_explanation_of_no_feature_is_refused(index, tmp_path):
@@ -157,7 +244,7 @@ def test_search_sort_open_hover_and_back(browser, site, index):
     browser.click("[data-sort=max]")
     browser.wait("document.querySelector('th[aria-sort=descending] [data-sort=max]') !== null")
     order = [int(row[0]) for row in rows_of(browser)]
-    assert order == sorted(order, key=lambda f: (-float(f"{index.column('max')[f]:.5g}"), f))
+    assert order == sorted(order, key=lambda f: (-index.column("max")[f], f))
     browser.type("#search", str(order[2]))
     browser.wait(f"[...document.querySelectorAll('#list tbody tr td:first-child')].some(c => c.textContent === '{order[2]}')")
     browser.wait("document.querySelectorAll('#list tbody tr').length < 38")
@@ -207,9 +294,9 @@ def test_from_the_report_to_a_feature_and_back(browser, index, tmp_path):
 
 @pytest.mark.browser
 def test_the_map_names_and_opens_the_feature_under_the_pointer(browser, index, tmp_path):
-    places_F2 = np.stack([np.arange(FEATURES) / FEATURES, np.full(FEATURES, 0.5)], axis=1)
+    picture = Picture(np.arange(FEATURES), np.stack([np.arange(FEATURES) / FEATURES, np.full(FEATURES, 0.5)], axis=1))
     browser.size(1280, 1000)
-    browser.open(write_dashboard(index, tmp_path / "site", title="x", places_F2=places_F2, progress=False))
+    browser.open(write_dashboard(index, tmp_path / "site", title="x", picture=picture, progress=False))
     browser.wait("document.querySelector('#map')?.dataset.ready && document.querySelectorAll('#list tbody tr').length > 5")
     browser.js("document.querySelector('#map').scrollIntoView({ block: 'center' })")
     browser.hover("#map")  # its middle
@@ -264,26 +351,31 @@ def test_hostile_text_cannot_run(browser, hostile_site):
     assert all("Content Security Policy" in trouble or "Content-Security-Policy" in trouble for trouble in browser.troubles())
 
 
-def grown(site, folder, many: int, part: int):
-    """The page with the lines of the small site repeated to `many`, `part` in a file of the list."""
-    (folder / "data" / "list").mkdir(parents=True)
+def grown(site, folder, lines: Lines, part: int):
+    """The page with the lines of another dictionary, `part` in a file."""
+    folder.mkdir(parents=True)
     for name in ("index.html", *dashboard.STYLES, *dashboard.SCRIPTS):
         (folder / name).write_bytes((site.parent / name).read_bytes())
-    lines = parsed(site.parent / "data" / "list" / "000.js")
-    columns = {name: (values * (many // FEATURES + 1))[:many] for name, values in lines.items() if name != "first"}
-    for number, first in enumerate(range(0, many, part)):
-        values = {name: column[first:first + part] for name, column in columns.items()}
-        dashboard._write(folder / "data" / "list" / f"{number:03d}.js", "list", number, {"first": first, **values})
-    changes = {"features": many, "list": part}
-    dashboard._write(folder / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dashboard_list, "PART", part)
+        divided = dashboard_list.write_list(folder / "data", lines, lambda token: f" token {token}")
+    changes = {"features": lines.features, "explained": len(lines.said)} | divided
+    data_files.write_value(folder / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | changes)
     return folder / "index.html"
 
 
+def repeated(index, many: int) -> Lines:
+    """The lines of the small index, again and again."""
+    lines = Lines.of(index, {})
+    turn = np.arange(many) % FEATURES
+    return Lines(*({name: values[turn] for name, values in columns.items()} for columns in (lines.numbers, lines.ids)), {})
+
+
 @pytest.mark.browser
-def test_an_address_of_a_page_opens_that_page(browser, site, tmp_path):
+def test_an_address_of_a_page_opens_that_page(browser, index, site, tmp_path):
     """Cold, reloaded and gone back to; one beyond the end opens the last."""
     browser.size(1280, 900)
-    page = grown(site, tmp_path / "dashboard", 400, 60)
+    page = grown(site, tmp_path / "dashboard", repeated(index, 400), 60)
     status = "document.querySelector('#status')?.textContent"
     browser.open(page, "#page=3")
     assert browser.wait(f"{status} === '380 features, page 4 of 8'")
@@ -364,10 +456,10 @@ def test_the_best_match_comes_first_and_is_lit(browser, index, tmp_path):
 
 
 @pytest.mark.browser
-def test_back_from_a_feature_finds_the_place_again(browser, site, tmp_path):
+def test_back_from_a_feature_finds_the_place_again(browser, index, site, tmp_path):
     """Gone back to, and reloaded where all the list must be read before."""
     browser.size(1280, 700)
-    page = grown(site, tmp_path / "dashboard", 400, 60)
+    page = grown(site, tmp_path / "dashboard", repeated(index, 400), 60)
     shutil.copytree(site.parent / "data" / "features", page.parent / "data" / "features")
     rows = "document.querySelector('#status')?.textContent === '380 features, page 1 of 8'"
     browser.open(page)
@@ -385,15 +477,40 @@ def test_back_from_a_feature_finds_the_place_again(browser, site, tmp_path):
     assert browser.troubles() == []
 
 
+def seconds_to(browser, address: str, status: str) -> float:
+    """How long the page takes to show another address, as if gone back to; its status then begins so."""
+    milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', " + repr(address) + "); "
+                              "dispatchEvent(new PopStateEvent('popstate')); return performance.now() - began; })()")
+    browser.wait(f"document.querySelector('#status').textContent.startsWith({status!r}) && !{READING}", 120)
+    return milliseconds / 1000
+
+
+READING = "/read so far|reading/.test(document.querySelector('#status').textContent)"
+
+
 @pytest.mark.browser
 @pytest.mark.slow
-def test_a_hundred_thousand_features_are_listed_and_searched(browser, site, tmp_path):
-    """The lines of the small site, repeated: the first appear before all are read, and a search takes no second."""
+def test_a_million_features_are_listed_sorted_and_searched(browser, site, tmp_path):
+    """The first appear before all are read; what sorts or searches reads its own columns, and answers within a second after."""
+    lines = many_lines(MILLION)
+    alive = np.flatnonzero(lines.numbers["density"])
     browser.size(1280, 900)
-    browser.open(grown(site, tmp_path / "dashboard", 100_000, dashboard.LIST))
+    browser.open(grown(site, tmp_path / "dashboard", lines, dashboard_list.PART))
     browser.wait("document.querySelectorAll('#list tbody tr').length === 50")
-    browser.wait("document.querySelector('#status').textContent.startsWith('95,000 features, page')", 60)
-    milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', '#q=a&sort=max&dir=-1'); "
-                              "dispatchEvent(new PopStateEvent('popstate')); return performance.now() - began; })()")
-    assert milliseconds < 1000 and "page 1 of" in browser.js("document.querySelector('#status').textContent")
+    assert browser.js(READING) and [int(row[0]) for row in rows_of(browser)] == alive[:50].tolist()
+    browser.wait(f"!{READING}", 120)
+    has = "Object.entries(dashboard.data.list.columns).filter(([, c]) => c.done && c.firsts.length).map(([name]) => name)"
+    assert browser.js(has) == ["density"]
+    order = alive[np.argsort(-lines.numbers["max"][alive], kind="stable")]
+    seconds_to(browser, "#sort=max&dir=-1", f"{len(alive):,} features, page 1 of")
+    assert [int(row[0]) for row in rows_of(browser)] == order[:50].tolist()
+    assert browser.js(has) == ["density", "max"]
+    seconds_to(browser, "#q=token+4711", "")
+    assert set(browser.js(has)) == {"density", "max", "tokens", "logits", "words", "said"}
+    for address, found in (("#q=token+471", "471"), ("#q=about+7", "about 7"), ("#q=token+47&sort=mean&dir=-1", "47")):
+        assert seconds_to(browser, address, "") < 1
+        assert all(found in "".join(row) for row in rows_of(browser)) and len(rows_of(browser)) == 50
+    assert seconds_to(browser, "#sort=density&dir=-1&page=9000", "") < 1
+    order = alive[np.argsort(-lines.numbers["density"][alive], kind="stable")]
+    assert [int(row[0]) for row in rows_of(browser)] == order[450_000:450_050].tolist()
     assert browser.troubles() == []
