@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,12 +54,14 @@ class FeatureFiles:
         """The text of a token id, safe to look at."""
         return self.visible(self._index.token(number)) or "\u2205"  # a token of no characters
 
-    def _word(self, shown: str) -> int:
-        return self._words.setdefault(shown, len(self._words))
+    def _numbers(self, shown: Iterable[str]) -> list[int]:
+        """Of texts among the words of the file."""
+        words = self._words
+        return [words.setdefault(text, len(words)) for text in shown]
 
     def _text(self, row: dict, examples: list) -> str:
         known = len(self._words)
-        value = self._value(row) | {"examples": [[*e, [self._word(self.visible(text)) for text in texts], acts]
+        value = self._value(row) | {"examples": [[*e, self._numbers(map(self.visible, texts)), acts]
                                                  for *e, texts, acts in examples]}
         return script_json(value | {"words": list(self._words)[known:]})
 
@@ -69,8 +71,8 @@ class FeatureFiles:
                     for i, *rest in zip(row[f"{name}_ids"], row[f"{name}_scores"], *(row[m] for m in more), strict=True)]
 
         def tokens(name: str, *more: str) -> list:
-            return [[self._word(self.token(i)), *short(rest, 3)]
-                    for i, *rest in zip(row[name], *(row[m] for m in more), strict=True)]
+            words = self._numbers(map(self.token, row[name]))
+            return [[word, *short(rest, 3)] for word, *rest in zip(words, *(row[m] for m in more), strict=True)]
 
         logits = tokens("logit_ids", "logit_effects")
         half = len(logits) // 2

@@ -170,7 +170,7 @@ def many_lines(features: int, tokens: int = 49_152) -> Lines:
     numbers["density"][::10] = 0
     ids = {name: rng.integers(0, tokens, (features, dashboard_list.SHOWN), np.int32) for name in ("tokens", "logits")}
     ids["tokens"][::10] = -1
-    return Lines(numbers, ids, {feature: f"about {feature} things" for feature in range(0, features, 100)})
+    return Lines(numbers, ids, {feature: f"about {feature} things" for feature in range(1, features, 100)})
 
 
 def test_the_list_of_a_million_features(tmp_path):
@@ -186,7 +186,7 @@ def test_the_list_of_a_million_features(tmp_path):
     for name, ids in lines.ids.items():
         shown = column(tmp_path, name).reshape(ids.shape)
         assert np.array_equal(np.array([-1, *(int(word.split()[1]) for word in words[1:])])[shown], ids), name
-    assert [feature for feature, _ in texts(tmp_path, "said")] == list(range(0, MILLION, 100))
+    assert [feature for feature, _ in texts(tmp_path, "said")] == list(range(1, MILLION, 100))
     for name in ("words", "said"):
         first = [parsed(file)[0] for file in sorted((tmp_path / name).iterdir())]
         assert len(first) == len(divided[name])
@@ -304,6 +304,27 @@ def test_the_map_names_and_opens_the_feature_under_the_pointer(browser, index, t
     assert browser.js("document.getElementById('tip').textContent").split()[0] == str(FEATURES // 2)
     browser.click("#map")
     browser.wait(f"document.querySelector('h1').textContent === 'Feature {FEATURES // 2}'")
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_the_map_of_a_sample_says_so_and_names_its_features(browser, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(dashboard, "_POINTS", 3)  # of a file
+    features = np.array([1, 4, 8, 12, 20, 23, 31])
+    places = np.stack([np.linspace(0, 1, 7), np.full(7, 0.5)], axis=1)
+    site = write_dashboard(index, tmp_path / "site", title="x", picture=Picture(features, places), progress=False)
+    assert len(list((site.parent / "data" / "map").iterdir())) == 3
+    browser.size(1280, 1000)
+    browser.open(site)
+    browser.wait("document.querySelector('#map')?.dataset.ready && document.querySelectorAll('#list tbody tr').length > 5")
+    assert "A sample of 7 of 40 features." in browser.js("document.body.innerText")
+    browser.js("document.querySelector('#map').scrollIntoView({ block: 'center' })")
+    browser.hover("#map")  # its middle
+    browser.wait("!document.getElementById('tip').hidden")
+    said = browser.js("document.getElementById('tip').textContent").split()
+    assert said[0] == "12" and said[1].replace("\u2423", "") == visible(index.token(index.lists("token_ids")[12][0])).strip()
+    browser.click("#map")
+    browser.wait("document.querySelector('h1').textContent === 'Feature 12'")
     assert browser.troubles() == []
 
 
@@ -499,7 +520,7 @@ def test_a_million_features_are_listed_sorted_and_searched(browser, site, tmp_pa
     browser.wait("document.querySelectorAll('#list tbody tr').length === 50")
     assert browser.js(READING) and [int(row[0]) for row in rows_of(browser)] == alive[:50].tolist()
     browser.wait(f"!{READING}", 120)
-    has = "Object.entries(dashboard.data.list.columns).filter(([, c]) => c.done && c.firsts.length).map(([name]) => name)"
+    has = "Object.entries(dashboard.data.list.columns).filter(([, c]) => c.started).map(([name]) => name)"
     assert browser.js(has) == ["density"]
     order = alive[np.argsort(-lines.numbers["max"][alive], kind="stable")]
     seconds_to(browser, "#sort=max&dir=-1", f"{len(alive):,} features, page 1 of")

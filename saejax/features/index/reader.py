@@ -170,8 +170,8 @@ class FeatureIndex:
         return self._joined(ids)[0]
 
     def _joined(self, ids) -> tuple[list[str], list[int]]:
-        ids = [int(i) for i in ids]
-        return joined([self._pieces[i] if 0 <= i < len(self._pieces) else self.token(i).encode() for i in ids])
+        pieces, known = self._pieces, range(len(self._pieces))
+        return joined([pieces[i] if i in known else self.token(i).encode() for i in np.asarray(ids).tolist()])
 
     def shown(self, context: int, start: int, acts) -> tuple[list[str], list[float], list[int]]:
         """(text, activation, the token that shows it) of the tokens of a context from `start` on, one for each of `acts`. Where

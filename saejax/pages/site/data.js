@@ -82,7 +82,8 @@
 
   // What is known of a feature, with the words that it names by number.
   async function loadFeature(feature) {
-    const { folders, per_folder: per } = data.meta, folder = placeOf(folders, feature), place = `data/features/${padded(folder, 4)}`;
+    const { folders, per_folder: per } = data.meta, folder = placeOf(folders, feature);
+    const place = `data/features/${padded(folder, 4)}`;
     const firsts = await load("firsts", folder, `${place}/firsts.js`);
     const within = placeOf(firsts, feature), number = folder * per + within;
     const kept = [...arrived.keys()].filter((key) => key.startsWith("features/"));
@@ -98,8 +99,7 @@
     return {
       get ready() { return next < firsts.length ? firsts[next] : end; },
       get done() { return next === firsts.length; },
-      firsts, started: false,
-      lacks: (i) => firsts.length > 0 && i >= firsts[0] && !has.has(placeOf(firsts, i)),
+      firsts, has, started: false,
       async read(number) {
         if (has.has(number)) return;
         const value = await loadOnce(kind, number);
@@ -120,7 +120,9 @@
     };
     for (const name of NUMBERS) packedColumn(name, new Float32Array(n), 1);
     for (const name of WORDS) packedColumn(name, new Uint32Array(n * shown), shown);
-    list.columns.words = column("words", words, n, (texts, first) => texts.forEach((text, i) => { list.words[first + i] = text; }));
+    list.columns.words = column("words", words, n, (texts, first) => {
+      texts.forEach((text, i) => { list.words[first + i] = text; });
+    });
     list.columns.said = column("said", said, n, (lines, first, number) => {
       list.saidFiles[number] = lines;
       for (const [feature, text] of lines) list.said.set(feature, text);
@@ -163,7 +165,10 @@
   // The files that must be read for the lines of these features: [column, number of the file] each.
   function lacking(features) {
     const { list, meta } = data, { words, ...columns } = list.columns, found = new Map();
-    const need = (name, one, i) => { if (one.lacks(i)) found.set(`${name}/${placeOf(one.firsts, i)}`, [one, placeOf(one.firsts, i)]); };
+    const need = (name, one, i) => {
+      const number = placeOf(one.firsts, i);
+      if (number >= 0 && !one.has.has(number)) found.set(`${name}/${number}`, [one, number]);
+    };
     for (const i of features) {
       for (const [name, one] of Object.entries(columns)) need(name, one, i);
       for (const name of WORDS) {

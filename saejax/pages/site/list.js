@@ -124,8 +124,8 @@
       el("h1", {}, meta.title), figures(meta.figures), links.length ? el("p", {}, ...links) : "",
       card(el("h2", {}, "Firing density of the features"), dashboard.densityChart(),
         note("Share of tokens on which a feature is active.")),
-      map ? card(el("h2", {}, "Map of the features"), map, note(`${sampleOf(meta)}UMAP of the decoder directions: near points are like `
-        + "directions, far distances say little. What the search finds stands out.")) : ""];
+      map ? card(el("h2", {}, "Map of the features"), map, note(`${sampleOf(meta)}UMAP of the decoder `
+        + "directions: near points are like directions, far distances say little. What the search finds stands out.")) : ""];
   }
 
   // y: where the page is scrolled to once there are rows enough; whoever does something before has his way.
@@ -158,7 +158,9 @@
     }
 
     function fill(shown, text) {
-      rows.replaceChildren(...Array.from(shown, (i) => row(i, queryOf(state))));
+      const wants = `${queryOf(state)} ${shown.join()}`;
+      if (filled !== wants) rows.replaceChildren(...Array.from(shown, (i) => row(i, queryOf(state))));
+      filled = wants; // rows that are there already stay: somebody may be pointing at them
       status.textContent = text;
       if (wanted === null) return;
       scrollTo(0, wanted);
@@ -177,7 +179,7 @@
       redraw();
     }
 
-    let reading = false;
+    let reading = false, filled = "";
     let wanted = y;
     const stay = () => { wanted = null; };
     for (const name of ["wheel", "pointerdown", "keydown"]) addEventListener(name, stay, { once: true, passive: true });
