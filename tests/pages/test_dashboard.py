@@ -4,6 +4,10 @@ import base64
 import json
 import re
 import shutil
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -176,8 +180,10 @@ def many_lines(features: int, tokens: int = 49_152) -> Lines:
 def test_the_list_of_a_million_features(tmp_path):
     """Its files are small, say what they were given, and the page is told where each begins."""
     lines = many_lines(MILLION)
+    began = time.monotonic()
     divided = dashboard_list.write_list(tmp_path, lines, lambda token: f" token {token}")
     files = [*tmp_path.rglob("*.js")]
+    print(f"written: {time.monotonic() - began:.1f} s, {len(files)} files, {sum(file.stat().st_size for file in files):,} bytes")
     assert max(file.stat().st_size for file in files) <= data_files.LARGEST
     assert sum(file.stat().st_size for file in files) < 50 * MILLION
     np.testing.assert_array_equal(column(tmp_path, "max"), lines.numbers["max"])
@@ -305,6 +311,28 @@ def test_the_map_names_and_opens_the_feature_under_the_pointer(browser, index, t
     browser.click("#map")
     browser.wait(f"document.querySelector('h1').textContent === 'Feature {FEATURES // 2}'")
     assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_the_page_is_the_same_over_http(browser, site):
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=site.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = f"http://127.0.0.1:{server.server_port}/"
+        browser.call("Page.navigate", url=f"{there}index.html#sort=max&dir=-1")
+        browser.wait(f"document.querySelectorAll('#list tbody tr').length === {FEATURES - len(DEAD)}")
+        served = rows_of(browser)
+        browser.call("Page.navigate", url=f"{there}index.html#feature=3")
+        browser.wait("!!document.querySelector('.ex')")
+        server.shutdown()
+    asked = [trouble for trouble in browser.troubles() if "favicon.ico" not in trouble]
+    assert f"{there}data/max/0000.js" in asked and all(url.startswith(there) for url in asked)
+    browser.open(site, "#sort=max&dir=-1")
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {FEATURES - len(DEAD)}")
+    assert rows_of(browser) == served
 
 
 @pytest.mark.browser
@@ -498,11 +526,19 @@ def test_back_from_a_feature_finds_the_place_again(browser, index, site, tmp_pat
     assert browser.troubles() == []
 
 
+def shown_at(browser, what: str, condition: str) -> None:
+    """Waits for a condition and prints how long it took."""
+    began = time.monotonic()
+    browser.wait(condition, 120)
+    print(f"{what}: {time.monotonic() - began:.2f} s")
+
+
 def seconds_to(browser, address: str, status: str) -> float:
     """How long the page takes to show another address, as if gone back to; its status then begins so."""
     milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', " + repr(address) + "); "
                               "dispatchEvent(new PopStateEvent('popstate')); return performance.now() - began; })()")
-    browser.wait(f"document.querySelector('#status').textContent.startsWith({status!r}) && !{READING}", 120)
+    ready = f"document.querySelector('#status').textContent.startsWith({status!r}) && !{READING}"
+    shown_at(browser, f"{address}: {milliseconds / 1000:.3f} s, with reading", ready)
     return milliseconds / 1000
 
 
@@ -517,9 +553,9 @@ def test_a_million_features_are_listed_sorted_and_searched(browser, site, tmp_pa
     alive = np.flatnonzero(lines.numbers["density"])
     browser.size(1280, 900)
     browser.open(grown(site, tmp_path / "dashboard", lines, dashboard_list.PART))
-    browser.wait("document.querySelectorAll('#list tbody tr').length === 50")
+    shown_at(browser, "first lines", "document.querySelectorAll('#list tbody tr').length === 50")
     assert browser.js(READING) and [int(row[0]) for row in rows_of(browser)] == alive[:50].tolist()
-    browser.wait(f"!{READING}", 120)
+    shown_at(browser, "densities", f"!{READING}")
     has = "Object.entries(dashboard.data.list.columns).filter(([, c]) => c.started).map(([name]) => name)"
     assert browser.js(has) == ["density"]
     order = alive[np.argsort(-lines.numbers["max"][alive], kind="stable")]
