@@ -2,17 +2,17 @@
 
     index.html *.css *.js             the page; it draws what the data files hold
     data/meta.js                      figures of the run, density histogram, how the data are divided
-    data/map.js                       places of the features, if a picture was asked for
-    data/list/000.js                  one line of each of 8,192 features: what the list sorts and searches
-    data/features/000/000000.js       everything about 64 features; 256 files a folder
+    data/map/0000.js                  places of features, if a picture was asked for
+    data/density/0000.js ...          a column of the list: what it sorts and searches by (`dashboard_list`)
+    data/features/0000/000000.js      everything about some features; 256 files a folder (`dashboard_features`)
 
-Data files are scripts that hand one JSON value to the page: a page opened from disk may load a script, but not read a file. Their
-number is F / 64 and the page loads what it shows. Every text from the corpus has gone through `visible` and `script_json` and is
-put on the page as text, never as HTML; the page's policy allows no script but its own files.
+Data files are scripts of at most 256 kB (`data_files`); the page loads what it shows. Every text from the corpus has gone through
+`visible` and `script_json` and is put on the page as text, never as HTML; the page's policy allows no script but its own files.
 """
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -24,30 +24,32 @@ from saejax.base.assets import model_title
 from saejax.base.errors import FeatureIndexError
 from saejax.base.logs import Progress
 from saejax.base.records import RunPaths
-from saejax.base.storage import read_json, write_bytes, write_json
-from saejax.base.text import script_json, visible
+from saejax.base.storage import disk_errors, read_json, write_bytes, write_json
+from saejax.base.text import visible
 from saejax.base.version import __version__
+from saejax.features.compare.picture import Picture
 from saejax.features.index.examples import INTERVALS
-from saejax.features.index.reader import EXAMPLES, FeatureIndex
+from saejax.features.index.reader import GROUP, FeatureIndex
+from saejax.pages.dashboard_features import FeatureFiles
+from saejax.pages.dashboard_list import Lines, write_list
+from saejax.pages.data_files import numbered, packed, write_value
 from saejax.pages.templates import render, source
 
-LIST, FEATURES_PER_FILE, FILES_PER_FOLDER = 8192, 64, 256
 STYLES = ("theme.css", "app.css")
 SCRIPTS = (  # in this order
     "elements.js", "data.js", "tip.js", "charts.js", "map.js", "search.js", "list.js", "feature.js", "app.js")
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
 _META = 'saejax("meta",0,'
-_SHOWN_TOKENS = 4        # in a line of the list
-_LONGEST = 400           # characters of an explanation
+_POINTS = 16_384  # of a file of the map
 
 
 def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures: list[tuple[str, str]] = (),
                     links: list[tuple[str, str]] = (), explanations: Mapping[int, str] = MappingProxyType({}),
-                    places_F2: np.ndarray | None = None, progress: bool = True) -> Path:
+                    picture: Picture | None = None, progress: bool = True) -> Path:
     """Writes the site and returns the path of its `index.html`, which is written last.
 
     figures: (label, value) of the run for the front page. links: (label, relative address). explanations: {feature: what somebody
-    says of it}. places_F2: a picture of the features (`picture.plane`), in [0, 1].
+    says of it}. picture: of the features, or of a sample of them (`picture.plane`). Memory: some hundred bytes a feature.
     Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
     """
     out = Path(out)
@@ -59,20 +61,19 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
         index.check_feature(feature)
     (out / "index.html").unlink(missing_ok=True)
     write_json(out / MARK, {"kind": "saejax-dashboard", "schema_version": 1, "index": index.manifest["sha256"]})
-    labels = _Labels(index, explanations)
+    data, lines = out / "data", Lines.of(index, explanations)
+    with disk_errors(data):
+        shutil.rmtree(data, ignore_errors=True)  # of a dashboard that stood here
+    files = FeatureFiles(data, index, lines.ids["tokens"][:, 0], explanations)
+    divided = write_list(data, lines, files.token)
     with Progress("dashboard", index.features, unit="feature", enabled=progress) as bar:
-        for number, first in enumerate(range(0, index.features, FEATURES_PER_FILE)):
-            last = min(first + FEATURES_PER_FILE, index.features)
-            for page in range(-(-first // LIST), -(-last // LIST)):  # those that begin here
-                lines = labels.lines(page * LIST, min((page + 1) * LIST, index.features))
-                _write(out / "data" / "list" / f"{page:03d}.js", "list", page, lines)
-            folder = out / "data" / "features" / f"{number // FILES_PER_FOLDER:03d}"
-            _write(folder / f"{number:06d}.js", "features", number, _features(index, labels, first, last))
+        for first in range(0, index.features, GROUP):
+            last = min(first + GROUP, index.features)
+            files.write(first, last)
             bar.advance(last - first)
-    if places_F2 is not None:
-        _write(out / "data" / "map.js", "map", 0, np.round(np.asarray(places_F2) * 9999).astype(int).T.tolist())
-    _write(out / "data" / "meta.js", "meta", 0,
-           _meta(index, title, figures, links) | {"explained": len(explanations), "map": places_F2 is not None})
+    divided |= files.finish() | {"explained": len(explanations), "map_part": _POINTS,
+                                 "points": 0 if picture is None else _write_map(data, picture)}
+    write_value(data / "meta.js", "meta", 0, _meta(index, title, figures, links) | divided)
     return _write_page(out, title)
 
 
@@ -89,7 +90,7 @@ def add_link(out: Path, label: str, address: str) -> None:
         return
     known = json.loads(said.removeprefix(head).removesuffix(");\n"))
     if [label, address] not in known["links"]:
-        _write(meta, "meta", 0, known | {"links": [*known["links"], [label, address]]})
+        write_value(meta, "meta", 0, known | {"links": [*known["links"], [label, address]]})
 
 
 def address_in(dashboard: Path, feature: int, page: Path) -> str:
@@ -109,8 +110,14 @@ def place_of(index: Path) -> Path:
     return RunPaths((index.absolute() if index.is_absolute() or index.parent == Path() else index).parent).dashboard
 
 
-def _write(file: Path, kind: str, number: int, value) -> None:
-    write_bytes(file, f"saejax({script_json(kind)},{number},{script_json(value)});\n".encode("ascii"))
+def _write_map(data: Path, picture: Picture) -> int:
+    """Returns the number of points."""
+    places = np.round(picture.places_S2 * 9999).astype(int)
+    for number, first in enumerate(range(0, len(places), _POINTS)):
+        part = slice(first, first + _POINTS)
+        columns = {"feature": picture.features_S[part], "x": places[part, 0], "y": places[part, 1]}
+        write_value(numbered(data, "map", number), "map", number, {name: packed(values) for name, values in columns.items()})
+    return len(places)
 
 
 def _write_page(out: Path, title: str) -> Path:
@@ -123,8 +130,7 @@ def _write_page(out: Path, title: str) -> Path:
 
 def _meta(index: FeatureIndex, title: str, figures, links) -> dict:
     m = index.manifest
-    return {"title": visible(title), "version": __version__, "features": index.features, "list": LIST,
-            "per_file": FEATURES_PER_FILE, "per_folder": FILES_PER_FOLDER, "intervals": INTERVALS,
+    return {"title": visible(title), "version": __version__, "features": index.features, "intervals": INTERVALS,
             "figures": [[visible(label), _long(value)] for label, value in (*figures, *_own_figures(m))],
             "links": [[visible(label), address] for label, address in links if _is_local(address)],
             "neighbours": m["settings"].get("neighbours", "all"), "rows": m["totals"]["kept_rows"],
@@ -145,84 +151,3 @@ def _long(value: str) -> str:
 
 def _is_local(address: str) -> bool:
     return ":" not in address and not address.startswith(("/", "\\"))
-
-
-class _Labels:
-    """The short line of every feature, read once: numbers, the tokens that it fires on most, and its explanation."""
-
-    def __init__(self, index: FeatureIndex, explanations: Mapping[int, str]):
-        self._index = index
-        self._said = {feature: visible(text, _LONGEST) for feature, text in explanations.items()}
-        self._columns = {name: index.column(name) for name in ("density", "max", "mean", "fired")}
-        self._tokens = [ids[:_SHOWN_TOKENS] for ids in index.lists("token_ids")]
-        self._logits = [ids[:_SHOWN_TOKENS] for ids in index.lists("logit_ids")]
-        self._shown: dict[int, str] = {}
-
-    def token(self, number: int) -> str:
-        """The text of a token id, safe to look at."""
-        if number not in self._shown:
-            self._shown[number] = visible(self._index.token(number)) or "\u2205"  # a token of no characters
-        return self._shown[number]
-
-    def of(self, feature: int) -> str:
-        return self.token(self._tokens[feature][0]) if len(self._tokens[feature]) else ""
-
-    def said(self, feature: int) -> str:
-        """The explanation of a feature, safe to look at; empty without one."""
-        return self._said.get(feature, "")
-
-    def lines(self, first: int, last: int) -> dict:
-        """Columns of features first .. last - 1."""
-        part = slice(first, last)
-        return {"first": first, **{name: _short(values[part]) for name, values in self._columns.items()},
-                "tokens": [[self.token(i) for i in ids] for ids in self._tokens[part]],
-                "logits": [[self.token(i) for i in ids] for ids in self._logits[part]],
-                "said": [[feature, self.said(feature)] for feature in range(first, last) if self.said(feature)]}
-
-
-def _short(values, digits: int = 5) -> list:
-    return [int(v) if float(v).is_integer() and abs(v) < 2**53 else float(f"{float(v):.{digits}g}") for v in np.asarray(values)]
-
-
-def _features(index: FeatureIndex, labels: _Labels, first: int, last: int) -> dict:
-    """What one data file holds: a table of the token texts it needs, and its features."""
-    words: dict[str, int] = {}
-
-    def word(token: int) -> int:
-        return words.setdefault(labels.token(int(token)), len(words))
-
-    def text(shown: str) -> int:
-        return words.setdefault(visible(shown), len(words))
-
-    examples = _examples(index, first, last, text)
-    features = [_feature(row, labels, word) | {"examples": examples[row["feature"]]} for row in index.rows(first, last)]
-    return {"first": first, "words": list(words), "features": features}
-
-
-def _feature(row: dict, labels: _Labels, word) -> dict:
-    def near(name: str, *more: str) -> list:
-        return [[i, labels.of(i), *(_short([v], 3)[0] for v in rest)]
-                for i, *rest in zip(row[f"{name}_ids"], row[f"{name}_scores"], *(row[m] for m in more), strict=True)]
-
-    half = len(row["logit_ids"]) // 2
-    logits = [[word(i), _short([v], 3)[0]] for i, v in zip(row["logit_ids"], row["logit_effects"], strict=True)]
-    return {"id": row["feature"], "said": labels.said(row["feature"]), **{name: _short([row[name]])[0] for name in (
-        "fired", "density", "mean", "max", "decoder_norm", "encoder_norm", "bias", "linear_width")},
-        "linear": row["linear_counts"], "log": row["log_counts"], "log_edges": _short(row["log_edges"]),
-        "interval_counts": _short(row["interval_counts"], 3),
-        "tokens": [[word(i), *_short(v, 3)] for i, *v in zip(*(row[n] for n in ("token_ids", "token_shares", "token_means")),
-                                                             strict=True)],
-        "up": logits[:half], "down": logits[half:], "cosine": near("cosine"), "firing": near("firing", "firing_support")}
-
-
-def _examples(index: FeatureIndex, first: int, last: int, text) -> dict[int, list]:
-    """By feature: [interval, value, context, position, start, token words, [offset, activation, ...]] of every example."""
-    table = index.table(EXAMPLES, first, last)
-    columns = [table[name].to_numpy().tolist() for name in ("feature", "interval", "value", "context", "position", "start")]
-    acts_EW = table["acts"].combine_chunks().flatten().to_numpy().reshape(-1, index.window)
-    out: dict[int, list] = {feature: [] for feature in range(first, last)}
-    for feature, interval, value, context, position, start, acts_W in zip(*columns, acts_EW, strict=True):
-        texts, shown, _ = index.shown(context, start, acts_W)
-        acts = [x for offset, act in enumerate(shown) if act > 0 for x in (offset, float(f"{act:.4g}"))]
-        out[feature].append([interval, float(f"{value:.4g}"), context, position, start, [*map(text, texts)], acts])
-    return out

@@ -253,7 +253,7 @@ def test_judging_goes_on_where_it_stopped(run, capsys):
         said = re.search(r"rubric, 0 to 3 +features +3\.00 ± 0\.00 \((\d+) answers, 2 features\)", capsys.readouterr().out)
         assert int(said[1]) == sum(map(sum, found["overall"]["rubric_counts"])), "answers, not features"
         assert main(["dashboard", str(run), f"--explanations={folder / 'results.json'}", f"--out={run / 'judged'}"]) == 0
-        assert "(rubric 3.00 of 3, " in (run / "judged" / "data" / "list" / "000.js").read_text()
+        assert "(rubric 3.00 of 3, " in (run / "judged" / "data" / "said" / "0000.js").read_text()
         assert judged(run, server, "--draw=40") == 0 and len(server.requests) > asked, "activations drawn are others"
         assert main(["judge", str(run), f"--judge={server.url}", "--judge-model=m", "--sample=3", "--do=explain"]) == 0
     assert "SAEJAX_JUDGE_KEY" not in (folder / "judge.json").read_text()

@@ -1,42 +1,32 @@
 """The site: nothing from a corpus can run or hide, files are bounded, and a real browser searches, sorts, opens and goes back."""
 
-import json
-import re
 import shutil
+import threading
+import time
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as some
 
-from saejax.base.errors import FeatureIndexError
 from saejax.base.records import RunPaths
-from saejax.base.text import LONGEST, script_json, visible
+from saejax.base.text import visible
 from saejax.config import default_config, resolve
+from saejax.features.compare.picture import Picture
 from saejax.features.index.reader import FeatureIndex
-from saejax.pages import dashboard
+from saejax.pages import dashboard, dashboard_list, data_files
 from saejax.pages.dashboard import add_link, address_in, write_dashboard
+from saejax.pages.dashboard_list import Lines
 from saejax.pages.report import LINK, html, link_dashboard
 from saejax.pages.summary import Rates, Result
 from tests.features.conftest import DEAD, FEATURES
 from tests.pages.browser import CHROMIUM, Browser
+from tests.pages.test_dashboard_files import MILLION, many_lines, parsed
 from tests.pages.test_report import EVALUATION
 
 HOSTILE = ["<script>window.hacked=1</script>", "</script><img src=x onerror='window.hacked=1'>", "a\u202eb\u2066c", "nul\x00nul",
            "\u2028\u2029", "x" * 100_000, "'\"`${1}", "javascript:alert(1)", "{{ 7 * 7 }}", "\ud800", "e" + "\u0301" * 500,
            "\u200b", "]]>--><!--", "\\u003c"]
-
-
-def parsed(file):
-    """What a data file hands to the page."""
-    match = re.fullmatch(r'saejax\("(\w+)",(\d+),(.*)\);\n', file.read_bytes().decode("ascii"), re.DOTALL)
-    return json.loads(match[3])
-
-
-@pytest.fixture(scope="module")
-def site(index, tmp_path_factory):
-    out = tmp_path_factory.mktemp("site") / "dashboard"
-    return write_dashboard(index, out, title="tiny", figures=[("L0", "8")], progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -49,72 +39,14 @@ def hostile_site(index, tmp_path_factory):
                            explanations={i: text for i, text in enumerate(HOSTILE)}, progress=False)
 
 
-@given(some.text())
-def test_visible_text_hides_and_moves_nothing(text):
-    import unicodedata
-    shown = visible(text)
-    kinds = {unicodedata.category(c) for c in shown}
-    assert not kinds & {"Cc", "Cf", "Cn", "Co", "Cs", "Zl", "Zp"} and len(shown) <= 11 * LONGEST + 1
-
-
-@pytest.mark.parametrize("text, shown", [
-    ("a\nb\tc", "a\u21b5b\u21e5c"), ("\x00", "\u2400"), ("\u202eabc", "\u2039U+202E\u203aabc"), ("\u200b", "\u2039U+200B\u203a"),
-    ("\xa0", "\u2039U+00A0\u203a"), (" plain \u65e5\u672c", " plain \u65e5\u672c"), ("\ufffd", "\ufffd"),
-    ("\u0301", "\u25cc\u0301"), ("x" * 1000, "x" * LONGEST + "\u2026"), ("\ud800", "\u2039U+D800\u203a")])
-def test_what_is_seen_of_a_token(text, shown):
-    assert visible(text) == shown
-
-
-@given(some.text())
-def test_json_in_a_script_is_ascii_without_markup(text):
-    data = script_json([text, {text: 1}])
-    assert data.isascii() and not set("<>&\n") & set(data) and json.loads(data) == [text, {text: 1}]
-    assert "\\u2028" in script_json("\u2028")
-
-
 def test_hostile_text_stays_data(hostile_site):
     for file in (hostile_site.parent / "data").rglob("*.js"):
         data = file.read_bytes()
-        assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data and len(data) < 2**20
+        assert data.isascii() and b"<" not in data and b"\\u202e" not in data and b"\\u0000" not in data
+        assert len(data) <= data_files.LARGEST
     page = hostile_site.read_text()
     assert page.count("<script") == len(dashboard.SCRIPTS) and "<img" not in page and "default-src 'none'" in page
     assert parsed(hostile_site.parent / "data" / "meta.js")["links"] == [["ok", "../report.html"]]
-
-
-def test_data_are_those_of_the_index(index, site):
-    listed = parsed(site.parent / "data" / "list" / "000.js")
-    np.testing.assert_allclose(listed["density"], index.column("density"), rtol=1e-4)
-    chunk = parsed(site.parent / "data" / "features" / "000" / "000000.js")
-    assert len(chunk["features"]) == FEATURES and chunk["features"][3]["fired"] == index.column("fired")[3]
-    example, stored = chunk["features"][3]["examples"][0], index.examples(3)[0]
-    assert example[1] == pytest.approx(stored["value"], rel=1e-3)
-    assert example[2:5] == [stored[name] for name in ("context", "position", "start")]
-    tokens = index.tokens_NT[stored["context"], stored["start"]:stored["start"] + index.window]
-    assert [chunk["words"][w] for w in example[5]] == [visible(index.vocabulary[t]) for t in tokens]
-    acts = dict(zip(example[6][::2], example[6][1::2], strict=True))
-    np.testing.assert_allclose([acts.get(i, 0) for i in range(index.window)], stored["acts"], rtol=1e-3)
-    assert chunk["features"][DEAD[0]]["examples"] == []
-
-
-def test_files_are_few_and_small(index, tmp_path, monkeypatch):
-    monkeypatch.setattr(dashboard, "FEATURES_PER_FILE", 3)
-    monkeypatch.setattr(dashboard, "FILES_PER_FOLDER", 4)
-    monkeypatch.setattr(dashboard, "LIST", 16)
-    page = write_dashboard(index, tmp_path / "site", title="x", progress=False)
-    folders = sorted((page.parent / "data" / "features").iterdir())
-    assert [len(list(f.iterdir())) for f in folders] == [4, 4, 4, 2] and len(list((page.parent / "data" / "list").iterdir())) == 3
-    assert [parsed(f)["first"] for f in sorted(page.parent.rglob("features/*/*.js"))] == list(range(0, FEATURES, 3))
-
-
-def test_an_explanation_of_no_feature_is_refused(index, tmp_path):
-    with pytest.raises(FeatureIndexError, match=f"feature {FEATURES}"):
-        write_dashboard(index, tmp_path / "site", title="x", explanations={FEATURES: "?"}, progress=False)
-
-
-def test_another_directory_is_left_alone(index, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(FeatureIndexError, match="is not empty"):
-        write_dashboard(index, tmp_path, title="x", progress=False)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +89,7 @@ def test_search_sort_open_hover_and_back(browser, site, index):
     browser.click("[data-sort=max]")
     browser.wait("document.querySelector('th[aria-sort=descending] [data-sort=max]') !== null")
     order = [int(row[0]) for row in rows_of(browser)]
-    assert order == sorted(order, key=lambda f: (-float(f"{index.column('max')[f]:.5g}"), f))
+    assert order == sorted(order, key=lambda f: (-index.column("max")[f], f))
     browser.type("#search", str(order[2]))
     browser.wait(f"[...document.querySelectorAll('#list tbody tr td:first-child')].some(c => c.textContent === '{order[2]}')")
     browser.wait("document.querySelectorAll('#list tbody tr').length < 38")
@@ -207,9 +139,9 @@ def test_from_the_report_to_a_feature_and_back(browser, index, tmp_path):
 
 @pytest.mark.browser
 def test_the_map_names_and_opens_the_feature_under_the_pointer(browser, index, tmp_path):
-    places_F2 = np.stack([np.arange(FEATURES) / FEATURES, np.full(FEATURES, 0.5)], axis=1)
+    picture = Picture(np.arange(FEATURES), np.stack([np.arange(FEATURES) / FEATURES, np.full(FEATURES, 0.5)], axis=1))
     browser.size(1280, 1000)
-    browser.open(write_dashboard(index, tmp_path / "site", title="x", places_F2=places_F2, progress=False))
+    browser.open(write_dashboard(index, tmp_path / "site", title="x", picture=picture, progress=False))
     browser.wait("document.querySelector('#map')?.dataset.ready && document.querySelectorAll('#list tbody tr').length > 5")
     browser.js("document.querySelector('#map').scrollIntoView({ block: 'center' })")
     browser.hover("#map")  # its middle
@@ -217,6 +149,49 @@ def test_the_map_names_and_opens_the_feature_under_the_pointer(browser, index, t
     assert browser.js("document.getElementById('tip').textContent").split()[0] == str(FEATURES // 2)
     browser.click("#map")
     browser.wait(f"document.querySelector('h1').textContent === 'Feature {FEATURES // 2}'")
+    assert browser.troubles() == []
+
+
+@pytest.mark.browser
+def test_the_page_is_the_same_over_http(browser, site):
+    class Silent(SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Silent, directory=site.parent)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        there = f"http://127.0.0.1:{server.server_port}/"
+        browser.call("Page.navigate", url=f"{there}index.html#sort=max&dir=-1")
+        browser.wait(f"document.querySelectorAll('#list tbody tr').length === {FEATURES - len(DEAD)}")
+        served = rows_of(browser)
+        browser.call("Page.navigate", url=f"{there}index.html#feature=3")
+        browser.wait("!!document.querySelector('.ex')")
+        server.shutdown()
+    asked = [trouble for trouble in browser.troubles() if "favicon.ico" not in trouble]
+    assert f"{there}data/max/0000.js" in asked and all(url.startswith(there) for url in asked)
+    browser.open(site, "#sort=max&dir=-1")
+    browser.wait(f"document.querySelectorAll('#list tbody tr').length === {FEATURES - len(DEAD)}")
+    assert rows_of(browser) == served
+
+
+@pytest.mark.browser
+def test_the_map_of_a_sample_says_so_and_names_its_features(browser, index, tmp_path, monkeypatch):
+    monkeypatch.setattr(dashboard, "_POINTS", 3)  # of a file
+    features = np.array([1, 4, 8, 12, 20, 23, 31])
+    places = np.stack([np.linspace(0, 1, 7), np.full(7, 0.5)], axis=1)
+    site = write_dashboard(index, tmp_path / "site", title="x", picture=Picture(features, places), progress=False)
+    assert len(list((site.parent / "data" / "map").iterdir())) == 3
+    browser.size(1280, 1000)
+    browser.open(site)
+    browser.wait("document.querySelector('#map')?.dataset.ready && document.querySelectorAll('#list tbody tr').length > 5")
+    assert "A sample of 7 of 40 features." in browser.js("document.body.innerText")
+    browser.js("document.querySelector('#map').scrollIntoView({ block: 'center' })")
+    browser.hover("#map")  # its middle
+    browser.wait("!document.getElementById('tip').hidden")
+    said = browser.js("document.getElementById('tip').textContent").split()
+    assert said[0] == "12" and said[1].replace("\u2423", "") == visible(index.token(index.lists("token_ids")[12][0])).strip()
+    browser.click("#map")
+    browser.wait("document.querySelector('h1').textContent === 'Feature 12'")
     assert browser.troubles() == []
 
 
@@ -264,26 +239,31 @@ def test_hostile_text_cannot_run(browser, hostile_site):
     assert all("Content Security Policy" in trouble or "Content-Security-Policy" in trouble for trouble in browser.troubles())
 
 
-def grown(site, folder, many: int, part: int):
-    """The page with the lines of the small site repeated to `many`, `part` in a file of the list."""
-    (folder / "data" / "list").mkdir(parents=True)
+def grown(site, folder, lines: Lines, part: int):
+    """The page with the lines of another dictionary, `part` in a file."""
+    folder.mkdir(parents=True)
     for name in ("index.html", *dashboard.STYLES, *dashboard.SCRIPTS):
         (folder / name).write_bytes((site.parent / name).read_bytes())
-    lines = parsed(site.parent / "data" / "list" / "000.js")
-    columns = {name: (values * (many // FEATURES + 1))[:many] for name, values in lines.items() if name != "first"}
-    for number, first in enumerate(range(0, many, part)):
-        values = {name: column[first:first + part] for name, column in columns.items()}
-        dashboard._write(folder / "data" / "list" / f"{number:03d}.js", "list", number, {"first": first, **values})
-    changes = {"features": many, "list": part}
-    dashboard._write(folder / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dashboard_list, "PART", part)
+        divided = dashboard_list.write_list(folder / "data", lines, lambda token: f" token {token}")
+    changes = {"features": lines.features, "explained": len(lines.said)} | divided
+    data_files.write_value(folder / "data" / "meta.js", "meta", 0, parsed(site.parent / "data" / "meta.js") | changes)
     return folder / "index.html"
 
 
+def repeated(index, many: int) -> Lines:
+    """The lines of the small index, again and again."""
+    lines = Lines.of(index, {})
+    turn = np.arange(many) % FEATURES
+    return Lines(*({name: values[turn] for name, values in columns.items()} for columns in (lines.numbers, lines.ids)), {})
+
+
 @pytest.mark.browser
-def test_an_address_of_a_page_opens_that_page(browser, site, tmp_path):
+def test_an_address_of_a_page_opens_that_page(browser, index, site, tmp_path):
     """Cold, reloaded and gone back to; one beyond the end opens the last."""
     browser.size(1280, 900)
-    page = grown(site, tmp_path / "dashboard", 400, 60)
+    page = grown(site, tmp_path / "dashboard", repeated(index, 400), 60)
     status = "document.querySelector('#status')?.textContent"
     browser.open(page, "#page=3")
     assert browser.wait(f"{status} === '380 features, page 4 of 8'")
@@ -364,10 +344,10 @@ def test_the_best_match_comes_first_and_is_lit(browser, index, tmp_path):
 
 
 @pytest.mark.browser
-def test_back_from_a_feature_finds_the_place_again(browser, site, tmp_path):
+def test_back_from_a_feature_finds_the_place_again(browser, index, site, tmp_path):
     """Gone back to, and reloaded where all the list must be read before."""
     browser.size(1280, 700)
-    page = grown(site, tmp_path / "dashboard", 400, 60)
+    page = grown(site, tmp_path / "dashboard", repeated(index, 400), 60)
     shutil.copytree(site.parent / "data" / "features", page.parent / "data" / "features")
     rows = "document.querySelector('#status')?.textContent === '380 features, page 1 of 8'"
     browser.open(page)
@@ -385,15 +365,48 @@ def test_back_from_a_feature_finds_the_place_again(browser, site, tmp_path):
     assert browser.troubles() == []
 
 
+def shown_at(browser, what: str, condition: str) -> None:
+    """Waits for a condition and prints how long it took."""
+    began = time.monotonic()
+    browser.wait(condition, 120)
+    print(f"{what}: {time.monotonic() - began:.2f} s")
+
+
+def seconds_to(browser, address: str, status: str) -> float:
+    """How long the page takes to show another address, as if gone back to; its status then begins so."""
+    milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', " + repr(address) + "); "
+                              "dispatchEvent(new PopStateEvent('popstate')); return performance.now() - began; })()")
+    ready = f"document.querySelector('#status').textContent.startsWith({status!r}) && !{READING}"
+    shown_at(browser, f"{address}: {milliseconds / 1000:.3f} s, with reading", ready)
+    return milliseconds / 1000
+
+
+READING = "/read so far|reading/.test(document.querySelector('#status').textContent)"
+
+
 @pytest.mark.browser
 @pytest.mark.slow
-def test_a_hundred_thousand_features_are_listed_and_searched(browser, site, tmp_path):
-    """The lines of the small site, repeated: the first appear before all are read, and a search takes no second."""
+def test_a_million_features_are_listed_sorted_and_searched(browser, site, tmp_path):
+    """The first appear before all are read; what sorts or searches reads its own columns, and answers within a second after."""
+    lines = many_lines(MILLION)
+    alive = np.flatnonzero(lines.numbers["density"])
     browser.size(1280, 900)
-    browser.open(grown(site, tmp_path / "dashboard", 100_000, dashboard.LIST))
-    browser.wait("document.querySelectorAll('#list tbody tr').length === 50")
-    browser.wait("document.querySelector('#status').textContent.startsWith('95,000 features, page')", 60)
-    milliseconds = browser.js("(() => { const began = performance.now(); history.pushState(null, '', '#q=a&sort=max&dir=-1'); "
-                              "dispatchEvent(new PopStateEvent('popstate')); return performance.now() - began; })()")
-    assert milliseconds < 1000 and "page 1 of" in browser.js("document.querySelector('#status').textContent")
+    browser.open(grown(site, tmp_path / "dashboard", lines, dashboard_list.PART))
+    shown_at(browser, "first lines", "document.querySelectorAll('#list tbody tr').length === 50")
+    assert browser.js(READING) and [int(row[0]) for row in rows_of(browser)] == alive[:50].tolist()
+    shown_at(browser, "densities", f"!{READING}")
+    has = "Object.entries(dashboard.data.list.columns).filter(([, c]) => c.started).map(([name]) => name)"
+    assert browser.js(has) == ["density"]
+    order = alive[np.argsort(-lines.numbers["max"][alive], kind="stable")]
+    seconds_to(browser, "#sort=max&dir=-1", f"{len(alive):,} features, page 1 of")
+    assert [int(row[0]) for row in rows_of(browser)] == order[:50].tolist()
+    assert browser.js(has) == ["density", "max"]
+    seconds_to(browser, "#q=token+4711", "")
+    assert set(browser.js(has)) == {"density", "max", "tokens", "logits", "words", "said"}
+    for address, found in (("#q=token+471", "471"), ("#q=about+7", "about 7"), ("#q=token+47&sort=mean&dir=-1", "47")):
+        assert seconds_to(browser, address, "") < 1
+        assert all(found in "".join(row) for row in rows_of(browser)) and len(rows_of(browser)) == 50
+    assert seconds_to(browser, "#sort=density&dir=-1&page=9000", "") < 1
+    order = alive[np.argsort(-lines.numbers["density"][alive], kind="stable")]
+    assert [int(row[0]) for row in rows_of(browser)] == order[450_000:450_050].tolist()
     assert browser.troubles() == []

@@ -15,8 +15,8 @@ class Options(IndexOptions, SubjectOptions):
     explanations: Path | None = value('what somebody says of features, to show and to search: JSON lines {"feature": 12, '
                                       '"explanation": "..."}, or the answers.jsonl or results.json of saejax judge, with its '
                                       'scores', "FILE", path)
-    map: bool = switch("a picture of all features by UMAP: near are those of like decoder directions (needs pip install "
-                       "'saejax[umap]')")
+    map: bool = switch("a picture of the features by UMAP: near are those of like decoder directions; a sample of them where the "
+                       "index has not the neighbours of all (needs pip install 'saejax[umap]')")
     out: Path | None = value("where to write (default dashboard/ beside the index)", "DIR", path)
 
 
@@ -41,10 +41,11 @@ def run(options: Options) -> int:
     beside = RunPaths(out.parent)
     links = [LINK] if beside.report.is_file() else []
     progress = subject is None or subject.progress
+    sample = options.map and subject is not None and not index.has_all_neighbours
+    picture = plane(index, subject.sae if sample else None, progress=progress) if options.map else None  # by all: it gathers rows
     if is_writer():
-        places_F2 = plane(index, progress=progress) if options.map else None
         page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=_said(options),
-                               places_F2=places_F2, progress=progress)
+                               picture=picture, progress=progress)
         if out.name == beside.dashboard.name:
             link_dashboard(beside)
         print(f"dashboard {page}")

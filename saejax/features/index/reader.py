@@ -25,6 +25,7 @@ from saejax.base.text import visible
 from saejax.base.verified import VerifiedFile
 from saejax.features.index.corpus import Tokens
 from saejax.features.index.feature import Example, Feature
+from saejax.features.index.neighbours import ALL
 from saejax.features.index.source import differences
 from saejax.lm import LM
 from saejax.lm.token_text import joined
@@ -94,6 +95,11 @@ class FeatureIndex:
         except pa.ArrowException as error:
             raise FeatureIndexError(f"{path}: not readable ({' '.join(str(error).split())[:200]}); build it again") from error
 
+    @property
+    def has_all_neighbours(self) -> bool:
+        """Whether every feature has its neighbours by decoder row; else some or none have."""
+        return self.manifest["settings"].get("neighbours", ALL) == ALL
+
     def check_feature(self, feature: int) -> int:
         """`feature`, or `FeatureIndexError` when there is no such feature."""
         if not 0 <= feature < self.features:
@@ -107,6 +113,16 @@ class FeatureIndex:
     def lists(self, name: str) -> list[list]:
         """A list of every feature, as `token_ids`."""
         return self._tables[FEATURES].read(columns=[name])[name].to_pylist()
+
+    def heads(self, name: str, n: int) -> np.ndarray:
+        """[F, n]: the first n of a list of every feature, as `token_ids`; -1 where it has fewer. Lists are read in pieces."""
+        found = []
+        for batch in self._tables[FEATURES].iter_batches(columns=[name]):
+            lists = batch.column(0)
+            border, values = lists.offsets.to_numpy(), lists.values.to_numpy()
+            place_FN = border[:-1, None] + np.arange(n)
+            found.append(np.append(values, values.dtype.type(-1))[np.where(place_FN < border[1:, None], place_FN, len(values))])
+        return np.concatenate(found)
 
     def _verified(self, name: str) -> VerifiedFile:
         return VerifiedFile(self.path / name, self.manifest["files"][name]["blocks"], FeatureIndexError)
@@ -155,8 +171,8 @@ class FeatureIndex:
         return self._joined(ids)[0]
 
     def _joined(self, ids) -> tuple[list[str], list[int]]:
-        ids = [int(i) for i in ids]
-        return joined([self._pieces[i] if 0 <= i < len(self._pieces) else self.token(i).encode() for i in ids])
+        pieces, known = self._pieces, range(len(self._pieces))
+        return joined([pieces[i] if i in known else self.token(i).encode() for i in np.asarray(ids).tolist()])
 
     def shown(self, context: int, start: int, acts) -> tuple[list[str], list[float], list[int]]:
         """(text, activation, the token that shows it) of the tokens of a context from `start` on, one for each of `acts`. Where

@@ -1,7 +1,7 @@
 "use strict";
 // The page of one feature: charts, examples by interval, tokens, neighbours.
 ((dashboard) => {
-  const { main, el, card, note, figures, number, count, percent, marked, word, link, data, loadFeatures } = dashboard;
+  const { main, el, card, note, figures, number, count, percent, marked, word, link, data, loadFeature } = dashboard;
   const OPEN = 4; // groups of examples
 
   function example(e, words, f) {
@@ -100,13 +100,13 @@
   }
 
   async function feature(id, y) {
-    const file = await loadFeatures(id), f = file.features[id - file.first];
+    const f = await loadFeature(id);
     if (new URLSearchParams(location.hash.slice(1)).get("feature") !== String(id)) return; // left meanwhile
     const title = el("h1", {}, `Feature ${id}`, f.said ? el("small", { id: "said" }, f.said) : null);
     const dead = `Dead: this feature fired on none of the ${count(data.meta.rows)} tokens that were indexed. `
       + "There are no examples.";
     const notice = f.fired === 0 ? el("p", { class: "notice", id: "dead-notice" }, dead) : "";
-    main.replaceChildren(ways(id), title, notice, ...body(f, file.words));
+    main.replaceChildren(ways(id), title, notice, ...body(f, f.words));
     document.title = `Feature ${id} - ${data.meta.title}`;
     scrollTo(0, y);
     main.focus({ preventScroll: true });

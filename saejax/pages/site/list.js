@@ -2,7 +2,7 @@
 // The front page: figures, charts, and the list of features with its search.
 ((dashboard) => {
   const { main, el, card, note, figures, number, count, percent, word, hits, lit, link, failed } = dashboard;
-  const { data, loadList, ranking } = dashboard;
+  const { data, readyOf, readColumns, hasLines, readLines, textsOf, matches, ordered } = dashboard;
   const PAGE = 50, SORTS = ["number", "density", "max", "mean"];
   let redraw = () => {};
 
@@ -27,18 +27,20 @@
   const queryOf = (state) => state.q.toLowerCase();
   const sortOf = (state) => state.sort || (state.q && state.dir > 0 ? "match" : "number");
 
+  // The columns that must have been read to the end to know what is shown.
+  function needsOf(state) {
+    const by = sortOf(state), names = state.q ? ["words", "tokens", "said", "logits"] : [];
+    const density = !state.dead || data.meta.points > 0; // the map shows who is dead
+    return [...names, ...(density ? ["density"] : []), ...(by in data.list ? [by] : [])];
+  }
+
+  // The features that have been read, are wanted and fit, in their order.
   function chosen(state) {
-    const found = [], { list } = data, rank = ranking(queryOf(state)), by = sortOf(state), match = new Float64Array(list.ready);
-    for (let i = 0; i < list.ready; i++) {
-      if (state.dead || list.fired[i] !== 0) match[i] = rank(i);
-      else match[i] = Infinity;
-      if (match[i] < Infinity) found.push(i);
-    }
-    if (by !== "number") {
-      const key = by === "match" ? match : list[by];
-      found.sort((a, b) => state.dir * (key[a] - key[b]) || a - b);
-    } else if (state.dir < 0) found.reverse();
-    return found;
+    const ready = readyOf(needsOf(state)), { list } = data, by = sortOf(state), match = matches(queryOf(state), ready);
+    const found = new Uint32Array(ready).map((_, i) => i)
+      .filter((i) => (state.dead || list.density[i] > 0) && match[i] < Infinity);
+    if (by !== "number") return ordered(found, by === "match" ? match : list[by], state.dir < 0);
+    return state.dir < 0 ? found.reverse() : found;
   }
 
   function row(i, query) {
@@ -46,11 +48,11 @@
     return el("tr", {},
       el("td", {}, el("a", { href: link(i) }, String(i))),
       meta.explained ? el("td", { class: "said" }, ...lit(said, hits(said, query.trim()))) : null,
-      el("td", { class: "n" }, list.fired[i] ? percent(list.density[i]) : "dead"),
+      el("td", { class: "n" }, list.density[i] ? percent(list.density[i]) : "dead"),
       el("td", { class: "n" }, number(list.max[i])),
       el("td", { class: "n wide" }, number(list.mean[i])),
-      el("td", { class: "words" }, ...list.tokens[i].map(shown)),
-      el("td", { class: "words wide" }, ...list.logits[i].map(shown)));
+      el("td", { class: "words" }, ...textsOf("tokens", i).map(shown)),
+      el("td", { class: "words wide" }, ...textsOf("logits", i).map(shown)));
   }
 
   // The head of a column that sorts by `name`, the largest first but for the number.
@@ -104,13 +106,16 @@
   }
 
   function statusOf(found, page, pages, state) {
-    const { list, meta } = data;
-    const part = list.ready < meta.features ? ` (${count(list.ready)} of ${count(meta.features)} read so far)` : "";
+    const { meta } = data, ready = readyOf(needsOf(state));
+    const part = ready < meta.features ? ` (${count(ready)} of ${count(meta.features)} read so far)` : "";
     const order = sortOf(state) === "match" ? ", best match first" : "";
     if (found) return `${count(found)} features${part}, page ${page + 1} of ${count(pages)}${order}`;
     return `No feature matches${part}. Search looks at numbers, top tokens, explanations and promoted tokens; blanks count. `
       + "The text of the examples: saejax search text.";
   }
+
+  const sampleOf = ({ points, features }) => (
+    points < features ? `A sample of ${count(points)} of ${count(features)} features. ` : "");
 
   function intro(map) {
     const { meta } = data;
@@ -119,14 +124,14 @@
       el("h1", {}, meta.title), figures(meta.figures), links.length ? el("p", {}, ...links) : "",
       card(el("h2", {}, "Firing density of the features"), dashboard.densityChart(),
         note("Share of tokens on which a feature is active.")),
-      map ? card(el("h2", {}, "Map of the features"), map, note("UMAP of the decoder directions: near points are like "
-        + "directions, far distances say little. What the search finds stands out.")) : ""];
+      map ? card(el("h2", {}, "Map of the features"), map, note(`${sampleOf(meta)}UMAP of the decoder `
+        + "directions: near points are like directions, far distances say little. What the search finds stands out.")) : ""];
   }
 
   // y: where the page is scrolled to once there are rows enough; whoever does something before has his way.
   function front(state, y) {
     const rows = el("tbody"), status = el("p", { class: "soft", id: "status", role: "status" });
-    const map = data.meta.map ? dashboard.map() : null, turn = pageTools(change);
+    const map = data.meta.points ? dashboard.map() : null, turn = pageTools(change);
     const columns = [["number", "Feature", ""], ["density", "Density", "n"], ["max", "Max", "n"], ["mean", "Mean", "n wide"]];
     const heads = columns.map((column) => sorter(state, change, column));
 
@@ -141,21 +146,45 @@
       heads.forEach((head) => head.update());
       const found = chosen(state), pages = Math.max(1, Math.ceil(found.length / PAGE));
       const page = Math.min(state.page, pages - 1); // the page that was asked for may not have been read yet
-      rows.replaceChildren(...found.slice(page * PAGE, (page + 1) * PAGE).map((i) => row(i, queryOf(state))));
-      status.textContent = statusOf(found.length, page, pages, state);
+      const shown = found.slice(page * PAGE, (page + 1) * PAGE), text = statusOf(found.length, page, pages, state);
       turn.update(page, pages);
       if (map) map.show(found, queryOf(state) !== "");
-      if (wanted === null) return;
-      scrollTo(0, wanted);
-      if (Math.abs(scrollY - wanted) < 2 || data.list.ready === data.meta.features) wanted = null;
+      if (hasLines(shown)) fill(shown, text);
+      else {
+        status.textContent = `${text}, reading its lines`;
+        readFor(shown, text);
+      }
+      readColumns(needsOf(state)).catch(failed);
     }
 
+    function fill(shown, text) {
+      const wants = `${queryOf(state)} ${shown.join()}`;
+      if (filled !== wants) rows.replaceChildren(...Array.from(shown, (i) => row(i, queryOf(state))));
+      filled = wants; // rows that are there already stay: somebody may be pointing at them
+      status.textContent = text;
+      if (wanted === null) return;
+      scrollTo(0, wanted);
+      if (Math.abs(scrollY - wanted) < 2 || readyOf(needsOf(state)) === data.meta.features) wanted = null;
+    }
+
+    // Lines of one page at a time; they are shown if the list still says what it said, though more may have been read meanwhile.
+    async function readFor(shown, text) {
+      if (reading) return;
+      reading = true;
+      const asked = addressOf(state);
+      await readLines(shown).catch(failed);
+      reading = false;
+      if (!rows.isConnected) return;
+      if (addressOf(state) === asked) fill(shown, text);
+      redraw();
+    }
+
+    let reading = false, filled = "";
     let wanted = y;
     const stay = () => { wanted = null; };
     for (const name of ["wheel", "pointerdown", "keydown"]) addEventListener(name, stay, { once: true, passive: true });
 
     redraw = () => { if (rows.isConnected) draw(); };
-    loadList().catch(failed);
     main.replaceChildren(...intro(map), el("h2", {}, "Features"), searchTools(state, change), status, tableOf(heads, rows), turn);
     draw();
   }

@@ -1,18 +1,19 @@
 "use strict";
 // All features as points; those that the search finds stand out. Hover names the nearest point, a click opens it.
 ((dashboard) => {
-  const { el, marked, link, data, loadMap, showTip, failed } = dashboard;
+  const { el, marked, link, data, loadMap, hasLines, readLines, textsOf, showTip, failed } = dashboard;
   const MARGIN = 6, REACH = 12, LARGEST = 9999; // pixels, pixels, of the places in the file
 
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name);
 
   function map() {
     const canvas = el("canvas", { id: "map", role: "img", "aria-label": "Features by likeness of their decoder directions" });
-    let places = null, found = [], searched = false;
+    let places = null, isFound = new Uint8Array(0), searched = false;
 
-    function at(i) {
-      const along = (axis, length) => MARGIN + places[axis][i] / LARGEST * (length - 2 * MARGIN);
-      return [along(0, canvas.clientWidth), along(1, canvas.clientHeight)];
+    // Where a point is: they are numbered by themselves, as not every feature has one.
+    function at(point) {
+      const along = (axis, length) => MARGIN + places[axis][point] / LARGEST * (length - 2 * MARGIN);
+      return [along("x", canvas.clientWidth), along("y", canvas.clientHeight)];
     }
 
     function paint() {
@@ -21,35 +22,44 @@
       canvas.width = canvas.clientWidth * scale;
       canvas.height = canvas.clientHeight * scale;
       g.scale(scale, scale);
-      const dots = (features, size, fill, alpha) => {
+      const dots = (points, size, fill, alpha) => {
         [g.fillStyle, g.globalAlpha] = [fill, alpha];
-        for (const i of features) {
-          const [x, y] = at(i);
+        for (const point of points) {
+          const [x, y] = at(point);
           g.fillRect(x - size / 2, y - size / 2, size, size);
         }
       };
-      const behind = [...places[0].keys()].filter((i) => searched || i >= list.ready || !list.fired[i]);
-      dots(behind, 2, colour("--bar"), searched ? 0.25 : 0.7);
-      const alive = found.filter((i) => list.fired[i]);
-      dots(alive, searched ? 4 : 2.5, colour(searched ? "--i9" : "--i5"), 0.8);
+      const points = places.feature.map((_, point) => point);
+      const lit = (point) => isFound[places.feature[point]] && list.density[places.feature[point]] > 0;
+      dots(points.filter((point) => searched || !lit(point)), 2, colour("--bar"), searched ? 0.25 : 0.7);
+      dots(points.filter(lit), searched ? 4 : 2.5, colour(searched ? "--i9" : "--i5"), 0.8);
     }
 
-    // The nearest feature within reach, or -1.
+    // The feature of the nearest point within reach, or -1.
     function under(event) {
       const box = canvas.getBoundingClientRect(), x = event.clientX - box.left, y = event.clientY - box.top;
       let best = -1, least = REACH ** 2;
-      for (let i = 0; places && i < data.list.ready; i++) {
-        const [a, b] = at(i), distance = (a - x) ** 2 + (b - y) ** 2;
-        if (distance < least) [least, best] = [distance, i];
+      for (let point = 0; places && point < places.feature.length; point++) {
+        const [a, b] = at(point), distance = (a - x) ** 2 + (b - y) ** 2;
+        if (distance < least) [least, best] = [distance, places.feature[point]];
       }
       return best;
     }
 
-    canvas.addEventListener("pointermove", (event) => {
-      const i = under(event), { list } = data;
-      canvas.dataset.tip = i < 0 ? "" : `${i}  ${list.said.get(i) || list.tokens[i].map(marked).join(" ")}`;
-      canvas.style.cursor = i < 0 ? "default" : "pointer";
+    const name = (i) => (hasLines([i]) ? `${i}  ${data.list.said.get(i) || textsOf("tokens", i).map(marked).join(" ")}` : `${i}`);
+
+    function say(i, event) {
+      canvas.dataset.tip = i < 0 ? "" : name(i);
       showTip(event);
+    }
+
+    canvas.addEventListener("pointermove", (event) => {
+      const i = under(event);
+      canvas.dataset.feature = i;
+      canvas.style.cursor = i < 0 ? "default" : "pointer";
+      say(i, event);
+      if (i < 0 || hasLines([i])) return;
+      readLines([i]).then(() => { if (canvas.isConnected && canvas.dataset.feature === String(i)) say(i, event); }).catch(failed);
     });
     canvas.addEventListener("click", (event) => {
       const i = under(event);
@@ -62,7 +72,9 @@
       paint();
     }).catch(failed);
     canvas.show = (features, isSearch) => {
-      [found, searched] = [features, isSearch && features.length < data.list.ready];
+      isFound = new Uint8Array(data.meta.features);
+      for (const i of features) isFound[i] = 1;
+      searched = isSearch && features.length < data.meta.features;
       paint();
     };
     return canvas;
