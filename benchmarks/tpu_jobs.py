@@ -1,8 +1,8 @@
 """What comes after training at pod scale, compiled for TPU slices that are not there: python benchmarks/tpu_jobs.py [WORD ...]
 
-The programs that evaluation, a release, resampling and an index run on the mesh of a dictionary; of all whose name has a word of
-those given. Needs the TPU compiler (pip install -e '.[tpu-plan]') and no TPU; what is printed is the compiler's word, not a
-measurement. `time` as a word prints what the plan's terms say of an evaluation.
+The programs that evaluation, a release, resampling and an index run over the mesh of a dictionary; of all those whose name has
+the words given. Needs the TPU compiler (pip install -e '.[tpu-plan]') and no TPU; the step of an index takes minutes. What is
+printed is the compiler's word, not a measurement. `time` alone prints what the plan's terms say of an evaluation.
 """
 
 import dataclasses
@@ -228,7 +228,7 @@ def row(name: str, found: dict) -> str:
 def main(words: list[str]) -> None:
     if words == ["time"]:
         return print_seconds()
-    print("| program | SAE | topology | GB per chip: arguments + temporaries | GB moved | ms, compiler | s to compile |")
+    print("| program | SAE | topology | GB per chip: arguments + more | GB moved | ms, compiler | s to compile |")
     print("|" + "---|" * 7)
     names = [f"{program}|{kind}|{topology}" for topology, kinds in KINDS.items() for kind in kinds for program in PROGRAMS
              if kind == "topk" or program.split(",")[0] in ("evaluation", "index")]
