@@ -10,8 +10,9 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable, Iterable
 
-from saejax.config import default_config, resolve
+from saejax.config import Config, default_config, resolve
 from saejax.config.recipes import WITH_K
 from saejax.plan import make_plan
 
@@ -34,16 +35,21 @@ CASES = {  # name: recipe, features, width, batch, topology, keys of config.trai
 }
 
 
-def one(name: str) -> None:
-    """Prints the plan of a case with what the compiler says, as one line of JSON."""
-    recipe, features, width, batch, topology, *changes = CASES[name]
+def config_of(recipe: str, features: int, width: int, batch: int, *changes: dict) -> Config:
+    """What a case trains, its dictionary split over all chips."""
     c = default_config(recipe)
     c.train.update(*changes)
-    c.name, c.sae.d_in, c.sae.d_sae, c.train.batch, c.train.compute_dtype = name, width, features, batch, "bfloat16"
+    c.name, c.sae.d_in, c.sae.d_sae, c.train.batch, c.train.compute_dtype = recipe, width, features, batch, "bfloat16"
     c.mesh.data, c.mesh.dict = 1, -1
     if c.sae.kind in WITH_K:
         c.sae.k, c.sae.aux_k = 64, 0
-    plan = make_plan(resolve(c), topology, compiled=True)
+    return resolve(c)
+
+
+def one(name: str) -> None:
+    """Prints the plan of a case with what the compiler says, as one line of JSON."""
+    recipe, features, width, batch, topology, *changes = CASES[name]
+    plan = make_plan(config_of(recipe, features, width, batch, *changes), topology, compiled=True)
     print(json.dumps(plan | {"peak_rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
 
 
@@ -70,8 +76,13 @@ def main(names: list[str]) -> None:
     print("| SAE | batch | topology | path | GB per chip, compiler: state + temporaries | GB per chip, plan "
           "| ms per step, compiler | ms per step, plan (at peak) | GB moved, compiler / plan | s to compile | GB to compile |")
     print("|" + "---|" * 11)
-    for name in names or CASES:
-        done = subprocess.run([sys.executable, __file__, "--one", name], capture_output=True, text=True,
+    each_in_its_process(__file__, names or CASES, row)
+
+
+def each_in_its_process(script: str, names: Iterable[str], row: Callable[[str, dict], str]) -> None:
+    """Prints a line of each name: `row` of the JSON that `script --one NAME` prints last."""
+    for name in names:
+        done = subprocess.run([sys.executable, script, "--one", name], capture_output=True, text=True,
                               env=os.environ | {"JAX_PLATFORMS": "cpu"})
         if done.returncode:
             print(f"| {name} | failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]} |", flush=True)

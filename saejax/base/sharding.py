@@ -20,6 +20,7 @@ AXES: dict[str, str | tuple[str, str] | None] = {
     "d_in": None,
     "d_out": None,
 }
+AT_ONCE = 1 << 28  # bytes of an array that a device holds as a whole on its way to the hosts
 
 
 def spec(*logical: str | None) -> PartitionSpec:
@@ -195,11 +196,38 @@ def own_rows(x: jax.Array) -> np.ndarray:
 
 
 def to_host(x: jax.Array) -> np.ndarray:
-    """The whole array in every process's host memory (a collective where it spans processes: all must call it)."""
+    """The whole array in every process's host memory (a collective where it spans processes: all must call it). What is split
+    by rows only is never as a whole on a device.
+    """
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(jax.device_get(x))
+    if x.nbytes > AT_ONCE and isinstance(x.sharding, NamedSharding) and all(axes is None for axes in x.sharding.spec[1:]):
+        return by_blocks(x)
     from jax.experimental import multihost_utils
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def by_blocks(x: jax.Array) -> np.ndarray:
+    """An array that is split by rows, in host memory: of every shard some rows at a time pass through each device."""
+    axes, mesh = x.sharding.spec[0], x.sharding.mesh
+    shards = len(x) // x.sharding.shard_shape(x.shape)[0]
+    out = np.empty((shards, len(x) // shards, *x.shape[1:]), x.dtype)
+    rows = out.shape[1]
+    size = max(1, min(rows, AT_ONCE * rows // x.nbytes))
+    for first in range(0, rows, size):
+        first = min(first, rows - size)  # the last block begins in the one before
+        out[:, first:first + size] = some_of_each(x, np.int32(first), mesh, axes, size).addressable_data(0)
+    return out.reshape(x.shape)
+
+
+@functools.partial(jax.jit, static_argnames=("mesh", "axes", "size"))
+def some_of_each(x: jax.Array, first: jax.Array, mesh: Mesh, axes, size: int) -> jax.Array:
+    """Rows first to first + size - 1 of every shard, [shards, size, ...], on every device: one all-gather."""
+    def local(x, first):
+        return jax.lax.all_gather(jax.lax.dynamic_slice_in_dim(x, first, size), axes)
+
+    return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(axes), PartitionSpec()), out_specs=PartitionSpec(),
+                         check_vma=False)(x, first)
 
 
 def row_shards(x: jax.Array) -> list[tuple[int, int, frozenset[int]]]:

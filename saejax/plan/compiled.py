@@ -9,7 +9,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -38,14 +38,19 @@ def compile_step(config: Config, spec: SAESpec, topology: Topology, data: int, d
     Raises `ConfigError` where there is no compiler for this topology.
     """
     mesh = mesh_for(topology, data, dict_)
+    return outcome(lambda: lowered(config, spec, mesh, topology.chip.platform), data, dict_)
+
+
+def outcome(lower: Callable, data: int, dict_: int) -> dict:
+    """`read` of what `lower` gives, compiled. `refused`: the compiler's reason, where it does not fit."""
     clock = time.monotonic()
     try:
-        compiled = lowered(config, spec, mesh, topology.chip.platform).compile()
+        found = read(lower().compile(), data, dict_)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return {"refused": _reason(str(error)), "seconds_to_compile": round(time.monotonic() - clock, 1)}
-    return read(compiled, data, dict_) | {"seconds_to_compile": round(time.monotonic() - clock, 1)}
+        found = {"refused": _reason(str(error))}
+    return found | {"seconds_to_compile": round(time.monotonic() - clock, 1)}
 
 
 def mesh_for(topology: Topology, data: int, dict_: int) -> Mesh:

@@ -36,9 +36,7 @@ def find(config: Config) -> Source:
     known = config.sae.d_in is not None or is_complete(config.harvest.store)
     cfg, reason = _architecture(config, offline=known)
     params = None if cfg is None else _params(cfg, config.harvest.hookpoints)
-    flops = None
-    if cfg is not None:
-        flops = 2.0 * params + 4.0 * _layers(cfg, config.harvest.hookpoints) * config.text.context * cfg.d_model
+    flops = None if cfg is None else flops_per_token(cfg, config.harvest.hookpoints, config.text.context)
     if config.sae.d_in is not None:
         widths = dict.fromkeys(names, config.sae.d_in // len(config.sae.sources))
     elif is_complete(config.harvest.store):
@@ -78,6 +76,11 @@ def _downloaded(name: str, revision: str | None, offline: bool) -> Path:
 
     with one_line_of_retries(name):
         return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=offline))
+
+
+def flops_per_token(cfg: lm.LMConfig, hookpoints: tuple[str, ...], context: int) -> float:
+    """Of a forward pass up to the highest hookpoint, the unembedding not among them."""
+    return 2.0 * _params(cfg, hookpoints) + 4.0 * _layers(cfg, hookpoints) * context * cfg.d_model
 
 
 def _layers(cfg: lm.LMConfig, hookpoints: tuple[str, ...]) -> int:

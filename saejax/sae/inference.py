@@ -24,6 +24,8 @@ from saejax.sae.row_norm import CENTER, NONE, normalise_rows
 from saejax.sae.saebench import config_for
 from saejax.sae.sparse import selected
 
+ROWS = 16_384  # of all processes that `SAE.measure` takes at once: on each device two float32 arrays of them lie beside the rest
+
 
 @dataclass(frozen=True)
 class SAEConfig:
@@ -167,7 +169,8 @@ def _scale_and_shift(spec, norm, params, x_BD):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _measured(spec, norm, params, x_BD, counted_B):
+def measured_raw(spec: SAESpec, norm: str, params: SAEParams, x_BD: jax.Array, counted_B: jax.Array) -> Measured:
+    """`measured` of raw rows at rest, as `SAE.measure` gives it."""
     x_BD = x_BD.astype(jnp.float32)
     rows_BD, scale_B1, shift_B1 = normalise_rows(norm, x_BD)
     found = measured(spec, params.replace(W_skip=None), rows_BD, counted_B)
@@ -254,17 +257,35 @@ class SAE:
         counted_N, n = np.asarray(counted_N, bool), len(x_ND)
         if self.mesh is None:
             x_ND = jax.device_put(x_ND, self.params.W_enc.sharding) if isinstance(x_ND, jax.Array) else x_ND
-            return _measured(self.cfg.spec, self.cfg.input_norm, self.params, x_ND, counted_N)
-        more = -n % len(self.mesh.local_devices)
-        if more or self.mesh.is_multi_process:
-            x_ND = np.asarray(x_ND)
+            return measured_raw(self.cfg.spec, self.cfg.input_norm, self.params, x_ND, counted_N)
+        size = self._rows_at_once(n)
+        parts = [self._measured(x_ND[first:first + size], counted_N[first:first + size], size) for first in range(0, n, size)]
+        if n == size:
+            return parts[0]
         with jax.set_mesh(self.mesh):
-            rows, counted = (sharding.place_rows(np.pad(value, [(0, more)] + [(0, 0)] * (value.ndim - 1)) if more else value,
-                                                 self.mesh) for value in (x_ND, counted_N))
-            found = _measured(self.cfg.spec, self.cfg.input_norm, self.params, rows, counted)
-        if not more and not self.mesh.is_multi_process:
+            fired_F = functools.reduce(jnp.add, [part.fired_F for part in parts])
+        return Measured(np.concatenate([part.recon_BD for part in parts])[:n], np.concatenate([part.l0_B for part in parts])[:n],
+                        fired_F)
+
+    def _rows_at_once(self, n: int) -> int:
+        """Of n rows of this process: as many for each device, and few, so that memory does not grow with the processes."""
+        devices = len(self.mesh.local_devices)
+        most = -(-n // devices)
+        if self.cfg.kind != "batchtopk":  # whose rows compete
+            most = min(most, -(-ROWS // self.mesh.size))
+        return devices * max(1, most)
+
+    def _measured(self, x_ND, counted_N: np.ndarray, size: int) -> Measured:
+        """`measure` of rows of this process, filled up to `size`; they stay among them. One process leaves all on its devices."""
+        more = size - len(x_ND)
+        if more or self.mesh.is_multi_process:
+            x_ND = np.pad(np.asarray(x_ND), ((0, more), (0, 0)))
+        with jax.set_mesh(self.mesh):
+            rows, counted = (sharding.place_rows(value, self.mesh) for value in (x_ND, np.pad(counted_N, (0, more))))
+            found = measured_raw(self.cfg.spec, self.cfg.input_norm, self.params, rows, counted)
+        if not self.mesh.is_multi_process:
             return found
-        return found.replace(recon_BD=sharding.own_rows(found.recon_BD)[:n], l0_B=sharding.own_rows(found.l0_B)[:n])
+        return found.replace(recon_BD=sharding.own_rows(found.recon_BD), l0_B=sharding.own_rows(found.l0_B))
 
     def offset(self, x) -> jax.Array:
         """What the reconstruction [..., d_out] of rows x is without any feature: b_dec, in the units and with the mean of the row

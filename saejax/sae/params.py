@@ -121,6 +121,13 @@ def param_shardings(mesh, names: Iterable[str]) -> SAEParams:
     return from_tensors({name: sharding.sharding(mesh, *(getattr(LOGICAL_AXES, name, None) or ("features",))) for name in names})
 
 
+def abstract_params(spec: SAESpec, mesh, *, folded: bool = False) -> SAEParams:
+    """Shapes and shardings of the parameters on a mesh, whose devices need not be here."""
+    shapes = tensors(param_shapes(spec, folded=folded))
+    return jax.tree.map(lambda shape, where: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where), from_tensors(shapes),
+                        param_shardings(mesh, shapes), is_leaf=lambda value: isinstance(value, tuple))
+
+
 def initial_per_feature(spec: SAESpec) -> dict[str, float]:
     """The value that each per-feature parameter has at initialisation and after resampling, equal for all features."""
     start = {"log_threshold": math.log(spec.threshold_init)}

@@ -6,7 +6,7 @@ import pytest
 
 from saejax.base import sharding
 from saejax.base.records import MeshOptions
-from saejax.sae import SAEParams, tiles
+from saejax.sae import SAEParams, inference, tiles
 from saejax.sae.inference import SAE, SAEConfig
 
 D, F, K = 12, 96, 5
@@ -54,6 +54,14 @@ def test_tile_by_tile(name, mesh, monkeypatch):
     """Tiles that do not divide the shard."""
     monkeypatch.setattr(tiles, "tile_width", lambda rows, features, chip: min(features, 7))
     check(made(name, mesh), 24)
+
+
+@pytest.mark.parametrize("mesh", [(1, 8), (2, 4)])
+@pytest.mark.parametrize("name", ["relu", "topk"])
+def test_part_by_part(name, mesh, monkeypatch):
+    """More rows than are taken at once; the last part is not full."""
+    monkeypatch.setattr(inference, "ROWS", 16)
+    check(made(name, mesh), 37)
 
 
 @pytest.mark.parametrize("k", [1, 12, 40, 96])
