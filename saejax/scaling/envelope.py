@@ -17,6 +17,7 @@ from saejax.scaling.sums import Estimate, Sum, estimate, starts_of
 LEAST = 3             # budgets that a power law takes
 _WITH_OFFSET = 5      # that one with an offset takes: it has three parameters
 _NEAR = np.log(4.0)   # a parabola takes what lies within this factor of the best, and its neighbours in any case
+HALF = 0.5            # of the resamples: so many need an optimum, else what is left is a choice
 _SAME = 0.1           # budgets whose logs differ by less are one
 _EXPONENTS = [[-g] for g in (0.03, 0.1, 0.2, 0.4, 0.8)]
 _FEW, _MANY = "few features", "many features"
@@ -39,8 +40,8 @@ class Cost:
         off = np.abs((found[0] + found[1] * features) / steps - 1)
         if off.max() > 0.02 or found[1] <= 0:
             worst = points[int(off.argmax())]
-            raise ScalingError(f"run {worst.run!r}: its {compute} FLOPs a step are no linear function of the features, as those of "
-                               "the others are; count all runs alike")
+            raise ScalingError(f"run {worst.run!r}: its {compute} FLOPs a step are no linear function of the features, as "
+                               "those of the others are; count all runs alike")
         return cls(float(found[0]), float(found[1]))
 
     def of_step(self, features):
@@ -170,11 +171,14 @@ def optima(found: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray, list[Left]
 
 def power_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw:
     """Least squares of ln y over ln c in every row; the first row is the estimate. NaN in y: that budget does not count in its
-    row, and a row with fewer than three gives NaN. c_N: logs, too.
+    row, and a row with fewer than three gives NaN. c_N: logs, too. Raises `ScalingError` where more than half of the rows do.
     """
     reference = c_N.mean()
     there_RN = np.isfinite(y_RN)
     n_R = np.where(there_RN.sum(1) >= LEAST, there_RN.sum(1), np.nan)
+    if np.isfinite(n_R[1:]).mean() < HALF:
+        raise ScalingError(f"more than half of the resamples leave fewer than {LEAST} budgets with an optimum inside the grid: "
+                           "the losses are too noisy for it; space it wider or average over seeds")
     x_RN = np.where(there_RN, c_N - reference, 0.0)
     y_RN = np.where(there_RN, y_RN, 0.0)
     x_R, y_R = x_RN.sum(1) / n_R, y_RN.sum(1) / n_R
@@ -184,7 +188,8 @@ def power_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw:
 
 
 def offset_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw | None:
-    """As `power_law` with an offset; None for fewer than five budgets. Rows with a NaN are left out of the intervals."""
+    """As `power_law` with an offset; None for fewer than five budgets, or where more than half of the rows have a NaN. Such
+    rows are left out of the intervals."""
     if len(c_N) < _WITH_OFFSET:
         return None
     reference = c_N.mean()
@@ -192,7 +197,7 @@ def offset_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw | None:
     model = Sum(designs)
     theta_3 = model.fit(starts_of(designs, _EXPONENTS, y_RN[0]), y_RN[0])
     rows_RN = y_RN[1:][np.isfinite(y_RN[1:]).all(1)]
-    if not len(rows_RN):
+    if len(rows_RN) < HALF * (len(y_RN) - 1):
         return None
     return PowerLaw.of(float(np.exp(reference)), theta_3, model.solve(np.tile(theta_3, (len(rows_RN), 1)), rows_RN))
 
@@ -202,7 +207,8 @@ def _side(profile: Profile, x_R: np.ndarray, best_R: np.ndarray) -> tuple[str, l
     if len(profile.x_M) < 3:
         return f"{len(profile.x_M)} sizes were trained with it, a parabola takes 3", []
     if np.isfinite(x_R[:2]).all():
-        return None
+        within = float(np.isfinite(x_R[2:]).mean())
+        return None if within >= HALF else (f"of the resamples only {within:.0%} have an optimum inside the grid", [])
     ends = {0: _FEW, len(profile.x_M) - 1: _MANY}
     edges = [ends[best] for best in best_R[:2].tolist() if best in ends]
     if not edges:

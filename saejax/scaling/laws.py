@@ -15,7 +15,7 @@ import numpy as np
 from saejax.base.errors import ScalingError
 from saejax.scaling.envelope import Budget, Cost, PowerLaw, offset_law, optima, power_law, profiles
 from saejax.scaling.points import Left, Point, enough, usable
-from saejax.scaling.sums import Estimate, Sum, estimate, named, resampled, starts_of, widened
+from saejax.scaling.sums import Estimate, Sum, estimate, named, resampled, resamples, starts_of, widened
 
 _LEAST = 9
 _NAMES = ("E", "A", "a", "B", "b")
@@ -117,16 +117,15 @@ def fit(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 100
     """The surface and the envelope of a grid of runs with one recipe, batch and learning rate. compute: "dense" or "sparse".
 
     Least squares in ln loss, so a relative error counts alike everywhere. Intervals: 90 %, from `bootstrap` resamples of the
-    surface's residuals. The grid was chosen, not drawn: resampling whole points would leave holes in it, through which no parabola
-    goes. The envelope is made anew in every resample, and what it moves by is added to what was measured.
+    surface's residuals. The grid was chosen, not drawn: resampling whole points would leave holes in it, which no parabola
+    crosses. The envelope is made anew in every resample, and what it moves by is added to what was measured.
 
     Raises `ScalingError`: fewer than 9 runs or 3 sizes or 3 numbers of steps, runs that differ in more than these, fewer than
     three budgets with an optimum inside the grid. Diverged runs and budgets with an optimum at the edge are left out and named.
     """
     kept, left = usable(points)
     enough(kept, _LEAST, "features", "steps")
-    if bootstrap < 20:
-        raise ScalingError(f"bootstrap={bootstrap}: an interval takes at least 20 resamples")
+    resamples(bootstrap)
     cost = Cost.of(kept, compute)
     y_P = np.log([point.loss for point in kept])
     model = _surface(*(np.log([getattr(point, name) for point in kept]) for name in ("features", "steps")))

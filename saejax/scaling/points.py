@@ -13,7 +13,8 @@ from saejax.base.errors import ScalingError
 from saejax.base.storage import read_json
 
 SAME = ("recipe", "d_in", "batch", "k", "lr", "loss_name")  # in all points of a fit, but for what it varies
-_COUNTS, _OPTIONAL = ("d_in", "features", "steps", "batch", "dead_tokens"), ("k", "flops_sparse", "loss", "alive", "dead_fraction")
+_COUNTS = ("d_in", "features", "steps", "batch", "dead_tokens")
+_OPTIONAL = ("k", "flops_sparse", "loss", "alive", "dead_fraction")
 _SHOWN = 4  # runs or differences that a message names
 
 
@@ -22,8 +23,8 @@ class Point:
     """One trained SAE.
 
     recipe: everything else that must be equal in one fit (kind, lambda, optimizer, hookpoint, store, ...), by `recipe_of`.
-    steps: of `batch` rows. k: features kept a row, None for kinds without k. flops_dense, flops_sparse: of the whole training run,
-    counted as if every product were dense, and with the kept features only; None where there is no such path. loss: the value
+    steps: of `batch` rows. k: features kept a row, None for kinds without k. flops_dense, flops_sparse: of the whole run, counted
+    as if every product were dense, and with the kept features only; None where there is no such path. loss: the value
     that is fitted, > 0, None for a run that diverged; loss_name: what it is, as "fvu on held-out rows". alive, dead_fraction: at
     the end, counted over dead_tokens tokens; None where that was not counted. diverged: the reason, empty where it did not.
     Raises `ScalingError` for values that are not positive or not finite.

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.base.errors import ScalingError
-from saejax.scaling.envelope import LEAST, PowerLaw, power_law, vertices
+from saejax.scaling.envelope import HALF, LEAST, PowerLaw, power_law, vertices
 from saejax.scaling.points import Left, Point, usable
-from saejax.scaling.sums import Estimate, estimate, resampled, widened
+from saejax.scaling.sums import Estimate, estimate, resampled, resamples, widened
 
 
 class BestRate(NamedTuple):
@@ -45,14 +45,15 @@ class RateLaw:
 def fit_lr(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 1000, seed: int = 0) -> RateLaw:
     """Runs of one recipe at several budgets (each: the same features and steps), several learning rates at each.
 
-    At each budget ln loss is a parabola in ln lr through what lies within a factor of 4 of the best; its bottom is LR*. Intervals:
-    90 %, from resampled residuals of one model of these points, parabolas of a common width whose bottoms lie where they may. So
-    the residuals of all budgets count together; one parabola through three points would have none.
+    At each budget ln loss is a parabola in ln lr through what lies within a factor of 4 of the best; its bottom is LR*.
+    Intervals: 90 %, from resampled residuals of one model of these points, parabolas of a common width whose bottoms lie where
+    they may. So the residuals of all budgets count together; one parabola through three points would have none.
 
     Raises `ScalingError`: mixed recipes, a best learning rate at the edge of the sweep at so many budgets that fewer than three
     are left, and points that are too few for residuals.
     """
     kept, left = usable(points, varying=("lr",))
+    resamples(bootstrap)
     groups: dict[tuple[int, int], list[Point]] = {}
     for point in kept:
         groups.setdefault((point.features, point.steps), []).append(point)
@@ -64,11 +65,13 @@ def fit_lr(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 
             inside.append(sweep)
         else:
             left.append(Left(f"budget {sweep.compute:.3g} FLOPs", _why(sweep, int(best_R[0]))))
-    if len(inside) < LEAST:
-        reasons = "; ".join(f"{what}: {why}" for what, why in left if what.startswith("budget"))
-        raise ScalingError(f"{len(inside)} of {len(sweeps)} budgets have their best learning rate inside the sweep and a power law "
-                           f"takes {LEAST}; {reasons or 'sweep more budgets'}")
+    _enough(inside, sweeps, left)
     x_RN = _resampled(inside, bootstrap, seed)
+    held_N = np.isfinite(x_RN[1:]).mean(0) >= HALF
+    left += [Left(f"budget {sweep.compute:.3g} FLOPs", "fewer than half of the resamples have their best inside the sweep")
+             for sweep, held in zip(inside, held_N, strict=True) if not held]
+    inside, x_RN = [sweep for sweep, held in zip(inside, held_N, strict=True) if held], x_RN[:, held_N]
+    _enough(inside, sweeps, left)
     c_N = np.log([sweep.compute for sweep in inside])
     budgets = tuple(BestRate(sweep.compute, sweep.features, sweep.steps, estimate(np.exp(x_R[0]), np.exp(x_R[1:])))
                     for sweep, x_R in zip(inside, x_RN.T, strict=True))
@@ -93,6 +96,13 @@ def _mean(group: Sequence[Point], compute: str) -> _Sweep:
     return _Sweep(first.compute(compute), first.features, first.steps, np.log(rates), np.array(losses))
 
 
+def _enough(inside: Sequence[_Sweep], sweeps: Sequence[_Sweep], left: Sequence[Left]) -> None:
+    if len(inside) < LEAST:
+        reasons = "; ".join(f"{what}: {why}" for what, why in left if what.startswith("budget"))
+        raise ScalingError(f"{len(inside)} of {len(sweeps)} budgets have their best learning rate inside the sweep and a power "
+                           f"law takes {LEAST}; {reasons or 'sweep more budgets'}")
+
+
 def _why(sweep: _Sweep, best: int) -> str:
     if len(sweep.x_M) < 3:
         return f"{len(sweep.x_M)} learning rates, a parabola takes 3"
@@ -115,8 +125,8 @@ def _resampled(sweeps: Sequence[_Sweep], bootstrap: int, seed: int) -> np.ndarra
     design = np.concatenate([own, own * x_P[:, None], x_P[:, None] ** 2], axis=1)
     spare = int(used_P.sum()) - design.shape[1]
     if spare < 2:
-        raise ScalingError(f"{int(used_P.sum())} runs near the best learning rates leave nothing to tell the noise from; sweep at "
-                           "least five learning rates a budget, at most a factor of 2 apart")
+        raise ScalingError(f"{int(used_P.sum())} runs near the best learning rates leave nothing to tell the noise from; sweep "
+                           "at least five learning rates a budget, at most a factor of 2 apart")
     found, *_ = np.linalg.lstsq(design[used_P], y_P[used_P], rcond=None)
     fitted_P = design @ found
     noise_P = widened((y_P - fitted_P)[used_P], design.shape[1])

@@ -10,7 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy.optimize import nnls
 
+from saejax.base.errors import ScalingError
+
 LEVEL = 0.90  # of all intervals
+_LEAST = 20   # resamples
 _ROUNDS = 400
 _FLOOR = 1e-9  # of a term's share of y in a start, so that it has a logarithm
 
@@ -72,7 +75,8 @@ class Sum:
             better = new_cost < cost_R[m]
             gained = cost_R[m] - new_cost <= 1e-13 * cost_R[m]
             b = m[better]
-            theta[b], error_RP[b], slopes_RPQ[b], cost_R[b] = tried[better], new_error[better], new_slopes[better], new_cost[better]
+            theta[b], cost_R[b] = tried[better], new_cost[better]
+            error_RP[b], slopes_RPQ[b] = new_error[better], new_slopes[better]
             damping_R[m] = np.where(better, damping_R[m] / 8, damping_R[m] * 4).clip(1e-12, None)
             moving_R[m] = ~((better & gained) | (damping_R[m] > 1e8))
         parts = inner._parts(theta)
@@ -115,6 +119,12 @@ def resampled(fitted_P: np.ndarray, residuals_P: np.ndarray, bootstrap: int, see
     """[R, P]: the fitted values with residuals drawn anew, with replacement."""
     rng = np.random.default_rng(seed)
     return fitted_P + rng.choice(residuals_P, (bootstrap, len(fitted_P)))
+
+
+def resamples(bootstrap: int) -> None:
+    """Raises `ScalingError` for too few resamples."""
+    if bootstrap < _LEAST:
+        raise ScalingError(f"bootstrap={bootstrap}: an interval takes at least {_LEAST} resamples")
 
 
 def widened(residuals_P: np.ndarray, parameters: int) -> np.ndarray:

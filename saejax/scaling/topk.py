@@ -12,7 +12,7 @@ import numpy as np
 
 from saejax.base.errors import ScalingError
 from saejax.scaling.points import Left, Point, enough, usable
-from saejax.scaling.sums import Estimate, Sum, estimate, named, resampled, widened
+from saejax.scaling.sums import Estimate, Sum, estimate, named, resampled, resamples, widened
 
 _LEAST = 10
 _NAMES = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")
@@ -21,8 +21,8 @@ _SHARES = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the least loss of a k that the second
 
 @dataclass(frozen=True, eq=False)
 class TopKSurface:
-    """What `fit_topk_surface` finds. parameters: by the names of the equation, with 90 % intervals. error: root mean square of the
-    residuals in ln loss. features, k: the ranges that were fitted.
+    """What `fit_topk_surface` finds. parameters: by the names of the equation, with 90 % intervals. error: root mean square of
+    the residuals in ln loss. features, k: the ranges that were fitted.
     """
 
     loss_name: str
@@ -64,6 +64,7 @@ def fit_topk_surface(points: Iterable[Point], *, bootstrap: int = 1000, seed: in
     if without is not None:
         raise ScalingError(f"run {without.run!r}: its kind has no k; this surface is of kinds that keep k features")
     enough(kept, _LEAST, "features", "k")
+    resamples(bootstrap)
     n_P, k_P = (np.log([getattr(point, name) for point in kept]) for name in ("features", "k"))
     y_P = np.log([point.loss for point in kept])
     model = _surface(n_P, k_P)
