@@ -44,9 +44,9 @@ def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: Rate
     page = out / "scaling.html"
     write_bytes(page, render(
         "scaling.html", title="Scaling laws", caveats=told, laws=_laws(laws, rates), surface=_parameters(laws.surface),
-        topk=_parameters(topk.parameters) if topk else [], optima=[_optimum_row(*found) for found in _optima(laws)], left=left, plots=list(plots.values()),
-        recipe=_recipe(points), points=[_row(point, laws.compute) for point in points], loss=visible(laws.loss_name, _SHORT)
-    ).encode())
+        topk=_parameters(topk.parameters) if topk else [], optima=[_optimum_row(*found) for found in _optima(laws)],
+        left=left, plots=list(plots.values()), recipe=_recipe(points), points=[_row(point, laws.compute) for point in points],
+        loss=visible(laws.loss_name, _SHORT)).encode())
     return page
 
 

@@ -205,7 +205,7 @@ def offset_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw | None:
 def _side(profile: Profile, x_R: np.ndarray, best_R: np.ndarray) -> tuple[str, list[str]] | None:
     """(why a budget is left out, at which edges its optimum lies); None where it is not."""
     if len(profile.x_M) < 3:
-        return f"{len(profile.x_M)} sizes were trained with it, a parabola takes 3", []
+        return f"sizes trained with it: {len(profile.x_M)}; a parabola takes 3", []
     if np.isfinite(x_R[:2]).all():
         within = float(np.isfinite(x_R[2:]).mean())
         return None if within >= HALF else (f"of the resamples only {within:.0%} have an optimum inside the grid", [])
