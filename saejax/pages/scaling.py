@@ -31,7 +31,6 @@ def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: Rate
     The page holds no script and loads nothing; names of runs and of the loss are shown escaped. Raises `DiskError`.
     """
     points = list(points)
-    out.mkdir(parents=True, exist_ok=True)
     left, told = _left(laws, rates, topk), caveats(laws)
     write_json(out / "scaling.json", {
         "points": [point.to_json() for point in points], "laws": laws.summary(), "rates": rates and rates.summary(),
@@ -154,14 +153,15 @@ def _optimum_row(by: str, found: Optimum) -> tuple[str, ...]:
 
 
 def _recipe(points: Sequence[Point]) -> list[tuple[str, str]]:
-    first = points[0]
+    first = next(point for point in points if not point.diverged)
     return [(name, visible(str(getattr(first, name)), 2000)) for name in ("recipe", "d_in", "batch", "k", "lr")]
 
 
 def _row(point: Point, compute: str) -> tuple[str, ...]:
     loss = f"diverged: {visible(point.diverged, _SHORT)}" if point.diverged else f"{point.loss:.5g}"
     dead = "" if point.dead_fraction is None else f"{point.dead_fraction:.1%} in {point.dead_tokens:,} tokens"
-    return (visible(point.run, _SHORT), f"{point.features:,}", f"{point.steps:,}", f"{point.compute(compute):.3g}", loss,
+    flops = point.flops_dense if compute == "dense" else point.flops_sparse
+    return (visible(point.run, _SHORT), f"{point.features:,}", f"{point.steps:,}", "" if flops is None else f"{flops:.3g}", loss,
             "" if point.alive is None else f"{point.alive:,}", dead)
 
 

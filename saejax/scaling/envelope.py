@@ -12,7 +12,7 @@ from scipy.interpolate import PchipInterpolator
 
 from saejax.base.errors import ScalingError
 from saejax.scaling.points import Left, Point
-from saejax.scaling.sums import Estimate, Sum, estimate, starts_of
+from saejax.scaling.sums import Estimate, Sum, estimate, finite_exp, starts_of
 
 LEAST = 3             # budgets that a power law takes
 _WITH_OFFSET = 5      # that one with an offset takes: it has three parameters
@@ -74,15 +74,15 @@ class PowerLaw:
     @classmethod
     def of(cls, reference: float, theta_3: np.ndarray, draws_R3: np.ndarray) -> "PowerLaw":
         with_offset = np.isfinite(theta_3[0])
-        return cls(reference, estimate(np.exp(theta_3[1]), np.exp(draws_R3[:, 1])), estimate(theta_3[2], draws_R3[:, 2]),
-                   estimate(np.exp(theta_3[0]), np.exp(draws_R3[:, 0])) if with_offset else None, theta_3, draws_R3)
+        return cls(reference, estimate(finite_exp(theta_3[1]), finite_exp(draws_R3[:, 1])), estimate(theta_3[2], draws_R3[:, 2]),
+                   estimate(finite_exp(theta_3[0]), finite_exp(draws_R3[:, 0])) if with_offset else None, theta_3, draws_R3)
 
     def at(self, x: float, noise_P: np.ndarray | None = None, seed: int = 0) -> Estimate:
         """y and its 90 % interval; noise_P: residuals in logs of single runs, which then are in it."""
         draws_R = self._log(self.draws_R3, x)
         if noise_P is not None:
             draws_R = draws_R + np.random.default_rng(seed).choice(noise_P, len(draws_R))
-        return estimate(float(np.exp(self._log(self.theta_3[None], x)[0])), np.exp(draws_R))
+        return estimate(finite_exp(self._log(self.theta_3[None], x)[0]), finite_exp(draws_R))
 
     def summary(self) -> dict:
         """Plain JSON."""
@@ -171,7 +171,8 @@ def optima(found: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray, list[Left]
 
 def power_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw:
     """Least squares of ln y over ln c in every row; the first row is the estimate. NaN in y: that budget does not count in its
-    row, and a row with fewer than three gives NaN. c_N: logs, too. Raises `ScalingError` where more than half of the rows do.
+    row, and a row with fewer than three is left out of the intervals. c_N: logs, too. Raises `ScalingError` where more than half
+    of the rows are.
     """
     reference = c_N.mean()
     there_RN = np.isfinite(y_RN)
@@ -184,7 +185,7 @@ def power_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw:
     x_R, y_R = x_RN.sum(1) / n_R, y_RN.sum(1) / n_R
     slope_R = ((x_RN * y_RN).sum(1) - n_R * x_R * y_R) / ((x_RN ** 2).sum(1) - n_R * x_R ** 2)
     theta_R3 = np.stack([np.full_like(slope_R, -np.inf), y_R - slope_R * x_R, slope_R], axis=1)
-    return PowerLaw.of(float(np.exp(reference)), theta_R3[0], theta_R3[1:])
+    return PowerLaw.of(float(np.exp(reference)), theta_R3[0], theta_R3[1:][np.isfinite(n_R[1:])])
 
 
 def offset_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw | None:

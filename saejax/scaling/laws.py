@@ -15,11 +15,11 @@ import numpy as np
 from saejax.base.errors import ScalingError
 from saejax.scaling.envelope import Budget, Cost, PowerLaw, offset_law, optima, power_law, profiles
 from saejax.scaling.points import Left, Point, enough, usable
-from saejax.scaling.sums import Estimate, Sum, estimate, named, resampled, resamples, starts_of, widened
+from saejax.scaling.sums import Estimate, Sum, estimate, finite_exp, named, resampled, resamples, starts_of, widened
 
 _LEAST = 9
 _NAMES = ("E", "A", "a", "B", "b")
-_MAPS = (np.exp, np.exp, np.negative, np.exp, np.negative)
+_MAPS = (finite_exp, finite_exp, np.negative, finite_exp, np.negative)
 _EXPONENTS = [[-a, -b] for a, b in itertools.product((0.1, 0.3, 0.6, 1.2), repeat=2)]
 
 
@@ -90,11 +90,11 @@ class Laws:
                            law.at(compute, self.noise_P, self.seed), self.decades(compute))
         if by != "surface":
             raise ScalingError(f"by={by!r}: choose envelope or surface")
-        u_R = _best_of(np.concatenate([self.theta_5[None], self.draws_R5]), compute, self.cost)
-        s_R = np.log(compute) - np.log(self.cost.of_step(np.exp(u_R)))
         theta = np.concatenate([self.theta_5[None], self.draws_R5])
+        u_R = _best_of(theta, compute, self.cost)
+        s_R = np.log(compute) - np.log(self.cost.of_step(np.exp(u_R)))
         y_R = np.logaddexp.reduce([theta[:, 0], theta[:, 1] + theta[:, 2] * u_R, theta[:, 3] + theta[:, 4] * s_R])
-        return Optimum(compute, estimate(np.exp(u_R[0]), np.exp(u_R[1:])), estimate(np.exp(s_R[0]), np.exp(s_R[1:])),
+        return Optimum(compute, _of_logs(u_R), _of_logs(s_R),
                        self._with_noise(y_R[0], y_R[1:]), self.decades(compute))
 
     def summary(self) -> dict:
@@ -110,7 +110,7 @@ class Laws:
 
     def _with_noise(self, y: float, draws_R: np.ndarray) -> Estimate:
         noise_R = np.random.default_rng(self.seed).choice(self.noise_P, len(draws_R))
-        return estimate(float(np.exp(y)), np.exp(draws_R + noise_R))
+        return estimate(finite_exp(y), finite_exp(draws_R + noise_R))
 
 
 def fit(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 1000, seed: int = 0) -> Laws:
@@ -162,8 +162,13 @@ def _optima(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> tuple[np.n
 
 
 def _told(c_N: np.ndarray, *logs_RN: np.ndarray) -> tuple[Budget, ...]:
-    return tuple(Budget(float(np.exp(c)), *(estimate(np.exp(v[0, i]), np.exp(v[1:, i])) for v in logs_RN))
+    return tuple(Budget(float(np.exp(c)), *(_of_logs(v[:, i]) for v in logs_RN))
                  for i, c in enumerate(c_N))
+
+
+def _of_logs(log_R: np.ndarray) -> Estimate:
+    """Of the estimate and its resamples."""
+    return estimate(finite_exp(log_R[0]), finite_exp(log_R[1:]))
 
 
 def _best_of(theta_R5: np.ndarray, compute: float, cost: Cost) -> np.ndarray:
@@ -173,8 +178,8 @@ def _best_of(theta_R5: np.ndarray, compute: float, cost: Cost) -> np.ndarray:
         u_R = (low_R + high_R) / 2
         step_R = cost.of_step(np.exp(u_R))
         s_R = np.log(compute / step_R)
-        slope_R = (theta_R5[:, 2] * np.exp(theta_R5[:, 1] + theta_R5[:, 2] * u_R)
-                   - theta_R5[:, 4] * np.exp(theta_R5[:, 3] + theta_R5[:, 4] * s_R) * cost.each * np.exp(u_R) / step_R)
+        slope_R = (theta_R5[:, 2] * finite_exp(theta_R5[:, 1] + theta_R5[:, 2] * u_R)
+                   - theta_R5[:, 4] * finite_exp(theta_R5[:, 3] + theta_R5[:, 4] * s_R) * cost.each * np.exp(u_R) / step_R)
         low_R, high_R = np.where(slope_R < 0, u_R, low_R), np.where(slope_R < 0, high_R, u_R)
     return u_R
 

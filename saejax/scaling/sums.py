@@ -32,6 +32,11 @@ def estimate(value: float, draws_R: np.ndarray) -> Estimate:
     return Estimate(float(value), *(float(v) for v in np.nanquantile(draws_R, (tail, 1 - tail))))
 
 
+def finite_exp(x):
+    """e^x, finite also for a resample in which a parameter is as good as free: 1e304 stands for more."""
+    return np.exp(np.clip(x, -700.0, 700.0))
+
+
 class Sum:
     """ln y_P = ln sum_t exp(X_t theta_t). designs: X_t [P, Q_t]; theta is their parameters one after the other."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from saejax.base.errors import ScalingError
 from saejax.scaling.points import Left, Point, enough, usable
-from saejax.scaling.sums import Estimate, Sum, estimate, named, resampled, resamples, widened
+from saejax.scaling.sums import Estimate, Sum, estimate, finite_exp, named, resampled, resamples, widened
 
 _LEAST = 10
 _NAMES = ("alpha", "beta_k", "beta_n", "gamma", "zeta", "eta")
@@ -43,8 +43,8 @@ class TopKSurface:
             raise ScalingError(f"features={features!r}, k={k!r}: give numbers above 0")
         model = _surface(np.log([features]), np.log([k]))
         noise_R = np.random.default_rng(self.seed).choice(self.noise_P, len(self.draws_R6))
-        return estimate(float(np.exp(model.log(self.theta_6[None])[0, 0])),
-                        np.exp(model.log(self.draws_R6)[:, 0] + noise_R))
+        return estimate(finite_exp(model.log(self.theta_6[None])[0, 0]),
+                        finite_exp(model.log(self.draws_R6)[:, 0] + noise_R))
 
     def summary(self) -> dict:
         """Plain JSON."""

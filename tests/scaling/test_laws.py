@@ -67,6 +67,26 @@ def test_the_surface_is_exact_without_noise():
     assert laws.loss_with_offset.offset.value == pytest.approx(LAW["E"], rel=0.2)
 
 
+def test_a_law_without_an_irreducible_part():
+    laws = fit(grid(1e-3, law=LAW | {"E": 0.0}), **FEW)
+    assert laws.surface["E"].low < 1e-6 and laws.surface["E"].high < 0.02
+    assert laws.surface["a"].value == pytest.approx(LAW["a"], rel=0.02)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_what_is_mostly_noise_gives_finite_figures_or_is_refused(seed):
+    try:
+        laws = fit(grid(0.3, seed, ratio=2.0), **FEW)
+    except ScalingError as error:
+        assert "\n" not in str(error)
+        return
+    json.dumps(laws.summary(), allow_nan=False)
+    for by in ("envelope", "surface"):
+        found = laws.optimal(10 * laws.fitted_range[1], by=by)
+        assert np.isfinite([*found.features, *found.steps, *found.loss]).all()
+    assert laws.features.exponent.high - laws.features.exponent.low > 0.2
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_exponents_within_two_percent_at_a_noise_of_a_thousandth(seed):
     laws = fit(grid(1e-3, seed), **FEW)
