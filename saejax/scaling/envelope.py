@@ -127,7 +127,8 @@ def profiles(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> list[Prof
     """The profile at every budget that a run has. y_RP: ln loss.
 
     A size that was not trained with just this budget gives what its other runs say: a monotone cubic in logs (PCHIP) between the
-    next shorter and longer one, never beyond. Runs of the same size and steps count as their mean in logs.
+    next shorter and longer one, never beyond; budgets that differ by less than 10 % are one. Runs of the same size and
+    steps count as their mean in logs.
     """
     curves = []
     for features in sorted({point.features for point in points}):
@@ -140,7 +141,7 @@ def profiles(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> list[Prof
     out = []
     for budget in _budgets(np.concatenate([x_S for _, x_S, _ in curves])):
         there = [(x, curve(np.clip(budget, x_S[0], x_S[-1]))) for x, x_S, curve in curves
-                 if x_S[0] - _SAME / 2 <= budget <= x_S[-1] + _SAME / 2]
+                 if x_S[0] - _SAME <= budget <= x_S[-1] + _SAME]
         out.append(Profile(float(np.exp(budget)), np.array([x for x, _ in there]), np.stack([y for _, y in there], axis=1)))
     return out
 
@@ -159,7 +160,8 @@ def optima(found: Sequence[Profile]) -> tuple[np.ndarray, np.ndarray, list[Left]
             left.append(Left(f"budget {profile.compute:.3g} FLOPs", side[0]))
             edges += side[1]
             x_R = np.full_like(x_R, np.nan)
-        x.append(x_R), y.append(y_R)
+        x.append(x_R)
+        y.append(y_R)
     if len(found) - len(left) < LEAST:
         sides = [side for side in (_FEW, _MANY) if side in edges]
         what = "; ".join(f"the grid does not reach the optimum on the side of {side} at {edges.count(side)} budgets, {_ADD[side]}"
