@@ -84,5 +84,9 @@ class JudgeError(SaejaxError):
     """A judge cannot be asked, its answers cannot be read in, or the answers kept belong to another index or other prompts."""
 
 
+class ScalingError(SaejaxError):
+    """Scaling laws cannot be fitted: too few or mixed runs, values that are not finite, an optimum outside the grid."""
+
+
 class Preempted(SaejaxError):
     """The job was asked to stop and has saved its state; the command line exits with `EXIT_PREEMPTED`."""

@@ -1,4 +1,4 @@
-"""The figures of a report as SVG, for a light and a dark page. Text becomes outlines: nothing in it can be script."""
+"""The figures of reports as SVG, for a light and a dark page, and as PNG. Text becomes outlines: nothing in it can be script."""
 
 import base64
 import io
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
@@ -33,6 +34,27 @@ class Curve:
     label: str
     xs: list[float]
     ys: list[float]
+
+
+@dataclass(frozen=True)
+class Picture(Plot):
+    """A plot that is also kept in files of its own: the light one as `svg`, and as `png` on white."""
+
+    svg: bytes
+    png: bytes
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a plot with two logarithmic axes shows. drawn: "points", "line", "dashed" or "faint". ends: (low, high) of every y,
+    bars of points and a band of lines. Without a label it is not in the legend.
+    """
+
+    label: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    drawn: str = "line"
+    ends: Sequence[tuple[float, float]] = ()
 
 
 def curves(lines: list[dict], labels: dict[str, str]) -> list[Curve]:
@@ -111,28 +133,79 @@ def bar_plot(title: str, places: Sequence[str], shares: dict[str, list[float]], 
     return _plot(title, draw)
 
 
+def log_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str) -> Picture:
+    """Both axes logarithmic. Series have the colours of the theme in their order; faint ones have that of the text."""
+    def draw(axes, theme):
+        colours = iter(theme["lines"])
+        for series in over:
+            _draw_series(axes, series, theme["ink"] if series.drawn == "faint" else next(colours))
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            if math.log10(max(axis.get_view_interval()) / min(axis.get_view_interval())) < 1.2:
+                axis.set_major_formatter(lambda v, _: f"{v:.3g}")
+                axis.set_minor_formatter(lambda v, _: f"{v:.3g}")
+            axis.set_label_text((xlabel if axis is axes.xaxis else ylabel).replace("$", r"\$"))
+        axes.tick_params(axis="x", which="minor", labelrotation=30)
+        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8)
+
+    light, dark = (_svg(draw, theme) for theme in _THEMES.values())
+    return Picture(title, _uri(light), _uri(dark), light, _png(draw))
+
+
+def _draw_series(axes, series: Series, colour: str) -> None:
+    label, low_high = series.label or None, list(zip(*series.ends, strict=True))
+    if series.drawn == "points":
+        bars = [[abs(end - y) for end, y in zip(ends, series.ys, strict=True)] for ends in low_high] or None
+        axes.errorbar(series.xs, series.ys, yerr=bars, fmt="o", markersize=4, capsize=2, elinewidth=1, color=colour, label=label)
+        return
+    faint = series.drawn == "faint"
+    axes.plot(series.xs, series.ys, color=colour, label=label, linewidth=0.7 if faint else 1.4, alpha=0.45 if faint else 1,
+              linestyle="--" if series.drawn == "dashed" else "-", marker="." if faint else None, markersize=3)
+    if low_high:
+        axes.fill_between(series.xs, *low_high, color=colour, alpha=0.15, linewidth=0)
+
+
 def _plot(title: str, draw) -> Plot:
-    return Plot(title, *(_svg(draw, theme) for theme in _THEMES.values()))
+    return Plot(title, *(_uri(_svg(draw, theme)) for theme in _THEMES.values()))
 
 
-def _svg(draw, theme: dict) -> str:
+def _uri(svg: bytes) -> str:
+    return "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+
+
+def _svg(draw, theme: dict) -> bytes:
     with rc_context({"svg.fonttype": "path", "svg.hashsalt": "saejax", "font.size": 9}):
-        figure = Figure(figsize=(5.2, 2.6), layout="constrained")
-        axes = figure.add_subplot()
+        figure = _figure(draw, theme)
         figure.patch.set_alpha(0)
-        axes.patch.set_alpha(0)
-        draw(axes, theme)
-        axes.grid(color=theme["faint"], linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(colors=theme["ink"], which="both", labelsize=8)
-        axes.xaxis.label.set_color(theme["ink"])
-        axes.yaxis.label.set_color(theme["ink"])
-        for side, spine in axes.spines.items():
-            spine.set_visible(side in ("left", "bottom"))
-            spine.set_color(theme["faint"])
         buffer = io.BytesIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
+
+
+def _png(draw) -> bytes:
+    with rc_context({"font.size": 9}):
+        figure = _figure(draw, _THEMES["light"])
+        figure.set_dpi(200)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
+def _figure(draw, theme: dict) -> Figure:
+    figure = Figure(figsize=(5.2, 2.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    draw(axes, theme)
+    axes.grid(color=theme["faint"], linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=theme["ink"], which="both", labelsize=8)
+    axes.xaxis.label.set_color(theme["ink"])
+    axes.yaxis.label.set_color(theme["ink"])
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(theme["faint"])
+    return figure
 
 
 def short(x: float) -> str:

@@ -1,1 +1,1 @@
-"""Many SAEs at once: sweeps over one stream."""
+"""Many SAEs at once: sweeps over one stream, scaling laws through what they give."""

@@ -1,0 +1,190 @@
+"""Scaling laws of SAEs: loss over features, steps and compute, from a grid of trained runs.
+
+Two fits of the same points: a surface L(N, S) = E + A N^-a + B S^-b (the form of Hoffmann et al. 2022, approach 3, with features
+and steps for parameters and tokens), and the procedure of Templeton et al. 2024: the best number of features at each budget of
+compute, and power laws through these. Shapes: P points, R resamples, N budgets.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from saejax.base.errors import ScalingError
+from saejax.scaling.envelope import Budget, Cost, PowerLaw, offset_law, optima, power_law, profiles
+from saejax.scaling.points import Left, Point, enough, usable
+from saejax.scaling.sums import Estimate, Sum, estimate, finite_exp, named, resampled, resamples, starts_of, widened
+
+_LEAST = 9
+_NAMES = ("E", "A", "a", "B", "b")
+_MAPS = (finite_exp, finite_exp, np.negative, finite_exp, np.negative)
+_EXPONENTS = [[-a, -b] for a, b in itertools.product((0.1, 0.3, 0.6, 1.2), repeat=2)]
+
+
+class Optimum(NamedTuple):
+    """What a budget of compute (FLOPs) buys at best. decades: by how many powers of ten it lies outside of the budgets that were
+    fitted, 0 inside.
+    """
+
+    compute: float
+    features: Estimate
+    steps: Estimate
+    loss: Estimate
+    decades: float
+
+
+@dataclass(frozen=True, eq=False)
+class Laws:
+    """What `fit` finds. compute: "dense" or "sparse" FLOPs. surface: E, A, a, B, b. features, steps, loss: power laws over
+    compute through the optima of `budgets`, `loss` without and `loss_with_offset` with an irreducible offset (None for fewer than
+    five budgets). error: root mean square of the surface's residuals in ln loss. theta_5, draws_R5: (ln E, ln A, -a, ln B, -b).
+    """
+
+    compute: str
+    loss_name: str
+    points: int
+    surface: dict[str, Estimate]
+    budgets: tuple[Budget, ...]
+    features: PowerLaw
+    steps: PowerLaw
+    loss: PowerLaw
+    loss_with_offset: PowerLaw | None
+    left_out: tuple[Left, ...]
+    error: float
+    cost: Cost
+    seed: int
+    noise_P: np.ndarray
+    theta_5: np.ndarray
+    draws_R5: np.ndarray
+
+    @property
+    def fitted_range(self) -> tuple[float, float]:
+        """The least and the largest budget (FLOPs) whose optimum was found."""
+        return self.budgets[0].compute, self.budgets[-1].compute
+
+    def decades(self, compute: float) -> float:
+        """By how many powers of ten a budget lies outside of the fitted range; 0 inside."""
+        low, high = self.fitted_range
+        return float(max(0.0, np.log10(compute / high), np.log10(low / compute)))
+
+    def predict(self, features: float, steps: float) -> Estimate:
+        """Loss of one run of the surface, with an interval that one more run lies in: the parameters' and the runs' own scatter.
+        Raises `ScalingError` for sizes of 0 and less.
+        """
+        _positive(features=features, steps=steps)
+        model = _surface(np.log([features]), np.log([steps]))
+        return self._with_noise(model.log(self.theta_5[None])[0, 0], model.log(self.draws_R5)[:, 0])
+
+    def optimal(self, compute: float, *, by: str = "envelope") -> Optimum:
+        """The best features and steps for a budget (FLOPs), and the loss of one run there, its own scatter included.
+
+        by: "envelope", the power laws over compute, the loss with an offset where there is one; or "surface", whose least loss
+        along the budget is found numerically. Raises `ScalingError` for a budget of 0 or less, or another `by`.
+        """
+        _positive(compute=compute)
+        if by == "envelope":
+            law = self.loss_with_offset or self.loss
+            return Optimum(compute, self.features.at(compute), self.steps.at(compute),
+                           law.at(compute, self.noise_P, self.seed), self.decades(compute))
+        if by != "surface":
+            raise ScalingError(f"by={by!r}: choose envelope or surface")
+        theta = np.concatenate([self.theta_5[None], self.draws_R5])
+        u_R = _best_of(theta, compute, self.cost)
+        s_R = np.log(compute) - np.log(self.cost.of_step(np.exp(u_R)))
+        y_R = np.logaddexp.reduce([theta[:, 0], theta[:, 1] + theta[:, 2] * u_R, theta[:, 3] + theta[:, 4] * s_R])
+        return Optimum(compute, _of_logs(u_R), _of_logs(s_R),
+                       self._with_noise(y_R[0], y_R[1:]), self.decades(compute))
+
+    def summary(self) -> dict:
+        """Plain JSON of all but the resamples; the points and the seed give these again."""
+        return {"compute": self.compute, "loss_name": self.loss_name, "points": self.points, "error": self.error,
+                "fitted_range": list(self.fitted_range), "bootstrap": len(self.draws_R5), "seed": self.seed,
+                "surface": {name: e._asdict() for name, e in self.surface.items()},
+                "budgets": [{"compute": b.compute} | {name: getattr(b, name)._asdict() for name in ("features", "steps", "loss")}
+                            for b in self.budgets],
+                "features": self.features.summary(), "steps": self.steps.summary(), "loss": self.loss.summary(),
+                "loss_with_offset": self.loss_with_offset and self.loss_with_offset.summary(),
+                "left_out": [left._asdict() for left in self.left_out]}
+
+    def _with_noise(self, y: float, draws_R: np.ndarray) -> Estimate:
+        noise_R = np.random.default_rng(self.seed).choice(self.noise_P, len(draws_R))
+        return estimate(finite_exp(y), finite_exp(draws_R + noise_R))
+
+
+def fit(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 1000, seed: int = 0) -> Laws:
+    """The surface and the envelope of a grid of runs with one recipe, batch and learning rate. compute: "dense" or "sparse".
+
+    Least squares in ln loss, so a relative error counts alike everywhere. Intervals: 90 %, from `bootstrap` resamples of the
+    surface's residuals. The grid was chosen, not drawn: resampling whole points would leave holes in it, which no parabola
+    crosses. The envelope is made anew in every resample, and what it moves by is added to what was measured.
+
+    Raises `ScalingError`: fewer than 9 runs or 3 sizes or 3 numbers of steps, runs that differ in more than these, fewer than
+    three budgets with an optimum inside the grid. Diverged runs and budgets with an optimum at the edge are left out and named.
+    """
+    kept, left = usable(points)
+    enough(kept, _LEAST, "features", "steps")
+    resamples(bootstrap)
+    cost = Cost.of(kept, compute)
+    y_P = np.log([point.loss for point in kept])
+    model = _surface(*(np.log([getattr(point, name) for point in kept]) for name in ("features", "steps")))
+    theta_5 = model.fit(starts_of(model.designs, _EXPONENTS, y_P), y_P)
+    fitted_P = model.log(theta_5[None])[0]
+    noise_P = widened(y_P - fitted_P, len(theta_5))
+    drawn_RP = resampled(fitted_P, noise_P, bootstrap, seed)
+    draws_R5 = model.solve(np.tile(theta_5, (bootstrap, 1)), drawn_RP)
+
+    c_N, x_RN, y_RN, edges = _optima(kept, cost, np.concatenate([y_P[None], fitted_P[None], drawn_RP]))
+    s_RN = c_N - np.log(cost.of_step(np.exp(x_RN)))
+    return Laws(
+        compute, kept[0].loss_name, len(kept), named(_NAMES, theta_5, draws_R5, _MAPS), _told(c_N, x_RN, s_RN, y_RN),
+        power_law(c_N, x_RN), power_law(c_N, s_RN), power_law(c_N, y_RN), offset_law(c_N, y_RN), (*left, *edges),
+        float(np.sqrt(np.mean((y_P - fitted_P) ** 2))), cost, seed, noise_P, theta_5, draws_R5)
+
+
+def _surface(n_P: np.ndarray, s_P: np.ndarray) -> Sum:
+    """Of ln features and ln steps."""
+    one = np.ones_like(n_P)
+    return Sum([one[:, None], np.stack([one, n_P], axis=1), np.stack([one, s_P], axis=1)])
+
+
+def _optima(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Left]]:
+    """(ln compute [N], ln features and ln loss at the optimum [1 + R, N] of the budgets that have one inside, the others).
+    Rows of y_RP: measured, fitted, resamples; each resample is what it differs by from the fitted, added to the measured.
+    """
+    found = profiles(points, cost, y_RP)
+    x_RN, y_RN, left = optima(found)
+    inside_N = np.isfinite(x_RN[0])
+    c_N = np.log([profile.compute for profile in found])[inside_N]
+    moved = [np.concatenate([v[:1], v[:1] + v[2:] - v[1]]) for v in (x_RN[:, inside_N], y_RN[:, inside_N])]
+    return c_N, *moved, left
+
+
+def _told(c_N: np.ndarray, *logs_RN: np.ndarray) -> tuple[Budget, ...]:
+    return tuple(Budget(float(np.exp(c)), *(_of_logs(v[:, i]) for v in logs_RN))
+                 for i, c in enumerate(c_N))
+
+
+def _of_logs(log_R: np.ndarray) -> Estimate:
+    """Of the estimate and its resamples."""
+    return estimate(finite_exp(log_R[0]), finite_exp(log_R[1:]))
+
+
+def _best_of(theta_R5: np.ndarray, compute: float, cost: Cost) -> np.ndarray:
+    """ln features [R] at which the surface is least along a budget: where its slope changes sign, by bisection."""
+    low_R, high_R = np.zeros(len(theta_R5)), np.full(len(theta_R5), np.log(compute / cost.each))
+    for _ in range(60):
+        u_R = (low_R + high_R) / 2
+        step_R = cost.of_step(np.exp(u_R))
+        s_R = np.log(compute / step_R)
+        slope_R = (theta_R5[:, 2] * finite_exp(theta_R5[:, 1] + theta_R5[:, 2] * u_R)
+                   - theta_R5[:, 4] * finite_exp(theta_R5[:, 3] + theta_R5[:, 4] * s_R) * cost.each * np.exp(u_R) / step_R)
+        low_R, high_R = np.where(slope_R < 0, u_R, low_R), np.where(slope_R < 0, high_R, u_R)
+    return u_R
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not np.isfinite(value) or value <= 0:
+            raise ScalingError(f"{name}={value!r}: give a number above 0")
