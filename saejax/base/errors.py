@@ -84,5 +84,9 @@ class JudgeError(SaejaxError):
     """A judge cannot be asked, its answers cannot be read in, or the answers kept belong to another index or other prompts."""
 
 
+class ConceptError(SaejaxError):
+    """A list of concepts cannot be read, names one thing twice, or has too few words; a text does not hold what is asked of it."""
+
+
 class Preempted(SaejaxError):
     """The job was asked to stop and has saved its state; the command line exits with `EXIT_PREEMPTED`."""

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line over tokens."""
+    """One line, over tokens or over what the axis says."""
 
     label: str
     xs: list[float]
@@ -107,6 +108,24 @@ def bar_plot(title: str, places: Sequence[str], shares: dict[str, list[float]], 
         axes.set_ylabel(ylabel)
         if len(shares) > 1:
             axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return _plot(title, draw)
+
+
+def dots_plot(title: str, dots: list[Curve], lines: list[Curve], xlabel: str, ylabel: str, *, log: str = "x") -> Plot:
+    """Points, and lines in the colours of the points of the same place; a line without points beside it is dashed. log: the axes
+    that are logarithmic, of `xy`.
+    """
+    def draw(axes, theme):
+        colours = [*itertools.islice(itertools.cycle(theme["lines"]), len(dots))]
+        for some, colour in zip(dots, colours, strict=True):
+            axes.plot(some.xs, some.ys, color=colour, linestyle="", marker="o", markersize=4, label=some.label)
+        for place, line in enumerate(lines):
+            own = place < len(dots)
+            axes.plot(line.xs, line.ys, color=colours[place] if own else theme["ink"], linewidth=1.2,
+                      linestyle="-" if own else "--", label=None if own else line.label)
+        axes.set(xlabel=xlabel, ylabel=ylabel, **{f"{axis}scale": "log" for axis in log})
+        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8)
 
     return _plot(title, draw)
 
