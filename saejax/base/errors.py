@@ -85,7 +85,7 @@ class JudgeError(SaejaxError):
 
 
 class ConceptError(SaejaxError):
-    """A list of concepts cannot be read, names one thing twice, or has too few words; a text does not hold what is asked of it."""
+    """A list of concepts cannot be read, names one thing twice or has too few words, or a text has none of them."""
 
 
 class Preempted(SaejaxError):

@@ -76,7 +76,8 @@ def _batches(sae: SAE, corpus: Corpus, found: Occurrences, title: str, progress:
             some = slice(first, first + size)
             x_ND = corpus.of_contexts(found.numbers_n[some], found.tokens_nT[some])
             keep_N = found.keep_nT[some].reshape(-1)
-            yield first, keep_N, active(sae, x_ND[keep_N])
+            if keep_N.any():
+                yield first, keep_N, active(sae, x_ND[keep_N])
             bar.advance(len(keep_N))
 
 
@@ -88,7 +89,7 @@ def _maxima(sae: SAE, corpus: Corpus, found: Occurrences, progress: bool) -> np.
 
 
 def _fires(acts: csr_array, bound_F: np.ndarray) -> csr_array:
-    """1 where a feature fires, bool as float64."""
+    """1 where a feature fires."""
     fires = csr_array(((acts.data >= bound_F[acts.indices]).astype(np.float64), acts.indices, acts.indptr), acts.shape)
     fires.eliminate_zeros()
     return fires

@@ -2,8 +2,8 @@
 
     P(present | f) = 1 / (1 + exp(-s (ln f - ln f50)))
 
-for each size by maximum likelihood. Where frequency tells present from absent concepts without an exception (the likelihood has no
-maximum), by Firth's penalised likelihood: + ln det(I) / 2, I the Fisher information. Intervals: 95 %, percentiles of refits to
+for each size by maximum likelihood. Where frequency tells present from absent concepts without an exception the likelihood has no
+maximum, and Firth's penalised one is taken: + ln det(I) / 2, I the Fisher information. Intervals: 95 %, percentiles of refits to
 concepts drawn with replacement.
 
 Collapsed: one such curve in ln(f x alive) for all sizes. Templeton et al. 2024: f50 lies a little below 1 / alive.

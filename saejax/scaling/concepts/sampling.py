@@ -3,7 +3,8 @@
 Every context x gets a number u_x, uniform in [0, 1). Of each concept the k contexts with the least u are taken, and of all
 contexts the r least; t_g is the least u of a group (a concept's contexts, or all) that is not taken, 1 where all are. A context
 is in the sample with probability max t_g over its groups g, and has the inverse as weight (Horvitz-Thompson with rank
-conditioning: Cohen and Kaplan 2008). So a rare concept is seen k times without reading the whole text, and no figure is bent by it.
+conditioning: Cohen and Kaplan 2008). So a rare concept is seen k times without activations of the whole text, and weighted sums
+stay those of the text on average.
 """
 
 import heapq

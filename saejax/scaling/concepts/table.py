@@ -17,7 +17,8 @@ from saejax.scaling.concepts.fit import Collapse, Size
 
 KIND = "saejax-concept-frequency"
 LINES, RESULTS = "concepts.csv", "concepts.json"
-COLUMNS = ("size", "alive", "category", "name", "count", "frequency", "sampled", "feature", "precision", "recall", "f1", "present")
+COLUMNS = ("size", "alive", "category", "name", "count", "frequency", "sampled", "feature", "precision", "recall", "f1",
+           "present")
 
 
 def size_of(label: str, alive: int, counts: Counts, found: Dedicated) -> Size:
