@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import csr_array
 
-from saejax.base.errors import FeatureIndexError
+from saejax.base.errors import FeatureIndexError, NonFiniteError
 from saejax.base.logs import Progress
 from saejax.base.records import Dedicated, Occurrences
 from saejax.features.compare.firing import active
@@ -53,7 +53,8 @@ def dedicated(sae: SAE, corpus: Corpus, found: Occurrences, criterion: Criterion
 
     max_F: the maximum of every feature, as an index has it (`column("max")`); without it the largest activation in the sample,
     which one more pass looks for. Memory: active pairs of a batch, and of each concept the features that fire on it; nothing of
-    rows x features or concepts x features. Raises `FeatureIndexError` for maxima of another SAE.
+    rows x features or concepts x features. Raises `FeatureIndexError` for maxima of another SAE,
+    `FormatError` for a corpus of another width, `NonFiniteError`.
     """
     if max_F is None:
         max_F = _maxima(sae, corpus, found, progress)
@@ -76,6 +77,10 @@ def _batches(sae: SAE, corpus: Corpus, found: Occurrences, title: str, progress:
             some = slice(first, first + size)
             x_ND = corpus.of_contexts(found.numbers_n[some], found.tokens_nT[some])
             keep_N = found.keep_nT[some].reshape(-1)
+            bad = int((~np.isfinite(x_ND[keep_N].astype(np.float32))).any(1).sum())
+            if bad:
+                raise NonFiniteError(f"{bad} rows of contexts {found.numbers_n[some][0]} to {found.numbers_n[some][-1]} have NaN "
+                                     "or Inf; harvest with config.lm.dtype='float32'")
             if keep_N.any():
                 yield first, keep_N, active(sae, x_ND[keep_N])
             bar.advance(len(keep_N))

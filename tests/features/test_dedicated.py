@@ -1,11 +1,13 @@
 """Dedicated features: an SAE whose features are known, and a random one against sums over an array of rows x features."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from saejax.base import sharding
-from saejax.base.errors import FeatureIndexError
+from saejax.base.errors import FeatureIndexError, NonFiniteError
 from saejax.base.records import MeshOptions
 from saejax.data.text import Text
 from saejax.features.dedicated import Criterion, dedicated
@@ -79,6 +81,16 @@ def test_thresholds_decide(known):
     assert not low.present_C[2] and low.feature_C[2] == 3  # 3 is a tenth of the maximum that is given
     with pytest.raises(FeatureIndexError, match="5 maxima for 6 features"):
         dedicated(sae, made, found, max_F=np.ones(5), progress=False)
+
+
+def test_rows_that_are_no_numbers_are_refused(known):
+    sae, made, tokens_NT = known
+
+    def activations(start, stop, tokens_NT):
+        return np.where(tokens_NT.reshape(-1, 1) == 4, np.nan, made.activations(start, stop, tokens_NT))
+
+    with pytest.raises(NonFiniteError, match="8 rows of contexts 0 to 299 have NaN"):
+        dedicated(sae, dataclasses.replace(made, activations=activations), found_in(made), progress=False)
 
 
 def test_a_sample_gives_about_the_same(known):

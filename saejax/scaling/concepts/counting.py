@@ -87,7 +87,7 @@ def documents(text: Text, tokenizer: Tokenizer, *, split: str = "train", tokens:
         for ids in packing.pieces(batch):
             if ids is not None:
                 ids = ids[:int(packing.masking.lengths(ids))]
-                yield _text(tokenizer.pieces(ids)), len(ids)
+                yield text_of(tokenizer.pieces(ids)), len(ids)
                 done += len(ids)
             if tokens is not None and done >= tokens:
                 return
@@ -101,8 +101,9 @@ def contexts(store: TokenStore, tokenizer: Tokenizer, *, tokens: int | None = No
     for start in range(0, last, _CONTEXTS):
         rows_NT = store.read(start, min(start + _CONTEXTS, last))
         for ids, length in zip(rows_NT, store.lengths(rows_NT), strict=True):
-            yield _text(tokenizer.pieces(ids[:length])), int(length)
+            yield text_of(tokenizer.pieces(ids[:length])), int(length)
 
 
-def _text(pieces: Sequence[bytes]) -> str:
+def text_of(pieces: Sequence[bytes]) -> str:
+    """The text of neighbouring tokens; a byte that is no whole character is U+FFFD."""
     return b"".join(pieces).decode("utf-8", "replace")

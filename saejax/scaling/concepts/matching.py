@@ -30,6 +30,7 @@ class Matcher:
         self._phrases = [(_either(names), names) for names in (self._exact, self._folded) if any(map(_is_phrase, names))]
         plurals = {form: n for name, n in self._folded.items() if not _is_phrase(name) for form in _plurals(name)}
         self._words = plurals | self._folded
+        self._any = {name.lower() for name in (*self._words, *self._exact)}
 
     def count(self, text: str) -> np.ndarray:
         """int64 [C]: how often each concept stands between two blanks."""
@@ -46,7 +47,7 @@ class Matcher:
     def places(self, text: str) -> list[tuple[int, int, int]]:
         """(concept, first character, the one behind the last) of every concept that stands in a text as a word."""
         out = []
-        for match in _WORD.finditer(text):
+        for match in () if self._any.isdisjoint(_WORD.findall(text.lower())) else _WORD.finditer(text):
             number = self._exact.get(match[0])
             number = self._words.get(match[0].lower()) if number is None else number
             if number is not None and not _touched(text, *match.span()):

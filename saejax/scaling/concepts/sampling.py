@@ -17,7 +17,7 @@ from saejax.base.errors import ConceptError
 from saejax.base.logs import Progress
 from saejax.base.records import Occurrences
 from saejax.lm.token_text import joined
-from saejax.scaling.concepts.counting import Counts
+from saejax.scaling.concepts.counting import Counts, text_of
 from saejax.scaling.concepts.lists import Concept
 from saejax.scaling.concepts.matching import Matcher
 
@@ -88,10 +88,11 @@ def find(concepts: Sequence[Concept], contexts: Iterable[tuple[np.ndarray, np.nd
 
 def _spans(matcher: Matcher, tokens_T: np.ndarray, keep_T: np.ndarray, pieces: Sequence[bytes]) -> list[tuple[int, int, int]]:
     """Of concepts with a token that is not masked."""
-    texts = joined([pieces[t] for t in tokens_T.tolist()])[0]
-    places = matcher.places("".join(texts))
-    if not places:
+    own = [pieces[t] for t in tokens_T.tolist()]
+    if not matcher.places(text_of(own)):  # of most contexts: no token needs its own text
         return []
+    texts = joined(own)[0]
+    places = matcher.places("".join(texts))
     end_T = np.cumsum([len(text) for text in texts])
     spans = [(concept, int(np.searchsorted(end_T, first, side="right")), int(np.searchsorted(end_T, stop - 1, side="right")) + 1)
              for concept, first, stop in places]
