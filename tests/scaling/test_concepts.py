@@ -239,6 +239,17 @@ def test_what_has_no_curve_says_so(change, why):
     assert both.refused.startswith("1 of 2 sizes have a curve") and both.curve is None
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 30])
+def test_few_words_and_equal_frequencies_give_no_curve_and_no_error(n):
+    rng = np.random.default_rng(n)
+    for equal in (False, True):
+        for _ in range(40):
+            f = np.full(n, 1e-4) if equal else np.exp(rng.uniform(-14, -5, n))
+            found = fit.fit(fit.Size("few", 1000, tuple(map(str, range(n))), f, rng.random(n) < rng.random()), draws=3)
+            assert (found.curve is None) == bool(found.refused) and (found.curve is None or found.near >= 20)
+            assert not equal or found.refused
+
+
 def test_concepts_that_the_text_lacks_are_named():
     size = world(1_000)
     found = fit.fit(dataclasses.replace(size, frequency_N=np.where(np.arange(600) < 2, 0, size.frequency_N)), draws=5)

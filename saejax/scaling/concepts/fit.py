@@ -24,6 +24,7 @@ from saejax.base.errors import ConceptError
 LEAST_NEAR = 20  # concepts within a decade of the 50 % point
 DRAWS, LEVEL = 1000, 0.95
 _STEPS, _CLOSE = 100, 1e-9
+_LARGEST = 700.0  # e to it is about the largest number
 
 Interval = tuple[float, float]
 
@@ -60,6 +61,11 @@ class Curve:
     ln_f50: float
     log_likelihood: float
     firth: bool
+
+    @property
+    def f50(self) -> float:
+        """Where half are present; of a curve that hardly rises this is beyond all numbers."""
+        return math.exp(min(self.ln_f50, _LARGEST))
 
     def __call__(self, f) -> np.ndarray:
         """P(present) at frequencies f."""
@@ -122,10 +128,10 @@ def fit(size: Size, *, draws: int = DRAWS, seed: int = 0) -> Fit:
         return _refused(out, "frequent concepts are present no more often than rare ones")
     near = int((np.abs(x - curve.ln_f50) <= math.log(10)).sum())
     if near < LEAST_NEAR:
-        return _refused(out, f"{near} concepts lie within a decade of the 50 % point ({math.exp(curve.ln_f50):.3g}), at least "
+        return _refused(out, f"{near} concepts lie within a decade of the 50 % point ({curve.f50:.3g}), at least "
                         f"{LEAST_NEAR} are needed", near)
     drawn = _bootstrap([(x, y)], [size.names], draws, seed)
-    return Fit(size.label, size.alive, len(size.names), absent, near, curve, math.exp(curve.ln_f50),
+    return Fit(size.label, size.alive, len(size.names), absent, near, curve, curve.f50,
                *(_interval(values) for values in drawn))
 
 
@@ -140,7 +146,7 @@ def collapse(sizes: Sequence[Size], *, draws: int = DRAWS, seed: int = 0) -> Col
     statistic = max(0.0, 2 * (sum(one.curve.log_likelihood for _, one in used) - curve.log_likelihood))
     freedom = 2 * (len(used) - 1)
     f50, _ = _bootstrap(points, [size.names for size, _ in used], draws, seed)
-    return Collapse(fits, curve, math.exp(curve.ln_f50), _interval(f50), statistic, freedom, float(chi2.sf(statistic, freedom)))
+    return Collapse(fits, curve, curve.f50, _interval(f50), statistic, freedom, float(chi2.sf(statistic, freedom)))
 
 
 def binned(frequency_N: np.ndarray, present_N: np.ndarray, bins: int = 12) -> tuple[np.ndarray, np.ndarray]:
@@ -225,7 +231,7 @@ def _bootstrap(points: list[tuple[np.ndarray, np.ndarray]], names: list[tuple[st
         if _one_sided(y):
             f50[draw] = 0.0 if len(y) and y.all() else np.inf
         elif (curve := _curve(x, y)).slope > 0:
-            f50[draw], slope[draw] = math.exp(min(curve.ln_f50, 700)), curve.slope
+            f50[draw], slope[draw] = curve.f50, curve.slope
     return f50, slope
 
 
