@@ -23,6 +23,8 @@ acts = saejax.load(run).encode(x)
 assert acts.shape == (8, 64) and s.sae.decode(acts).shape == x.shape
 from saejax.features.search.sets import names, parallel, prompt_set
 assert prompt_set(names()[0]) and parallel()
+from saejax.scaling.concepts.lists import shipped
+assert len(shipped()) > 500
 """
 
 

@@ -88,5 +88,9 @@ class ScalingError(SaejaxError):
     """Scaling laws cannot be fitted: too few or mixed runs, values that are not finite, an optimum outside the grid."""
 
 
+class ConceptError(SaejaxError):
+    """A list of concepts cannot be read, names one thing twice or has too few words, or a text has none of them."""
+
+
 class Preempted(SaejaxError):
     """The job was asked to stop and has saved its state; the command line exits with `EXIT_PREEMPTED`."""

@@ -55,6 +55,43 @@ class ActivationStats:
 
 
 @dataclass(frozen=True)
+class Occurrences:
+    """Where words (concepts, C of them) stand in a sample of n of a text's contexts.
+
+    weight_n: for how many contexts of the text each stands, so that weighted sums over the sample estimate sums over the text.
+    Span s is of concept `concept_S[s]`, at tokens first_S .. stop_S - 1 of context `row_S[s]` of the sample. found_C: occurrences
+    in the whole text, which has `contexts` contexts.
+    """
+
+    names: tuple[str, ...]
+    contexts: int
+    found_C: np.ndarray
+    numbers_n: np.ndarray       # int64, of the contexts in the text, in order
+    weight_n: np.ndarray        # float64
+    tokens_nT: np.ndarray       # int32
+    keep_nT: np.ndarray         # bool, False at what is masked
+    row_S: np.ndarray           # int64, in order
+    concept_S: np.ndarray
+    first_S: np.ndarray
+    stop_S: np.ndarray
+
+
+@dataclass(frozen=True)
+class Dedicated:
+    """Of every concept the feature with the highest f1, among those that meet the criterion where some do; -1 and NaN where no
+    feature fires on it. sampled_C: occurrences that were looked at. A concept with none is neither present nor absent.
+    """
+
+    names: tuple[str, ...]
+    sampled_C: np.ndarray
+    feature_C: np.ndarray
+    precision_C: np.ndarray
+    recall_C: np.ndarray
+    f1_C: np.ndarray
+    present_C: np.ndarray
+
+
+@dataclass(frozen=True)
 class RunPaths:
     """Files of a run directory."""
 

@@ -2,9 +2,10 @@
 
 import base64
 import io
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -29,7 +30,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line over tokens."""
+    """One line, over tokens or over what the axis says."""
 
     label: str
     xs: list[float]
@@ -46,7 +47,7 @@ class Picture(Plot):
 
 @dataclass(frozen=True)
 class Series:
-    """What a plot with two logarithmic axes shows. drawn: "points", "line", "dashed" or "faint". ends: (low, high) of every y,
+    """What a plot with logarithmic axes shows. drawn: "points", "line", "dashed" or "faint". ends: (low, high) of every y,
     bars of points and a band of lines. Without a label it is not in the legend.
     """
 
@@ -133,16 +134,21 @@ def bar_plot(title: str, places: Sequence[str], shares: dict[str, list[float]], 
     return _plot(title, draw)
 
 
-def log_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str) -> Picture:
-    """Both axes logarithmic. Series have the colours of the theme in their order; faint ones have that of the text."""
+def log_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str, *, log: str = "xy") -> Picture:
+    """log: the axes that are logarithmic. Series have the colours of the theme in their order, those of one label the same, faint
+    ones that of the text.
+    """
     def draw(axes, theme):
-        colours = iter(theme["lines"])
+        colours, of_label = itertools.cycle(theme["lines"]), {}
         for series in over:
-            _draw_series(axes, series, theme["ink"] if series.drawn == "faint" else next(colours))
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        for axis in (axes.xaxis, axes.yaxis):
-            if math.log10(max(axis.get_view_interval()) / min(axis.get_view_interval())) < 1.2:
+            known = of_label.get(series.label)
+            colour = theme["ink"] if series.drawn == "faint" else known or next(colours)
+            _draw_series(axes, series if known is None else replace(series, label=""), colour)
+            if series.label:
+                of_label[series.label] = colour
+        axes.set(**{f"{axis}scale": "log" for axis in log})
+        for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
+            if name in log and math.log10(max(axis.get_view_interval()) / min(axis.get_view_interval())) < 1.2:
                 axis.set_major_formatter(lambda v, _: f"{v:.3g}")
                 axis.set_minor_formatter(lambda v, _: f"{v:.3g}")
             axis.set_label_text((xlabel if axis is axes.xaxis else ylabel).replace("$", r"\$"))

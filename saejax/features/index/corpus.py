@@ -28,7 +28,8 @@ class Corpus:
     """Contexts of tokens. Row r is token r % context of context r // context.
 
     digest: of everything that decides the rows. make: (tokens, keep) in pieces [n, T], in order. activations: (first row, last
-    row + 1, tokens [n, T] of these contexts) -> [rows, W], the SAE's hookpoints side by side.
+    row + 1, tokens [n, T] of these contexts) -> [rows, W], the SAE's hookpoints side by side. by_tokens: these come from the
+    tokens alone, whichever contexts they are of.
     """
 
     kind: str
@@ -39,6 +40,16 @@ class Corpus:
     tokenizer_digest: str
     make: Callable
     activations: Callable[[int, int, np.ndarray], np.ndarray]
+    by_tokens: bool = False
+
+    def of_contexts(self, numbers_n: np.ndarray, tokens_nT: np.ndarray) -> np.ndarray:
+        """Activations [n T, W] of any contexts, in their order."""
+        T = self.context
+        if self.by_tokens:
+            return self.activations(0, len(numbers_n) * T, tokens_nT)
+        parts = np.split(np.arange(len(numbers_n)), np.flatnonzero(np.diff(numbers_n) != 1) + 1)
+        return np.concatenate([self.activations(numbers_n[part[0]] * T, (numbers_n[part[-1]] + 1) * T, tokens_nT[part])
+                               for part in parts])
 
     def describe(self) -> dict:
         """What the manifest of an index says of it."""
@@ -109,7 +120,8 @@ def from_text(text: Text, lm_: LM, hookpoints: tuple[str, ...], *, split: str, t
     what = {"text": describe(options, sources, text.seed), "split": split, "contexts": contexts, "context": options.context,
             "model": lm_.digest, "hookpoints": list(hookpoints)}
     digest = text_sha256(repr(sorted(what.items())))
-    return Corpus(f"text ({split})", digest, options.context, None, lm_.digest, lm_.tokenizer.digest, make, activations)
+    return Corpus(f"text ({split})", digest, options.context, None, lm_.digest, lm_.tokenizer.digest, make, activations,
+                  by_tokens=True)
 
 
 @functools.cache
