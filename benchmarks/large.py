@@ -53,6 +53,8 @@ c.checkpoint.every_tokens, c.eval.contexts, c.lm.batch_contexts, c.log.every_ste
 c.mesh.data, c.mesh.dict = {mesh}
 c.log.progress = True
 """
+    if args.optimizer:
+        extra += f"c.train.optimizer = {args.optimizer!r}\n"
     if args.gpu:
         extra += """c.lm.dtype = "bfloat16"
 c.text.context, c.lm.batch_contexts, c.eval.contexts, c.harvest.shard_bytes = 256, 64, 512, 2**30
@@ -107,6 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1, help="so often the store is trained on")
+    parser.add_argument("--optimizer", default="", help="config.train.optimizer")
     parser.add_argument("--gpu", action="store_true", help="one GPU, lazy rows; else 8 simulated devices")
     parser.add_argument("--place", type=Path, required=True)
     parser.add_argument("--stages", default="harvest,train,eval,release,features,dashboard,search,convert")
