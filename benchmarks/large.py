@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1, help="so often the store is trained on")
+    parser.add_argument("--index-tokens", type=int, default=16_384, help="of the store that the index is made of")
     parser.add_argument("--optimizer", default="", help="config.train.optimizer")
     parser.add_argument("--gpu", action="store_true", help="one GPU, lazy rows; else 8 simulated devices")
     parser.add_argument("--place", type=Path, required=True)
@@ -134,7 +135,7 @@ def main() -> None:
     if {"train", "goes on"} & set(wanted):
         stage(args, "train, goes on" + ("" if args.gpu else " with 4 devices"), "train", config(other), devices=4)
     jobs = {"eval": ("eval", config(one)), "release": ("release", config(one)),
-            "features": ("features", run), "dashboard": ("dashboard", run),
+            "features": ("features", run, f"--tokens={args.index_tokens}"), "dashboard": ("dashboard", run),
             "search": ("search", "like", run, "5"), "convert": ("convert", run / "release", place / "converted", "--to=saelens")}
     for name, words in jobs.items():
         if name in wanted:
