@@ -1,7 +1,7 @@
 """Scaling study: TopK SAEs of 65,536 to 1,048,576 features on SmolLM2-1.7B, layer 12, for a pod or a multi-GPU cluster.
 
-Hardware: a mesh of 4 x 16 devices, as configs/smollm2_pod.py, and 4.5 TB for the store. The SAEs of one length train side by side:
-          the states of all five sizes are 100 GB over the devices. Not yet run, so no time and no metrics are given.
+Hardware: a mesh of 4 x 16 devices, as configs/smollm2_pod.py, and 4.5 TB for the store. The SAEs of one length train side by
+          side: the states of all five sizes are 100 GB over the devices. Not yet run, so no time and no metrics are given.
 Needs:    the Hugging Face hub (model and text), a run directory on storage that every host sees.
 Command:  saejax scaling --distributed --config=configs/scaling_pod.py --config.run_dir=/shared/runs/scaling_pod --limit=5
           trains five runs and stops; the same command again goes on with the next five (launch/ has the scripts)

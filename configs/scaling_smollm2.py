@@ -1,12 +1,12 @@
 """Scaling study: TopK SAEs of 5 sizes x 5 lengths on the middle of SmolLM2-135M-Instruct in 4 bits.
 
-Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: half an hour, by the rates of the demo (docs/measurements/benchmarks.md);
-          not yet measured.
+Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: half an hour, by the rates of the demo
+          (docs/measurements/benchmarks.md); not yet measured.
 Command:  saejax scaling --config=configs/scaling_smollm2.py
           then --leave-out=8192,524288 holds the largest runs out of the fit and compares them with what it predicts
 
-The recipe is the demo's, with one learning rate for all. A feature counts as dead after half of the shortest run, so that AuxK is at work
-in every run. The store is longer than the longest run: no row is seen twice.
+The recipe is the demo's, with one learning rate for all. A feature counts as dead after half of the shortest run, so that AuxK is
+at work in every run. The store is longer than the longest run: no row is seen twice.
 """
 
 from saejax.config import default_config

@@ -17,7 +17,7 @@ from saejax import config as config_lib
 from saejax.base import hardware, lease
 from saejax.base.errors import ConfigError, ScalingError
 from saejax.base.logs import say
-from saejax.base.records import RunPaths
+from saejax.base.records import MeshOptions, RunPaths
 from saejax.base.storage import decided, is_writer, write_json
 from saejax.config import Config
 from saejax.config.options import NEUTRAL
@@ -33,7 +33,7 @@ from saejax.scaling.sweep import is_sweep
 from saejax.train.checkpoint import steps_in
 from saejax.train.compilation_cache import kept
 from saejax.train.member import Outcome, total_steps
-from saejax.train.step_cost import Work, flops
+from saejax.train.step_cost import Work, flops, mesh_options
 
 POINTS = "points.json"
 _RECIPE = ("sae.", "train.", "stream.")  # sections that every run of a fit has in common, but for:
@@ -68,7 +68,8 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
         if not epochs:
             _check_length(grid, store.kept_rows)
         say(f"2/3 train: {len(chosen)} of {len(waiting)} runs that have no point yet")
-        outcomes = [outcome for part in _rounds(chosen) for outcome in trained(config, part, store)]
+        parts = _rounds([dataclasses.replace(member, mesh=_mesh(grid, store)) for member in chosen])
+        outcomes = [outcome for part in parts for outcome in trained(config, part, store)]
         gc.collect()
         say("3/3 evaluate")
         for point in _measured(outcomes, store):
@@ -159,6 +160,11 @@ def _rounds(configs: Sequence[Config]) -> list[list[Config]]:
 
     keyed = [(key(config), config) for config in configs]
     return [[config for _, config in part] for _, part in itertools.groupby(sorted(keyed, key=lambda x: x[0]), lambda x: x[0])]
+
+
+def _mesh(grid: Sequence[Config], store: Store) -> MeshOptions:
+    """The mesh that suits the largest dictionary: one for all, so that a point does not depend on what trained beside it."""
+    return mesh_options(max(grid, key=lambda member: member.sae.d_sae), jax.devices(), store.width)
 
 
 def _compute(config: Config) -> tuple[int, int]:
