@@ -56,6 +56,12 @@ def numbers(given: str) -> tuple[float, ...]:
     return values
 
 
+def sizes(given: str) -> tuple[int, int]:
+    """features and tokens as 8192,1e6"""
+    found, tokens = given.split(",")
+    return whole(found), whole(tokens)
+
+
 def features(given: str) -> tuple[int, ...]:
     """feature numbers as 1,2,3"""
     values = tuple(_least(int(part), 0) for part in given.split(","))

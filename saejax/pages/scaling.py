@@ -10,6 +10,7 @@ import numpy as np
 
 from saejax.base.storage import write_bytes, write_json
 from saejax.base.text import visible
+from saejax.pages.cards import Table
 from saejax.pages.plots import Picture, Series, log_plot
 from saejax.pages.sheets import cell
 from saejax.pages.templates import render
@@ -17,16 +18,21 @@ from saejax.scaling.envelope import PowerLaw
 from saejax.scaling.laws import Laws, Optimum
 from saejax.scaling.points import Left, Point
 from saejax.scaling.rates import RateLaw
+from saejax.scaling.study import Held
 from saejax.scaling.sums import Estimate
 from saejax.scaling.topk import TopKSurface
 
 _BEYOND = (1.0, 10.0, 100.0)  # times the largest fitted budget, in the table of optima
 _SHORT = 200
+_RUNS = ("run", "features", "steps", "FLOPs", "loss", "alive", "dead")
+_LAWS = ("law", "exponent", "factor", "reference", "offset")
+_HELD = ("run", "features", "steps", "loss", "predicted", "inside")
 
 
 def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: RateLaw | None = None,
-                  topk: TopKSurface | None = None) -> Path:
+                  topk: TopKSurface | None = None, held: Sequence[Held] = ()) -> Path:
     """Writes the study into a folder and returns its page. `saejax.scaling.points.read_points` reads the points of the JSON.
+    held: of the points, those that the laws were not fitted to.
 
     The page holds no script and loads nothing; names of runs and of the loss are shown escaped. Raises `DiskError`.
     """
@@ -34,7 +40,8 @@ def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: Rate
     left, told = _left(laws, rates, topk), caveats(laws)
     write_json(out / "scaling.json", {
         "points": [point.to_json() for point in points], "laws": laws.summary(), "rates": rates and rates.summary(),
-        "topk": topk and topk.summary(), "optimal": [_optimum_json(*found) for found in _optima(laws)], "caveats": told})
+        "topk": topk and topk.summary(), "optimal": [_optimum_json(*found) for found in _optima(laws)], "caveats": told,
+        "held_out": [{"run": h.point.run, "predicted": h.predicted._asdict(), "inside": h.inside} for h in held]})
     write_bytes(out / "points.csv", _csv(points).encode())
     plots = pictures(points, laws, rates)
     for name, picture in plots.items():
@@ -42,11 +49,32 @@ def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: Rate
         write_bytes(out / f"{name}.png", picture.png)
     page = out / "scaling.html"
     write_bytes(page, render(
-        "scaling.html", title="Scaling laws", caveats=told, laws=_laws(laws, rates), surface=_parameters(laws.surface),
+        "scaling.html", title="Scaling laws", caveats=told, laws=laws_table(laws, rates), surface=_parameters(laws.surface),
         topk=_parameters(topk.parameters) if topk else [], optima=[_optimum_row(*found) for found in _optima(laws)],
-        left=left, plots=list(plots.values()), recipe=_recipe(points), points=[_row(point, laws.compute) for point in points],
-        loss=visible(laws.loss_name, _SHORT)).encode())
+        left=left, held=held_table(held), plots=list(plots.values()), recipe=_recipe(points),
+        points=points_table(points, laws.compute), loss=visible(laws.loss_name, _SHORT)).encode())
     return page
+
+
+def points_table(points: Iterable[Point], compute: str) -> Table:
+    """Every run. compute: which FLOPs are shown, "dense" or "sparse"."""
+    return Table(_RUNS, [_row(point, compute) for point in points])
+
+
+def laws_table(laws: Laws | None, rates: RateLaw | None) -> Table:
+    """The power laws that there are, with 90 % intervals: (law, exponent, value at the reference, the reference, offset)."""
+    found = [] if laws is None else [("features N*(C)", laws.features), ("steps S*(C)", laws.steps),
+                                     ("loss L(C), without offset", laws.loss), ("loss L(C), with offset", laws.loss_with_offset)]
+    found += [("learning rate LR*(C)", rates.law)] if rates else []
+    return Table(_LAWS, [(name, _told(law.exponent), _told(law.factor), f"{law.reference:.3g}",
+                          _told(law.offset) if law.offset else "") for name, law in found if law])
+
+
+def held_table(held: Sequence[Held]) -> Table:
+    """Runs that were held out of the fit, and whether each lies in the interval that was predicted for it."""
+    return Table(_HELD, [(visible(point.run, _SHORT), f"{point.features:,}", f"{point.steps:,}", f"{point.loss:.5g}",
+                          _told(predicted), "yes" if inside else "no")
+                         for point, predicted, inside in ((*one, one.inside) for one in held)])
 
 
 def caveats(laws: Laws) -> list[str]:
@@ -124,14 +152,6 @@ def _left(laws: Laws, rates: RateLaw | None, topk: TopKSurface | None) -> list[t
     found: list[tuple[str, Sequence[Left]]] = [("laws", laws.left_out), ("learning rate", rates.left_out if rates else ()),
                                                ("surface over k", topk.left_out if topk else ())]
     return [(fit, visible(what, _SHORT), visible(why, _SHORT)) for fit, lefts in found for what, why in lefts]
-
-
-def _laws(laws: Laws, rates: RateLaw | None) -> list[tuple[str, str, str, str, str]]:
-    """(law, exponent, value at the reference, the reference, offset)."""
-    found = [("features N*(C)", laws.features), ("steps S*(C)", laws.steps), ("loss L(C), without offset", laws.loss),
-             ("loss L(C), with offset", laws.loss_with_offset), ("learning rate LR*(C)", rates and rates.law)]
-    return [(name, _told(law.exponent), _told(law.factor), f"{law.reference:.3g}", _told(law.offset) if law.offset else "")
-            for name, law in found if law]
 
 
 def _parameters(found: dict[str, Estimate]) -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ def made(config: Config) -> tuple[list[Result], list]:
         gc.collect()
         say("3/4 evaluate and release")
         results, done = [], [outcome for outcome in outcomes if not outcome.trouble]
-        for subject, evaluation in evaluated_all([_subject(outcome) for outcome in done]):
+        for subject, evaluation in evaluated_all([subject_of(outcome) for outcome in done]):
             release(subject.sae, RunPaths(subject.run).release, scalars(evaluation))
             results.append(result_of(subject, evaluation))
             del subject
@@ -58,6 +58,7 @@ def made(config: Config) -> tuple[list[Result], list]:
         return results, outcomes
 
 
-def _subject(outcome: Outcome) -> Subject:
+def subject_of(outcome: Outcome) -> Subject:
+    """A member of a run as it ended."""
     paths = outcome.paths
     return Subject(paths.root, Given(), outcome.config, paths.checkpoints / str(outcome.step))

@@ -50,12 +50,13 @@ def rates_file(paths: RunPaths) -> Path:
 
 
 def trained(config: Config, configs: list[Config], store: Store) -> list[Outcome]:
-    """Every SAE of an experiment, trained to its end. configs: of `preflight`."""
+    """SAEs of an experiment, trained to their end. configs: of `preflight`; of a sweep all or some of them."""
     if not is_sweep(config):
         step = train(config, store, load).step
         return [Outcome(configs[0], RunPaths(Path(config.run_dir)), step, "")]
     claim_run_dir(settled(config))
-    say(f"{len(configs)} SAEs side by side")
+    if len(configs) > 1:
+        say(f"{len(configs)} SAEs side by side")
     return train_all(configs, store, load)
 
 

@@ -102,6 +102,15 @@ def recipe_of(values: Mapping) -> str:
         raise ScalingError(f"a recipe is plain JSON: {error}") from error
 
 
+def parsed_recipe(recipe: str) -> dict:
+    """What `recipe_of` made a text of; another text stands under "key"."""
+    try:
+        found = json.loads(recipe)
+    except ValueError:
+        found = None
+    return found if isinstance(found, dict) else {"key": recipe}
+
+
 def read_points(path: str | Path) -> list[Point]:
     """The points of a JSON file: a list, or under "points" as in a report. Raises `ScalingError`."""
     found = read_json(path, ScalingError)
@@ -153,17 +162,9 @@ def _differences(points: Sequence[Point], name: str) -> list[str]:
     a, b, *_ = first.values()
     if name != "recipe":
         return [f"{name} ({getattr(a, name)!r} of {a.run!r}, {getattr(b, name)!r} of {b.run!r})"]
-    of_a, of_b = _parsed(a.recipe), _parsed(b.recipe)
+    of_a, of_b = parsed_recipe(a.recipe), parsed_recipe(b.recipe)
     keys = [key for key in sorted(of_a.keys() | of_b.keys()) if of_a.get(key) != of_b.get(key)]
     return [f"recipe, {key} ({of_a.get(key)!r} of {a.run!r}, {of_b.get(key)!r} of {b.run!r})" for key in keys]
-
-
-def _parsed(recipe: str) -> dict:
-    try:
-        found = json.loads(recipe)
-    except ValueError:
-        found = None
-    return found if isinstance(found, dict) else {"key": recipe}
 
 
 def _few(texts: Iterable[str]) -> str:

@@ -1,0 +1,30 @@
+"""Scaling study: TopK SAEs of 5 sizes x 5 lengths on the middle of SmolLM2-135M-Instruct in 4 bits.
+
+Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: half an hour, by the rates of the demo
+          (docs/measurements/benchmarks.md); not yet measured.
+Command:  saejax scaling --config=configs/scaling_smollm2.py
+          then --leave-out=8192,524288 holds the largest runs out of the fit and compares them with what it predicts
+
+The recipe is the demo's, with one learning rate for all. A feature counts as dead after half of the shortest run, so that AuxK is
+at work in every run. The store is longer than the longest run: no row is seen twice.
+"""
+
+from saejax.config import default_config
+
+
+def get_config():
+    c = default_config("topk")
+    c.name = "scaling_smollm2"
+    c.harvest.tokens = 1_100_000
+    c.lm.batch_contexts = 8
+    c.train.batch = 1024
+    c.train.lr = 2e-3
+    c.train.lr_warmup = 0.02
+    c.sae.k = 32
+    c.sae.init = "small_encoder"
+    c.sae.dead_tokens = 32_768
+    c.checkpoint.every_tokens = 524_288
+    c.log.tensorboard = False
+    c.eval.contexts = 64
+    c.sweep.product = ("sae.d_sae=512,1024,2048,4096,8192", "train.tokens=65536,131072,262144,524288,1048576")
+    return c
