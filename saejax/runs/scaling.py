@@ -23,6 +23,7 @@ from saejax.config import Config
 from saejax.config.options import NEUTRAL
 from saejax.config.recipes import WITH_K
 from saejax.data.store import Store, is_complete
+from saejax.data.stream import order_of
 from saejax.runs.evaluation import evaluated_all
 from saejax.runs.everything import subject_of
 from saejax.runs.experiment import harvested, preflight, trained
@@ -66,7 +67,7 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
         store = harvested(config)
         gc.collect()  # the language model's weights, before the training state needs the memory
         if not epochs:
-            _check_length(grid, store.kept_rows)
+            _check_length(grid, _once(store, config))
         say(f"2/3 train: {len(chosen)} of {len(waiting)} runs that have no point yet")
         parts = _rounds([dataclasses.replace(member, mesh=_mesh(grid, store)) for member in chosen])
         outcomes = [outcome for part in parts for outcome in trained(config, part, store)]
@@ -141,8 +142,14 @@ def _check_same(point: Point | None, config: Config, file: Path) -> None:
 def _check_length(grid: Sequence[Config], rows: int) -> None:
     longest = max(total_steps(member) * member.train.batch for member in grid)
     if rows < longest:
-        raise ConfigError(f"config.harvest.tokens: the store gives {rows:,} rows and the longest run takes {longest:,}; it would "
-                          "see rows again that shorter runs see once. Harvest more, or allow several epochs (epochs)")
+        raise ConfigError(f"config.harvest.tokens: the store gives {rows:,} rows once and the longest run takes {longest:,}; it "
+                          "would see rows again that shorter runs see once. Harvest more, or allow several epochs (epochs)")
+
+
+def _once(store: Store, config: Config) -> int:
+    """Rows that a stream hands out before the first lane begins anew."""
+    order = order_of(store, config.stream, config.train.batch, config.seed_of_data)
+    return store.kept_rows * order.lanes * min(map(order.blocks_of, range(order.lanes))) // order.n_blocks
 
 
 def _most_rows(config: Config) -> int:
