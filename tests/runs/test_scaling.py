@@ -151,6 +151,7 @@ def test_saved_points_are_fitted_and_reported(tmp_path, capsys):
     assert float(law[2]) < float(law[1]) < float(law[3])
     e = study(points).laws.predict(4096, 1e6 / 256)
     assert f"4,096 features, 1,000,000 tokens: loss {e.value:.4g} ({e.low:.4g} to {e.high:.4g}), inside the fitted" in printed
+    assert re.search(r"left out laws: budget \S+ FLOPs: ", printed)
     assert "note     Fitted: 36 runs" in printed and "\u202e" not in printed
     page = (out / "scaling.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "Held out" not in page
