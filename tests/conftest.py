@@ -19,8 +19,8 @@ def pytest_addoption(parser):
 
 
 # Files that take longest: begun first, so that no worker is left alone with one of them at the end.
-LONGEST = ("train/test_step", "scaling/test_sweep", "train/test_recipes", "train/test_resume", "data/test_harvest",
-           "test_release", "train/test_processes", "lm/test_generate", "lm/test_hooks", "test_main")
+LONGEST = ("train/test_step", "scaling/test_sweep", "runs/test_scaling", "train/test_recipes", "train/test_resume",
+           "data/test_harvest", "test_release", "train/test_processes", "lm/test_generate", "lm/test_hooks", "test_main")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -37,7 +37,7 @@ def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: Rate
     The page holds no script and loads nothing; names of runs and of the loss are shown escaped. Raises `DiskError`.
     """
     points = list(points)
-    left, told = _left(laws, rates, topk), caveats(laws)
+    left, told = left_out(laws, rates, topk), caveats(laws)
     write_json(out / "scaling.json", {
         "points": [point.to_json() for point in points], "laws": laws.summary(), "rates": rates and rates.summary(),
         "topk": topk and topk.summary(), "optimal": [_optimum_json(*found) for found in _optima(laws)], "caveats": told,
@@ -94,6 +94,13 @@ def caveats(laws: Laws) -> list[str]:
     ]
 
 
+def left_out(laws: Laws | None, rates: RateLaw | None, topk: TopKSurface | None = None) -> list[tuple[str, str, str]]:
+    """(of which fit, what, why)."""
+    fits = (("laws", laws), ("learning rate", rates), ("surface over k", topk))
+    found: list[tuple[str, Sequence[Left]]] = [(name, fit.left_out) for name, fit in fits if fit]
+    return [(fit, visible(what, _SHORT), visible(why, _SHORT)) for fit, lefts in found for what, why in lefts]
+
+
 def pictures(points: Sequence[Point], laws: Laws, rates: RateLaw | None = None) -> dict[str, Picture]:
     """{name of its files: figure}."""
     c = np.array([budget.compute for budget in laws.budgets])
@@ -146,12 +153,6 @@ def _csv(points: Sequence[Point]) -> str:
         values = point.to_json().values()
         writer.writerow([cell(v) if isinstance(v, str) else "" if v is None else repr(v) for v in values])
     return text.getvalue()
-
-
-def _left(laws: Laws, rates: RateLaw | None, topk: TopKSurface | None) -> list[tuple[str, str, str]]:
-    found: list[tuple[str, Sequence[Left]]] = [("laws", laws.left_out), ("learning rate", rates.left_out if rates else ()),
-                                               ("surface over k", topk.left_out if topk else ())]
-    return [(fit, visible(what, _SHORT), visible(why, _SHORT)) for fit, lefts in found for what, why in lefts]
 
 
 def _parameters(found: dict[str, Estimate]) -> list[tuple[str, str]]:

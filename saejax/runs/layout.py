@@ -17,6 +17,8 @@ from saejax.scaling.sweep import is_sweep, members
 from saejax.train.checkpoint import is_step
 from saejax.train.step_cost import mesh_options
 
+_FILES = (".json", ".html", ".csv", ".svg", ".png")  # of a sweep: its config, rates, points and report
+
 
 def saved_config(run_dir: Path) -> Config:
     """The config that a run directory keeps, read as JSON; a directory that was moved is where it is now.
@@ -63,13 +65,13 @@ def located(path: Path, given: Config | None = None) -> list[tuple[Config, Path]
 
 
 def without_parts(sources: Iterable[Path | str]) -> list[Path | str]:
-    """Paths less what else `SWEEP/*` names where there are several: store, config and rates of a sweep; names stay."""
+    """Paths less what else `SWEEP/*` names where there are several: store and files of a sweep; names stay."""
     sources = list(sources)
     return [source for source in sources if len(sources) == 1 or isinstance(source, str) or not _beside_members(source)]
 
 
 def _beside_members(path: Path) -> bool:
-    return (path.name in ("store", "config.json", "harvest.json", "profile") and RunPaths(path.parent).config.is_file()
+    return ((path.name in ("store", "profile") or path.suffix in _FILES) and RunPaths(path.parent).config.is_file()
             and is_sweep(saved_config(path.parent)))
 
 

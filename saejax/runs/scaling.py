@@ -22,6 +22,7 @@ from saejax.base.storage import decided, is_writer, write_json
 from saejax.config import Config
 from saejax.config.options import NEUTRAL
 from saejax.config.recipes import WITH_K
+from saejax.data.order import RowOrder
 from saejax.data.store import Store, is_complete
 from saejax.runs.evaluation import evaluated_all
 from saejax.runs.everything import subject_of
@@ -60,13 +61,13 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
     if not chosen:
         return list(points.values())
     if not (epochs or is_complete(config.harvest.store)):
-        _check_length(grid, _most_rows(config))
+        _check_length(grid, _once(config, *_of_text(config)))
     with lease.writing(config.run_dir), kept(Path(config.run_dir)):
         say("1/3 harvest")
         store = harvested(config)
         gc.collect()  # the language model's weights, before the training state needs the memory
         if not epochs:
-            _check_length(grid, store.kept_rows)
+            _check_length(grid, _once(config, store.rows, store.kept_rows))
         say(f"2/3 train: {len(chosen)} of {len(waiting)} runs that have no point yet")
         parts = _rounds([dataclasses.replace(member, mesh=_mesh(grid, store)) for member in chosen])
         outcomes = [outcome for part in parts for outcome in trained(config, part, store)]
@@ -141,15 +142,20 @@ def _check_same(point: Point | None, config: Config, file: Path) -> None:
 def _check_length(grid: Sequence[Config], rows: int) -> None:
     longest = max(total_steps(member) * member.train.batch for member in grid)
     if rows < longest:
-        raise ConfigError(f"config.harvest.tokens: the store gives {rows:,} rows and the longest run takes {longest:,}; it would "
-                          "see rows again that shorter runs see once. Harvest more, or allow several epochs (epochs)")
+        raise ConfigError(f"config.harvest.tokens: the store gives {rows:,} rows once and the longest run takes {longest:,}; it "
+                          "would see rows again that shorter runs see once. Harvest more, or allow several epochs (epochs)")
 
 
-def _most_rows(config: Config) -> int:
-    """Of a store that is yet to be made, at most."""
-    tokens = config.harvest.tokens
-    contexts = -(-tokens // config.text.context)
-    return contexts * (config.text.context - ("first" in config.text.mask))
+def _once(config: Config, rows: int, kept_rows: int) -> int:
+    """Rows of a store that a stream hands out before its first lane begins anew."""
+    order = RowOrder.for_batches(rows, config.text.context, config.stream, config.train.batch)
+    return kept_rows * order.lanes * min(map(order.blocks_of, range(order.lanes))) // order.n_blocks
+
+
+def _of_text(config: Config) -> tuple[int, int]:
+    """(rows of the store that a config makes, those that are not masked) at most: where the text does not end early."""
+    contexts = -(-config.harvest.tokens // config.text.context)
+    return contexts * config.text.context, contexts * (config.text.context - ("first" in config.text.mask))
 
 
 def _rounds(configs: Sequence[Config]) -> list[list[Config]]:

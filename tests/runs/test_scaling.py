@@ -109,7 +109,7 @@ def test_a_store_that_is_too_short_is_refused_unless_epochs_are_meant(places, pi
     sweep = ("sae.d_sae=32", "train.tokens=512,8192")
     config, run = write(places, "short", sweep=sweep)
     assert main(["scaling", f"--config={config}"]) == 2
-    assert re.search(r"config.harvest.tokens: the store gives 3,\d+ rows and the longest run takes 8,192; it would see rows",
+    assert re.search(r"config.harvest.tokens: the store gives 3,\d+ rows once and the longest run takes 8,192; it would see rows",
                      capsys.readouterr().err)
     assert main(["scaling", f"--config={config}", f"--config.harvest.store={run / 'none'}"]) == 2
     assert "the longest run takes 8,192" in capsys.readouterr().err and not (run / "none").exists(), "known before the harvest"
@@ -151,6 +151,7 @@ def test_saved_points_are_fitted_and_reported(tmp_path, capsys):
     assert float(law[2]) < float(law[1]) < float(law[3])
     e = study(points).laws.predict(4096, 1e6 / 256)
     assert f"4,096 features, 1,000,000 tokens: loss {e.value:.4g} ({e.low:.4g} to {e.high:.4g}), inside the fitted" in printed
+    assert re.search(r"left out laws: budget \S+ FLOPs: ", printed)
     assert "note     Fitted: 36 runs" in printed and "\u202e" not in printed
     page = (out / "scaling.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "Held out" not in page
@@ -204,3 +205,30 @@ def test_the_same_points_twice_count_once(tmp_path):
     assert study(points + points).laws.points == 36
     with pytest.raises(ScalingError, match="nothing can be compared"):
         study(points, leave_out=(1, 1))
+
+
+def test_files_of_a_study_are_no_saes(pieces, tmp_path, capsys):
+    run = tmp_path / "run"
+    for name in ("config.json", "points.json", *BY_COMPUTE[:2]):
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).symlink_to(pieces[0] / name)
+    (run / "scaling.html").write_text("")
+    assert main(["eval", *sorted(map(str, run.iterdir()))]) == 0
+    assert len(re.findall(r"d_sae=\d+,tokens=512", capsys.readouterr().out.splitlines()[0])) == 2
+
+
+def test_the_report_lies_beside_the_points(places, pieces, capsys):
+    """Losses of a known law in the place of the measured ones: 4 x 4 runs have three budgets with three sizes."""
+    sizes, lengths = (32, 64, 128, 256), (8, 16, 32, 64)
+    sweep = (f"sae.d_sae={','.join(map(str, sizes))}", f"train.tokens={','.join(str(64 * steps) for steps in lengths)}")
+    config, run = write(places, "law", sweep=sweep)
+    one = next(iter(pieces[-1].values()))
+    law = [dataclasses.replace(one, run=f"d_sae={n},tokens={64 * s}", features=n, steps=s, loss=0.1 + 2 * n ** -0.5 + s ** -0.5,
+                               flops_dense=640.0 * tiny.D_IN * n * s) for n in sizes for s in lengths]
+    run.mkdir()
+    saved(run, law)
+    assert main(["scaling", f"--config={config}"]) == 0
+    printed = capsys.readouterr().out
+    assert f"report   {run / 'scaling.html'}" in printed and "no scaling laws" not in printed
+    assert json.loads((run / "scaling.json").read_text())["laws"]["surface"]["a"]["value"] == pytest.approx(0.5, rel=1e-3)
+    assert {"scaling.html", "points.csv", "loss.png", "features.svg", "steps.svg"} <= {file.name for file in run.iterdir()}

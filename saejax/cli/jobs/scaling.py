@@ -61,7 +61,7 @@ def _points(options: Options) -> tuple[list, Path | None]:
 
 
 def _say(found, options: Options) -> None:
-    from saejax.pages.scaling import caveats, held_table, laws_table, points_table
+    from saejax.pages.scaling import caveats, held_table, laws_table, left_out, points_table
     print(points_table(found.points, options.compute))
     if found.laws is not None or found.rates is not None:
         print(f"\n{laws_table(found.laws, found.rates)}")
@@ -71,6 +71,8 @@ def _say(found, options: Options) -> None:
         print(f"\n{_prediction(found, *options.predict)}")
     for line in caveats(found.laws) if found.laws else []:
         print(f"note     {line}")
+    for fit, what, why in left_out(found.laws, found.rates):
+        print(f"left out {fit}: {what}: {why}")
 
 
 def _prediction(found, features: int, tokens: int) -> str:
@@ -86,9 +88,9 @@ def _prediction(found, features: int, tokens: int) -> str:
 JOB = Job(
     "scaling", "make", "a grid of SAEs, and the laws through their losses", """
     Reads a config with a sweep over sae.d_sae and train.tokens (docs/how-to/scaling.md); harvests once, trains every SAE with its
-    own whole schedule, measures all on held-out text, and fits laws of the loss over features, steps and compute. Writes
-    RUN_DIR/points.json, scaling.html, scaling.json, points.csv and the figures; each SAE has a run directory below it. Prints the
-    points, exponents with 90 % intervals, and what the laws do not say.
+    own whole schedule, measures all on held-out text, and fits laws of the loss over features, steps and compute. Into
+    RUN_DIR it writes points.json, scaling.html, scaling.json, points.csv and the figures; each SAE has a run directory below it.
+    Prints the points, exponents with 90 % intervals, and what the laws do not say.
 
     A run that has a point is not touched again: the same command goes on where it stopped, and a grid can grow. Where no laws can
     be fitted, the points are kept and the last line says why. Several learning rates at several sizes give a law of the learning
