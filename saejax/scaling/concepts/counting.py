@@ -48,6 +48,11 @@ class Counts:
         """Names of the concepts that the text does not have: no place on an axis of log frequency."""
         return [concept.name for concept, n in zip(self.concepts, self.occurrences_C, strict=True) if n == 0]
 
+    def of(self, concepts: Sequence[Concept]) -> "Counts":
+        """Those of some of the concepts."""
+        place = {concept: i for i, concept in enumerate(self.concepts)}
+        return Counts(tuple(concepts), self.occurrences_C[[place[concept] for concept in concepts]], self.tokens)
+
     def write(self, path: Path) -> None:
         """CSV: category, name, count, frequency. Raises `DiskError`."""
         out = io.StringIO()
