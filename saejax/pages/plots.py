@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from saejax.base.text import visible
 
-_MOST_POINTS, _LONGEST_LABEL = 1500, 40
+_MOST_POINTS, _LONGEST_LABEL = 1500, 60
 _THEMES = {
     "light": {"ink": "#1f2328", "faint": "#d1d9e0", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")},
     "dark": {"ink": "#d1d7e0", "faint": "#3d444d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341", "#a371f7")},

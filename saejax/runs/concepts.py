@@ -20,6 +20,7 @@ from saejax.features.dedicated import Criterion, dedicated, maxima
 from saejax.features.index.corpus import Corpus
 from saejax.lm import Tokenizer
 from saejax.pages.concepts import write_concepts
+from saejax.runs import missing
 from saejax.runs.evaluation import checkpoint_of, known
 from saejax.runs.subject import Subject
 from saejax.sae.inference import SAE
@@ -61,6 +62,9 @@ def concept_study(subjects: list[Subject], asked: Asked, out: Path) -> tuple[Stu
     given, candidates = _given(asked)
     check_alike(subjects)
     first = next((subject for subject in subjects if is_complete(subject.config.harvest.store)), subjects[0])
+    if missing.made_elsewhere(first.sae.cfg):
+        raise ConceptError(f"{first.source}: was trained on activations made elsewhere, and the run does not know of which text; "
+                           "concepts are counted in that text")
     tokens = asked.tokens or (max(map(_trained, subjects)) if first.store is None else first.store.rows)
     words = first.corpus(tokens=tokens)
     tokenizer = lm.files(first.config.lm.model, first.config.lm.revision).tokenizer

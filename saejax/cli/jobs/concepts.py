@@ -73,7 +73,7 @@ def _size(size, one) -> dict:
 JOB = Job(
     "concepts", "understand", "which concepts have a feature, against frequency, by size of the dictionary", """
     Reads runs of several sizes at one hookpoint and on one text; counts concepts in that text, looks in each SAE for a feature
-    that fires on a concept and on little else, and fits its probability over the concept's frequency. Writes DIR/concepts.html,
+    that fires on a concept and on little else, and fits its probability over the concept's frequency; writes DIR/concepts.html,
     concepts.csv, concepts.json, figures (SVG, PNG), and what was measured of each SAE, which the same command does not measure
     again. Evaluate the runs first: dead features are those of `saejax eval`. docs/how-to/concepts.md describes it.
     """, "saejax concepts runs/f4096 runs/f16384 runs/f65536 --out=concepts", Options, run)
