@@ -62,7 +62,7 @@ def caveats(study: Study) -> list[str]:
         "all concepts are present, or all absent.",
         f"Alive: features that fired {alive}. Of a longer text there are more.",
         f"Frequency: occurrences between two blanks in {study.counts.tokens:,} tokens of the training text. What stands beside "
-        "punctuation is not counted, so that all are somewhat too low.",
+        "punctuation or is cut by the end of a context is not counted, so that all are somewhat too low.",
     ]
     if len({one.trained for one in study.dictionaries}) > 1:
         out.append("The dictionaries were trained on different numbers of tokens: one trained on little has not met rare words.")

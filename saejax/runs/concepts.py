@@ -15,7 +15,6 @@ from saejax.base.storage import is_writer, read_json, text_sha256, write_json
 from saejax.config import Config
 from saejax.data import sources
 from saejax.data.store import is_complete
-from saejax.data.text import Text, describe
 from saejax.features.dedicated import Criterion, dedicated, maxima
 from saejax.features.index.corpus import Corpus
 from saejax.lm import Tokenizer
@@ -68,7 +67,7 @@ def concept_study(subjects: list[Subject], asked: Asked, out: Path) -> tuple[Stu
     tokens = asked.tokens or (max(map(_trained, subjects)) if first.store is None else first.store.rows)
     words = first.corpus(tokens=tokens)
     tokenizer = lm.files(first.config.lm.model, first.config.lm.revision).tokenizer
-    counts = _counted(first, [*given, *candidates], tokenizer, tokens, out / COUNTS)
+    counts = _counted(words, [*given, *candidates], tokenizer, out / COUNTS, first.progress)
     chosen = sampling.spread(counts.of(candidates), asked.pick, *asked.between) if candidates else []
     counts = counts.of([*given, *chosen])
     if not counts.occurrences_C.any():
@@ -134,19 +133,19 @@ def _trained(subject: Subject) -> int:
     return int(subject.step_dir.name) * subject.config.train.batch
 
 
-def _counted(subject: Subject, concepts: list[Concept], tokenizer: Tokenizer, tokens: int, file: Path) -> Counts:
-    """Counts of the first `tokens` of a run's text, kept in a file."""
-    text = Text.of(subject.config)
-    found = sources.resolve(text.options)
-    key = {"text": describe(text.options, found, text.seed), "context": text.options.context, "tokenizer": tokenizer.digest,
-           "asked": tokens, "concepts": _digest(concepts)}
+def _counted(words: Corpus, concepts: list[Concept], tokenizer: Tokenizer, file: Path, progress: bool) -> Counts:
+    """Counts in the contexts of a corpus, kept in a file."""
+    key = {"corpus": words.digest, "tokenizer": tokenizer.digest, "concepts": _digest(concepts)}
     kept = _kept(file, key, lambda values: Counts(tuple(concepts), np.array(values["occurrences"], np.int64), values["tokens"]))
     if kept is not None:
         return kept
-    texts = counting.documents(text, tokenizer, tokens=tokens, sources=found)
-    counts = counting.count(concepts, texts, total=tokens, progress=subject.progress)
+    counts = counting.count(concepts, counting.rows(words.make(), tokenizer), total=_tokens(words), progress=progress)
     _keep(file, key, {"occurrences": counts.occurrences_C.tolist(), "tokens": counts.tokens})
     return counts
+
+
+def _tokens(words: Corpus) -> int | None:
+    return None if words.contexts is None else words.contexts * words.context
 
 
 class _Measuring:
@@ -174,9 +173,8 @@ class _Measuring:
 
     def _measured(self, sae: SAE) -> Measured:
         if self._found is None:
-            total = None if self._words.contexts is None else self._words.contexts * self._words.context
-            self._found = sampling.find(self._concepts, self._words.make(), self._pieces, self.sample, total=total,
-                                        progress=self._progress)
+            self._found = sampling.find(self._concepts, self._words.make(), self._pieces, self.sample,
+                                        total=_tokens(self._words), progress=self._progress)
         max_F = maxima(sae, self._words, self._found, self._progress)
         found = dedicated(sae, self._words, self._found, self._criterion, max_F=max_F, progress=self._progress)
         return Measured(found, int((max_F > 0).sum()), int(self._found.keep_nT.sum()))

@@ -57,6 +57,8 @@ def test_files(study, words, runs):
     lines = list(csv.DictReader((study / "concepts.csv").open()))
     assert [line["size"] for line in lines] == ["tiny"] * 61 + ["tiny d_sae=128"] * 61
     assert {line["name"] for line in lines} == {*words[:60], "zzzzzzzzz"}
+    assert all(int(line["count"]) <= int(line["sampled"]) for line in lines)  # of the same contexts, all of which are looked at
+    assert sum(int(line["count"]) for line in lines[:61]) > 20
     assert any(line["feature"] for line in lines) and lines[60]["count"] == "0" and lines[60]["present"] == ""
     values = json.loads((study / "concepts.json").read_text())
     evaluation = json.loads((tiny.Path(runs[0]) / "eval.json").read_text())["entries"][-1]["result"]
