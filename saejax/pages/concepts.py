@@ -31,7 +31,8 @@ def write_concepts(out: Path, study: Study) -> Path:
     """
     told = caveats(study)
     lines = [line | {"size": cell(line["size"]), "category": cell(line["category"])} for line in study.lines]
-    table.write(out, lines, study.curves, dead=study.dead, how=study.how, caveats=told)
+    table.write(out, lines, study.curves, dead=study.dead, how=study.how, caveats=told, absent=study.counts.absent,
+                unsampled=study.unsampled)
     pictures = dict(zip(_NAMES, plots(study.sizes, study.curves), strict=False)) | {"dead": dead_plot(study)}
     for name, picture in pictures.items():
         write_bytes(out / f"{name}.svg", picture.svg)
@@ -48,16 +49,13 @@ def write_concepts(out: Path, study: Study) -> Path:
 def caveats(study: Study) -> list[str]:
     """What a reader of the curves has to know, one sentence or two each."""
     how, first = study.how, study.dictionaries[0].measured
-    contexts = "" if how["contexts"] is None else f" of {how['contexts']:,}"
     alive = f"in the sample of {first.tokens:,} tokens" if study.evaluated is None else (
         f"on {study.evaluated:,} held-out tokens, by the evaluations")
     out = [
         f"Present: one feature fires on at least {how['recall']:.0%} of the concept's occurrences, and at least "
         f"{how['precision']:.0%} of the tokens that it fires on are the concept's. It fires from {how['level']:.0%} of its "
         "maximum in the sample on. In the paper people judged explanations: its numbers are of another criterion.",
-        f"Looked at: up to {how['per_concept']} contexts{contexts} of every concept and {how['random']:,} drawn from all, "
-        "each with the number that it stands for. "
-        f"Precision of concepts rarer than about {1 / (how['random'] * how['context']):.1g} per token is mostly too high.",
+        _looked_at(how),
         f"A dictionary has no curve where fewer than {fit.LEAST_NEAR} concepts lie within a decade of its 50 % point, or where "
         "all concepts are present, or all absent.",
         f"Alive: features that fired {alive}. Of a longer text there are more.",
@@ -71,6 +69,14 @@ def caveats(study: Study) -> list[str]:
             more = f" and {len(names) - _MANY} more" if len(names) > _MANY else ""
             out.append(f"{why}: {', '.join(visible(name, _SHORT) for name in names[:_MANY])}{more}. Left out of the curves.")
     return out
+
+
+def _looked_at(how: dict) -> str:
+    if how["contexts"] is not None and how["contexts"] <= how["random"]:
+        return f"Looked at: all {how['contexts']:,} contexts."
+    rare = 1 / (how["random"] * how["context"])
+    return (f"Looked at: up to {how['per_concept']} contexts of every concept and {how['random']:,} drawn from all, each with the "
+            f"number that it stands for. Precision of concepts rarer than about {rare:.1g} per token is mostly too high.")
 
 
 def dead_plot(study: Study) -> Picture:

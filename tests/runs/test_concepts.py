@@ -73,7 +73,7 @@ def test_files(study, words, runs):
 def test_page(study):
     page = (study / "concepts.html").read_text()
     assert "<b>" not in page and "&lt;b&gt;pairs" in page and "<script" not in page
-    assert "1 / alive features" in page and re.search("The text does not have: [^<]*zzzzzzzzz[.] Left", page)
+    assert "1 / alive features" in page and "and 64 drawn from all" in page and re.search("The text does not have: [^<]*zzzzzzzzz[.] Left", page)
     assert "fewer than 20 concepts" in page
     assert re.search(r"d_sae=128</td>\s*<td class=\"text\">128</td><td class=\"text\">not evaluated", page)
     assert all(f">{share}</td>" in page for share in ("2%", "35%", "65%")) and "33,554,432" in page
@@ -116,6 +116,7 @@ def test_a_sweep_nouns_and_one_word(runs, sweep, words, tmp_path, capsys):
     assert len({line["name"] for line in lines}) == 8 and all(int(line["count"]) > 0 for line in lines)
     assert main(["concepts", runs[0], f"--out={tmp_path / 'one'}", f"--list={one}", WHOLE]) == 0
     said = capsys.readouterr().out
+    assert "Looked at: all 128 contexts." in (tmp_path / "one" / "concepts.html").read_text()
     assert "all 1 concepts are" in said and "0 of 1 sizes have a curve" in said
 
 

@@ -76,8 +76,9 @@ class Study:
 
     @functools.cached_property
     def sizes(self) -> list[Size]:
-        """Raises `ConceptError` for a dictionary without an alive feature."""
-        return [table.size_of(one.label, self.alive(one), self.counts, one.measured.found) for one in self.dictionaries]
+        """Of the concepts that were counted and looked at. Raises `ConceptError` for a dictionary without an alive feature."""
+        return [table.size_of(one.label, self.alive(one), self.counts, one.measured.found).found()[0]
+                for one in self.dictionaries]
 
     @functools.cached_property
     def curves(self) -> Collapse:
