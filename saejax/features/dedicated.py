@@ -57,7 +57,7 @@ def dedicated(sae: SAE, corpus: Corpus, found: Occurrences, criterion: Criterion
     `FormatError` for a corpus of another width, `NonFiniteError`.
     """
     if max_F is None:
-        max_F = _maxima(sae, corpus, found, progress)
+        max_F = maxima(sae, corpus, found, progress)
     if np.shape(max_F) != (sae.cfg.d_sae,):
         raise FeatureIndexError(f"dedicated features: {len(max_F)} maxima for {sae.cfg.d_sae} features; give those of this SAE")
     C, F = len(found.names), sae.cfg.d_sae
@@ -86,7 +86,10 @@ def _batches(sae: SAE, corpus: Corpus, found: Occurrences, title: str, progress:
             bar.advance(len(keep_N))
 
 
-def _maxima(sae: SAE, corpus: Corpus, found: Occurrences, progress: bool) -> np.ndarray:
+def maxima(sae: SAE, corpus: Corpus, found: Occurrences, progress: bool = True) -> np.ndarray:
+    """float64 [F]: the largest activation of every feature in the sample, 0 where it fires on none of its tokens. Raises as
+    `dedicated`.
+    """
     max_F = np.zeros(sae.cfg.d_sae)
     for _, _, acts in _batches(sae, corpus, found, "largest activations", progress):
         np.maximum.at(max_F, acts.indices, acts.data)

@@ -12,7 +12,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-_MOST_POINTS = 1500
+from saejax.base.text import visible
+
+_MOST_POINTS, _LONGEST_LABEL = 1500, 60
 _THEMES = {
     "light": {"ink": "#1f2328", "faint": "#d1d9e0", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")},
     "dark": {"ink": "#d1d7e0", "faint": "#3d444d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341", "#a371f7")},
@@ -160,7 +162,7 @@ def log_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str, *, lo
 
 
 def _draw_series(axes, series: Series, colour: str) -> None:
-    label, low_high = series.label or None, list(zip(*series.ends, strict=True))
+    label, low_high = visible(series.label, _LONGEST_LABEL).replace("$", r"\$") or None, list(zip(*series.ends, strict=True))
     if series.drawn == "points":
         bars = [[abs(end - y) for end, y in zip(ends, series.ys, strict=True)] for ends in low_high] or None
         axes.errorbar(series.xs, series.ys, yerr=bars, fmt="o", markersize=4, capsize=2, elinewidth=1, color=colour, label=label)

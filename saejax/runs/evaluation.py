@@ -128,10 +128,10 @@ def _kept(file: Path, key: dict, result: dict) -> None:
 
 def known(subject: Subject) -> dict | None:
     """The evaluation that was last kept of its checkpoint, or None. Reads neither model nor text."""
-    return newest(RunPaths(subject.run).evaluation, _checkpoint(subject)) if subject.trained_here else None
+    return newest(RunPaths(subject.run).evaluation, checkpoint_of(subject)) if subject.trained_here else None
 
 
-def _checkpoint(subject: Subject) -> str:
+def checkpoint_of(subject: Subject) -> str:
     """A digest of the arrays of its checkpoint."""
     return text_sha256(json.dumps(read_meta(subject.step_dir).fingerprints, sort_keys=True))
 
@@ -142,7 +142,7 @@ def _key(subject: Subject, options: EvalOptions) -> dict | None:
     if not subject.trained_here or any(v is not None for v in (given.model, given.hookpoint, given.text, given.store)):
         return None
     config, kept = dataclasses.replace(subject.config, eval=options), subject.kept
-    digests = {"checkpoint": _checkpoint(subject), "store": "" if kept is None else kept.store}
+    digests = {"checkpoint": checkpoint_of(subject), "store": "" if kept is None else kept.store}
     if not missing.made_elsewhere(subject.sae.cfg):
         model = subject.__dict__.get("lm") or lm.files(config.lm.model, config.lm.revision)
         digests |= {"model": model.digest, "tokenizer": model.tokenizer.digest, "text": sources.resolve(config.text).digest}

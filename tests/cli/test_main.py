@@ -157,7 +157,7 @@ def test_a_second_call_measures_nothing_again(finished, monkeypatch, capsys):
     def refuse(*_, **__):
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("saejax.runs.evaluation.evaluate", refuse)
+    monkeypatch.setattr("saejax.runs.evaluation.evaluate_all", refuse)
     monkeypatch.setattr("saejax.train.loop.shared_step", refuse)
     assert main(["run", f"--config={config}"]) == 0 and main(["eval", str(run)]) == 0
     assert (run / "eval.json").read_bytes() == before

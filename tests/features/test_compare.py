@@ -97,6 +97,7 @@ def test_matches_are_those_of_dense_correlations(monkeypatch, products):
 def test_active_pairs_are_the_activations(world, kind, monkeypatch):
     W, x = world
     monkeypatch.setattr(firing, "_PIECE", 700 * F)
+    monkeypatch.setattr(firing, "_ROWS", 700)
     for sizes in MESHES:
         sae = sae_of(W, W, mesh_of(sizes), kind)
         np.testing.assert_allclose(firing.active(sae, x).toarray(), sharding.to_host(sae.encode(x)), atol=1e-6)

@@ -85,3 +85,8 @@ def test_fewer_rows_than_a_batch(made, capsys):
     said = refused(capsys, "train", f"--config={run.with_suffix('.py')}", "--config.train.batch=1024",
                    f"--config.run_dir={run}_2")
     assert "config.train.batch is 1024 rows, the store has 1000 that are not masked" in said
+
+
+def test_concepts_need_the_text_that_it_was_trained_on(made, tmp_path, capsys):
+    assert "made elsewhere, and the run does not know of which text" in refused(
+        capsys, "concepts", made[2], f"--out={tmp_path / 'out'}")

@@ -100,8 +100,20 @@ def test_counts_of_a_text_and_of_its_token_store(words):
     assert rows.tokens == store.contexts * store.context
     lost = 1 - rows.occurrences_C[:2] / found.occurrences_C[:2]
     assert (lost > 0).all() and (lost < 0.4).all()  # cut by the end of a context of 32 letters
+    every = store.read(0, store.contexts)
+    kept = every, np.ones_like(every, bool)
+    again = counting.count(names, counting.rows([kept], tokenizer), progress=False)
+    assert np.array_equal(again.occurrences_C, rows.occurrences_C) and again.tokens == rows.tokens
     part = counting.count(names, counting.documents(text, tokenizer, tokens=2000), progress=False)
     assert 2000 <= part.tokens < 2000 + max(map(len, written)) + 1
+
+
+def test_what_fills_a_row_up_is_not_counted(words):
+    _, tokenizer, _ = words
+    ids = np.array([tokenizer.encode(" stone flint stone ")] * 3)
+    keep = np.ones_like(ids, bool)
+    keep[0, :3], keep[1, 13:], keep[2] = False, False, False  # a mask in front is text all the same
+    assert list(counting.rows([(ids, keep)], tokenizer)) == [(" stone flint stone ", 19), (" stone flint ", 13), ("", 0)]
 
 
 def test_counts_as_a_file(tmp_path):

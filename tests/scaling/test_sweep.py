@@ -278,7 +278,7 @@ NAMES = ["k=4", "k=8"]
 @pytest.mark.slow
 def test_a_run_of_a_sweep(finished, monkeypatch, capsys):
     config, run = finished
-    monkeypatch.setattr("saejax.runs.evaluation.evaluate", None)  # nothing is measured again
+    monkeypatch.setattr("saejax.runs.evaluation.evaluate_all", None)  # nothing is measured again
     assert main(["run", str(run)]) == 0
     out = capsys.readouterr().out
     header = out.splitlines()[0]

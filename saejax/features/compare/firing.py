@@ -19,9 +19,10 @@ from scipy.sparse import csr_array, vstack
 
 from saejax.base import sharding
 from saejax.features.index.neighbours import LEAST_SUPPORT
-from saejax.sae.inference import SAE
+from saejax.sae.inference import SAE, selected_raw
 
 _PIECE, _PRODUCTS = 1 << 24, 1 << 24  # activations [B, F] of a piece; products of a block of features of A, 16 bytes each
+_ROWS = 1 << 14  # of a piece of topk
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ def correlate(a: SAE, b: SAE, rows: Iterable[np.ndarray], named_A: np.ndarray, n
 
 
 def active(sae: SAE, x_ND: np.ndarray) -> csr_array:
-    """Activations [N, F] of raw rows as a sparse matrix on every host; only active ones leave the devices."""
-    size = max(1, _PIECE // sae.cfg.d_sae)
-    return vstack([_active(sae, x_ND[start:start + size], size) for start in range(0, len(x_ND), size)], format="csr")
+    """Activations [N, F] of raw rows as a sparse matrix on every host; only active ones leave the devices. topk gives its pairs
+    without an array of rows x features.
+    """
+    size, of = (_ROWS, _listed) if sae.cfg.kind == "topk" else (max(1, _PIECE // sae.cfg.d_sae), _active)
+    return vstack([of(sae, x_ND[start:start + size], size) for start in range(0, len(x_ND), size)], format="csr")
 
 
 def matches(acts_A: csr_array, acts_B: csr_array, named_A: np.ndarray, named_B: np.ndarray) -> Firing:
@@ -130,10 +133,37 @@ def _ones(acts: csr_array) -> csr_array:
     return csr_array((np.ones(acts.nnz), acts.indices, acts.indptr), acts.shape)
 
 
+def _filled(x_ND: np.ndarray, size: int, parts: int = 1) -> np.ndarray:
+    """With rows of zeros behind, in parts of equal size: few shapes, few programs."""
+    N = len(x_ND)
+    n = min(size, 1 << max(N - 1, 0).bit_length())
+    return np.pad(x_ND, ((0, n + -n % parts - N), (0, 0)))
+
+
+def _listed(sae: SAE, x_ND: np.ndarray, size: int) -> csr_array:
+    """`_active` by the pair list: of every device lines of pairs, counted within its rows and features."""
+    spec, norm, (data, shards) = sae.cfg.spec, sae.cfg.input_norm, (1, 1)
+    if sae.mesh is None:
+        pairs = _selected(spec, norm, sae.params, _filled(x_ND, size))
+        value, index, row = map(np.asarray, (pairs.values_Ln, pairs.index_Ln, pairs.row_L))
+    else:
+        data, shards = sae.mesh.shape["data"], sae.mesh.shape["dict"]
+        with jax.set_mesh(sae.mesh):
+            x_BD = jax.device_put(_filled(x_ND, size, data), sharding.sharding(sae.mesh, "rows", None))
+            pairs = _selected(spec, norm, sae.params, x_BD)
+            value, index, row = map(sharding.to_host, (pairs.values_Ln, pairs.index_Ln, pairs.row_L))
+    device = np.arange(len(row)) // (len(row) // (data * shards))
+    row, first = row + device // shards * pairs.rows, device % shards * (spec.d_sae // shards)
+    line, slot = np.nonzero((value > 0) & (row < len(x_ND))[:, None])
+    return csr_array((value[line, slot], (row[line], index[line, slot] + first[line])), (len(x_ND), spec.d_sae))
+
+
+_selected = jax.jit(selected_raw, static_argnums=(0, 1))
+
+
 def _active(sae: SAE, x_ND: np.ndarray, size: int) -> csr_array:
     N = len(x_ND)
-    room = min(size, 1 << max(N - 1, 0).bit_length()) - N  # few shapes: few programs
-    acts_NF = sae.encode(np.pad(x_ND, ((0, room), (0, 0))))
+    acts_NF = sae.encode(_filled(x_ND, size))
     shards = 1 if sae.mesh is None else sae.mesh.shape["dict"]
     most = int(_most(acts_NF))
     room = min(acts_NF.shape[1] // shards, 1 << max(most - 1, 0).bit_length())

@@ -48,6 +48,11 @@ class Counts:
         """Names of the concepts that the text does not have: no place on an axis of log frequency."""
         return [concept.name for concept, n in zip(self.concepts, self.occurrences_C, strict=True) if n == 0]
 
+    def of(self, concepts: Sequence[Concept]) -> "Counts":
+        """Those of some of the concepts."""
+        place = {concept: i for i, concept in enumerate(self.concepts)}
+        return Counts(tuple(concepts), self.occurrences_C[[place[concept] for concept in concepts]], self.tokens)
+
     def write(self, path: Path) -> None:
         """CSV: category, name, count, frequency. Raises `DiskError`."""
         out = io.StringIO()
@@ -60,7 +65,8 @@ class Counts:
 
 def count(concepts: Sequence[Concept], texts: Iterable[tuple[str, int]], *, total: int | None = None,
           progress: bool = True) -> Counts:
-    """Counts of concepts in pieces of text with the number of their tokens (`documents`, `contexts`). total: tokens, for the bar.
+    """Counts of concepts in pieces of text with the number of their tokens (`documents`, `contexts`,
+    `rows`). total: tokens, for the bar.
 
     Raises `ConceptError` where two concepts are spelled alike, and for a text without a token.
     """
@@ -102,6 +108,16 @@ def contexts(store: TokenStore, tokenizer: Tokenizer, *, tokens: int | None = No
         rows_NT = store.read(start, min(start + _CONTEXTS, last))
         for ids, length in zip(rows_NT, store.lengths(rows_NT), strict=True):
             yield text_of(tokenizer.pieces(ids[:length])), int(length)
+
+
+def rows(contexts: Iterable[tuple[np.ndarray, np.ndarray]], tokenizer: Tokenizer) -> Iterator[tuple[str, int]]:
+    """(text, tokens) of contexts (tokens [n, T], keep [n, T]) as `Corpus.make` gives them: of a store exactly what was harvested.
+    What is behind the last unmasked token fills a row up, and is not read. A name that the end of a context cuts is not found.
+    """
+    for tokens_NT, keep_NT in contexts:
+        lengths_N = np.where(keep_NT.any(1), keep_NT.shape[1] - keep_NT[:, ::-1].argmax(1), 0)
+        for ids, length in zip(tokens_NT, lengths_N.tolist(), strict=True):
+            yield text_of(tokenizer.pieces(ids[:length])), length
 
 
 def text_of(pieces: Sequence[bytes]) -> str:

@@ -41,9 +41,15 @@ def shipped(*names: str, ambiguous: bool = False) -> list[Concept]:
     Raises `ConceptError` for a category that there is not.
     """
     if unknown := [name for name in names if name not in categories()]:
-        raise ConceptError(f"there is no list of concepts {unknown[0]!r}; choose one of {', '.join(categories())}")
+        raise ConceptError(f"there is no list of concepts {unknown[0]!r}; choose one of {', '.join(categories())}, or "
+                           "give a file")
     return [concept for name in names or categories()
             for concept in parsed(_folder().joinpath(f"{name}.txt").read_text("utf-8"), name, ambiguous=ambiguous)]
+
+
+def named(name: str) -> list[Concept]:
+    """The concepts of a file, or of a category that comes with saejax. Raises `ConceptError`."""
+    return read(name) if Path(name).is_file() or Path(name).name != name or Path(name).suffix else shipped(name)
 
 
 def read(path: str | Path, *, ambiguous: bool = False) -> list[Concept]:

@@ -63,17 +63,18 @@ class _Context:
 
 
 def find(concepts: Sequence[Concept], contexts: Iterable[tuple[np.ndarray, np.ndarray]], pieces: Sequence[bytes],
-         options: SampleOptions = SampleOptions(), *, progress: bool = True) -> Occurrences:
+         options: SampleOptions = SampleOptions(), *, total: int | None = None, progress: bool = True) -> Occurrences:
     """Where concepts stand as words (`matching`) in a sample of a text's contexts.
 
     contexts: (tokens [n, T], keep [n, T]) in pieces, in order, as `Corpus.make` gives them. pieces: the bytes of every token
-    (`Tokenizer.token_bytes`). Memory: (per_concept + 1) C + random + 1 contexts. Raises `ConceptError` for a text without one.
+    (`Tokenizer.token_bytes`). total: tokens, for the bar. Memory: (per_concept + 1) C + random + 1 contexts. Raises
+    `ConceptError` for a text without one.
     """
     matcher, rng = Matcher(concepts), np.random.default_rng(options.seed)
     groups = [_Group(options.per_concept) for _ in concepts] + [_Group(options.random)]
     held: dict[int, _Context] = {}
     found_C, number = np.zeros(len(concepts), np.int64), 0
-    with Progress("find concepts", None, enabled=progress) as bar:
+    with Progress("find concepts", total, enabled=progress) as bar:
         for tokens_NT, keep_NT in contexts:
             for tokens_T, keep_T, u in zip(tokens_NT, keep_NT, rng.random(len(tokens_NT)), strict=True):
                 context = _Context(u, np.array(tokens_T), np.array(keep_T), _spans(matcher, tokens_T, keep_T, pieces))

@@ -35,19 +35,20 @@ def lines_of(size: str, alive: int, counts: Counts, found: Dedicated) -> list[di
     return [dict(zip(COLUMNS, (
         size, alive, concept.category, concept.name, int(counts.occurrences_C[c]), float(counts.frequency_C[c]),
         int(found.sampled_C[c]), int(found.feature_C[c]) if found.feature_C[c] >= 0 else None,
-        *(_plain(float(values[c])) for values in (found.precision_C, found.recall_C, found.f1_C)),
+        *(plain(float(values[c])) for values in (found.precision_C, found.recall_C, found.f1_C)),
         bool(found.present_C[c]) if found.sampled_C[c] else None), strict=True)) for c, concept in enumerate(counts.concepts)]
 
 
-def write(folder: Path, lines: Sequence[dict], found: Collapse) -> None:
-    """`concepts.csv` with the lines of all sizes, and `concepts.json` with the lines and the curves. Raises `DiskError`."""
+def write(folder: Path, lines: Sequence[dict], found: Collapse, **more) -> None:
+    """`concepts.csv` with the lines of all sizes, and `concepts.json` with the lines, the curves, and `more`. Raises `DiskError`.
+    """
     out = io.StringIO()
     table = csv.DictWriter(out, COLUMNS, lineterminator="\n")
     table.writeheader()
     table.writerows(lines)
     write_bytes(folder / LINES, out.getvalue().encode())
-    write_json(folder / RESULTS, {"kind": KIND, "schema_version": 1, "curves": _plain(dataclasses.asdict(found)),
-                                  "concepts": list(lines)})
+    write_json(folder / RESULTS, {"kind": KIND, "schema_version": 1, "curves": plain(dataclasses.asdict(found)),
+                                  **more, "concepts": list(lines)})
 
 
 def _check(counts: Counts, found: Dedicated) -> None:
@@ -55,11 +56,11 @@ def _check(counts: Counts, found: Dedicated) -> None:
         raise ConceptError("counts and features are of different concepts; give those of one list")
 
 
-def _plain(value):
+def plain(value):
     """For JSON, which has neither NaN nor infinity: None instead."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not math.isfinite(value) else value
