@@ -53,6 +53,8 @@ c.checkpoint.every_tokens, c.eval.contexts, c.lm.batch_contexts, c.log.every_ste
 c.mesh.data, c.mesh.dict = {mesh}
 c.log.progress = True
 """
+    if args.no_resampling:
+        extra += "c.train.resample.every_tokens = None\n"
     if args.optimizer:
         extra += f"c.train.optimizer = {args.optimizer!r}\n"
     if args.gpu:
@@ -110,6 +112,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=32)
     parser.add_argument("--epochs", type=int, default=1, help="so often the store is trained on")
     parser.add_argument("--index-tokens", type=int, default=16_384, help="of the store that the index is made of")
+    parser.add_argument("--no-resampling", action="store_true")
     parser.add_argument("--optimizer", default="", help="config.train.optimizer")
     parser.add_argument("--gpu", action="store_true", help="one GPU, lazy rows; else 8 simulated devices")
     parser.add_argument("--place", type=Path, required=True)
