@@ -14,7 +14,7 @@ from saejax.base import sharding
 from saejax.base.records import ActivationStats
 from saejax.config import Config, SAEOptions
 from saejax.config.recipes import INITS
-from saejax.sae import SAEParams, SAESpec, decode, init_params, pre_activations, reconstruct
+from saejax.sae import SAEParams, SAESpec, decode, init_params, measuring, pre_activations
 from saejax.sae.activations import activate, thresholds
 from saejax.sae.normalization import Normalization, columns
 from saejax.sae.params import entry_scale
@@ -201,9 +201,10 @@ def _input_scaled(spec: SAESpec, params: SAEParams, key: jax.Array, norm: float)
     probe = jax.random.normal(key, (n, spec.d_in), jnp.float32)
     probe = probe * (norm / jnp.linalg.norm(probe, axis=1, keepdims=True))
     centred = params.replace(b_dec=jnp.zeros_like(params.b_dec))  # W_skip is 0 at this point
-    # Rows are repeated up to a multiple of the data axis and the repeats not counted: the value is the same on every mesh.
-    row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().shape["data"])
+    # Rows are repeated up to a multiple of the devices and the repeats not counted: the value is the same on every mesh.
+    row = jnp.arange(n + -n % jax.sharding.get_abstract_mesh().size)
     if spec.kind == "batchtopk":  # the repeated rows must not compete
         spec = dataclasses.replace(spec, kind="topk")
-    recon, _ = reconstruct(spec, centred, jax.sharding.reshard(probe[row % n], sharding.spec("rows", "d_in")))
-    return params.replace(W_enc=params.W_enc * (n * norm / jnp.where(row < n, jnp.linalg.norm(recon, axis=1), 0.0).sum()))
+    probe_ND = jax.sharding.reshard(probe[row % n], sharding.spec("rows_at_rest", None))
+    recon_ND = measuring.measured(spec, centred, probe_ND, jnp.ones(len(row), bool)).recon_BD
+    return params.replace(W_enc=params.W_enc * (n * norm / jnp.where(row < n, jnp.linalg.norm(recon_ND, axis=1), 0.0).sum()))
