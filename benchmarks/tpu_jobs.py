@@ -95,7 +95,7 @@ def evaluation(s: Setting, rows: int = ROWS, dtype: str = "float32"):
 
 def folding(s: Setting):
     state = abstract_state(s.config, s.trained, s.mesh)
-    return jax.jit(fold, static_argnums=0).trace(s.trained, state.params, state.normalization)
+    return jax.jit(fold, static_argnums=0, donate_argnums=1).trace(s.trained, state.params, state.normalization)
 
 
 def to_hosts(s: Setting):

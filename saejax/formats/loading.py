@@ -148,7 +148,7 @@ def from_checkpoint(step_dir: Path, mesh: Mesh | None = None, *, threshold: floa
     kind = folded_kind(meta.spec.kind, params)
     config = read_config(RunPaths(Path(step_dir).absolute().parent.parent).config)
     with jax.set_mesh(where):
-        params = jax.jit(fold, static_argnums=0)(meta.spec, params, normalization)
+        params = jax.jit(fold, static_argnums=0, donate_argnums=1)(meta.spec, params, normalization)
     if mesh is None:
         params = jax.device_put(params, SingleDeviceSharding(where.devices.flat[0]))
     return SAE(params, _describe(kind, config, meta, normalization), mesh)
