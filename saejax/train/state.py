@@ -133,10 +133,9 @@ def abstract_state(config: Config, spec: SAESpec, mesh: Mesh | AbstractMesh):
     """
     with jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, AbstractMesh) else jax.set_mesh(mesh):
         row = jax.ShapeDtypeStruct((spec.d_in + (spec.d_out or 0),), jnp.float32)
-        rows = jax.ShapeDtypeStruct((mesh.size, *row.shape), jnp.float32, sharding=sharding.sharding(mesh, "rows_at_rest", None))
         shapes = jax.eval_shape(functools.partial(_make, spec, config), jax.eval_shape(jax.random.key, 0),
                                 jax.ShapeDtypeStruct((spec.width_out,), jnp.float32), Normalization(row, row),
-                                jax.ShapeDtypeStruct((), jnp.float32), rows)
+                                jax.ShapeDtypeStruct((), jnp.float32))
     return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=NamedSharding(
         mesh, s.sharding.spec if s.sharding else PartitionSpec())), shapes)
 
@@ -147,10 +146,12 @@ def _jitted(spec: SAESpec, config: Config):
     return jax.jit(functools.partial(_make, spec, config), compiler_options=determinism.compiler_options(config.train))
 
 
-def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW) -> TrainState:
+def _make(spec, config, key, b_dec, normalization, inverse_variance, rows_NW=None) -> TrainState:
+    """rows_NW: None where only the shapes are asked for."""
     key_init, key_probe = jax.random.split(key)
     params = init_params(spec, key_init, b_dec, config.sae)
-    params = _started(spec, config.sae, params, key_probe, rows_NW)
+    if rows_NW is not None:
+        params = _started(spec, config.sae, params, key_probe, rows_NW)
     since = jnp.zeros((spec.d_sae,), jnp.uint32, out_sharding=sharding.spec("features"))
     zero = jnp.zeros((), jnp.int32)
     return TrainState(step=zero, params=params, opt_state=moments.initial(config.train, params), tokens_since_fired_F=since,
