@@ -132,9 +132,14 @@ def eager(store, tmp_path_factory):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name, mesh_shape", [
-    ("topk", (2, 4)), *(pytest.param(name, shape, marks=SLOW) for name in VARIANTS for shape in ((1, 1), (2, 4), (1, 8), (8, 1))
-                        if (name, shape) != ("topk", (2, 4)))])
+def variants_and_meshes():
+    """Those whose rows win by themselves, or against a batch, on a mesh of each sort; others on one device and on both axes."""
+    for name in VARIANTS:
+        for shape in ((1, 1), (2, 4), *((1, 8), (8, 1)) * (name in ("topk", "batchtopk"))):
+            yield pytest.param(name, shape, marks=() if (name, shape) == ("topk", (2, 4)) else SLOW)
+
+
+@pytest.mark.parametrize("name, mesh_shape", list(variants_and_meshes()))
 def test_a_run_is_that_of_the_dense_step(store, eager, monkeypatch, tmp_path, name, mesh_shape):
     """Loss, norms, counters and parameters over 30 steps, AuxK among them, on the sharded mesh as on one device."""
     if name == "many dead":

@@ -57,8 +57,9 @@ def config_of(kind, path):
 
 
 def kinds_and_meshes():
-    """The two oldest kinds on a mesh of each sort, others on the mixed one; what remains is slow."""
-    for kind, shape in itertools.product((*KINDS, *VARIANTS), [(1, 8), (8, 1), (2, 4), (4, 2)]):
+    """The two oldest kinds on a mesh of each sort, others on the mixed one; what remains is slow. Variants of a kind on two."""
+    meshes = [(1, 8), (8, 1), (2, 4), (4, 2)]
+    for kind, shape in [*itertools.product(KINDS, meshes), *itertools.product(VARIANTS, [(1, 8), (2, 4)])]:
         mixed = ("jumprelu", "batchtopk", "matryoshka", "transcoder", "crosscoder", "pairs")
         core = (kind in ("relu", "topk") and shape != (4, 2)) or (shape == (2, 4) and kind in mixed)
         yield pytest.param(kind, shape, marks=() if core else pytest.mark.slow)
