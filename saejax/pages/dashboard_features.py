@@ -1,10 +1,11 @@
-"""Everything about each feature, in files that hold as many features as fit.
+"""Everything that the page of each feature shows, in files that hold as many features as fit.
 
     features/0000/000000.js     a list of features; each brings the words that those before it in the file do not have
     features/0000/firsts.js     with which feature each file of the folder begins
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -60,10 +61,10 @@ class FeatureFiles:
         return [words.setdefault(text, len(words)) for text in shown]
 
     def _text(self, row: dict, examples: list) -> str:
-        known = len(self._words)
-        value = self._value(row) | {"examples": [[*e, self._numbers(map(self.visible, texts)), acts]
-                                                 for *e, texts, acts in examples]}
-        return script_json(value | {"words": list(self._words)[known:]})
+        known, value = len(self._words), self._value(row)
+        if examples:
+            value["examples"] = [[*e, self._numbers(map(self.visible, texts)), acts] for *e, texts, acts in examples]
+        return script_json(value | {"words": list(itertools.islice(self._words, known, None))})
 
     def _value(self, row: dict) -> dict:
         def near(name: str, *more: str) -> list:
@@ -76,15 +77,21 @@ class FeatureFiles:
 
         logits = tokens("logit_ids", "logit_effects")
         half = len(logits) // 2
-        numbers = ("fired", "density", "mean", "max", "decoder_norm", "encoder_norm", "bias", "linear_width")
-        return {"id": row["feature"], "said": shown_said(self._said, row["feature"]),
-                **dict(zip(numbers, short([row[name] for name in numbers]), strict=True)),
-                "linear": row["linear_counts"], "log": row["log_counts"], "log_edges": short(row["log_edges"]),
-                "interval_counts": short(row["interval_counts"], 3), "tokens": tokens("token_ids", "token_shares", "token_means"),
-                "up": logits[:half], "down": logits[half:], "cosine": near("cosine"), "firing": near("firing", "firing_support")}
+        value = {"id": row["feature"], "said": shown_said(self._said, row["feature"]), "up": logits[:half], "down": logits[half:],
+                 "cosine": near("cosine"), **_numbers_of(row, "fired", "density", "mean", "max", "decoder_norm", "encoder_norm", "bias")}
+        if not row["fired"]:  # its page has neither charts nor examples
+            return value
+        return value | _numbers_of(row, "linear_width") | {
+            "linear": row["linear_counts"], "log": row["log_counts"], "log_edges": short(row["log_edges"]),
+            "interval_counts": short(row["interval_counts"], 3), "tokens": tokens("token_ids", "token_shares", "token_means"),
+            "firing": near("firing", "firing_support")}
 
     def _label(self, feature: int) -> str:
         return self.token(int(self._first_F[feature])) if self._first_F[feature] >= 0 else ""
+
+
+def _numbers_of(row: dict, *names: str) -> dict:
+    return dict(zip(names, short([row[name] for name in names]), strict=True))
 
 
 def short(values, digits: int = 5) -> list:
