@@ -17,8 +17,7 @@ from saejax.pages.templates import render
 from saejax.scaling.envelope import PowerLaw
 from saejax.scaling.laws import Laws, Optimum
 from saejax.scaling.points import Left, Point
-from saejax.scaling.rates import RateLaw
-from saejax.scaling.study import Held
+from saejax.scaling.study import Held, Study
 from saejax.scaling.sums import Estimate
 from saejax.scaling.topk import TopKSurface
 
@@ -29,30 +28,29 @@ _LAWS = ("law", "exponent", "factor", "reference", "offset")
 _HELD = ("run", "features", "steps", "loss", "predicted", "inside")
 
 
-def write_scaling(out: Path, points: Iterable[Point], laws: Laws, *, rates: RateLaw | None = None,
-                  topk: TopKSurface | None = None, held: Sequence[Held] = ()) -> Path:
-    """Writes the study into a folder and returns its page. `saejax.scaling.points.read_points` reads the points of the JSON.
-    held: of the points, those that the laws were not fitted to.
-
-    The page holds no script and loads nothing; names of runs and of the loss are shown escaped. Raises `DiskError`.
+def write_scaling(out: Path, study: Study) -> Path:
+    """Writes a study that has some law into a folder and returns its page. `saejax.scaling.points.read_points` reads its points
+    again. The page holds no script and loads nothing; names of runs and of the loss are shown escaped. Raises `DiskError`.
     """
-    points = list(points)
-    left, told = left_out(laws, rates, topk), caveats(laws)
+    points, laws, topk, told = study.points, study.laws, study.topk, caveats(study)
+    optima = _optima(laws) if laws else []
     write_json(out / "scaling.json", {
-        "points": [point.to_json() for point in points], "laws": laws.summary(), "rates": rates and rates.summary(),
-        "topk": topk and topk.summary(), "optimal": [_optimum_json(*found) for found in _optima(laws)], "caveats": told,
-        "held_out": [{"run": h.point.run, "predicted": h.predicted._asdict(), "inside": h.inside} for h in held]})
+        "points": [point.to_json() for point in points],
+        **{name: found and found.summary() for name, found in (("laws", laws), ("rates", study.rates), ("topk", topk))},
+        "optimal": [_optimum_json(*found) for found in optima], "caveats": told, "refused": study.refused,
+        "held_out": [{"run": h.point.run, "predicted": h.predicted._asdict(), "inside": h.inside} for h in study.held]})
     write_bytes(out / "points.csv", _csv(points).encode())
-    plots = pictures(points, laws, rates)
+    plots = pictures(study)
     for name, picture in plots.items():
         write_bytes(out / f"{name}.svg", picture.svg)
         write_bytes(out / f"{name}.png", picture.png)
     page = out / "scaling.html"
     write_bytes(page, render(
-        "scaling.html", title="Scaling laws", caveats=told, laws=laws_table(laws, rates), surface=_parameters(laws.surface),
-        topk=_parameters(topk.parameters) if topk else [], optima=[_optimum_row(*found) for found in _optima(laws)],
-        left=left, held=held_table(held), plots=list(plots.values()), recipe=_recipe(points),
-        points=points_table(points, laws.compute), loss=visible(laws.loss_name, _SHORT)).encode())
+        "scaling.html", title="Scaling laws", caveats=told, laws=laws_table(study), held=held_table(study.held),
+        left=left_out(study), surface=surface_table(laws.surface if laws else {}),
+        topk=surface_table(topk.parameters if topk else {}), optima=[_optimum_row(*found) for found in optima],
+        plots=list(plots.values()), recipe=_recipe(points),
+        points=points_table(points, laws.compute if laws else "dense"), loss=_loss_name(points)).encode())
     return page
 
 
@@ -61,13 +59,19 @@ def points_table(points: Iterable[Point], compute: str) -> Table:
     return Table(_RUNS, [_row(point, compute) for point in points])
 
 
-def laws_table(laws: Laws | None, rates: RateLaw | None) -> Table:
+def laws_table(study: Study) -> Table:
     """The power laws that there are, with 90 % intervals: (law, exponent, value at the reference, the reference, offset)."""
+    laws, rates = study.laws, study.rates
     found = [] if laws is None else [("features N*(C)", laws.features), ("steps S*(C)", laws.steps),
                                      ("loss L(C), without offset", laws.loss), ("loss L(C), with offset", laws.loss_with_offset)]
     found += [("learning rate LR*(C)", rates.law)] if rates else []
     return Table(_LAWS, [(name, _told(law.exponent), _told(law.factor), f"{law.reference:.3g}",
                           _told(law.offset) if law.offset else "") for name, law in found if law])
+
+
+def surface_table(parameters: dict[str, Estimate]) -> Table:
+    """The parameters of a surface, with 90 % intervals."""
+    return Table(("parameter", "value"), [(name, _told(e)) for name, e in parameters.items()])
 
 
 def held_table(held: Sequence[Held]) -> Table:
@@ -77,16 +81,27 @@ def held_table(held: Sequence[Held]) -> Table:
                          for point, predicted, inside in ((*one, one.inside) for one in held)])
 
 
-def caveats(laws: Laws) -> list[str]:
-    """What a reader of the laws has to know, one sentence each."""
+def caveats(study: Study) -> list[str]:
+    """What a reader of the laws has to know, one sentence each; first why there is a law less."""
+    told = [*(visible(line, 1000) for line in study.refused),
+            f"The loss is: {_loss_name(study.points)}. Laws of another loss have other exponents.",
+            "All runs have one recipe. Another batch, optimizer, sparsity, data or layer may have other laws."]
+    if study.laws:
+        told += _of_laws(study.laws)
+    if study.topk:
+        (low, high), (least, most) = study.topk.features, study.topk.k
+        told.append(f"The surface over k goes through {study.topk.points} runs of {low:,} to {high:,} features, k of {least} to "
+                    f"{most}. It is off by {study.topk.error:.2%}. Loss always falls with k: this does not choose k.")
+    return told
+
+
+def _of_laws(laws: Laws) -> list[str]:
     low, high = laws.fitted_range
     ratio = "no irreducible offset could be fitted: it takes five budgets" if laws.loss_with_offset is None else (
         f"an offset of {_told(laws.loss_with_offset.offset)} was fitted beside the law without one")
     return [
-        f"The loss is: {visible(laws.loss_name, _SHORT)}. Laws of another loss have other exponents.",
         f"Fitted: {laws.points} runs; optima of {len(laws.budgets)} budgets from {low:.3g} to {high:.3g} {laws.compute} FLOPs. "
         "What lies outside is extrapolated: the table of optima says by how many powers of ten.",
-        "All runs have one recipe. Another batch, optimizer, sparsity, data or layer may have other laws.",
         f"Left out: {len(laws.left_out)}; they are listed below with the reason." if laws.left_out else "Nothing was left out.",
         f"Of the loss over compute, {ratio}. Without an offset a power law falls to 0, and far out it promises too much.",
         f"The surface is off by {laws.error:.2%} (root mean square). Intervals are 90 % and hold if its form is right: they know "
@@ -94,31 +109,46 @@ def caveats(laws: Laws) -> list[str]:
     ]
 
 
-def left_out(laws: Laws | None, rates: RateLaw | None, topk: TopKSurface | None = None) -> list[tuple[str, str, str]]:
+def left_out(study: Study) -> list[tuple[str, str, str]]:
     """(of which fit, what, why)."""
-    fits = (("laws", laws), ("learning rate", rates), ("surface over k", topk))
+    fits = (("laws", study.laws), ("learning rate", study.rates), ("surface over k", study.topk))
     found: list[tuple[str, Sequence[Left]]] = [(name, fit.left_out) for name, fit in fits if fit]
     return [(fit, visible(what, _SHORT), visible(why, _SHORT)) for fit, lefts in found for what, why in lefts]
 
 
-def pictures(points: Sequence[Point], laws: Laws, rates: RateLaw | None = None) -> dict[str, Picture]:
+def pictures(study: Study) -> dict[str, Picture]:
     """{name of its files: figure}."""
-    c = np.array([budget.compute for budget in laws.budgets])
-    compute = f"{laws.compute} FLOPs of the training run"
-    what = visible(laws.loss_name, 40)
-    out = {"loss": log_plot("Loss over compute", [
-        *_by_size(points, laws.compute), _optimal(c, [b.loss for b in laws.budgets], "optimum of a budget"),
-        *_line(laws.loss_with_offset or laws.loss, c, "power law with offset" if laws.loss_with_offset else "power law")],
-        compute, what)}
-    for name, label in (("features", "features N*(C)"), ("steps", "steps S*(C)")):
-        out[name] = log_plot(f"Optimal {name} over compute", [
-            _optimal(c, [getattr(b, name) for b in laws.budgets], "optimum of a budget"),
-            *_line(getattr(laws, name), c, "power law")], compute, label)
-    if rates:
+    out, what = {}, visible(_loss_name(study.points), 40)
+    if (laws := study.laws) is not None:
+        c = np.array([budget.compute for budget in laws.budgets])
+        compute = f"{laws.compute} FLOPs of the training run"
+        out["loss"] = log_plot("Loss over compute", [
+            *_by_size(study.points, laws.compute), _optimal(c, [b.loss for b in laws.budgets], "optimum of a budget"),
+            *_line(laws.loss_with_offset or laws.loss, c, "power law with offset" if laws.loss_with_offset else "power law")],
+            compute, what)
+        for name, label in (("features", "features N*(C)"), ("steps", "steps S*(C)")):
+            out[name] = log_plot(f"Optimal {name} over compute", [
+                _optimal(c, [getattr(b, name) for b in laws.budgets], "optimum of a budget"),
+                *_line(getattr(laws, name), c, "power law")], compute, label)
+    if (rates := study.rates) is not None:
         c = np.array([budget.compute for budget in rates.budgets])
         out["lr"] = log_plot("Optimal learning rate over compute", [
             _optimal(c, [b.lr for b in rates.budgets], "optimum of a budget"), *_line(rates.law, c, "power law")],
             f"{rates.compute} FLOPs of the training run", "learning rate LR*(C)")
+    if study.topk is not None:
+        out["topk"] = log_plot("Loss over features, for each k", _by_k(study.points, study.topk), "features n", what)
+    return out
+
+
+def _by_k(points: Sequence[Point], topk: TopKSurface) -> list[Series]:
+    fitted = [p for p in points if p.run in topk.runs]
+    out = []
+    for k in sorted({p.k for p in fitted}):
+        own = sorted((p.features, p.loss) for p in fitted if p.k == k)
+        xs = np.geomspace(*topk.features, 30)
+        found = [topk.predict(x, k) for x in xs]
+        out += [Series(f"k = {k}", *zip(*own, strict=True), drawn="points"),
+                Series(f"k = {k}", xs, [e.value for e in found], ends=[(e.low, e.high) for e in found])]
     return out
 
 
@@ -155,10 +185,6 @@ def _csv(points: Sequence[Point]) -> str:
     return text.getvalue()
 
 
-def _parameters(found: dict[str, Estimate]) -> list[tuple[str, str]]:
-    return [(name, _told(e)) for name, e in found.items()]
-
-
 def _optima(laws: Laws) -> list[tuple[str, Optimum]]:
     """(by what, optimum) at the largest fitted budget and beyond."""
     return [(by, laws.optimal(laws.budgets[-1].compute * times, by=by)) for times in _BEYOND for by in ("envelope", "surface")]
@@ -171,6 +197,10 @@ def _optimum_json(by: str, found: Optimum) -> dict:
 
 def _optimum_row(by: str, found: Optimum) -> tuple[str, ...]:
     return (f"{found.compute:.3g}", by, _told(found.features), _told(found.steps), _told(found.loss), f"{found.decades:.1f}")
+
+
+def _loss_name(points: Sequence[Point]) -> str:
+    return visible(next((point.loss_name for point in points if not point.diverged), ""), _SHORT)
 
 
 def _recipe(points: Sequence[Point]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
-"""The points of a study -> its laws, its learning rates, and how runs that were held out of the fit came out."""
+"""The points of a study -> its laws, learning rates, surface over k, and how runs that were held out of the fit came out."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from saejax.scaling.laws import Laws, fit
 from saejax.scaling.points import Point
 from saejax.scaling.rates import RateLaw, fit_lr
 from saejax.scaling.sums import Estimate
+from saejax.scaling.topk import TopKSurface, fit_topk_surface
 
 
 class Held(NamedTuple):
@@ -26,16 +27,18 @@ class Held(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What the points of a study give. laws: through the runs of the learning rate that most sizes and lengths have; rates:
-    through those that were trained with several; None where there is no such law. held: runs that were left out of the fit.
-    refused: why `laws` or `rates` could not be fitted, a line each.
+    """What the points of a study give. laws: through the runs of the learning rate and k that most sizes and lengths have;
+    rates: through those that were trained with several learning rates; topk: through the longest of those that were trained
+    with several k; None where there is no such law. held: runs that were left out of the fit. refused: why a law could not be
+    fitted, a line each.
     """
 
     points: tuple[Point, ...]
     laws: Laws | None
-    rates: RateLaw | None
-    held: tuple[Held, ...]
-    refused: tuple[str, ...]
+    rates: RateLaw | None = None
+    topk: TopKSurface | None = None
+    held: tuple[Held, ...] = ()
+    refused: tuple[str, ...] = ()
 
 
 def study(points: Iterable[Point], *, compute: str = "dense", leave_out: tuple[int, int] | None = None) -> Study:
@@ -43,40 +46,49 @@ def study(points: Iterable[Point], *, compute: str = "dense", leave_out: tuple[i
     both are held out, predicted and compared. Raises `ScalingError` where no run or every run is held out.
     """
     points = list(dict.fromkeys(points))
-    usual = _usual(points)
-    own = [point for point in points if point.lr == usual]
+    lr = _usual(points, "lr")
+    of_lr = [point for point in points if point.lr == lr]
+    k = _usual(of_lr, "k")
+    of_k = [point for point in points if point.k in (k, None)]  # None: another kind, which a fit refuses
+    own = [point for point in of_k if point.lr == lr]
     held = [point for point in own if leave_out and _at_least(point, *leave_out)]
     if leave_out and len(held) in (0, len(own)):
         raise ScalingError(f"leave_out={leave_out[0]},{leave_out[1]}: {'every' if held else 'no'} run has at least so many "
                            "features and tokens; nothing can be compared")
     refused: list[str] = []
-    try:
-        laws = fit([point for point in own if point not in held], compute=compute)
-    except ScalingError as error:
-        laws = None
-        refused.append(f"no scaling laws: {error}")
+
+    def fitted(what: str, make: Callable, *given, **options):
+        try:
+            return make(*given, **options)
+        except ScalingError as error:
+            refused.append(f"no {what}: {error}")
+            return None
+
+    laws = fitted("scaling laws", fit, [point for point in own if point not in held], compute=compute)
+    of_rates, of_ks = _varied(of_k, "lr"), _longest(_varied(of_lr, "k"))
+    rates = fitted("law of the learning rate", fit_lr, of_rates, compute=compute) if of_rates else None
+    topk = fitted("surface over k", fit_topk_surface, of_ks) if of_ks else None
     compared = [Held(point, laws.predict(point.features, point.steps)) for point in held if laws and not point.diverged]
-    return Study(tuple(points), laws, _rates(points, compute, refused), tuple(compared), tuple(refused))
+    return Study(tuple(points), laws, rates, topk, tuple(compared), tuple(refused))
 
 
-def _usual(points: Sequence[Point]) -> float | None:
-    """The learning rate that most sizes and lengths have; of several the smallest."""
-    found = Counter(lr for _, _, lr in {(point.features, point.steps, point.lr) for point in points})
-    return min(found, key=lambda lr: (-found[lr], lr), default=None)
+def _usual(points: Sequence[Point], name: str) -> float | None:
+    """The value of a field that most sizes and lengths have; of several the smallest."""
+    found = Counter(value for _, _, value in {(point.features, point.steps, getattr(point, name)) for point in points})
+    return min((value for value in found if value is not None), key=lambda value: (-found[value], value), default=None)
 
 
 def _at_least(point: Point, features: int, tokens: int) -> bool:
     return point.features >= features and point.steps * point.batch >= tokens
 
 
-def _rates(points: Sequence[Point], compute: str, refused: list[str]) -> RateLaw | None:
-    """Through the sizes and lengths that were trained with several learning rates; None where there are none."""
-    several = Counter((features, steps) for features, steps, _ in {(p.features, p.steps, p.lr) for p in points})
-    swept = [point for point in points if several[point.features, point.steps] > 1]
-    if not swept:
-        return None
-    try:
-        return fit_lr(swept, compute=compute)
-    except ScalingError as error:
-        refused.append(f"no law of the learning rate: {error}")
-        return None
+def _varied(points: Sequence[Point], name: str) -> list[Point]:
+    """Those whose size and length stands there with several values of a field."""
+    several = Counter((features, steps) for features, steps, _ in {(p.features, p.steps, getattr(p, name)) for p in points})
+    return [point for point in points if several[point.features, point.steps] > 1]
+
+
+def _longest(points: Sequence[Point]) -> list[Point]:
+    """Those of the most steps."""
+    steps = max((point.steps for point in points), default=0)
+    return [point for point in points if point.steps == steps]

@@ -22,11 +22,11 @@ _SHARES = (0.02, 0.1, 0.3, 0.6, 0.9)  # of the least loss of a k that the second
 @dataclass(frozen=True, eq=False)
 class TopKSurface:
     """What `fit_topk_surface` finds. parameters: by the names of the equation, with 90 % intervals. error: root mean square of
-    the residuals in ln loss. features, k: the ranges that were fitted.
+    the residuals in ln loss. features, k: the ranges that were fitted. runs: their names.
     """
 
     loss_name: str
-    points: int
+    runs: tuple[str, ...]
     parameters: dict[str, Estimate]
     error: float
     features: tuple[int, int]
@@ -36,6 +36,11 @@ class TopKSurface:
     noise_P: np.ndarray
     theta_6: np.ndarray
     draws_R6: np.ndarray
+
+    @property
+    def points(self) -> int:
+        """How many were fitted."""
+        return len(self.runs)
 
     def predict(self, features: float, k: float) -> Estimate:
         """Loss of one run, with an interval that one more run lies in. Raises `ScalingError` for 0 and less."""
@@ -74,7 +79,7 @@ def fit_topk_surface(points: Iterable[Point], *, bootstrap: int = 1000, seed: in
     draws_R6 = model.solve(np.tile(theta_6, (bootstrap, 1)), resampled(fitted_P, noise_P, bootstrap, seed))
     sizes, ks = ([getattr(point, name) for point in kept] for name in ("features", "k"))
     return TopKSurface(
-        kept[0].loss_name, len(kept), named(_NAMES, theta_6, draws_R6, [lambda x: x] * 6),
+        kept[0].loss_name, tuple(point.run for point in kept), named(_NAMES, theta_6, draws_R6, [lambda x: x] * 6),
         float(np.sqrt(np.mean((y_P - fitted_P) ** 2))), (min(sizes), max(sizes)), (min(ks), max(ks)), tuple(left), seed, noise_P,
         theta_6, draws_R6)
 

@@ -14,7 +14,7 @@ from saejax.scaling.points import parsed_recipe, read_points
 from saejax.scaling.study import study
 from saejax.train import loop
 from tests import tiny_experiment as tiny
-from tests.scaling.test_laws import grid, point
+from tests.scaling.test_laws import grid, point, topk_grid
 
 GRID = ("sae.d_sae=32,64,128", "train.tokens=512,1024,2048")
 BY_COMPUTE = ["d_sae=32,tokens=512", "d_sae=64,tokens=512", "d_sae=32,tokens=1024", "d_sae=128,tokens=512"]
@@ -198,6 +198,24 @@ def test_learning_rates_beside_a_grid(tmp_path):
     assert study(usual).rates is None
     few = study([*usual, swept[0]])
     assert few.laws and few.rates is None and few.refused[0].startswith("no law of the learning rate: 0 of 1 budgets")
+
+
+def test_several_k_beside_a_grid(tmp_path, capsys):
+    """The surface over k comes from the longest runs, the other laws from the usual k alone; by itself it has a report, too."""
+    usual, several = grid(1e-3), [p for p in topk_grid(1e-3) if p.k != 32]
+    short = [dataclasses.replace(p, run=f"short {p.run}", steps=p.steps // 2) for p in several]
+    both = study([*usual, *(dataclasses.replace(p, steps=64_000) for p in several), *short])
+    assert both.laws.points == 36 and both.topk.runs == tuple(p.run for p in several) and both.refused == ()
+    assert main(["scaling", saved(tmp_path, several), f"--out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"beta_k +\S+ \(", printed) and "no scaling laws: 6 runs" in printed
+    report = json.loads((tmp_path / "out/scaling.json").read_text())
+    assert report["laws"] is None and report["topk"]["points"] == len(several) and report["refused"]
+    page = (tmp_path / "out/scaling.html").read_text()
+    assert "Surface over features and k" in page and "Power laws" not in page and "What a budget buys" not in page
+    assert study(usual[:5]).topk is None
+    few = study([*usual, dataclasses.replace(usual[-1], run="k", k=64)])
+    assert few.laws and few.topk is None and few.refused[0].startswith("no surface over k: 2 runs")
 
 
 def test_the_same_points_twice_count_once(tmp_path):

@@ -15,6 +15,7 @@ from saejax.scaling.envelope import vertices
 from saejax.scaling.laws import fit
 from saejax.scaling.points import Point, read_points, recipe_of
 from saejax.scaling.rates import fit_lr
+from saejax.scaling.study import Study
 from saejax.scaling.topk import fit_topk_surface
 
 LAW = {"E": 0.1, "A": 40.0, "a": 0.5, "B": 80.0, "b": 0.6}
@@ -277,7 +278,7 @@ def test_what_is_written(tmp_path):
     points.append(dataclasses.replace(points[3], run="gone", loss=None, diverged="<b>NaN</b>", alive=None, dead_fraction=None))
     laws = fit(points, **FEW)
     rates, topk = fit_lr(sweep(1e-3), **FEW), fit_topk_surface(topk_grid(), **FEW)
-    page = write_scaling(tmp_path / "study", points, laws, rates=rates, topk=topk)
+    page = write_scaling(tmp_path / "study", Study(tuple(points), laws, rates, topk))
     assert read_points(page.with_name("scaling.json")) == points
     assert fit(read_points(page.with_name("scaling.json")), **FEW).summary() == laws.summary()
     assert json.loads(page.with_name("scaling.json").read_text())["laws"]["surface"]["a"]["value"] == laws.surface["a"].value
@@ -290,7 +291,7 @@ def test_what_is_written(tmp_path):
         rows = list(csv.DictReader(f))
     assert len(rows) == 37 and rows[0]["run"] == f"'{hostile}" and rows[-1]["loss"] == ""
     assert float(rows[1]["loss"]) == points[1].loss
-    for figure in ("loss", "features", "steps", "lr"):
+    for figure in ("loss", "features", "steps", "lr", "topk"):
         assert page.with_name(f"{figure}.png").read_bytes().startswith(b"\x89PNG")
         assert not re.search(rb"<script|<text|href=\"http", page.with_name(f"{figure}.svg").read_bytes())
 

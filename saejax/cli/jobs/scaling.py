@@ -32,10 +32,11 @@ def run(options: Options) -> int:
         return 0
     found = study(points, compute=options.compute, leave_out=options.leave_out)
     _say(found, options)
-    if found.laws and out is not None:
+    some = found.laws or found.rates or found.topk
+    if some and out is not None:
         from saejax.pages.scaling import write_scaling
-        print(f"\nreport   {write_scaling(out, found.points, found.laws, rates=found.rates, held=found.held)}")
-    if found.refused and options.points and not (found.laws or found.rates):
+        print(f"\nreport   {write_scaling(out, found)}")
+    if found.refused and options.points and not some:
         raise ScalingError("; ".join(found.refused))
     for line in found.refused:
         print(f"\n{line}")
@@ -61,17 +62,19 @@ def _points(options: Options) -> tuple[list, Path | None]:
 
 
 def _say(found, options: Options) -> None:
-    from saejax.pages.scaling import caveats, held_table, laws_table, left_out, points_table
+    from saejax.pages.scaling import caveats, held_table, laws_table, left_out, points_table, surface_table
     print(points_table(found.points, options.compute))
     if found.laws is not None or found.rates is not None:
-        print(f"\n{laws_table(found.laws, found.rates)}")
+        print(f"\n{laws_table(found)}")
+    if found.topk is not None:
+        print(f"\n{surface_table(found.topk.parameters)}")
     if found.held:
         print(f"\n{held_table(found.held)}")
     if options.predict:
         print(f"\n{_prediction(found, *options.predict)}")
-    for line in caveats(found.laws) if found.laws else []:
+    for line in caveats(found)[len(found.refused):] if found.laws or found.topk else []:
         print(f"note     {line}")
-    for fit, what, why in left_out(found.laws, found.rates):
+    for fit, what, why in left_out(found):
         print(f"left out {fit}: {what}: {why}")
 
 
@@ -94,5 +97,5 @@ JOB = Job(
 
     A run that has a point is not touched again: the same command goes on where it stopped, and a grid can grow. Where no laws can
     be fitted, the points are kept and the last line says why. Several learning rates at several sizes give a law of the learning
-    rate, too.
+    rate, too; several k at several sizes give a surface of the loss over features and k.
     """, "saejax scaling --config=configs/scaling_smollm2.py --predict=16384,4e6", Options, run)
