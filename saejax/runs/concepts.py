@@ -11,7 +11,7 @@ import numpy as np
 from saejax import lm
 from saejax.base.errors import ConceptError
 from saejax.base.logs import say
-from saejax.base.storage import is_writer, read_json, text_sha256, write_json
+from saejax.base.storage import decided, is_writer, read_json, text_sha256, write_json
 from saejax.config import Config
 from saejax.data import sources
 from saejax.data.store import is_complete
@@ -51,9 +51,10 @@ class Asked:
     random: int = SampleOptions.random
 
 
-def concept_study(subjects: list[Subject], asked: Asked, out: Path) -> tuple[Study, Path]:
+def concept_study(subjects: list[Subject], asked: Asked, out: Path) -> tuple[Study, Path | None]:
     """Counts the concepts in the text that all runs were trained on, looks for their features in every SAE, fits the curves, and
-    writes all of it into a folder: (study, its page). The list is emptied on the way: one dictionary is in memory at a time.
+    writes all of it into a folder: (study, its page; None in a process that does not write). The list is emptied on the way:
+    one dictionary is in memory at a time.
 
     What is counted, and measured of an SAE, is kept in the folder and not measured again. Raises `ConceptError` for what is no
     run, for runs of different hookpoints, models or texts, and where the text has none of the concepts.
@@ -85,7 +86,7 @@ def concept_study(subjects: list[Subject], asked: Asked, out: Path) -> tuple[Stu
         dictionaries.append(_dictionary(label, subject, measured))
     how = asdict(asked.criterion) | asdict(measuring.sample) | {"contexts": words.contexts, "context": words.context}
     study = Study(counts, tuple(dictionaries), how)
-    return study, write_concepts(out, study)
+    return study, write_concepts(out, study) if is_writer() else None
 
 
 def check_alike(subjects: Sequence[Subject]) -> None:
@@ -163,7 +164,10 @@ class _Measuring:
         """What is kept of an SAE, or is now."""
         key = {"sae": checkpoint_of(subject), **self._key}
         file = self._folder / f"{text_sha256(json.dumps(key, sort_keys=True))[:16]}.json"
-        if (kept := _kept(file, key, Measured.from_json)) is not None:
+        kept = _kept(file, key, Measured.from_json)
+        if decided(kept is not None):
+            if kept is None:
+                raise ConceptError(f"{file}: process 0 has it and this process does not see it; give all processes one folder")
             say(f"{shown}: kept in {file}")
             return kept
         say(f"{shown}: looking for features of {len(self._concepts):,} concepts")

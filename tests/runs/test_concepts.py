@@ -4,11 +4,14 @@ import csv
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from saejax.cli.main import main
 from tests import tiny_experiment as tiny
+from tests.processes import environment, free_port
 
 WHOLE = "--tokens=100000"  # more than the text has
 
@@ -155,3 +158,21 @@ def test_without_a_store_the_language_model_reads_the_text(finished, listed, tmp
     values = json.loads((tmp_path / "out" / "concepts.json").read_text())
     sampled = [line["sampled"] for line in values["concepts"]]
     assert values["how"]["contexts"] is None and max(sampled) > 0 and values["curves"]["sizes"][0]["alive"] <= 64
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(study, runs, listed, tmp_path):
+    port = free_port()
+    command = [sys.executable, "-m", "saejax", "concepts", *runs, f"--out={tmp_path}", f"--list={listed}", "--random=64", WHOLE,
+               "--distributed", "--num-processes=2", f"--coordinator=127.0.0.1:{port}"]
+    jobs = [subprocess.Popen([*command, f"--process-id={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                             env=environment(2)) for i in range(2)]
+    said = [job.communicate(timeout=300) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert "page" in said[0][0] and "page" not in said[1][0]
+    one, two = (list(csv.DictReader((folder / "concepts.csv").open())) for folder in (study, tmp_path))
+    assert len(one) == len(two) == 122
+    shares = ("precision", "recall", "f1")
+    for a, b in zip(one, two, strict=True):
+        assert [float(b[name] or 0) for name in shares] == pytest.approx([float(a[name] or 0) for name in shares])
+        assert {**b, **dict.fromkeys(shares)} == {**a, **dict.fromkeys(shares)}

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from saejax.base.errors import ConfigError
-from saejax.cli.options import Job, Json, count, number, numbers, path, places, refuse, value, words
+from saejax.cli.options import DistributedOptions, Job, Json, count, number, numbers, path, places, refuse, value, words
 
 
 @dataclass(frozen=True)
-class Options(Json):
+class Options(Json, DistributedOptions):
     paths: tuple[str, ...] = places("RUN", "runs, or sweeps, at one hookpoint and on one text")
     out: Path | None = value("where to write, and what was measured is kept", "DIR", path, required=True)
     list: tuple[str, ...] | None = value("concepts: animals, cities, elements, foods, london_boroughs, or files with one a line, "
