@@ -27,13 +27,14 @@ class Held(NamedTuple):
 @dataclass(frozen=True, eq=False)
 class Study:
     """What the points of a study give. laws: through the runs of the learning rate that most sizes and lengths have; rates:
-    through those that were trained with several; None where there is no such law. held: runs that were left out of the fit.
-    refused: why `laws` or `rates` could not be fitted, a line each.
+    through those that were trained with several; None where there is no such law. lr: the learning rate of `laws`. held:
+    runs that were left out of the fit. refused: why `laws` or `rates` could not be fitted, a line each.
     """
 
     points: tuple[Point, ...]
     laws: Laws | None
     rates: RateLaw | None
+    lr: float | None
     held: tuple[Held, ...]
     refused: tuple[str, ...]
 
@@ -56,7 +57,7 @@ def study(points: Iterable[Point], *, compute: str = "dense", leave_out: tuple[i
         laws = None
         refused.append(f"no scaling laws: {error}")
     compared = [Held(point, laws.predict(point.features, point.steps)) for point in held if laws and not point.diverged]
-    return Study(tuple(points), laws, _rates(points, compute, refused), tuple(compared), tuple(refused))
+    return Study(tuple(points), laws, _rates(points, compute, refused), usual, tuple(compared), tuple(refused))
 
 
 def _usual(points: Sequence[Point]) -> float | None:
