@@ -39,15 +39,15 @@ def _recommended(found: dict) -> list[tuple[str, str]]:
     out += [("k", _k(found))] if what["k"] else []
     if limit := found["without_memory_limit"]:
         out.append(("memory", f"{limit['features']:,} features with {limit['steps']:,} steps would reach {limit['loss']:.4g} and "
-                              f"do not fit: {number(limit['bytes_per_chip'], 'B')} per chip; this is the best that fits"))
+                              f"do not fit: {number(limit['bytes_per_chip'], 'B')} per chip"))
     return [*out, ("to set", f"config.sae.d_sae={what['features']} config.train.tokens={what['tokens']} "
                              f"config.train.lr={what['lr']['value']:.3g}")]
 
 
 def _harvest(harvest: dict) -> str:
     passes = harvest["passes"]
-    here = "" if passes <= 1 else f": {harvest['config_tokens']:,} would be read {passes:.3g} times"
-    return f", so many config.harvest.tokens have to be for one epoch{here}"
+    here = "" if passes <= 1 else f"; the {harvest['config_tokens']:,} of config.harvest.tokens would be read {passes:.3g} times"
+    return f" in one epoch{here}"
 
 
 def _rate(found: dict) -> str:
@@ -56,7 +56,7 @@ def _rate(found: dict) -> str:
         text = f"{rate['value']:.3g} (90 %: {rate['low']:.3g} to {rate['high']:.3g}), by the law of the learning rate, "
         return text + _where(rate["decades"], "its sweeps") + f"; the loss above is that of {law['lr']:.3g}"
     other = "" if own == law["lr"] else f"; the config has {own:.3g}, of which the law says nothing"
-    return f"{rate['value']:.3g}, that of the law's runs: no others were swept at three budgets{other}"
+    return f"{rate['value']:.3g}, that of the law's runs; there is no law of it{other}"
 
 
 def _k(found: dict) -> str:
@@ -78,8 +78,8 @@ def _law(found: dict) -> list[tuple[str, str]]:
         out.append(("  outside of the runs", f"{', '.join(beyond)} decades"))
     if law["differs"]:
         out.append(("  differs in", visible("; ".join(law["differs"]), 300)))
-    out += [(f"  best of these FLOPs, {one['by']}", f"{_size(one['features'])} features, {_size(one['steps'])} steps, loss "
-             f"{_loss(one['loss'])}{'' if one['offset'] else ', with no offset: too low far out'}")
+    out += [(f"  best of these FLOPs, {one['by']}", f"{_short(one['features'])} features, {_short(one['steps'])} steps, loss "
+             f"{one['loss']['value']:.4g}{'' if one['offset'] else ' (no offset was fitted: too low far out)'}")
             for one in found["same_flops"]]
     return out + [("", visible(why, 300)) for why in law["refused"]]
 
@@ -90,6 +90,10 @@ def _where(decades: float, what: str) -> str:
 
 def _size(e: dict) -> str:
     return f"{e['value']:,.0f}; 90 %: {e['low']:,.0f} to {e['high']:,.0f}"
+
+
+def _short(e: dict) -> str:
+    return f"{number(e['value'])} ({number(e['low'])} to {number(e['high'])})"
 
 
 def _loss(e: dict) -> str:

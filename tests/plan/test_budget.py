@@ -26,16 +26,17 @@ def loss(features, steps):
 
 def point(features, steps, config=CONFIG, factor=1.0, **changes):
     values = {"run": f"{features},{steps},{changes}", "recipe": recipe_of(recipe(config) | {"store": "0f"}), "d_in": D,
-              "features": features, "steps": steps, "batch": BATCH, "k": 16, "lr": 1e-4, "flops_dense": float(EACH * features * steps),
-              "flops_sparse": float(BATCH * (2 * D * features + 8 * D * 16) * steps), "loss": float(loss(features, steps) * factor),
-              "loss_name": "fvu", "alive": None, "dead_fraction": None, "dead_tokens": 1000}
+              "features": features, "steps": steps, "batch": BATCH, "k": 16, "lr": 1e-4, "loss_name": "fvu",
+              "flops_dense": float(EACH * features * steps), "loss": float(loss(features, steps) * factor),
+              "flops_sparse": float(BATCH * (2 * D * features + 8 * D * 16) * steps),
+              "alive": None, "dead_fraction": None, "dead_tokens": 1000}
     return Point(**values | changes)
 
 
 def grid(noise=0.0, seed=0, **changes):
     rng = np.random.default_rng(seed)
-    return [point(round(1024 * 10 ** (i / 5)), round(1000 * 10 ** (j / 5)), factor=math.exp(noise * rng.standard_normal()), **changes)
-            for i in range(6) for j in range(6)]
+    return [point(round(1024 * 10 ** (i / 5)), round(1000 * 10 ** (j / 5)), factor=math.exp(noise * rng.standard_normal()),
+                  **changes) for i in range(6) for j in range(6)]
 
 
 def swept():
@@ -125,7 +126,7 @@ def test_what_does_not_fit_is_said_with_what_it_costs():
 
 
 def test_features_are_what_the_mesh_divides():
-    found = recommend(CONFIG, grid(), read("1h"), topology="h200:6")  # mesh 1 x 6
+    found = recommend(make_config(train__batch=516), grid(batch=516), read("1h"), topology="h200:6")
     assert found["topology"]["mesh"] == {"data": 1, "dict": 6} and found["recommended"]["features"] % 6 == 0
 
 
@@ -195,8 +196,10 @@ def test_budgets_and_points_that_give_nothing():
         recommend(CONFIG, grid()[:8], read("1e15"))
     with pytest.raises(ScalingError, match="sparse FLOPs were not counted"):
         recommend(CONFIG, grid(flops_sparse=None), read("1e15"), compute="sparse")
-    with pytest.raises(ScalingError, match="pays for no step"):
+    with pytest.raises(ScalingError, match="no optimum between 64 and 320 features"):
         recommend(CONFIG, grid(), read("1e9"))
+    with pytest.raises(ScalingError, match="pays for no step"):
+        recommend(CONFIG, grid(), read("0.000001s"), topology="h200:1")
     with pytest.raises(ConfigError, match="features fit these chips"):
         recommend(make_config(train__batch=2**22), grid(batch=2**22), read("9000d"), topology="v5e:1x1")
 
@@ -205,8 +208,8 @@ def test_the_command(tmp_path, capsys):
     points, config = tmp_path / "points.json", tmp_path / "config.py"
     points.write_text(json.dumps([p.to_json() for p in grid()]))
     config.write_text("from saejax.config import default_config\n\n\ndef get_config():\n    c = default_config('topk')\n"
-                      "    c.lm.model = 'somebody/some-model'\n    c.sae.d_in, c.sae.d_sae, c.train.batch, c.mesh.data = 512, 8192, 512, 1\n"
-                      "    c.sae.k, c.sae.aux_k = 16, 0\n    return c\n")
+                      "    c.lm.model, c.mesh.data = 'somebody/some-model', 1\n"
+                      "    c.sae.d_in, c.sae.d_sae, c.train.batch, c.sae.k, c.sae.aux_k = 512, 8192, 512, 16, 0\n    return c\n")
     common = ["plan", f"--config={config}", "--topology=h200:1"]
     assert main([*common, "--budget=1h", f"--law={points}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
