@@ -102,9 +102,9 @@ def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, di
              "path": "sparse" if work.pairs else "dense, in tiles" if work.tiled else "dense"}
     best = step_cost.best_mesh(config, spec, topology)
     if best != (data, dict_):
-        rate = _time(config, Work.of(config, spec, *best, topology.chip), topology)["tokens_per_second"]
+        rate = timing(config, Work.of(config, spec, *best, topology.chip), topology)["tokens_per_second"]
         where["best"] = {"data": best[0], "dict": best[1], "tokens_per_second": rate}
-    time = _time(config, work, topology)
+    time = timing(config, work, topology)
     return {"topology": where,
             "memory": {"by_kind": memory, "total": total, "usable": usable, "fits": total <= usable},
             "flops": {"per_step_per_chip": round(step_cost.flops(work)),
@@ -114,7 +114,7 @@ def on_topology(config: Config, spec: SAESpec, topology: Topology, data: int, di
             "time": time, "checkpoint": _checkpoint(config, sum(kept.values()), dict_, topology, time["tokens_per_second"])}
 
 
-def _time(config: Config, work: Work, topology: Topology) -> dict:
+def timing(config: Config, work: Work, topology: Topology) -> dict:
     """Seconds of a step by what takes them, and what follows: tokens/s, days, the rate at which the store is read."""
     parts, row = step_cost.seconds(work, topology), 2 * work.row_width
     fed = work.rows * row / topology.size / topology.chip.host
@@ -163,7 +163,7 @@ def fitting(config: Config, spec: SAESpec) -> list[dict]:
         work = Work.of(config, spec, data, dict_, topology.chip)
         if step_cost.fits(work, topology.chip):
             found[topology.chip.name] += 1
-            time = _time(config, work, topology)
+            time = timing(config, work, topology)
             used = step_cost.state_size(work) + sum(step_cost.working(work, topology.chip.platform).values())
             out.append({"topology": topology.name, "chips": topology.size, "mesh": {"data": data, "dict": dict_},
                         "bytes_per_chip": round(used), "tokens_per_second": time["tokens_per_second"], "days": time["days"]})

@@ -18,9 +18,13 @@ def as_table(plan: dict) -> str:
         sections += [_memory(plan), _traffic(plan), _time(plan), _checkpoint(plan)]
     if "compiled" in plan:
         sections.append(_compiled(plan))
+    return f"{columns(sections)}\n\n{_fits(plan)}"
+
+
+def columns(sections: list[list[tuple[str, str]]]) -> str:
+    """Labels in one column, values in the other, an empty line between sections."""
     width = max(len(label) for section in sections for label, _ in section) + 2
-    blocks = ["\n".join(f"{label:<{width}}{value}" for label, value in section) for section in sections]
-    return "\n\n".join([*blocks, _fits(plan)])
+    return "\n\n".join("\n".join(f"{label:<{width}}{value}" for label, value in section) for section in sections)
 
 
 def number(value: float, unit: str = "") -> str:
@@ -31,7 +35,8 @@ def number(value: float, unit: str = "") -> str:
     return f"{value:.3g} {unit}".rstrip()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """93784.0 -> "1.09 days"."""
     for size, name in ((86_400, "days"), (3600, "hours"), (60, "minutes"), (1, "s")):
         if seconds >= size:
             return f"{seconds / size:.3g} {name}"
@@ -50,9 +55,9 @@ def _experiment(plan: dict) -> list[tuple[str, str]]:
     if "lm_flops_per_token" in harvest:
         out.append(("harvest", f"{number(harvest['lm_flops_per_token'], 'FLOP')} per token of {harvest['model']}, "
                                f"{harvest['share_of_flops']:.0%} of all FLOPs"
-                               + (f"; about {_duration(harvest['seconds'])} here" if "seconds" in harvest else "")))
+                               + (f"; about {duration(harvest['seconds'])} here" if "seconds" in harvest else "")))
     if "stage_seconds" in harvest:
-        stages = ", ".join(f"{name} {_duration(value)}" for name, value in harvest["stage_seconds"].items())
+        stages = ", ".join(f"{name} {duration(value)}" for name, value in harvest["stage_seconds"].items())
         out.append(("  its stages", f"{stages}; slowest is the {harvest['slowest']}"))
     return out
 
@@ -79,22 +84,22 @@ def _traffic(plan: dict) -> list[tuple[str, str]]:
 
 def _time(plan: dict) -> list[tuple[str, str]]:
     time = plan["time"]
-    peak = _duration(time["step_seconds_at_peak"])
-    return [("step, roofline", f"{_duration(time['step_seconds'])}, most of it {time['bound']}; {peak} at the vendor's peak"),
-            *((f"  {name}", _duration(value)) for name, value in time["seconds"].items() if value),
+    peak = duration(time["step_seconds_at_peak"])
+    return [("step, roofline", f"{duration(time['step_seconds'])}, most of it {time['bound']}; {peak} at the vendor's peak"),
+            *((f"  {name}", duration(value)) for name, value in time["seconds"].items() if value),
             *((("  AuxK, not in the sum", _dead(time["aux_seconds"])),) if time["aux_seconds"] else ()),
             ("tokens/s", number(time["tokens_per_second"])),
             ("store is read at", f"{number(time['store_bytes_per_second'], 'B')}/s, {_input(time['input'])}"),
             ("a batch is drawn from", f"{time['input']['contexts_of_a_batch']:,} contexts"),
-            ("training takes", f"{_duration(time['days'] * 86_400)} ({time['steps']:,} steps)")]
+            ("training takes", f"{duration(time['days'] * 86_400)} ({time['steps']:,} steps)")]
 
 
 def _checkpoint(plan: dict) -> list[tuple[str, str]]:
     saved = plan["checkpoint"]
-    return [("checkpoint", f"{number(saved['bytes'], 'B')}, written in {_duration(saved['write_seconds'])}; the step waits "
-                           f"{_duration(saved['stall_seconds'])}"),
-            ("  saved every", f"{_duration(saved['interval_seconds'])}; with a failure every "
-                              f"{_duration(saved['failure_seconds'])}, {saved['lost']:.2%} of the time is lost"),
+    return [("checkpoint", f"{number(saved['bytes'], 'B')}, written in {duration(saved['write_seconds'])}; the step waits "
+                           f"{duration(saved['stall_seconds'])}"),
+            ("  saved every", f"{duration(saved['interval_seconds'])}; with a failure every "
+                              f"{duration(saved['failure_seconds'])}, {saved['lost']:.2%} of the time is lost"),
             ("  least is lost", f"{saved['best_lost']:.2%}, with config.checkpoint.every_tokens = "
                                 f"{saved['best_every_tokens']:.1e}".replace("e+0", "e"))]
 
@@ -108,8 +113,8 @@ def _input(read: dict) -> str:
 
 def _dead(seconds: dict[str, float]) -> str:
     *rooms, last = seconds.items()
-    parts = [f"{_duration(value)} up to {int(most):,} dead" for most, value in rooms]
-    return ", ".join([*parts, f"{_duration(last[1])} with more"])
+    parts = [f"{duration(value)} up to {int(most):,} dead" for most, value in rooms]
+    return ", ".join([*parts, f"{duration(last[1])} with more"])
 
 
 def _compiled(plan: dict) -> list[tuple[str, str]]:
@@ -121,7 +126,7 @@ def _compiled(plan: dict) -> list[tuple[str, str]]:
     return [("compiled", f"in {found['seconds_to_compile']:.0f} s"),
             ("  bytes per chip, at the peak", f"{number(peak, 'B')} (analytic {number(total, 'B')})"),
             *((f"    {name}", number(size, "B")) for name, size in memory.items()),
-            ("  step, compiler's estimate", _duration(estimate) if estimate else "none (the program has loops)"),
+            ("  step, compiler's estimate", duration(estimate) if estimate else "none (the program has loops)"),
             *((f"  moved along {axis}", f"{number(size, 'B')}{_beside(plan, axis)}")
               for axis, size in found["collective_bytes"].items() if size)]
 
@@ -142,4 +147,4 @@ def _options(plan: dict) -> Iterator[tuple[str, ...]]:
     for option in plan["fits"]:
         mesh = option["mesh"]
         yield (option["topology"], f"{mesh['data']} x {mesh['dict']}", f"{option['bytes_per_chip'] / 1e9:.3g}",
-               number(option["tokens_per_second"]), _duration(option["days"] * 86_400))
+               number(option["tokens_per_second"]), duration(option["days"] * 86_400))

@@ -7,21 +7,17 @@ grow, and of what was measured only the points have to be kept.
 import dataclasses
 import gc
 import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 
-from saejax import config as config_lib
 from saejax.base import hardware, lease
 from saejax.base.errors import ConfigError, ScalingError
 from saejax.base.logs import say
 from saejax.base.records import MeshOptions, RunPaths
 from saejax.base.storage import decided, is_writer, write_json
 from saejax.config import Config
-from saejax.config.options import NEUTRAL
-from saejax.config.recipes import WITH_K
 from saejax.data.order import RowOrder
 from saejax.data.store import Store, is_complete
 from saejax.runs.evaluation import evaluated_all
@@ -30,6 +26,7 @@ from saejax.runs.experiment import harvested, preflight, trained
 from saejax.runs.subject import forget_language_model
 from saejax.sae import SAESpec
 from saejax.scaling.points import Point, parsed_recipe, read_points, recipe_of
+from saejax.scaling.recipe import recipe, sizes
 from saejax.scaling.sweep import is_sweep
 from saejax.train.checkpoint import steps_in
 from saejax.train.compilation_cache import kept
@@ -37,8 +34,6 @@ from saejax.train.member import Outcome, total_steps
 from saejax.train.step_cost import Work, flops, mesh_options
 
 POINTS = "points.json"
-_RECIPE = ("sae.", "train.", "stream.")  # sections that every run of a fit has in common, but for:
-_OWN = {"sae.d_sae", "train.tokens", "train.batch", "train.lr", *NEUTRAL}
 
 
 def measured_points(config: Config, *, limit: int | None = None, epochs: bool = False) -> list[Point]:
@@ -108,31 +103,18 @@ def _point(config: Config, store: Store, **measured) -> Point:
     work, steps = Work.of(config, spec, 1, 1, hardware.chip_of(jax.local_devices()[0])), total_steps(config)
     sparse = flops(dataclasses.replace(work, pairs=True)) if work.k and work.decodes == 1 else None
     return Point(
-        run=_name(config), recipe=recipe_of(_recipe(config) | {"store": store.digest}), d_in=spec.d_in, steps=steps,
-        **_sizes(config),
+        run=_name(config), recipe=recipe_of(recipe(config) | {"store": store.digest}), d_in=spec.d_in, steps=steps,
+        **sizes(config),
         flops_dense=float(steps * work.rows * spec.d_sae * (4 * spec.d_in + 6 * spec.width_out)),
         flops_sparse=None if sparse is None else steps * sparse, **measured)
-
-
-def _sizes(config: Config) -> dict:
-    """What a point tells of its config by itself."""
-    k = config.sae.k if config.sae.kind in WITH_K else None
-    return {"features": config.sae.d_sae, "batch": config.train.batch, "k": k, "lr": config.train.lr}
-
-
-def _recipe(config: Config) -> dict:
-    """What runs of one fit have in common, but for the store. Not the seed: of runs that differ in it the mean counts."""
-    own = _OWN | ({"sae.k"} if config.sae.kind in WITH_K else set())
-    found = {key: value for key, value in config_lib.flat(config).items() if key.startswith(_RECIPE) and key not in own}
-    return json.loads(json.dumps(found | {"data_seed": config.seed_of_data, "lm.model": config.lm.model}))
 
 
 def _check_same(point: Point | None, config: Config, file: Path) -> None:
     """Raises `ScalingError` where the point of a run is of another config."""
     if point is None:
         return
-    wanted = {**_recipe(config), **_sizes(config), "steps": total_steps(config)}
-    found = {**parsed_recipe(point.recipe), **{name: getattr(point, name) for name in (*_sizes(config), "steps")}}
+    wanted = {**recipe(config), **sizes(config), "steps": total_steps(config)}
+    found = {**parsed_recipe(point.recipe), **{name: getattr(point, name) for name in (*sizes(config), "steps")}}
     different = [f"{key}: {found.get(key)!r} -> {value!r}" for key, value in wanted.items() if found.get(key) != value]
     if different:
         raise ScalingError(f"{file}: the point of {point.run!r} is of another config ({'; '.join(different)}); choose another "

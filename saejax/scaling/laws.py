@@ -97,6 +97,15 @@ class Laws:
         return Optimum(compute, _of_logs(u_R), _of_logs(s_R),
                        self._with_noise(y_R[0], y_R[1:]), self.decades(compute))
 
+    def least(self, features_G: np.ndarray, steps_G: np.ndarray) -> tuple[Estimate, Estimate]:
+        """(features, steps) of the run that has the least loss of the surface among G runs: where something else than FLOPs is
+        limited. The intervals say how far the parameters' scatter moves the choice.
+        """
+        theta = np.concatenate([self.theta_5[None], self.draws_R5])
+        u_G, s_G = np.log(features_G), np.log(steps_G)
+        best_R = _surface(u_G, s_G).log(theta).argmin(axis=1)
+        return _of_logs(u_G[best_R]), _of_logs(s_G[best_R])
+
     def summary(self) -> dict:
         """Plain JSON of all but the resamples; the points and the seed give these again."""
         return {"compute": self.compute, "loss_name": self.loss_name, "points": self.points, "error": self.error,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from saejax.base.errors import ConfigError
-from saejax.cli.options import ConfigOptions, Job, Json, places, switch, value
+from saejax.cli.options import ConfigOptions, Job, Json, number, places, refuse, switch, value, words
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,14 @@ class Options(Json, ConfigOptions):
     compile: bool = switch("compile the training step for a TPU topology (pip install 'saejax[tpu-plan]') or for cpu:N, and "
                            "report the compiler's memory and collectives")
 
+    budget: str | None = value("what to train for so much: FLOPs as 1e20; on --topology time as 24h, 3d, 90m, or money as 500usd "
+                               "with --price; takes --law", "BUDGET")
+    law: tuple[str, ...] | None = value("files of points of a scaling study (points.json, scaling.json), with commas between",
+                                        "FILES", words)
+    price: float | None = value("what a chip costs for an hour", "PRICE", number)
+    compute: str = value("which FLOPs the law, and a budget of FLOPs, are over", "KIND", default="dense",
+                         choices=("dense", "sparse"))
+
 
 def run(options: Options) -> int:
     """The job, of every config given."""
@@ -21,10 +29,29 @@ def run(options: Options) -> int:
     from saejax.cli.subjects import configs
     if options.compile and options.topology is None:
         raise ConfigError("saejax plan: --compile needs --topology, for example --topology=v5p:4x4x4")
+    if (options.budget is None) != (options.law is None):
+        given, lacks = ("--law", "--budget=24h") if options.budget is None else ("--budget", "--law=RUN_DIR/points.json")
+        raise ConfigError(f"saejax plan: {given} needs the other one, too; add {lacks}")
+    if options.budget is None:
+        refuse("plan", options, ("price", "compute"), "without a budget")
+    else:
+        refuse("plan", options, ("compile",), "with a budget")
     for config in configs(options):
-        made = plan.make_plan(config, options.topology, compiled=options.compile)
-        print(plan.as_json(made) if options.json else plan.as_table(made))
+        if options.budget is None:
+            made, as_table = plan.make_plan(config, options.topology, compiled=options.compile), plan.as_table
+        else:
+            made, as_table = _for_budget(config, options), plan.budget_table
+        print(plan.as_json(made) if options.json else as_table(made))
     return 0
+
+
+def _for_budget(config, options: Options) -> dict:
+    """What to train for the budget."""
+    from saejax import plan
+    from saejax.scaling.points import read_points
+    points = [point for file in options.law for point in read_points(file)]
+    return plan.recommend(config, points, plan.read(options.budget), topology=options.topology, price=options.price,
+                          compute=options.compute)
 
 
 JOB = Job(
@@ -33,4 +60,7 @@ JOB = Job(
     nothing. Prints
     bytes per chip by kind, FLOPs, collectives, predicted step time and tokens/s, store and harvest, days for
     config.train.tokens, and the smallest topologies that fit. docs/explanation/plan_model.md has the model.
+
+    With --budget and --law it says what to train for so much, by the law that was fitted to the points: features, steps, tokens
+    and learning rate, with 90 % intervals and by how many decades that is extrapolated. docs/how-to/plan.md has an example.
     """, "saejax plan --config=configs/smollm2_pod.py --topology=v5p:4x4x4", Options, run)
