@@ -83,8 +83,9 @@ class FeatureFiles:
 
         logits = tokens("logit_ids", "logit_effects")
         half = len(logits) // 2
-        value = {"id": row["feature"], "said": shown_said(self._said, row["feature"]), "up": logits[:half], "down": logits[half:],
-                 "cosine": near("cosine"), **_numbers_of(row, "fired", "density", "mean", "max", "decoder_norm", "encoder_norm", "bias")}
+        value = {"id": row["feature"], "said": shown_said(self._said, row["feature"]),
+                 **_numbers_of(row, "fired", "density", "mean", "max", "decoder_norm", "encoder_norm", "bias"),
+                 "up": logits[:half], "down": logits[half:], "cosine": near("cosine")}
         if not row["fired"]:  # its page has neither charts nor examples
             return value
         return value | _numbers_of(row, "linear_width") | {

@@ -1,5 +1,5 @@
-"""What a dashboard says of a feature's relatives in smaller and larger dictionaries: the tree from the feature that it comes from to
-those that come from it.
+"""What a dashboard says of a feature's relatives in smaller and larger dictionaries: the tree from the feature that it comes from
+to those that come from it.
 """
 
 from collections.abc import Sequence

@@ -36,8 +36,8 @@ def compare_subjects(a: str | Path | Subject, b: str | Path | Subject, *, rows: 
 
 def split_subjects(*sources: str | Path | Subject, least: float = LEAST) -> Splitting:
     """Dictionaries of growing size at one place: which features of each come from which of the next smaller one, by decoder rows.
-    Of a sweep, all its SAEs. Features that fired on none of the tokens of an SAE's index are left out; without an index all count.
-    Raises `FeatureIndexError` for fewer than two SAEs, SAEs of several places or of one size.
+    Of a sweep, all its SAEs. Features that fired on none of the tokens of an SAE's index are left out; without an index all
+    count. Raises `FeatureIndexError` for fewer than two SAEs, SAEs of several places or of one size.
     """
     subjects = [s for source in sources for s in ([source] if isinstance(source, Subject) else open_all(source))]
     return split([Dictionary(str(s.source), s.sae, s.index_if_any()) for s in subjects], least=least,

@@ -27,11 +27,11 @@ def run(options: Options) -> int:
     if not is_writer():
         return 0
     if options.out is not None:
-        page = write_splitting(found, options.out / PAGE, options.features or ())
         write(found, options.out / FILE)
+        page = write_splitting(found, options.out / PAGE, options.features or ())
     if options.json:
-        levels = [{"sae": level.name, "features": level.features, "left_out": int((~level.fired_F).sum()) if level.known else None}
-                  for level in found.levels]
+        levels = [{"sae": level.name, "features": level.features,
+                   "left_out": int((~level.fired_F).sum()) if level.known else None} for level in found.levels]
         print(json.dumps({"least": found.least, "levels": levels,
                           "steps": [found.shares(level) for level in range(len(found.levels) - 1)]}))
         return 0
@@ -43,9 +43,9 @@ def run(options: Options) -> int:
 
 JOB = Job(
     "split", "understand", "which features of larger dictionaries come from one of a smaller", """
-    Reads SAEs of growing size that read one place, as runs, files or a sweep, and their indexes where they have one. Every feature of
-    each goes to the feature of the next smaller one whose decoder row is nearest: its parent, where the cosine is at least BOUND.
-    Features that fired on none of the tokens of their index are left out; without an index all count.
+    Reads SAEs of growing size at one place, as runs, files or a sweep, and their indexes where they have one. Every feature goes
+    to the feature of the next smaller SAE whose decoder row is nearest: its parent, where the cosine is at least BOUND. Features
+    that fired on none of the tokens of their index are left out; without an index all count.
 
     Prints how many children features have, and which share of each larger dictionary is new, without a parent; writes nothing but
     what --out names.

@@ -1,9 +1,9 @@
 """Feature splitting: dictionaries of growing size at one place, and the features of each that come from one of the size before.
 
-Every feature of a dictionary goes to the feature of the next smaller one whose decoder row is nearest by cosine: its parent, where
-the cosine is at least `LEAST`; a feature without a parent is new. Features that fired on none of the tokens of their index are
-left out on both sides, as the directions of dead ones are at random; of a dictionary without an index all count. After Templeton
-et al. 2024 ("feature splitting"), where one feature of the smallest dictionary is eleven in the largest.
+Every feature of a dictionary goes to the feature of the next smaller one whose decoder row is nearest by cosine: its parent,
+where the cosine is at least `LEAST`; a feature without a parent is new. Features that fired on none of the tokens of their index
+are left out on both sides, as the directions of dead ones are at random; of a dictionary without an index all count. After
+Templeton et al. 2024 ("feature splitting"), where one feature of the smallest dictionary is eleven in the largest.
 """
 
 import functools
@@ -41,9 +41,9 @@ class Dictionary:
 
 @dataclass(frozen=True)
 class Level:
-    """A dictionary among others. fired_F: which features count; known: an index says so. parent_F: the nearest feature of the level
-    before, -1 in the smallest and of features that do not count, with cosine_F NaN. fires_on: tokens of each feature, safe to
-    look at; empty lists where nothing is known. index: the directory.
+    """A dictionary among others. fired_F: which features count; known: an index says so. parent_F: the nearest feature of the
+    level before, -1 in the smallest and of features that do not count, with cosine_F NaN. fires_on: tokens of each feature, safe
+    to look at; empty lists where nothing is known. index: the directory.
     """
 
     name: str
@@ -78,8 +78,8 @@ class Splitting:
 
     def shares(self, level: int) -> dict:
         """How a level is split by the next. Of its features that count: `children` of one in the mean, `histogram` of these, the
-        shares with `none`, `one` and `several`. Of the next one's: the share without a parent (`new`), and the mean `cosine` of the
-        others to theirs.
+        shares with `none`, `one` and `several`. Of the next one's: the share without a parent (`new`), and the mean `cosine` of
+        the others to theirs.
         """
         small, large = self.levels[level], self.levels[level + 1]
         children = self.children_of_each(level)[small.fired_F]
@@ -189,9 +189,9 @@ class Splitting:
 def split(dictionaries: Sequence[Dictionary], *, least: float = LEAST, progress: bool = True) -> Splitting:
     """How each dictionary is split by the next larger one, in whatever order they are given.
 
-    2 F_A F_B D operations for each two neighbours, in blocks of 1,024 features of the smaller one; the rows of the larger one stay
-    where they are. On the host 20 bytes a feature and its four tokens. Raises `FeatureIndexError` for fewer than two, dictionaries
-    of several places or of one size, and one of which nothing fires.
+    2 F_A F_B D operations for each two neighbours, in blocks of 1,024 features of the smaller one; the rows of the larger one
+    stay where they are. On the host some 20 bytes a feature, and its tokens. Raises `FeatureIndexError` for fewer than two,
+    dictionaries of several places or of one size, and one of which nothing fires.
     """
     if not 0 <= least <= 1:
         raise FeatureIndexError(f"least={least}: the cosine of a child and its parent is between 0 and 1")
@@ -219,10 +219,11 @@ def _check_matched(ordered: Sequence[Dictionary]) -> None:
     first = ordered[0]
     for one, larger in zip(ordered, ordered[1:], strict=False):
         if one.sae.cfg.d_sae == larger.sae.cfg.d_sae:
-            raise FeatureIndexError(f"{one.name} and {larger.name}: both have {one.sae.cfg.d_sae:,} features; give dictionaries of "
-                                    "growing size, or compare two of one size")
+            raise FeatureIndexError(f"{one.name} and {larger.name}: both have {one.sae.cfg.d_sae:,} features; give "
+                                    "dictionaries of growing size, or compare two of one size")
         if (a := _place(first.sae)) != (b := _place(larger.sae)):
-            raise FeatureIndexError(f"{first.name}: reads and writes {a}, {larger.name}: {b}; dictionaries of one place are split")
+            raise FeatureIndexError(f"{first.name} is at {a}, {larger.name} at {b}: only dictionaries of one place split each "
+                                    "other's features")
 
 
 def _place(sae: SAE) -> str:
