@@ -251,5 +251,5 @@ def _fires_on(one: Dictionary) -> pa.ListArray:
         return pa.array([[]], pa.list_(pa.string())).take(np.zeros(one.sae.cfg.d_sae, np.int32))
     ids_FN = one.index.heads("token_ids", _TOKENS)
     used, place = np.unique(ids_FN[ids_FN >= 0], return_inverse=True)
-    texts = pa.array([visible(one.index.token(int(t))) for t in used], pa.string()).take(place.ravel())
+    texts = pa.array([visible(one.index.token(int(t))) or "\u2205" for t in used], pa.string()).take(place.ravel())
     return pa.ListArray.from_arrays(np.concatenate([[0], np.cumsum((ids_FN >= 0).sum(1))]).astype(np.int32), texts)
