@@ -35,8 +35,9 @@ class Relatives:
 
     def meta(self) -> dict:
         """What holds for every feature."""
+        names = [visible(level.name.rstrip("/").rsplit("/", 1)[-1], _NAME) for level in self.found.levels]
         return {"own": self.own, "least": self.found.least, "sizes": [level.features for level in self.found.levels],
-                "names": [visible(level.name, _NAME) for level in self.found.levels], "addresses": list(self.addresses)}
+                "names": names, "addresses": list(self.addresses)}
 
     def of(self, feature: int) -> list[tuple[tuple, list[str]]]:
         """((level, feature, cosine to its parent or None, children that are not shown), tokens it fires on) of every line of the
