@@ -10,7 +10,7 @@
 
 from saejax.base.version import __version__
 
-__all__ = ["__version__", "compare", "evaluate", "lm", "load", "open", "run", "store_of"]
+__all__ = ["__version__", "compare", "evaluate", "lm", "load", "open", "run", "split", "store_of"]
 
 
 def __getattr__(name: str):
@@ -24,6 +24,9 @@ def __getattr__(name: str):
     if name == "compare":
         from saejax.runs.comparison import compare_subjects
         return compare_subjects
+    if name == "split":
+        from saejax.runs.comparison import split_subjects
+        return split_subjects
     if name == "evaluate":
         from saejax.runs.evaluation import evaluate_subject
         return evaluate_subject

@@ -32,12 +32,14 @@ from saejax.features.index.examples import INTERVALS
 from saejax.features.index.reader import GROUP, FeatureIndex
 from saejax.pages.dashboard_features import FeatureFiles
 from saejax.pages.dashboard_list import Lines, write_list
+from saejax.pages.dashboard_relatives import Relatives
 from saejax.pages.data_files import numbered, packed, write_value
 from saejax.pages.templates import render, source
 
 STYLES = ("theme.css", "app.css")
 SCRIPTS = (  # in this order
-    "elements.js", "data.js", "tip.js", "charts.js", "map.js", "search.js", "list.js", "feature.js", "app.js")
+    "elements.js", "data.js", "tip.js", "charts.js", "map.js", "search.js", "list.js", "family.js",
+    "feature.js", "app.js")
 MARK = "dashboard.json"  # says that a directory is a dashboard, and of which index
 _META = 'saejax("meta",0,'
 _POINTS = 16_384  # of a file of the map
@@ -45,11 +47,12 @@ _POINTS = 16_384  # of a file of the map
 
 def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures: list[tuple[str, str]] = (),
                     links: list[tuple[str, str]] = (), explanations: Mapping[int, str] = MappingProxyType({}),
-                    picture: Picture | None = None, progress: bool = True) -> Path:
+                    picture: Picture | None = None, relatives: Relatives | None = None, progress: bool = True) -> Path:
     """Writes the site and returns the path of its `index.html`, which is written last.
 
     figures: (label, value) of the run for the front page. links: (label, relative address). explanations: {feature: what somebody
-    says of it}. picture: of the features, or of a sample of them (`picture.plane`). Memory: some hundred bytes a feature.
+    says of it}. picture: of the features, or of a sample of them (`picture.plane`). relatives: of its features in smaller and
+    larger dictionaries. Memory: some hundred bytes a feature.
     Raises `FeatureIndexError` when `out` is another directory's place or an explained feature is none, `DiskError`.
     """
     out = Path(out)
@@ -64,7 +67,7 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
     data, lines = out / "data", Lines.of(index, explanations)
     with disk_errors(data):
         shutil.rmtree(data, ignore_errors=True)  # of a dashboard that stood here
-    files = FeatureFiles(data, index, lines.ids["tokens"][:, 0], explanations)
+    files = FeatureFiles(data, index, lines.ids["tokens"][:, 0], explanations, relatives)
     divided = write_list(data, lines, files.token)
     with Progress("dashboard", index.features, unit="feature", enabled=progress) as bar:
         for first in range(0, index.features, GROUP):
@@ -72,7 +75,8 @@ def write_dashboard(index: FeatureIndex, out: str | Path, *, title: str, figures
             files.write(first, last)
             bar.advance(last - first)
     divided |= files.finish() | {"explained": len(explanations), "map_part": _POINTS,
-                                 "points": 0 if picture is None else _write_map(data, picture)}
+                                 "points": 0 if picture is None else _write_map(data, picture),
+                                 "splitting": relatives.meta() if relatives else None}
     write_value(data / "meta.js", "meta", 0, _meta(index, title, figures, links) | divided)
     return _write_page(out, title)
 

@@ -14,6 +14,7 @@ import numpy as np
 from saejax.base.text import script_json, visible
 from saejax.features.index.reader import EXAMPLES, FeatureIndex
 from saejax.pages.dashboard_list import shown_said
+from saejax.pages.dashboard_relatives import Relatives
 from saejax.pages.data_files import Divided, write_value
 
 FILES_PER_FOLDER = 256
@@ -22,9 +23,11 @@ FILES_PER_FOLDER = 256
 class FeatureFiles:
     """Writes features in their order."""
 
-    def __init__(self, folder: Path, index: FeatureIndex, first_F: np.ndarray, said: Mapping[int, str]):
-        """first_F: the token that each feature fires on most, -1 for none."""
+    def __init__(self, folder: Path, index: FeatureIndex, first_F: np.ndarray, said: Mapping[int, str],
+                 relatives: Relatives | None = None):
+        """first_F: the token that each feature fires on most, -1 for none. relatives: those in other dictionaries."""
         self._folder, self._index, self._first_F, self._said = folder / "features", index, first_F, said
+        self._relatives = relatives
         self._files = Divided("features", lambda number: self._place(number) / f"{number:06d}.js")
         self._words: dict[str, int] = {}
         self.visible = functools.lru_cache(1 << 18)(visible)  # the same tokens come again and again
@@ -64,6 +67,9 @@ class FeatureFiles:
         known, value = len(self._words), self._value(row)
         if examples:
             value["examples"] = [[*e, self._numbers(map(self.visible, texts)), acts] for *e, texts, acts in examples]
+        family = self._relatives.of(row["feature"]) if self._relatives else []
+        if family:
+            value["family"] = [[*numbers, *self._numbers(texts)] for numbers, texts in family]
         return script_json(value | {"words": list(itertools.islice(self._words, known, None))})
 
     def _value(self, row: dict) -> dict:

@@ -7,7 +7,8 @@ import numpy as np
 from saejax.base.errors import ConfigError
 from saejax.data.store import Store
 from saejax.features.compare.dictionaries import LEAST, Comparison, compare
-from saejax.runs.opening import open_subject
+from saejax.features.compare.splitting import Dictionary, Splitting, split
+from saejax.runs.opening import open_all, open_subject
 from saejax.runs.subject import Subject
 
 _PIECE, _COMPARED = 4096, 65_536  # rows encoded at once; rows on which the firing of two dictionaries is compared
@@ -31,6 +32,16 @@ def compare_subjects(a: str | Path | Subject, b: str | Path | Subject, *, rows: 
     if rows is not None and pieces is None:
         raise ConfigError(f"rows={rows}: there are no activations to compare: neither has a store, or they read two places")
     return compare(first.sae, second.sae, pieces, least=least, progress=first.progress)
+
+
+def split_subjects(*sources: str | Path | Subject, least: float = LEAST) -> Splitting:
+    """Dictionaries of growing size at one place: which features of each come from which of the next smaller one, by decoder rows.
+    Of a sweep, all its SAEs. Features that fired on none of the tokens of an SAE's index are left out; without an index all
+    count. Raises `FeatureIndexError` for fewer than two SAEs, SAEs of several places or of one size.
+    """
+    subjects = [s for source in sources for s in ([source] if isinstance(source, Subject) else open_all(source))]
+    return split([Dictionary(str(s.source), s.sae, s.index_if_any()) for s in subjects], least=least,
+                 progress=all(s.progress for s in subjects))
 
 
 def _kept(store: Store, hookpoints: tuple[str, ...], start: int, stop: int) -> np.ndarray:

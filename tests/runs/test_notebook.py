@@ -75,7 +75,7 @@ def test_every_repr_fits_a_line(s, alive):
              s.steer("the", tokens=2)]
     for one in found:
         assert len(repr(one)) <= 150 and "\n" not in repr(one), type(one)
-    assert dir(saejax) == ["__version__", "compare", "evaluate", "lm", "load", "open", "run", "store_of"]
+    assert dir(saejax) == ["__version__", "compare", "evaluate", "lm", "load", "open", "run", "split", "store_of"]
     assert saejax.lm.LM is type(s.lm)
 
 

@@ -17,6 +17,8 @@ class Options(IndexOptions, SubjectOptions):
                                       'scores', "FILE", path)
     map: bool = switch("a picture of the features by UMAP: near are those of like decoder directions; a sample of them where the "
                        "index has not the neighbours of all (needs pip install 'saejax[umap]')")
+    splitting: Path | None = value("the splitting.parquet of saejax split: a feature's page shows what it comes from in smaller "
+                                   "dictionaries, and what comes from it in larger ones", "FILE", path)
     out: Path | None = value("where to write (default dashboard/ beside the index)", "DIR", path)
 
 
@@ -45,7 +47,7 @@ def run(options: Options) -> int:
     picture = plane(index, subject.sae if sample else None, progress=progress) if options.map else None  # by all: it gathers rows
     if is_writer():
         page = write_dashboard(index, out, title=title, figures=figures, links=links, explanations=_said(options),
-                               picture=picture, progress=progress)
+                               picture=picture, relatives=_relatives(options, index, out), progress=progress)
         if out.name == beside.dashboard.name:
             link_dashboard(beside)
         print(f"dashboard {page}")
@@ -62,6 +64,17 @@ def _said(options: Options) -> dict[int, str]:
     said, file = explanations(options), options.explanations
     scores = scores_in(file) if file is not None and file.name in (ANSWERS, RESULTS) else {}
     return {feature: f"{text} ({scores[feature]})" if feature in scores else text for feature, text in said.items()}
+
+
+def _relatives(options: Options, index, out: Path):
+    """Of its features in other dictionaries; they are linked to the dashboards that stand beside their indexes."""
+    if options.splitting is None:
+        return None
+    from saejax.features.compare.splitting_file import read
+    from saejax.pages.dashboard_relatives import Relatives
+    from saejax.pages.splitting import addresses
+    found = read(options.splitting)
+    return Relatives.of_index(found, index, addresses(found, out / "index.html"))
 
 
 def _next(subject, index) -> str:

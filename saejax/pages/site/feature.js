@@ -89,7 +89,7 @@
     const firing = near("Fires together with", "correlation of firing, estimated from shared sampled tokens", f.firing);
     return [facts(f), el("div", { class: "layout" },
       el("div", {}, charts(f), el("h2", {}, "Examples"), ...groups(f, words)),
-      el("div", { class: "side" }, firesOn(f, words), effects(f, words), cosine, firing))];
+      el("div", { class: "side" }, firesOn(f, words), effects(f, words), dashboard.family(f, words), cosine, firing))];
   }
 
   function ways(id) {
