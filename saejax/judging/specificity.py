@@ -12,6 +12,7 @@ import numpy as np
 
 from saejax.base.errors import FeatureIndexError, JudgeError
 from saejax.base.storage import read_json
+from saejax.features.index import baselines
 from saejax.features.index.examples import INTERVALS
 from saejax.features.index.reader import MANIFEST, FeatureIndex
 from saejax.judging.record import ANSWERS, JUDGE, read_answers
@@ -41,8 +42,9 @@ class Level:
 class Dictionary:
     """What a judge said of features of one dictionary. levels: by tenth of the maximum; overall: of all.
 
-    unscored: rubric questions without a score. drawn: "index", "corpus" or "both": where its activations were drawn from. explained:
-    "own" or "given". size, density (of the median judged feature), place, tokens: what its index says; None where there is none.
+    unscored: rubric questions without a score. drawn: "index", "corpus" or "both": where its activations were drawn from.
+    explained: "own" or "given". baseline: its name, of one that lies where `saejax features` puts it. size, density (of the
+    median judged feature), place, tokens: what its index says; None where there is none.
     """
 
     label: str
@@ -51,6 +53,7 @@ class Dictionary:
     unscored: int
     drawn: str
     explained: str
+    baseline: str | None = None
     size: int | None = None
     density: float | None = None
     place: str | None = None
@@ -132,7 +135,12 @@ def _dictionary(label: str, folder: Path, about: dict, least: int) -> Dictionary
     drawn = {bool(line.get("drawn")) for line in scored}
     return Dictionary(label, levels, level_of(scored, least), len(lines) - len(scored),
                       "both" if len(drawn) > 1 else "corpus" if drawn == {True} else "index", _explained(about),
-                      **_of_index(folder, about["index"], sorted({line["feature"] for line in scored})))
+                      _baseline(folder), **_of_index(folder, about["index"], sorted({line["feature"] for line in scored})))
+
+
+def _baseline(folder: Path) -> str | None:
+    found = [name for name in baselines.NAMES if folder.absolute().parent.name.endswith(f"_{name}")]
+    return max(found, key=len, default=None)
 
 
 def _of_index(folder: Path, digest: str, features: list[int]) -> dict:

@@ -24,7 +24,7 @@ _ALL, _AXIS, _SAMPLED = "all", "activation / maximum", {"index": "examples of th
 
 
 def write(out: Path, found: Compared) -> Path:
-    """Writes the comparison into a folder and returns its page. The page holds no script and loads nothing. Raises `DiskError`."""
+    """Writes the comparison into a folder and returns its page, which holds no script and loads nothing. Raises `DiskError`."""
     told, plots = caveats(found), pictures(found)
     write_json(out / "specificity.json", {
         "kind": KIND, "schema_version": SCHEMA_VERSION, "judge": found.judge, "prompts": found.prompts, "least": found.least,
@@ -76,18 +76,18 @@ def caveats(found: Compared) -> list[str]:
     asked = sum(one.overall.answers + one.unscored for one in found.dictionaries)
     unscored = sum(one.unscored for one in found.dictionaries)
     return [
-        "All of this is the opinion of one judge. Of a weak judge, or of one whose scores nobody has held against those of people "
-        "on the same questions, it says nothing about the features; differences between dictionaries neither.",
+        "All of this is the opinion of one judge. Of a weak judge, or of one whose scores nobody has held against those of "
+        "people on the same questions, it says nothing about the features, nor do differences between dictionaries.",
         explained,
         f"{unscored:,} of {asked:,} questions have no score ({unscored / asked:.1%}) and count nowhere. Where this is much, the "
         "rest is a selection.",
         f"No point stands for fewer than {found.least} answers or for a single feature. Levels without a point: "
         f"{'; '.join(left) if left else 'none'}.",
         "Means are over features, of each feature's mean, with the standard error of these; shares are of answers.",
-        "A level is a tenth of each feature's own maximum. What has no threshold (neurons, directions) has nearly all of its "
-        "activations in the lowest levels, and hardly a sample in which it is silent.",
-        *(["Activations were drawn from the corpus for some and are the index' examples of others: compare single levels, not all "
-           "levels together."] if sampled != {"index"} and sampled != {"corpus"} else []),
+        "A level is a tenth of each feature's own maximum. What has no threshold (neurons, directions) is active on a "
+        "large part of all tokens, mostly at low levels.",
+        *(["Activations were drawn from the corpus for some and are the index' examples of others: compare single levels, not "
+           "all levels together."] if sampled != {"index"} and sampled != {"corpus"} else []),
         *(["The mean over all levels gives every level about the same weight: of the activations in a text most are low."]
           if "index" in sampled else []),
         *([f"They read at several places: {', '.join(visible(place, _SHORT) for place in sorted(places))}."]
@@ -99,7 +99,7 @@ def pictures(found: Compared) -> dict[str, Picture]:
     """{name of its files: figure}: scores over level, and the answers behind them. None where there is nothing to draw."""
     scores, answers = [], []
     for number, one in enumerate(found.dictionaries):
-        drawn = "joined" if _trained(found, number) else "joined dashed"
+        drawn = "joined" if one.baseline is None else "joined dashed"
         shift = _APART * (number - (len(found.dictionaries) - 1) / 2)
         points = [((i + 0.5) / INTERVALS + shift, level) for i, level in enumerate(one.levels)]
         shown = [(x, level.mean, level.standard_error) for x, level in points if level.mean is not None]
@@ -113,12 +113,6 @@ def pictures(found: Compared) -> dict[str, Picture]:
     return {"scores": joined_plot("Specificity by level of activation (mean and standard error)", scores, _AXIS, "score, 0 to 3",
                                   heights=(-0.1, SCORES - 0.9)),
             "answers": joined_plot("Answers behind each level", answers, _AXIS, "answers", log=True)}
-
-
-def _trained(found: Compared, number: int) -> bool:
-    """Whether it is no baseline of another one here: those bear the other's name and one more."""
-    label = found.dictionaries[number].label
-    return not any(label.startswith(f"{one.label} ") for one in found.dictionaries)
 
 
 def _bars(found: Compared) -> list[Plot]:

@@ -90,27 +90,32 @@ def records(places: Sequence[Path], judge: str | None = None) -> list[tuple[str,
     """(label, folder) of the records of one judge in runs: of each its features, then their baselines. A place may be a record's
     folder itself. judge: the name of its folders (JUDGE). Raises `JudgeError` where there are none, or those of several judges.
     """
-    found, judges = [], set()
+    found, judges = {}, set()
     for place, name in zip(places, _names(places), strict=True):
         if (place / JUDGE).is_file():
-            found.append((name, place))
+            found[place] = _label(name, place.resolve().parent.name) if _in_run(place) else name
             continue
         folders = sorted(file.parent for file in place.glob(f"{JUDGING}/*/{judge or '*'}/{JUDGE}"))
         if not folders:
             whose = f"the judge {judge}" if judge else "a judge"
             raise JudgeError(f"{place}: holds no answers of {whose}; ask for some first (saejax judge)")
-        found += [(_label(name, folder.parent.name), folder) for folder in folders]
+        found |= {folder: _label(name, folder.parent.name) for folder in folders}
         judges |= {folder.name for folder in folders}
     if len(judges) > 1:
         raise JudgeError(f"answers of several judges, {', '.join(sorted(judges))}: only those of one can be compared; give "
                          "judge=NAME")
-    return found
+    return [(label, folder) for folder, label in found.items()]
+
+
+def _in_run(record: Path) -> bool:
+    return record.resolve().parent.parent.name == JUDGING
 
 
 def _names(places: Sequence[Path]) -> list[str]:
-    """Of each the last part of its path; the whole path where two have the same one."""
-    names = [place.resolve().name for place in places]
-    return [name if names.count(name) == 1 else str(place) for place, name in zip(places, names, strict=True)]
+    """The names of the runs, or records, that these are or lie in; whole paths where two have the same name."""
+    wholes = [place.resolve().parents[2] if (place / JUDGE).is_file() and _in_run(place) else place.resolve() for place in places]
+    names = [whole.name for whole in dict.fromkeys(wholes)]
+    return [whole.name if names.count(whole.name) == 1 else str(whole) for whole in wholes]
 
 
 def _label(run: str, index: str) -> str:

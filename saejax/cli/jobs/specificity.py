@@ -9,8 +9,8 @@ from saejax.cli.options import Job, Json, count, path, places, value
 
 @dataclass(frozen=True)
 class Options(Json):
-    paths: tuple[str, ...] = places("RUN", "runs whose features, or baselines of them, were judged (saejax judge); or records of a "
-                                    "judge, as RUN/judging/features/JUDGE")
+    paths: tuple[str, ...] = places("RUN", "runs whose features, or baselines of them, were judged (saejax judge); or records of "
+                                    "a judge, as RUN/judging/features/JUDGE")
     out: Path | None = value("where to write", "DIR", path, required=True)
     judge: str | None = value("whose answers, as the folder JUDGE is called; needed where several judges have answered", "JUDGE")
     least: int = value("answers behind a point; with fewer there is none", "N", count, default=10)
@@ -37,8 +37,8 @@ def run(options: Options) -> int:
 
 JOB = Job(
     "specificity", "understand", "how specific features of several dictionaries and baselines are, by level of activation", """
-    Reads the answers of one judge about several SAEs, neurons, random directions and untrained SAEs; writes DIR/specificity.html,
-    specificity.csv, specificity.json and figures (SVG, PNG): share of each score and mean by tenth of the maximum, with the number
-    of answers behind each point. Asks nothing. Answers of different judges, or to different prompts, are refused.
-    docs/how-to/judging.md describes it.
+    Reads the answers of one judge about several SAEs, neurons, random directions and untrained SAEs; writes
+    DIR/specificity.html, specificity.csv, specificity.json and figures (SVG, PNG): share of each score and mean by tenth of the
+    maximum, with the number of answers behind each point. Asks nothing. Answers of different judges, or to different prompts,
+    are refused. docs/how-to/judging.md describes it.
     """, "saejax specificity runs/f4096 runs/f16384 runs/f65536 --out=specificity", Options, run)

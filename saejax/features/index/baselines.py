@@ -22,7 +22,7 @@ from saejax.sae.inference import SAE, SAEConfig
 
 NAMES = ("neurons", "directions", "sparse_directions", "random_sae")
 UNITS = 256
-_PIECE = 4096  # rows projected at once
+_PIECE, _GAP = 4096, 1e-5  # rows projected at once; standard deviations between rows that are not taken for equal
 
 
 def make(name: str, sae: SAE, lm_: LM, *, mean_D: np.ndarray | None, k: int, seed: int, mesh: Mesh | None) -> SAE:
@@ -41,16 +41,20 @@ def make(name: str, sae: SAE, lm_: LM, *, mean_D: np.ndarray | None, k: int, see
 def sparse_directions(sae: SAE, x_RD: np.ndarray, *, mean_D: np.ndarray, density: float, seed: int, mesh: Mesh | None) -> SAE:
     """`directions` with a threshold for each: it fires on round(density R) of the R rows given, at least on one.
 
-    The threshold lies midway between the last row that fires and the first that does not, in float64: equal rows give equal
-    parameters, however the product is summed. Rows of equal projection fire together or not at all.
+    The threshold lies midway between the projections of the last row that fires and the first that does not, in float64: equal
+    rows give equal parameters, however the product is summed. Rows of equal projection fire together or not at all: where they
+    lie across the border it is moved to the nearest gap.
     """
     W_FD, mean_D = _unit_rows(UNITS, sae.cfg.d_in, seed), np.asarray(mean_D, np.float32)
     R = len(x_RD)
     pre_RF = np.concatenate([(x_RD[start:start + _PIECE].astype(np.float64) - mean_D) @ W_FD.T.astype(np.float64)
                              for start in range(0, R, _PIECE)])
+    pre_RF.sort(axis=0)
     firing = min(max(1, round(density * R)), R - 1)
-    ends_2F = np.partition(pre_RF, (R - firing - 1, R - firing), axis=0)[R - firing - 1:R - firing + 1]
-    b_F = (-W_FD.astype(np.float64) @ mean_D - ends_2F.mean(0)).astype(np.float32)
+    gap = np.diff(pre_RF, axis=0) > _GAP * pre_RF.std(axis=0)
+    last_F = np.where(gap, np.abs(np.arange(R - 1) - (R - firing - 1))[:, None], R).argmin(axis=0)  # that does not fire
+    t_F = (np.take_along_axis(pre_RF, last_F[None], 0) + np.take_along_axis(pre_RF, last_F[None] + 1, 0))[0] / 2
+    b_F = (-W_FD.astype(np.float64) @ mean_D - t_F).astype(np.float32)
     return _tied("relu", W_FD, b_F, mean_D, 0, sae, mesh,
                  {"baseline": "sparse_directions", "seed": seed, "density": firing / R, "rows": R})
 
