@@ -54,5 +54,6 @@ def run(options: Options) -> int:
 JOB = Job(
     "neurons", "act", "features against neurons: the highest correlation of each with a neuron before it", """
     Reads an SAE, its text and its language model; writes DIR/neurons.parquet, a row a feature, and prints the share of features
-    that no neuron follows, of all, by how often they fired, and by the layer of the neuron that follows them best. Saved every five minutes; an interrupted pass goes on.
+    that no neuron follows: of all, by how often they fired, and by the layer of the neuron that follows them best. Saved every
+    five minutes; an interrupted pass goes on.
     """, "saejax neurons runs/demo", Options, run)
