@@ -7,8 +7,9 @@ from saejax.base.version import __version__
 from saejax.cli.options import Job
 from saejax.cli.parsing import declared, flag
 
-MODULES = ("run", "harvest", "train", "eval", "release", "scaling", "features", "dashboard", "search", "judge", "compare",
-           "split", "concepts", "steer", "attribute", "neurons", "convert", "push", "plan", "bench", "inspect", "completion")
+MODULES = ("run", "harvest", "train", "eval", "release", "scaling", "features", "dashboard", "search", "judge", "specificity",
+           "compare", "split", "concepts", "steer", "attribute", "neurons", "convert", "push", "plan", "bench", "inspect",
+           "completion")
 GROUPS = ("make", "understand", "act", "exchange", "operate")
 WIDTH, _COLUMN = 110, 27
 

@@ -9,7 +9,7 @@ from typing import Any
 from saejax.base.errors import ConfigError
 from saejax.base.storage import bucket_trouble
 
-SPLITS, BASELINES = ("train", "heldout"), ("neurons", "directions", "random_sae")
+SPLITS, BASELINES = ("train", "heldout"), ("neurons", "directions", "sparse_directions", "random_sae")
 
 
 def text(given: str) -> str:

@@ -52,13 +52,15 @@ class Record:
         self.lines[question.id] = line
 
 
-def read_answers(file: Path) -> dict[str, dict]:
-    """{id: line}, the newest of each; a line torn by a crash is cut off. Raises `JudgeError` for any other that is none."""
+def read_answers(file: Path, *, mend: bool = True) -> dict[str, dict]:
+    """{id: line}, the newest of each; a line torn by a crash is cut off, with `mend` in the file as well. Raises `JudgeError` for
+    any other that is none.
+    """
     if not file.is_file():
         return {}
     data = file.read_bytes()
     whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
+    if mend and len(whole) < len(data):
         with open(file, "r+b") as f:
             f.truncate(len(whole))
     out = {}

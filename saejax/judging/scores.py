@@ -27,7 +27,7 @@ def results(lines: Iterable[dict], explanations: Mapping[int, str] = MappingProx
     not be read. explanations: those that were given, where the judge made none. Where a feature has drawn activations, the
     rubric's other answers about it are left out: they are sampled otherwise.
     """
-    lines = _of_one_sampling(list(lines))
+    lines = of_one_sampling(list(lines))
     by_feature: dict[int, dict[str, list[dict]]] = {}
     for line in lines:
         by_feature.setdefault(line["feature"], {}).setdefault(line["task"], []).append(line)
@@ -58,7 +58,8 @@ def _but_few(values: dict) -> dict:
     return values | few
 
 
-def _of_one_sampling(lines: list[dict]) -> list[dict]:
+def of_one_sampling(lines: list[dict]) -> list[dict]:
+    """Without the rubric's other answers about features that have drawn activations."""
     drawn = {line["feature"] for line in lines if line.get("drawn")}
     return [line for line in lines if line["task"] != "rubric" or line["feature"] not in drawn or line.get("drawn")]
 

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from saejax.base.text import visible
 
 _MOST_POINTS, _LONGEST_LABEL = 1500, 60
+_MARKED = {"points": "o", "joined": "o-", "joined dashed": "s--"}
 _THEMES = {
     "light": {"ink": "#1f2328", "faint": "#d1d9e0", "lines": ("#0969da", "#cf222e", "#1a7f37", "#9a6700", "#8250df")},
     "dark": {"ink": "#d1d7e0", "faint": "#3d444d", "lines": ("#58a6ff", "#ff7b72", "#56d364", "#e3b341", "#a371f7")},
@@ -49,8 +50,9 @@ class Picture(Plot):
 
 @dataclass(frozen=True)
 class Series:
-    """What a plot with logarithmic axes shows. drawn: "points", "line", "dashed" or "faint". ends: (low, high) of every y,
-    bars of points and a band of lines. Without a label it is not in the legend.
+    """What a plot with logarithmic axes, or with error bars, shows. drawn: "points", "line", "dashed", "faint", or, points with
+    lines between them, "joined" and "joined dashed". ends: (low, high) of every y, bars of points and a band of lines. Without a
+    label it is not in the legend.
     """
 
     label: str
@@ -157,15 +159,37 @@ def log_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str, *, lo
         axes.tick_params(axis="x", which="minor", labelrotation=30)
         axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8)
 
+    return _picture(title, draw)
+
+
+def joined_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str, *, heights: tuple[float, float] | None = None,
+                log: bool = False) -> Picture:
+    """Points with bars and lines between them; the legend stands beside. heights: ends of the y axis. log: it is logarithmic."""
+    def draw(axes, theme):
+        for series, colour in zip(over, itertools.cycle(theme["lines"]), strict=False):
+            _draw_series(axes, series, colour)
+        if log:
+            axes.set_yscale("log", nonpositive="mask")
+        if heights is not None:
+            axes.set_ylim(*heights)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+    return _picture(title, draw)
+
+
+def _picture(title: str, draw) -> Picture:
     light, dark = (_svg(draw, theme) for theme in _THEMES.values())
     return Picture(title, _uri(light), _uri(dark), light, _png(draw))
 
 
 def _draw_series(axes, series: Series, colour: str) -> None:
     label, low_high = visible(series.label, _LONGEST_LABEL).replace("$", r"\$") or None, list(zip(*series.ends, strict=True))
-    if series.drawn == "points":
+    if series.drawn in _MARKED:
         bars = [[abs(end - y) for end, y in zip(ends, series.ys, strict=True)] for ends in low_high] or None
-        axes.errorbar(series.xs, series.ys, yerr=bars, fmt="o", markersize=4, capsize=2, elinewidth=1, color=colour, label=label)
+        axes.errorbar(series.xs, series.ys, yerr=bars, fmt=_MARKED[series.drawn], markersize=4, capsize=2, elinewidth=1,
+                      linewidth=1.2, color=colour, label=label)
         return
     faint = series.drawn == "faint"
     axes.plot(series.xs, series.ys, color=colour, label=label, linewidth=0.7 if faint else 1.4, alpha=0.45 if faint else 1,

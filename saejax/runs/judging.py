@@ -16,10 +16,10 @@ from saejax.judging import material, tasks
 from saejax.judging.endpoint import Endpoint, Patience
 from saejax.judging.local import LocalJudge
 from saejax.judging.questions import Judge, Question
-from saejax.judging.record import Record, put
+from saejax.judging.record import JUDGE, Record, put
 from saejax.pages.sheets import Sheets
-from saejax.runs.baseline import baseline_of, home_of
-from saejax.runs.subject import Subject
+from saejax.runs.baseline import baseline_of, corpus_of, home_of
+from saejax.runs.subject import INDEX, Subject
 
 JUDGING = "judging"
 _PER_TOKEN = 4  # characters, about: for what is said before it starts
@@ -77,16 +77,49 @@ def judge(subject: Subject, who: Judge, asked: Asked, out: Path | None = None) -
     chosen = material.chosen(index, asked.features, asked.sample, subject.seed)
     folder = out or index.path.parent / JUDGING / index.path.name / _slug(who)
     record = Record(folder, who, index.manifest["sha256"], "own" if explained is None else file_sha256(asked.explanations))
-    text = re.fullmatch(r"text \((\w+)\)", index.manifest["corpus"]["kind"])
-    corpus = subject.corpus(split=text[1] if text else None, tokens=index.manifest["totals"]["rows"],
-                            hookpoints=sae.cfg.hookpoints)
-    found = material.gather(index, sae, corpus, chosen, draw=asked.draw if "rubric" in asked.tasks else 0,
-                            progress=subject.progress)
+    found = material.gather(index, sae, corpus_of(index, subject, sae.cfg.hookpoints), chosen,
+                            draw=asked.draw if "rubric" in asked.tasks else 0, progress=subject.progress)
     try:
         _ask(who, record, found, asked.tasks, explained, progress=subject.progress)
     except JudgeError as error:
         return Judged(record, index.path.name, explained or {}, error)
     return Judged(record, index.path.name, explained or {})
+
+
+def records(places: Sequence[Path], judge: str | None = None) -> list[tuple[str, Path]]:
+    """(label, folder) of the records of one judge in runs: of each its features, then their baselines. A place may be a record's
+    folder itself. judge: the name of its folders (JUDGE). Raises `JudgeError` where there are none, or those of several judges.
+    """
+    found, judges = {}, set()
+    for place, name in zip(places, _names(places), strict=True):
+        if (place / JUDGE).is_file():
+            found[place] = _label(name, place.resolve().parent.name) if _in_run(place) else name
+            continue
+        folders = sorted(file.parent for file in place.glob(f"{JUDGING}/*/{judge or '*'}/{JUDGE}"))
+        if not folders:
+            whose = f"the judge {judge}" if judge else "a judge"
+            raise JudgeError(f"{place}: holds no answers of {whose}; ask for some first (saejax judge)")
+        found |= {folder: _label(name, folder.parent.name) for folder in folders}
+        judges |= {folder.name for folder in folders}
+    if len(judges) > 1:
+        raise JudgeError(f"answers of several judges, {', '.join(sorted(judges))}: only those of one can be compared; give "
+                         "judge=NAME")
+    return [(label, folder) for folder, label in found.items()]
+
+
+def _in_run(record: Path) -> bool:
+    return record.resolve().parent.parent.name == JUDGING
+
+
+def _names(places: Sequence[Path]) -> list[str]:
+    """The names of the runs, or records, that these are or lie in; whole paths where two have the same name."""
+    wholes = [place.resolve().parents[2] if (place / JUDGE).is_file() and _in_run(place) else place.resolve() for place in places]
+    names = [whole.name for whole in dict.fromkeys(wholes)]
+    return [whole.name if names.count(whole.name) == 1 else str(whole) for whole in wholes]
+
+
+def _label(run: str, index: str) -> str:
+    return f"{run} {index.removeprefix(INDEX).strip('_')}".strip()
 
 
 def _ask(who: Judge, record: Record, found: dict[int, material.Material], wanted: tuple[str, ...],

@@ -104,7 +104,9 @@ def test_neurons_are_counted(run, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["features"] + said["left_out"] == 64 and 0 <= said["absolute"] <= said["correlation"] <= 1
     assert main(["neurons", str(run), "--tokens=800"]) == 0
+    assert sum(part["features"] for part in said["parts"]["fired"]) == said["features"]
     assert "Templeton" not in (out := capsys.readouterr().out) and "82 %" not in out and f"{said['features']} features" in out
+    assert out.count("  fired ") == len(said["parts"]["fired"]) and out.count("highest in layer") == len(said["parts"]["layer"])
     assert main(["neurons", str(run), "--tokens=1600"]) == 2
     assert "choose another directory" in capsys.readouterr().err
 

@@ -1,13 +1,14 @@
 """Correlations of features and neurons against numpy's, in one go and after an interruption."""
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from saejax.base.errors import FeatureIndexError, SteeringError
 from saejax.data.text import Text
 from saejax.features.compare import neurons
-from saejax.features.compare.neurons import Options, correlate, preceding, shares
+from saejax.features.compare.neurons import Options, correlate, parts, preceding, shares
 from saejax.features.index.corpus import from_text
 from saejax.lm.prompts import values
 from tests import tiny_experiment as tiny
@@ -78,6 +79,26 @@ def test_the_table_is_what_numpy_says_also_after_an_interruption(lm_, text, expe
     assert len(calls) == 4 and not (tmp_path / "parts" / neurons.PROGRESS).exists()
     with pytest.raises(FeatureIndexError, match="choose another directory"):
         correlate(tmp_path / "parts", make_sae(seed=1), lm_, text, options)
+
+
+def test_parts_are_shares_of_some_of_the_features():
+    """Quarters by firings, and by layer of the best neuron; who fired too seldom is in none."""
+    columns = {"feature": range(10), "fired": [29, 30, 31, 500, 40, 50, 60, 70, 0, 80],
+               "correlation": [0.1, 0.2, 0.5, 0.29, 0.9, 0.1, 0.4, 0.1, np.nan, 0.8], "layer": [0, 0, 1, 1, 3, 0, 3, 1, 0, 0],
+               "neuron": [0] * 10, "absolute": [0.1, -0.2, 0.5, -0.31, 0.9, 0.1, 0.4, -0.6, np.nan, 0.8],
+               "absolute_layer": [0, 2, 1, 0, 3, 0, 3, 2, 0, 0], "absolute_neuron": [0] * 10}
+    table = pa.table(columns, schema=neurons._SCHEMA)
+    found = parts(table)
+    ends = [(30, 31), (40, 50), (60, 70), (80, 500)]
+    assert [(p["least"], p["most"]) for p in found["fired"]] == ends and {p["features"] for p in found["fired"]} == {2}
+    assert [p["correlation"] for p in found["fired"]] == [0.5] * 4
+    assert [p["absolute"] for p in found["fired"]] == [0.5, 0.5, 0, 0]
+    assert [(p["layer"], p["features"]) for p in found["layer"]] == [(0, 3), (1, 3), (3, 2)]
+    assert found["layer"][0]["correlation"] == pytest.approx(2 / 3) and found["layer"][2]["correlation"] == 0
+    assert [(p["layer"], p["features"]) for p in found["absolute_layer"]] == [(0, 3), (1, 1), (2, 2), (3, 2)]
+    assert found["absolute_layer"][2] == {"layer": 2, "features": 2, "absolute": 0.5}
+    none = parts(table.slice(0, 1))
+    assert none == {"fired": [], "layer": [], "absolute_layer": []}
 
 
 @pytest.mark.slow

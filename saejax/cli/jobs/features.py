@@ -31,7 +31,8 @@ class Options(Json, SubjectOptions, CorpusOptions, DistributedOptions):
     tokens: int | None = value("index the first N tokens (default: all of the store, or 1,000,000)", "N", count)
     split: str | None = value("a split of the text, through the language model, instead of the store", "SPLIT", choices=SPLITS)
     baseline: str | None = value("index what features are held against instead, in RUN/features_NAME: neurons (of the MLP below, "
-                                 "through the language model), directions (random), random_sae (untrained)", "NAME",
+                                 "through the language model), directions (random), sparse_directions (that fire as often as the "
+                                 "median feature; index the features first), random_sae (untrained)", "NAME",
                                  choices=BASELINES)
     neighbours: str = value("whose nearest decoder rows the index has: of all features, of a sample (16,384 that fire), of none; "
                             "auto: of all, of a dictionary of more than 131,072 of a sample", "WHOSE", default="auto",

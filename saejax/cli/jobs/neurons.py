@@ -31,22 +31,29 @@ def run(options: Options) -> int:
     path = options.out or subject.run / NEURONS
     text = corpus.from_text(subject.text, subject.lm, subject.sae.cfg.hookpoints, split=options.split, tokens=options.tokens)
     how = neurons.Options(features=options.sample, progress=subject.progress, about=options.tokens)
-    said = neurons.shares(neurons.correlate(path, subject.sae, subject.lm, text, how))
+    table = neurons.correlate(path, subject.sae, subject.lm, text, how)
+    said, parts = neurons.shares(table), neurons.parts(table)
     if not is_writer():
         return 0
     if options.json:
-        print(json.dumps({"table": str(path / neurons.TABLE), **said}))
+        print(json.dumps({"table": str(path / neurons.TABLE), **said, "parts": parts}))
         return 0
     print(f"neurons  {path / neurons.TABLE}: {said['features']:,} features fired at least {neurons.LEAST_FIRED} times, "
           f"{said['left_out']:,} did not and are left out")
     if said["features"]:
         print(f"highest correlation with a neuron before it at most {neurons.LOW}: {100 * said['correlation']:.1f} % of them; "
               f"of largest size at most that: {100 * said['absolute']:.1f} %")
+        for part in parts["fired"]:
+            print(f"  fired {part['least']:,} to {part['most']:,} times: {100 * part['correlation']:.1f} % and "
+                  f"{100 * part['absolute']:.1f} % of {part['features']:,}")
+        for part in parts["layer"]:
+            print(f"  highest in layer {part['layer']}: {100 * part['correlation']:.1f} % of {part['features']:,}")
     return 0
 
 
 JOB = Job(
     "neurons", "act", "features against neurons: the highest correlation of each with a neuron before it", """
     Reads an SAE, its text and its language model; writes DIR/neurons.parquet, a row a feature, and prints the share of features
-    that no neuron follows. Saved every five minutes; an interrupted pass goes on.
+    that no neuron follows: of all, by how often they fired, and by the layer of the neuron that follows them best. Saved every
+    five minutes; an interrupted pass goes on.
     """, "saejax neurons runs/demo", Options, run)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from saejax.base import sharding
@@ -98,6 +99,29 @@ def shares(table: pa.Table) -> dict:
              for name in ("correlation", "absolute")}
     return {"features": int(enough.sum()), "left_out": int((~enough).sum())} | {
         name: float((value <= LOW).mean()) if len(value) else None for name, value in found.items()}
+
+
+def parts(table: pa.Table) -> dict[str, list[dict]]:
+    """`shares` of parts of the features that fired often enough.
+
+    fired: quarters by how often they fired, equal in number, the rarest first, with `least` and `most` firings. layer: by where
+    the neuron of highest r is; absolute_layer: by where that of largest |r| is.
+    """
+    table = table.filter(pc.greater_equal(table["fired"], LEAST_FIRED))
+    order = np.argsort(table["fired"].to_numpy(), kind="stable")
+    quarters = [table.take(rows) for rows in np.array_split(order, 4) if len(rows)]
+    found = {"fired": [{"least": q["fired"][0].as_py(), "most": q["fired"][-1].as_py(), **_named(q, "correlation", "absolute")}
+                       for q in quarters]}
+    for name, wanted in (("layer", "correlation"), ("absolute_layer", "absolute")):
+        layers = table[name].to_numpy()
+        found[name] = [{"layer": layer, **_named(table.filter(pa.array(layers == layer)), wanted)}
+                       for layer in np.unique(layers).tolist()]
+    return found
+
+
+def _named(table: pa.Table, *names: str) -> dict:
+    found = shares(table)
+    return {name: found[name] for name in ("features", *names)}
 
 
 def _chosen(d_sae: int, neurons: int, wanted: int | None) -> np.ndarray:
