@@ -35,7 +35,9 @@ def _leaf_fingerprint(x):
     for d in range(x.ndim):
         i = jax.lax.broadcasted_iota(jnp.uint32, u.shape, d, out_sharding=sharding)
         u = mix(u ^ (i * jnp.uint32(0x9E3779B1) + jnp.uint32(d + 1)))
-    return jnp.stack([jnp.sum(u, dtype=jnp.uint32), jnp.sum(mix(u ^ jnp.uint32(0x5BD1E995)), dtype=jnp.uint32)])
+    # Both sums in one reduction: of two, XLA keeps `u` for the second, an array as large as the leaf.
+    return jnp.stack(jax.lax.reduce((u, mix(u ^ jnp.uint32(0x5BD1E995))), (jnp.uint32(0), jnp.uint32(0)),
+                                    lambda a, b: (a[0] + b[0], a[1] + b[1]), tuple(range(x.ndim))))
 
 
 @jax.jit

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from saejax.base import sharding, storage
 from saejax.base.errors import DiskError, SaejaxError
-from saejax.base.fingerprints import fingerprints
+from saejax.base.fingerprints import _fingerprints, fingerprints
 from saejax.base.records import MeshOptions
 
 MESHES = [(1, 1), (1, 8), (8, 1), (2, 4)]
@@ -42,6 +42,15 @@ def test_fingerprint_sees_every_bit(bit):
 def test_fingerprint_sees_swapped_rows():
     x = np.arange(24, dtype=np.float32).reshape(6, 4)
     assert fingerprints({"x": jnp.asarray(x)}) != fingerprints({"x": jnp.asarray(x[[1, 0, 2, 3, 4, 5]])})
+
+
+def test_a_fingerprint_takes_no_memory_of_its_own():
+    """Each of two sums by itself would keep what both are of: an array as large as the leaf."""
+    mesh = sharding.make_mesh(MeshOptions(2, 4))
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((4096, 256), jnp.float32, sharding=sharding.sharding(mesh, "rows", "features"))
+        used = _fingerprints.lower([x]).compile().memory_analysis()
+    assert used.argument_size_in_bytes == 4096 * 256 * 4 // 8 and used.temp_size_in_bytes < 4096
 
 
 def test_failed_write_leaves_the_old_file(tmp_path):
