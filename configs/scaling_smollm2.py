@@ -11,6 +11,9 @@ at work in every run. The store is longer than the longest run: no row is seen t
 
 from saejax.config import default_config
 
+FEATURES = (512, 1024, 2048, 4096, 8192)
+TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
+
 
 def get_config():
     c = default_config("topk")
@@ -26,5 +29,9 @@ def get_config():
     c.checkpoint.every_tokens = 524_288
     c.log.tensorboard = False
     c.eval.contexts = 64
-    c.sweep.product = ("sae.d_sae=512,1024,2048,4096,8192", "train.tokens=65536,131072,262144,524288,1048576")
+    grid = [f"sae.d_sae={features} train.tokens={tokens}" for features in FEATURES for tokens in TOKENS]
+    rates = [f"sae.d_sae={features} train.tokens={tokens} train.lr={lr}"
+             for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (5e-4, 1e-3, 4e-3, 8e-3)]
+    ks = [f"sae.d_sae={features} train.tokens=524288 sae.k={k}" for features in FEATURES[:4] for k in (16, 64)]
+    c.sweep.variations = (*grid, *rates, *ks)
     return c
