@@ -19,6 +19,7 @@ from saejax.scaling.laws import Laws, Optimum
 from saejax.scaling.points import Left, Point
 from saejax.scaling.study import Held, Study
 from saejax.scaling.sums import Estimate
+from saejax.scaling.surface import EQUATIONS, POWER, SUM, Surface
 from saejax.scaling.topk import TopKSurface
 
 _BEYOND = (1.0, 10.0, 100.0)  # times the largest fitted budget, in the table of optima
@@ -47,7 +48,8 @@ def write_scaling(out: Path, study: Study) -> Path:
     page = out / "scaling.html"
     write_bytes(page, render(
         "scaling.html", title="Scaling laws", caveats=told, laws=laws_table(study), held=held_table(study.held),
-        left=left_out(study), surface=surface_table(laws.surface if laws else {}),
+        left=left_out(study), surface=surface_table(laws.surface.parameters if laws else {}),
+        equation=EQUATIONS[laws.surface.form] if laws else "",
         topk=surface_table(topk.parameters if topk else {}), optima=[_optimum_row(*found) for found in optima],
         plots=list(plots.values()), recipe=_recipe(points),
         points=points_table(points, laws.compute if laws else "dense"), loss=_loss_name(points)).encode())
@@ -104,9 +106,16 @@ def _of_laws(laws: Laws) -> list[str]:
         "What lies outside is extrapolated: the table of optima says by how many powers of ten.",
         f"Left out: {len(laws.left_out)}; they are listed below with the reason." if laws.left_out else "Nothing was left out.",
         f"Of the loss over compute, {ratio}. Without an offset a power law falls to 0, and far out it promises too much.",
-        f"The surface is off by {laws.error:.2%} (root mean square). Intervals are 90 % and hold if its form is right: they know "
-        "the scatter of the runs, not the error of the form, nor the bias of a parabola on a coarse grid.",
+        _of_surface(laws.surface),
+        "Intervals are 90 % and hold if the form of the surface is right: they know the scatter of the runs, not the error of "
+        "the form, nor the bias of a parabola on a coarse grid.",
     ]
+
+
+def _of_surface(surface: Surface) -> str:
+    other = POWER if surface.form == SUM else SUM
+    return (f"The surface is {EQUATIONS[surface.form]}; it is off by {surface.error:.2%} (root mean square), and "
+            f"{EQUATIONS[other]} by {surface.errors[other]:.2%}.")
 
 
 def left_out(study: Study) -> list[tuple[str, str, str]]:

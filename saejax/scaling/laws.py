@@ -1,11 +1,9 @@
 """Scaling laws of SAEs: loss over features, steps and compute, from a grid of trained runs.
 
-Two fits of the same points: a surface L(N, S) = E + A N^-a + B S^-b (the form of Hoffmann et al. 2022, approach 3, with features
-and steps for parameters and tokens), and the procedure of Templeton et al. 2024: the best number of features at each budget of
-compute, and power laws through these. Shapes: P points, R resamples, N budgets.
+Two fits of the same points: a surface over features and steps (`surface`), and the procedure of Templeton et al. 2024: the best
+number of features at each budget of compute, and power laws through these. Shapes: P points, R resamples, N budgets.
 """
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,12 +13,10 @@ import numpy as np
 from saejax.base.errors import ScalingError
 from saejax.scaling.envelope import Budget, Cost, PowerLaw, offset_law, optima, power_law, profiles
 from saejax.scaling.points import Left, Point, enough, usable
-from saejax.scaling.sums import Estimate, Sum, estimate, finite_exp, named, resampled, resamples, starts_of, widened
+from saejax.scaling.sums import Estimate, estimate, finite_exp, resamples
+from saejax.scaling.surface import Surface, fit_surface
 
 _LEAST = 9
-_NAMES = ("E", "A", "a", "B", "b")
-_MAPS = (finite_exp, finite_exp, np.negative, finite_exp, np.negative)
-_EXPONENTS = [[-a, -b] for a, b in itertools.product((0.1, 0.3, 0.6, 1.2), repeat=2)]
 
 
 class Optimum(NamedTuple):
@@ -37,27 +33,21 @@ class Optimum(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Laws:
-    """What `fit` finds. compute: "dense" or "sparse" FLOPs. surface: E, A, a, B, b. features, steps, loss: power laws over
-    compute through the optima of `budgets`, `loss` without and `loss_with_offset` with an irreducible offset (None for fewer than
-    five budgets). error: root mean square of the surface's residuals in ln loss. theta_5, draws_R5: (ln E, ln A, -a, ln B, -b).
+    """What `fit` finds. compute: "dense" or "sparse" FLOPs. features, steps, loss: power laws over compute through the optima of
+    `budgets`, `loss` without and `loss_with_offset` with an irreducible offset (None for fewer than five budgets).
     """
 
     compute: str
     loss_name: str
     points: int
-    surface: dict[str, Estimate]
+    surface: Surface
     budgets: tuple[Budget, ...]
     features: PowerLaw
     steps: PowerLaw
     loss: PowerLaw
     loss_with_offset: PowerLaw | None
     left_out: tuple[Left, ...]
-    error: float
     cost: Cost
-    seed: int
-    noise_P: np.ndarray
-    theta_5: np.ndarray
-    draws_R5: np.ndarray
 
     @property
     def fitted_range(self) -> tuple[float, float]:
@@ -74,8 +64,7 @@ class Laws:
         Raises `ScalingError` for sizes of 0 and less.
         """
         _positive(features=features, steps=steps)
-        model = _surface(np.log([features]), np.log([steps]))
-        return self._with_noise(model.log(self.theta_5[None])[0, 0], model.log(self.draws_R5)[:, 0])
+        return self.surface.loss(self.surface.log(np.log([features]), np.log([steps]))[:, 0])
 
     def optimal(self, compute: float, *, by: str = "envelope") -> Optimum:
         """The best features and steps for a budget (FLOPs), and the loss of one run there, its own scatter included.
@@ -87,39 +76,29 @@ class Laws:
         if by == "envelope":
             law = self.loss_with_offset or self.loss
             return Optimum(compute, self.features.at(compute), self.steps.at(compute),
-                           law.at(compute, self.noise_P, self.seed), self.decades(compute))
+                           law.at(compute, self.surface.noise_P, self.surface.seed), self.decades(compute))
         if by != "surface":
             raise ScalingError(f"by={by!r}: choose envelope or surface")
-        theta = np.concatenate([self.theta_5[None], self.draws_R5])
-        u_R = _best_of(theta, compute, self.cost)
-        s_R = np.log(compute) - np.log(self.cost.of_step(np.exp(u_R)))
-        y_R = np.logaddexp.reduce([theta[:, 0], theta[:, 1] + theta[:, 2] * u_R, theta[:, 3] + theta[:, 4] * s_R])
-        return Optimum(compute, _of_logs(u_R), _of_logs(s_R),
-                       self._with_noise(y_R[0], y_R[1:]), self.decades(compute))
+        u_R, s_R, y_R = self.surface.best(compute, self.cost)
+        return Optimum(compute, _of_logs(u_R), _of_logs(s_R), self.surface.loss(y_R), self.decades(compute))
 
     def least(self, features_G: np.ndarray, steps_G: np.ndarray) -> tuple[Estimate, Estimate]:
         """(features, steps) of the run that has the least loss of the surface among G runs: where something else than FLOPs is
         limited. The intervals say how far the parameters' scatter moves the choice.
         """
-        theta = np.concatenate([self.theta_5[None], self.draws_R5])
         u_G, s_G = np.log(features_G), np.log(steps_G)
-        best_R = _surface(u_G, s_G).log(theta).argmin(axis=1)
+        best_R = self.surface.log(u_G, s_G).argmin(axis=1)
         return _of_logs(u_G[best_R]), _of_logs(s_G[best_R])
 
     def summary(self) -> dict:
         """Plain JSON of all but the resamples; the points and the seed give these again."""
-        return {"compute": self.compute, "loss_name": self.loss_name, "points": self.points, "error": self.error,
-                "fitted_range": list(self.fitted_range), "bootstrap": len(self.draws_R5), "seed": self.seed,
-                "surface": {name: e._asdict() for name, e in self.surface.items()},
+        return {"compute": self.compute, "loss_name": self.loss_name, "points": self.points,
+                "fitted_range": list(self.fitted_range), "surface": self.surface.summary(),
                 "budgets": [{"compute": b.compute} | {name: getattr(b, name)._asdict() for name in ("features", "steps", "loss")}
                             for b in self.budgets],
                 "features": self.features.summary(), "steps": self.steps.summary(), "loss": self.loss.summary(),
                 "loss_with_offset": self.loss_with_offset and self.loss_with_offset.summary(),
                 "left_out": [left._asdict() for left in self.left_out]}
-
-    def _with_noise(self, y: float, draws_R: np.ndarray) -> Estimate:
-        noise_R = np.random.default_rng(self.seed).choice(self.noise_P, len(draws_R))
-        return estimate(finite_exp(y), finite_exp(draws_R + noise_R))
 
 
 def fit(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 1000, seed: int = 0) -> Laws:
@@ -137,25 +116,14 @@ def fit(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 100
     resamples(bootstrap)
     cost = Cost.of(kept, compute)
     y_P = np.log([point.loss for point in kept])
-    model = _surface(*(np.log([getattr(point, name) for point in kept]) for name in ("features", "steps")))
-    theta_5 = model.fit(starts_of(model.designs, _EXPONENTS, y_P), y_P)
-    fitted_P = model.log(theta_5[None])[0]
-    noise_P = widened(y_P - fitted_P, len(theta_5))
-    drawn_RP = resampled(fitted_P, noise_P, bootstrap, seed)
-    draws_R5 = model.solve(np.tile(theta_5, (bootstrap, 1)), drawn_RP)
+    n_P, s_P = (np.log([getattr(point, name) for point in kept]) for name in ("features", "steps"))
+    surface, drawn_RP = fit_surface(n_P, s_P, y_P, bootstrap, seed)
 
-    c_N, x_RN, y_RN, edges = _optima(kept, cost, np.concatenate([y_P[None], fitted_P[None], drawn_RP]))
+    c_N, x_RN, y_RN, edges = _optima(kept, cost, np.concatenate([y_P[None], surface.log(n_P, s_P)[:1], drawn_RP]))
     s_RN = c_N - np.log(cost.of_step(np.exp(x_RN)))
     return Laws(
-        compute, kept[0].loss_name, len(kept), named(_NAMES, theta_5, draws_R5, _MAPS), _told(c_N, x_RN, s_RN, y_RN),
-        power_law(c_N, x_RN), power_law(c_N, s_RN), power_law(c_N, y_RN), offset_law(c_N, y_RN), (*left, *edges),
-        float(np.sqrt(np.mean((y_P - fitted_P) ** 2))), cost, seed, noise_P, theta_5, draws_R5)
-
-
-def _surface(n_P: np.ndarray, s_P: np.ndarray) -> Sum:
-    """Of ln features and ln steps."""
-    one = np.ones_like(n_P)
-    return Sum([one[:, None], np.stack([one, n_P], axis=1), np.stack([one, s_P], axis=1)])
+        compute, kept[0].loss_name, len(kept), surface, _told(c_N, x_RN, s_RN, y_RN), power_law(c_N, x_RN), power_law(c_N, s_RN),
+        power_law(c_N, y_RN), offset_law(c_N, y_RN), (*left, *edges), cost)
 
 
 def _optima(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Left]]:
@@ -178,19 +146,6 @@ def _told(c_N: np.ndarray, *logs_RN: np.ndarray) -> tuple[Budget, ...]:
 def _of_logs(log_R: np.ndarray) -> Estimate:
     """Of the estimate and its resamples."""
     return estimate(finite_exp(log_R[0]), finite_exp(log_R[1:]))
-
-
-def _best_of(theta_R5: np.ndarray, compute: float, cost: Cost) -> np.ndarray:
-    """ln features [R] at which the surface is least along a budget: where its slope changes sign, by bisection."""
-    low_R, high_R = np.zeros(len(theta_R5)), np.full(len(theta_R5), np.log(compute / cost.each))
-    for _ in range(60):
-        u_R = (low_R + high_R) / 2
-        step_R = cost.of_step(np.exp(u_R))
-        s_R = np.log(compute / step_R)
-        slope_R = (theta_R5[:, 2] * finite_exp(theta_R5[:, 1] + theta_R5[:, 2] * u_R)
-                   - theta_R5[:, 4] * finite_exp(theta_R5[:, 3] + theta_R5[:, 4] * s_R) * cost.each * np.exp(u_R) / step_R)
-        low_R, high_R = np.where(slope_R < 0, u_R, low_R), np.where(slope_R < 0, high_R, u_R)
-    return u_R
 
 
 def _positive(**values: float) -> None:

@@ -1,7 +1,7 @@
 """Least squares in logs of a sum of power laws, for many resamples at once, and the intervals that these give.
 
-The model is ln y = ln sum_t exp(X_t theta_t): each term is linear in its parameters once the log is taken. Shapes: P points, R
-resamples, Q parameters.
+The model is ln y = ln sum_t exp(X_t theta_t), or c times that: each term is linear in its parameters once the log is taken.
+Shapes: P points, R resamples, Q parameters.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,15 +38,18 @@ def finite_exp(x):
 
 
 class Sum:
-    """ln y_P = ln sum_t exp(X_t theta_t). designs: X_t [P, Q_t]; theta is their parameters one after the other."""
+    """ln y_P = c ln sum_t exp(X_t theta_t). designs: X_t [P, Q_t]; theta is their parameters one after the other, and with
+    `power` ln c behind them; without it c is 1.
+    """
 
-    def __init__(self, designs: Sequence[np.ndarray]):
+    def __init__(self, designs: Sequence[np.ndarray], power: bool = False):
         self.designs = [np.asarray(x, float) for x in designs]
-        self._split = np.cumsum([x.shape[1] for x in self.designs])[:-1]
+        self._power = power
+        self._split = np.cumsum([x.shape[1] for x in self.designs])
 
     def log(self, theta_RQ: np.ndarray) -> np.ndarray:
         """ln y [R, P]."""
-        return self._shares(theta_RQ)[0]
+        return self._powers(theta_RQ) * self._shares(theta_RQ)[0]
 
     def fit(self, starts_SQ: np.ndarray, y_P: np.ndarray) -> np.ndarray:
         """theta [Q]: the best of the least squares from all starts. y_P: logs."""
@@ -60,8 +63,9 @@ class Sum:
         not hurt. All rows move together: a thousand resamples take about as long as a few alone.
         """
         pairs = [np.linalg.qr(x) for x in self.designs]
-        inner = Sum([q for q, _ in pairs])
-        theta = np.concatenate([part @ r.T for part, (_, r) in zip(self._parts(theta_RQ), pairs, strict=True)], axis=1)
+        inner, last = Sum([q for q, _ in pairs], self._power), self._split[-1]
+        theta = np.concatenate([part @ r.T for part, (_, r) in zip(self._parts(theta_RQ), pairs, strict=True)]
+                               + [theta_RQ[:, last:]], axis=1)
         damping_R, eye = np.full(len(theta), 1e-3), np.eye(theta.shape[1])
         error_RP, slopes_RPQ = inner._linear(theta, y_RP)
         cost_R, moving_R = (error_RP ** 2).sum(1), np.ones(len(theta), bool)
@@ -85,13 +89,18 @@ class Sum:
             damping_R[m] = np.where(better, damping_R[m] / 8, damping_R[m] * 4).clip(1e-12, None)
             moving_R[m] = ~((better & gained) | (damping_R[m] > 1e8))
         parts = inner._parts(theta)
-        return np.concatenate([np.linalg.solve(r, part.T).T for part, (_, r) in zip(parts, pairs, strict=True)], axis=1)
+        return np.concatenate([np.linalg.solve(r, part.T).T for part, (_, r) in zip(parts, pairs, strict=True)]
+                              + [theta[:, last:]], axis=1)
 
     def _parts(self, theta_RQ: np.ndarray) -> list[np.ndarray]:
-        return np.split(theta_RQ, self._split, axis=1)
+        return np.split(theta_RQ, self._split, axis=1)[:-1]
+
+    def _powers(self, theta_RQ: np.ndarray) -> np.ndarray:
+        """c [R, 1]."""
+        return finite_exp(theta_RQ[:, -1:]) if self._power else np.ones((len(theta_RQ), 1))
 
     def _shares(self, theta_RQ: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(ln y [R, P], each term's share of y [R, P, T])."""
+        """(ln of the sum [R, P], each term's share of it [R, P, T])."""
         terms_RPT = np.stack([part @ x.T for part, x in zip(self._parts(theta_RQ), self.designs, strict=True)], axis=-1)
         log_RP = np.logaddexp.reduce(terms_RPT, axis=-1)
         return log_RP, np.exp(terms_RPT - log_RP[:, :, None])
@@ -99,8 +108,10 @@ class Sum:
     def _linear(self, theta_RQ: np.ndarray, y_RP: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(y - ln y [R, P], d ln y / d theta [R, P, Q])."""
         log_RP, shares_RPT = self._shares(theta_RQ)
-        slopes = [shares_RPT[:, :, t, None] * x for t, x in enumerate(self.designs)]
-        return y_RP - log_RP, np.concatenate(slopes, axis=2)
+        c_R1 = self._powers(theta_RQ)
+        slopes = [(c_R1[:, :, None] * shares_RPT[:, :, t, None]) * x for t, x in enumerate(self.designs)]
+        slopes += [(c_R1 * log_RP)[:, :, None]] if self._power else []
+        return y_RP - c_R1 * log_RP, np.concatenate(slopes, axis=2)
 
 
 def starts_of(designs: Sequence[np.ndarray], exponents: Sequence[Sequence[float]], y_P: np.ndarray) -> np.ndarray:

@@ -248,5 +248,6 @@ def test_the_report_lies_beside_the_points(places, pieces, capsys):
     assert main(["scaling", f"--config={config}"]) == 0
     printed = capsys.readouterr().out
     assert f"report   {run / 'scaling.html'}" in printed and "no scaling laws" not in printed
-    assert json.loads((run / "scaling.json").read_text())["laws"]["surface"]["a"]["value"] == pytest.approx(0.5, rel=1e-3)
+    surface = json.loads((run / "scaling.json").read_text())["laws"]["surface"]
+    assert surface["form"] == "sum" and surface["parameters"]["a"]["value"] == pytest.approx(0.5, rel=1e-3)
     assert {"scaling.html", "points.csv", "loss.png", "features.svg", "steps.svg"} <= {file.name for file in run.iterdir()}
