@@ -31,7 +31,7 @@ def get_config():
     c.eval.contexts = 64
     grid = [f"sae.d_sae={features} train.tokens={tokens}" for features in FEATURES for tokens in TOKENS]
     rates = [f"sae.d_sae={features} train.tokens={tokens} train.lr={lr}"
-             for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (5e-4, 1e-3, 4e-3, 8e-3)]
+             for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (1e-3, 4e-3, 8e-3, 1.6e-2)]
     ks = [f"sae.d_sae={features} train.tokens=524288 sae.k={k}" for features in FEATURES[:4] for k in (16, 64)]
     largest = "sae.d_sae=16384 train.tokens=1048576"
     c.sweep.variations = (*grid, *rates, *ks, largest)
