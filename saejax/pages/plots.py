@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -153,9 +154,10 @@ def log_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str, *, lo
         axes.set(**{f"{axis}scale": "log" for axis in log})
         for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
             if name in log and math.log10(max(axis.get_view_interval()) / min(axis.get_view_interval())) < 1.2:
-                axis.set_major_formatter(lambda v, _: f"{v:.3g}")
-                axis.set_minor_formatter(lambda v, _: f"{v:.3g}")
-            axis.set_label_text((xlabel if axis is axes.xaxis else ylabel).replace("$", r"\$"))
+                axis.set_major_formatter(_written)
+                axis.set_minor_formatter(_written)
+            label = xlabel if axis is axes.xaxis else textwrap.fill(ylabel, 30)
+            axis.set_label_text(label.replace("$", r"\$"))
         axes.tick_params(axis="x", which="minor", labelrotation=30)
         axes.legend(frameon=False, labelcolor=theme["ink"], fontsize=8)
 
@@ -182,6 +184,11 @@ def joined_plot(title: str, over: Sequence[Series], xlabel: str, ylabel: str, *,
 def _picture(title: str, draw) -> Picture:
     light, dark = (_svg(draw, theme) for theme in _THEMES.values())
     return Picture(title, _uri(light), _uri(dark), light, _png(draw))
+
+
+def _written(value: float, _=None) -> str:
+    """A value of an axis: 0.025, 3,000."""
+    return f"{value:,.0f}" if 100 <= value < 1e6 else f"{value:.3g}"
 
 
 def _draw_series(axes, series: Series, colour: str) -> None:

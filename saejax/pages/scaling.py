@@ -132,7 +132,7 @@ def pictures(study: Study) -> dict[str, Picture]:
         c = np.array([budget.compute for budget in laws.budgets])
         compute = f"{laws.compute} FLOPs of the training run"
         out["loss"] = log_plot("Loss over compute", [
-            *_by_size(study.points, laws.compute), _optimal(c, [b.loss for b in laws.budgets], "optimum of a budget"),
+            *_by_size(study.grid, laws.compute), _optimal(c, [b.loss for b in laws.budgets], "optimum of a budget"),
             *_line(laws.loss_with_offset or laws.loss, c, "power law with offset" if laws.loss_with_offset else "power law")],
             compute, what)
         for name, label in (("features", "features N*(C)"), ("steps", "steps S*(C)")):

@@ -30,7 +30,7 @@ class Study:
     """What the points of a study give. laws: through the runs of the learning rate and k that most sizes and lengths have;
     rates: through those that were trained with several learning rates; topk: through the longest of those that were trained
     with several k; None where there is no such law. held: runs that were left out of the fit. refused: why a law could not be
-    fitted, a line each. lr: the learning rate of `laws`.
+    fitted, a line each. grid: the runs that `laws` are of, with those that were held out.
     """
 
     points: tuple[Point, ...]
@@ -39,7 +39,12 @@ class Study:
     topk: TopKSurface | None = None
     held: tuple[Held, ...] = ()
     refused: tuple[str, ...] = ()
-    lr: float | None = None
+    grid: tuple[Point, ...] = ()
+
+    @property
+    def lr(self) -> float | None:
+        """The learning rate of `laws`."""
+        return self.grid[0].lr if self.grid else None
 
 
 def study(points: Iterable[Point], *, compute: str = "dense", leave_out: tuple[int, int] | None = None) -> Study:
@@ -70,7 +75,7 @@ def study(points: Iterable[Point], *, compute: str = "dense", leave_out: tuple[i
     rates = fitted("law of the learning rate", fit_lr, of_rates, compute=compute) if of_rates else None
     topk = fitted("surface over k", fit_topk_surface, of_ks) if of_ks else None
     compared = [Held(point, laws.predict(point.features, point.steps)) for point in held if laws and not point.diverged]
-    return Study(tuple(points), laws, rates, topk, tuple(compared), tuple(refused), lr)
+    return Study(tuple(points), laws, rates, topk, tuple(compared), tuple(refused), tuple(own))
 
 
 def _usual(points: Sequence[Point], name: str) -> float | None:

@@ -316,9 +316,10 @@ def test_what_is_written(tmp_path):
     points.append(dataclasses.replace(points[3], run="gone", loss=None, diverged="<b>NaN</b>", alive=None, dead_fraction=None))
     laws = fit(points, **FEW)
     rates, topk = fit_lr(sweep(1e-3), **FEW), fit_topk_surface(topk_grid(), **FEW)
-    page = write_scaling(tmp_path / "study", Study(tuple(points), laws, rates, topk))
-    assert read_points(page.with_name("scaling.json")) == points
-    assert fit(read_points(page.with_name("scaling.json")), **FEW).summary() == laws.summary()
+    page = write_scaling(tmp_path / "study", Study((*points, *topk_grid()), laws, rates, topk, grid=tuple(points)))
+    written = read_points(page.with_name("scaling.json"))
+    assert written == [*points, *topk_grid()]
+    assert fit(written[:len(points)], **FEW).summary() == laws.summary()
     written = json.loads(page.with_name("scaling.json").read_text())["laws"]["surface"]["parameters"]
     assert written["a"]["value"] == laws.surface.parameters["a"].value
     text = page.read_text()
@@ -328,7 +329,7 @@ def test_what_is_written(tmp_path):
         assert said in text, said
     with open(page.with_name("points.csv"), newline="") as f:
         rows = list(csv.DictReader(f))
-    assert len(rows) == 37 and rows[0]["run"] == f"'{hostile}" and rows[-1]["loss"] == ""
+    assert len(rows) == 37 + 42 and rows[0]["run"] == f"'{hostile}" and rows[36]["loss"] == ""
     assert float(rows[1]["loss"]) == points[1].loss
     for figure in ("loss", "features", "steps", "lr", "topk"):
         assert page.with_name(f"{figure}.png").read_bytes().startswith(b"\x89PNG")
