@@ -1,12 +1,11 @@
-"""Scaling study: TopK SAEs of 5 sizes x 5 lengths on the middle of SmolLM2-135M-Instruct in 4 bits.
+"""Scaling study: TopK SAEs of 5 sizes x 5 lengths on the middle of SmolLM2-135M-Instruct in 4 bits; learning rates; k.
 
-Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: half an hour, by the rates of the demo
-          (docs/measurements/benchmarks.md); not yet measured.
-Command:  saejax scaling --config=configs/scaling_smollm2.py
-          then --leave-out=8192,524288 holds the largest runs out of the fit and compares them with what it predicts
+Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: 100 minutes, with other work on both cores all the time.
+Command:  saejax scaling --config=configs/scaling_smollm2.py --limit=15      # and again, until all points are there
+          docs/tutorials/scaling_study.md goes through it and its figures
 
-The recipe is the demo's, with one learning rate for all. A feature counts as dead after half of the shortest run, so that AuxK is
-at work in every run. The store is longer than the longest run: no row is seen twice.
+The recipe is the demo's, with one learning rate for the grid. A feature counts as dead after half of the shortest run, so that
+AuxK is at work in every run. The store is longer than the longest run: no row is seen twice.
 """
 
 from saejax.config import default_config
