@@ -60,11 +60,11 @@ class Laws:
         return float(max(0.0, np.log10(compute / high), np.log10(low / compute)))
 
     def predict(self, features: float, steps: float) -> Estimate:
-        """Loss of one run of the surface, with an interval that one more run lies in: the parameters' and the runs' own scatter.
-        Raises `ScalingError` for sizes of 0 and less.
+        """Loss of one run of the surface, with an interval that one more run lies in: the parameters' and the runs' own scatter, by
+        both forms. Raises `ScalingError` for sizes of 0 and less.
         """
         _positive(features=features, steps=steps)
-        return self.surface.loss(self.surface.log(np.log([features]), np.log([steps]))[:, 0])
+        return self.surface.loss(np.log(features), np.log(steps))
 
     def optimal(self, compute: float, *, by: str = "envelope") -> Optimum:
         """The best features and steps for a budget (FLOPs), and the loss of one run there, its own scatter included.
@@ -79,8 +79,8 @@ class Laws:
                            law.at(compute, self.surface.noise_P, self.surface.seed), self.decades(compute))
         if by != "surface":
             raise ScalingError(f"by={by!r}: choose envelope or surface")
-        u_R, s_R, y_R = self.surface.best(compute, self.cost)
-        return Optimum(compute, _of_logs(u_R), _of_logs(s_R), self.surface.loss(y_R), self.decades(compute))
+        u_R, s_R = self.surface.best(compute, self.cost)
+        return Optimum(compute, _of_logs(u_R), _of_logs(s_R), self.surface.loss(u_R[0], s_R[0]), self.decades(compute))
 
     def least(self, features_G: np.ndarray, steps_G: np.ndarray) -> tuple[Estimate, Estimate]:
         """(features, steps) of the run that has the least loss of the surface among G runs: where something else than FLOPs is

@@ -27,7 +27,7 @@ _LIKELIER = 20.0  # times, so much the points have to be under the power for it 
 @dataclass(frozen=True, eq=False)
 class Surface:
     """What `fit_surface` finds. theta_R5: parameters as they are fitted, the best first, then one row a resample. errors: of each
-    form the root mean square of the residuals in ln loss. noise_P: residuals of the form that was taken, widened.
+    form the root mean square of the residuals in ln loss. noise_P: residuals, widened. other: the form that was not taken.
     """
 
     form: str
@@ -35,6 +35,7 @@ class Surface:
     theta_R5: np.ndarray
     noise_P: np.ndarray
     seed: int
+    other: "Surface | None" = None
 
     @property
     def error(self) -> float:
@@ -51,14 +52,21 @@ class Surface:
         """ln L [R, P] at ln features and ln steps."""
         return _model(self.form, n_P, s_P).log(self.theta_R5)
 
-    def loss(self, y_R: np.ndarray) -> Estimate:
-        """Of one more run: parameters' scatter and runs' own. y_R: ln L of every row of theta."""
+    def loss(self, n: float, s: float) -> Estimate:
+        """L of one more run at ln features and ln steps. The interval has the parameters' scatter and the runs' own, and reaches
+        over those of both forms: which of them holds outside of the runs, the runs do not tell.
+        """
+        y_R = self.log(np.array([n]), np.array([s]))[:, 0]
         noise_R = np.random.default_rng(self.seed).choice(self.noise_P, len(y_R) - 1)
-        return estimate(finite_exp(y_R[0]), finite_exp(y_R[1:] + noise_R))
+        own = estimate(finite_exp(y_R[0]), finite_exp(y_R[1:] + noise_R))
+        if self.other is None:
+            return own
+        theirs = self.other.loss(n, s)
+        return Estimate(own.value, min(own.low, theirs.low), max(own.high, theirs.high))
 
-    def best(self, compute: float, cost: Cost) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ln features, ln steps, ln L), each [R], of the least loss along a budget: where the slope of A N^-a + B S^-b changes
-        sign, by bisection.
+    def best(self, compute: float, cost: Cost) -> tuple[np.ndarray, np.ndarray]:
+        """(ln features, ln steps), each [R], of the least loss along a budget: where the slope of A N^-a + B S^-b changes sign,
+        by bisection.
         """
         first = _NAMES[self.form].index("A")
         A, a, B, b = self.theta_R5[:, first:first + 4].T
@@ -69,10 +77,7 @@ class Surface:
             s_R = np.log(compute / step_R)
             slope_R = a * finite_exp(A + a * u_R) - b * finite_exp(B + b * s_R) * cost.each * np.exp(u_R) / step_R
             low_R, high_R = np.where(slope_R < 0, u_R, low_R), np.where(slope_R < 0, high_R, u_R)
-        s_R = np.log(compute) - np.log(cost.of_step(np.exp(u_R)))
-        y_R = np.array([_model(self.form, u[None], s[None]).log(theta[None])[0, 0]
-                        for u, s, theta in zip(u_R, s_R, self.theta_R5, strict=True)])
-        return u_R, s_R, y_R
+        return u_R, np.log(compute) - np.log(cost.of_step(np.exp(u_R)))
 
     def summary(self) -> dict:
         """Plain JSON."""
@@ -90,12 +95,15 @@ def fit_surface(n_P: np.ndarray, s_P: np.ndarray, y_P: np.ndarray, bootstrap: in
     theta = {form: model.fit(_starts(form, model, y_P), y_P) for form, model in models.items()}
     errors = {form: float(np.sqrt(np.mean((model.log(theta[form][None])[0] - y_P) ** 2))) for form, model in models.items()}
     gain = np.log(max(errors[SUM], 1e-12)) - np.log(max(errors[POWER], 1e-12))
-    form = POWER if len(y_P) * gain > np.log(_LIKELIER) else SUM
-    fitted_P = models[form].log(theta[form][None])[0]
-    noise_P = widened(y_P - fitted_P, len(theta[form]))
-    drawn_RP = resampled(fitted_P, noise_P, bootstrap, seed)
-    draws = models[form].solve(np.tile(theta[form], (bootstrap, 1)), drawn_RP)
-    return Surface(form, errors, np.concatenate([theta[form][None], draws]), noise_P, seed), drawn_RP
+    forms = (POWER, SUM) if len(y_P) * gain > np.log(_LIKELIER) else (SUM, POWER)
+    surface = None
+    for form in reversed(forms):  # the one that is taken last
+        fitted_P = models[form].log(theta[form][None])[0]
+        noise_P = widened(y_P - fitted_P, len(theta[form]))
+        drawn_RP = resampled(fitted_P, noise_P, bootstrap, seed)
+        draws = models[form].solve(np.tile(theta[form], (bootstrap, 1)), drawn_RP)
+        surface = Surface(form, errors, np.concatenate([theta[form][None], draws]), noise_P, seed, surface)
+    return surface, drawn_RP
 
 
 def _model(form: str, n_P: np.ndarray, s_P: np.ndarray) -> Sum:
