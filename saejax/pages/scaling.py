@@ -107,8 +107,8 @@ def _of_laws(laws: Laws) -> list[str]:
         f"Left out: {len(laws.left_out)}; they are listed below with the reason." if laws.left_out else "Nothing was left out.",
         f"Of the loss over compute, {ratio}. Without an offset a power law falls to 0, and far out it promises too much.",
         _of_surface(laws.surface),
-        "Intervals are 90 %. Those of a predicted loss reach over both forms. The others know the scatter of the runs, not the error "
-        "of the form, nor the bias of a parabola on a coarse grid.",
+        "Intervals are 90 %. Those of a predicted loss reach over both forms. The others know the scatter of the runs, not the "
+        "error of the form, nor the bias of a parabola on a coarse grid.",
     ]
 
 

@@ -60,8 +60,8 @@ class Laws:
         return float(max(0.0, np.log10(compute / high), np.log10(low / compute)))
 
     def predict(self, features: float, steps: float) -> Estimate:
-        """Loss of one run of the surface, with an interval that one more run lies in: the parameters' and the runs' own scatter, by
-        both forms. Raises `ScalingError` for sizes of 0 and less.
+        """Loss of one run of the surface, and an interval that one more lies in: the scatter of parameters and runs, of both
+        forms. Raises `ScalingError` for sizes of 0 and less.
         """
         _positive(features=features, steps=steps)
         return self.surface.loss(np.log(features), np.log(steps))
