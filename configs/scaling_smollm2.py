@@ -32,6 +32,6 @@ def get_config():
     rates = [f"sae.d_sae={features} train.tokens={tokens} train.lr={lr}"
              for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (1e-3, 4e-3, 8e-3, 1.6e-2)]
     ks = [f"sae.d_sae={features} train.tokens=524288 sae.k={k}" for features in FEATURES[:4] for k in (16, 64)]
-    largest = "sae.d_sae=16384 train.tokens=1048576"
-    c.sweep.variations = (*grid, *rates, *ks, largest)
+    larger = [f"sae.d_sae={features} train.tokens=1048576" for features in (16_384, 32_768)]
+    c.sweep.variations = (*grid, *rates, *ks, *larger)
     return c
