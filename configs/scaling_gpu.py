@@ -1,7 +1,7 @@
 """Scaling study: TopK SAEs of 5 sizes x 5 lengths on SmolLM2-135M, for one GPU.
 
-Hardware: one GPU with 24 GB or more, 80 GB of disk for the store. Not yet run, so no time and no metrics are given;
-          `saejax plan --config=configs/scaling_gpu.py --topology=h200:1` predicts the step of the config without its sweep.
+Hardware: one GPU with 24 GB or more, 80 GB of disk for the store. Not yet run, so no time and no metrics are given. By the terms
+          of `saejax plan` the steps of all 25 runs take five minutes of an H200; harvest, AuxK and evaluation come to that.
 Needs:    the Hugging Face hub (model and text).
 Command:  saejax scaling --config=configs/scaling_gpu.py
 """
