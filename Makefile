@@ -16,17 +16,17 @@ demo: $(STAMP)
 # The core tier compiles quickly; the slow tier compiles as users do.
 test: export XLA_FLAGS := --xla_backend_optimization_level=0 $(XLA_FLAGS)
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(DOCS)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow -m slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --slow -m slow
 
 # The TPU compiler, which the slow tests of tests/plan/test_tpu.py need; no TPU is needed.
 tpu-compiler: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[tpu-plan]'
 
 test-all: $(DOCS)
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --slow
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --slow
 
 # The documentation as a site, in site/. Pages open from disk; their search wants a server: python -m http.server -d site
 docs: $(DOCS)

@@ -18,9 +18,11 @@ def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 
 
-# Files that take longest: begun first, so that no worker is left alone with one of them at the end.
-LONGEST = ("train/test_step", "scaling/test_sweep", "runs/test_scaling", "train/test_recipes", "train/test_resume",
-           "data/test_harvest", "test_release", "train/test_processes", "lm/test_generate", "lm/test_hooks", "test_main")
+# Files that take longest: begun first, so that no worker is left alone with one of them at the end (`--no-loadscope-reorder`: by
+# itself pytest-xdist begins with the files of most tests, and the longest have few).
+LONGEST = ("test_guards", "docs/test_run", "plan/test_tpu", "plan/test_tpu_jobs", "train/test_step", "scaling/test_sweep",
+           "runs/test_scaling", "train/test_recipes", "train/test_resume", "data/test_harvest", "test_release",
+           "train/test_processes", "lm/test_generate", "lm/test_hooks", "test_main")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -16,8 +16,9 @@ from tests.features.reference import assert_equal, state_of
 
 D, F, T, CONTEXTS = 16, 48, 8, 16
 KINDS = ("relu", "jumprelu", "gated", "topk", "batchtopk", "groupmax")
-MESHES = [(2, 4), pytest.param((1, 1), marks=pytest.mark.slow), pytest.param((1, 8), marks=pytest.mark.slow),
-          pytest.param((8, 1), marks=pytest.mark.slow)]
+# Every kind on one mesh; the others for the two ways of selecting, each feature by itself and the largest of a row.
+CASES = [*((kind, (2, 4)) for kind in KINDS),
+         *(pytest.param(kind, shape, marks=pytest.mark.slow) for kind in ("relu", "topk") for shape in ((1, 1), (1, 8), (8, 1)))]
 
 
 def made(kind: str, mesh=None, features: int = F) -> SAE:
@@ -58,8 +59,7 @@ def on_mesh(kind: str, shape: tuple[int, int]) -> tuple[SAE, tuple[jax.Array, ja
     return made(kind, mesh), placed(mesh, x, keep), np.where(keep[:, None], np.asarray(made(kind).encode(x)), 0)
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, shape", CASES)
 def test_the_state_is_that_of_the_activations(kind, shape, monkeypatch):
     in_tiles(monkeypatch)
     sae, given, acts = on_mesh(kind, shape)
@@ -70,8 +70,7 @@ def test_the_state_is_that_of_the_activations(kind, shape, monkeypatch):
     assert_equal(jax.tree.map(sharding.to_host, state), state_of(acts, T))
 
 
-@pytest.mark.parametrize("shape", MESHES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, shape", CASES)
 def test_windows_are_those_of_the_activations(kind, shape, monkeypatch):
     in_tiles(monkeypatch)
     sae, (x_BD, keep_B), acts = on_mesh(kind, shape)
