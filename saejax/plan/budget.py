@@ -24,7 +24,7 @@ from saejax.plan.source import find
 from saejax.sae import SAESpec
 from saejax.scaling.laws import Laws, Optimum
 from saejax.scaling.points import Point
-from saejax.scaling.sums import Estimate
+from saejax.scaling.sums import Estimate, decades_beyond
 from saejax.train import step_cost
 from saejax.train.step_cost import USABLE, Work
 
@@ -208,13 +208,8 @@ def _law(law: Fitted, features: float, steps: int, compute: float) -> dict:
     return {"compute": laws.compute, "loss_name": laws.loss_name, "points": laws.points, "fitted_range": list(laws.fitted_range),
             "features_range": list(law.sizes), "steps_range": list(law.steps), "batch": law.batch, "lr": law.found.lr,
             "k": list(law.k), "differs": list(law.minor), "refused": list(law.found.refused),
-            "decades": laws.decades(compute), "features_decades": _decades(features, law.sizes),
-            "steps_decades": _decades(steps, law.steps)}
-
-
-def _decades(value: float, fitted_range: tuple[int, int]) -> float:
-    low, high = fitted_range
-    return max(0.0, math.log10(value / high), math.log10(low / value))
+            "decades": laws.decades(compute), "features_decades": decades_beyond(features, law.sizes),
+            "steps_decades": decades_beyond(steps, law.steps)}
 
 
 def _lr(law: Fitted, compute: float) -> dict:
@@ -223,7 +218,7 @@ def _lr(law: Fitted, compute: float) -> dict:
     if rates is None:
         return {"value": law.found.lr, "low": None, "high": None, "by": "runs", "decades": None}
     fitted_range = rates.budgets[0].compute, rates.budgets[-1].compute
-    return rates.law.at(compute)._asdict() | {"by": "law", "decades": _decades(compute, fitted_range)}
+    return rates.law.at(compute)._asdict() | {"by": "law", "decades": decades_beyond(compute, fitted_range)}
 
 
 def _of_flops(by: str, found: Optimum, offset: bool) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 from saejax.base.errors import ScalingError
 from saejax.scaling.envelope import Budget, Cost, PowerLaw, offset_law, optima, power_law, profiles
 from saejax.scaling.points import Left, Point, enough, usable
-from saejax.scaling.sums import Estimate, estimate, finite_exp, resamples
+from saejax.scaling.sums import Estimate, decades_beyond, estimate, finite_exp, resamples
 from saejax.scaling.surface import Surface, fit_surface
 
 _LEAST = 9
@@ -56,8 +56,7 @@ class Laws:
 
     def decades(self, compute: float) -> float:
         """By how many powers of ten a budget lies outside of the fitted range; 0 inside."""
-        low, high = self.fitted_range
-        return float(max(0.0, np.log10(compute / high), np.log10(low / compute)))
+        return decades_beyond(compute, self.fitted_range)
 
     def predict(self, features: float, steps: float) -> Estimate:
         """Loss of one run of the surface, and an interval that one more lies in: the scatter of parameters and runs, of both

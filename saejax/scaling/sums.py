@@ -32,6 +32,12 @@ def estimate(value: float, draws_R: np.ndarray) -> Estimate:
     return Estimate(float(value), *(float(v) for v in np.nanquantile(draws_R, (tail, 1 - tail))))
 
 
+def decades_beyond(value: float, fitted_range: tuple[float, float]) -> float:
+    """By how many powers of ten a value lies outside of a range; 0 inside."""
+    low, high = fitted_range
+    return float(max(0.0, np.log10(value / high), np.log10(low / value)))
+
+
 def finite_exp(x):
     """e^x, finite also for a resample in which a parameter is as good as free: 1e304 stands for more."""
     return np.exp(np.clip(x, -700.0, 700.0))
