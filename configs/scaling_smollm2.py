@@ -1,4 +1,4 @@
-"""Scaling study: TopK SAEs of 5 sizes x 5 lengths on the middle of SmolLM2-135M-Instruct in 4 bits; learning rates; k.
+"""Scaling study: TopK SAEs of 5 sizes x 6 lengths on the middle of SmolLM2-135M-Instruct in 4 bits; learning rates; k.
 
 Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: 100 minutes, with other work on both cores all the time.
 Command:  saejax scaling --config=configs/scaling_smollm2.py --limit=15      # and again, until all points are there
@@ -11,13 +11,13 @@ AuxK is at work in every run. The store is longer than the longest run: no row i
 from saejax.config import default_config
 
 FEATURES = (512, 1024, 2048, 4096, 8192)
-TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576)
+TOKENS = (65_536, 131_072, 262_144, 524_288, 1_048_576, 2_097_152)
 
 
 def get_config():
     c = default_config("topk")
     c.name = "scaling_smollm2"
-    c.harvest.tokens = 1_100_000
+    c.harvest.tokens = 2_200_000
     c.lm.batch_contexts = 8
     c.train.batch = 1024
     c.train.lr = 2e-3
@@ -32,6 +32,6 @@ def get_config():
     rates = [f"sae.d_sae={features} train.tokens={tokens} train.lr={lr}"
              for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (1e-3, 4e-3, 8e-3, 1.6e-2)]
     ks = [f"sae.d_sae={features} train.tokens=524288 sae.k={k}" for features in FEATURES[:4] for k in (16, 64)]
-    larger = [f"sae.d_sae={features} train.tokens=1048576" for features in (16_384, 32_768)]
+    larger = [f"sae.d_sae={features} train.tokens={tokens}" for features in (16_384, 32_768) for tokens in TOKENS[4:]]
     c.sweep.variations = (*grid, *rates, *ks, *larger)
     return c

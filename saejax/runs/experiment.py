@@ -1,6 +1,7 @@
 """The stages of an experiment as functions of its config: harvest and train."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -20,11 +21,11 @@ from saejax.train.member import Outcome, check_all, check_run_dir, claim_run_dir
 from saejax.train.step_cost import mesh_options
 
 
-def preflight(config: Config) -> list[Config]:
+def preflight(config: Config, chosen: Sequence[Config] | None = None) -> list[Config]:
     """The configs of the SAEs to train, after what can be known to be wrong before hours of harvesting: mesh, batch, dictionary
-    sizes, a run directory taken.
+    sizes, a run directory taken. chosen: of the members some, at least one (None: all).
     """
-    configs = [settled(member) for member in members(config)]
+    configs = [settled(member) for member in (members(config) if chosen is None else chosen)]
     check_run_dir(settled(config))
     going_on = has_checkpoints(configs[0])
     check_all(configs, sharding.make_mesh(mesh_options(configs[0], jax.devices(), going_on=going_on)))

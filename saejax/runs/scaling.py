@@ -18,6 +18,7 @@ from saejax.base.logs import say
 from saejax.base.records import MeshOptions, RunPaths
 from saejax.base.storage import decided, is_writer, write_json
 from saejax.config import Config
+from saejax.data.manifest import spec_digest
 from saejax.data.order import RowOrder
 from saejax.data.store import Store, is_complete
 from saejax.runs.evaluation import evaluated_all
@@ -27,10 +28,10 @@ from saejax.runs.subject import forget_language_model
 from saejax.sae import SAESpec
 from saejax.scaling.points import Point, parsed_recipe, read_points, recipe_of
 from saejax.scaling.recipe import recipe, sizes
-from saejax.scaling.sweep import is_sweep
+from saejax.scaling.sweep import is_sweep, members
 from saejax.train.checkpoint import steps_in
 from saejax.train.compilation_cache import kept
-from saejax.train.member import Outcome, total_steps
+from saejax.train.member import Outcome, settled, total_steps
 from saejax.train.step_cost import Work, flops, mesh_options
 
 POINTS = "points.json"
@@ -47,7 +48,7 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
     if not is_sweep(config):
         raise ConfigError("config.sweep: is empty, and a scaling study is a sweep; vary sae.d_sae and train.tokens, as in "
                           "configs/scaling_smollm2.py")
-    grid, file = preflight(config), Path(config.run_dir) / POINTS
+    grid, file = [settled(member) for member in members(config)], Path(config.run_dir) / POINTS
     points = {point.run: point for point in (read_points(file) if file.is_file() else [])}
     for member in grid:
         _check_same(points.get(_name(member)), member, file)
@@ -55,6 +56,7 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
     chosen = waiting[:limit]
     if not chosen:
         return list(points.values())
+    preflight(config, waiting)
     if not (epochs or is_complete(config.harvest.store)):
         _check_length(grid, _once(config, *_of_text(config)))
     with lease.writing(config.run_dir), kept(Path(config.run_dir)):
@@ -96,14 +98,15 @@ def _point(config: Config, store: Store, **measured) -> Point:
     """A run's sizes and compute beside what was measured.
 
     Dense FLOPs: 2 (2 D_in + 3 D_out) F a row, so 10 B D F a step. Sparse: those of the sparse path (`step_cost.flops`), whether
-    the run took it or not; None for kinds that have none.
+    the run took it or not; None for kinds that have none. The store counts by what its rows are, not by how many: one that grew
+    for longer runs is the same recipe.
     """
     widths = {hookpoint: store.width(hookpoint) for hookpoint in config.sae.hookpoints}
     spec = SAESpec.from_options(config.sae, widths, config.train.compute_dtype)
     work, steps = Work.of(config, spec, 1, 1, hardware.chip_of(jax.local_devices()[0])), total_steps(config)
     sparse = flops(dataclasses.replace(work, pairs=True)) if work.k and work.decodes == 1 else None
     return Point(
-        run=_name(config), recipe=recipe_of(recipe(config) | {"store": store.digest}), d_in=spec.d_in, steps=steps,
+        run=_name(config), recipe=recipe_of(recipe(config) | {"store": spec_digest(store.spec)}), d_in=spec.d_in, steps=steps,
         **sizes(config),
         flops_dense=float(steps * work.rows * spec.d_sae * (4 * spec.d_in + 6 * spec.width_out)),
         flops_sparse=None if sparse is None else steps * sparse, **measured)

@@ -117,6 +117,23 @@ def test_a_store_that_is_too_short_is_refused_unless_epochs_are_meant(places, pi
     assert list(points_of(run)) == ["d_sae=32,tokens=512"]
 
 
+def test_a_study_grows_with_its_store(places, pieces, tmp_path, capsys):
+    """Longer runs want more rows. Of the same text they are the same recipe; of other text they are not."""
+    def points(name, tokens, sweep, extra=""):
+        lines = f"c.harvest.store = {str(tmp_path / name)!r}\nc.harvest.tokens = {tokens}\n{extra}"
+        config, run = write(places, name, lines, ("sae.d_sae=32", sweep))
+        assert main(["scaling", f"--config={config}"]) == 0
+        return points_of(run)
+
+    short = points("grown", 1024, "train.tokens=512")
+    both = points("grown", 6144, "train.tokens=512,4096")
+    assert "grows from 32 to 192 contexts" in capsys.readouterr().err
+    assert short.items() <= both.items() and len(both) == 2
+    assert {p.recipe for p in both.values()} == {p.recipe for p in pieces[-1].values()}
+    [other] = points("other", 1024, "train.tokens=512", "c.text.holdout = 0.2").values()
+    assert other.recipe != both[other.run].recipe
+
+
 def test_a_run_that_diverges_is_a_point_with_its_reason(places, pieces, capsys):
     config, run = write(places, "diverged", "c.train.clip = None", ("sae.d_sae=32", "train.lr=1e30,1e-3", "train.tokens=1024"))
     assert main(["scaling", f"--config={config}"]) == 0
