@@ -130,7 +130,7 @@ def test_a_study_grows_with_its_store(places, pieces, tmp_path, capsys):
     assert "grows from 32 to 192 contexts" in capsys.readouterr().err
     assert short.items() <= both.items() and len(both) == 2
     assert {p.recipe for p in both.values()} == {p.recipe for p in pieces[-1].values()}
-    [other] = points("other", 1024, "train.tokens=512", "c.text.holdout = 0.2").values()
+    [other] = points("other_text", 1024, "train.tokens=512", "c.text.holdout = 0.2").values()
     assert other.recipe != both[other.run].recipe
 
 
