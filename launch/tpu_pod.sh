@@ -3,6 +3,7 @@
 # Usage: TPU=NAME ZONE=us-east5-a ACCELERATOR=v5p-128 launch/tpu_pod.sh [--dry-run] CONFIG RUN_DIR [--config.KEY=VALUE ...]
 # RUN_DIR must be storage that all hosts see (a mounted bucket or filestore). SPOT=1 asks for preemptible chips; RUNTIME is the
 # image of the hosts; REPOSITORY and REVISION are what they install (default: this checkout's origin and commit).
+# COMMAND: run (default), scaling, harvest or train.
 set -euo pipefail
 dry_run=
 if [ "${1-}" = --dry-run ]; then dry_run=1; shift; fi
@@ -12,7 +13,7 @@ shift 2
 runtime=${RUNTIME:-v2-alpha-tpuv5}
 repository=${REPOSITORY:-$(git remote get-url origin)}
 revision=${REVISION:-$(git rev-parse HEAD)}
-arguments=$(printf '%q ' run --distributed "--config=$config" "--config.run_dir=$run_dir" "$@")
+arguments=$(printf '%q ' "${COMMAND:-run}" --distributed "--config=$config" "--config.run_dir=$run_dir" "$@")
 on_host="set -e
 test -d saejax || git clone $(printf %q "$repository") saejax
 cd saejax && git fetch --quiet && git checkout --quiet $(printf %q "$revision")

@@ -4,6 +4,7 @@
 #          launch/xpk_multislice.sh [--dry-run] CONFIG RUN_DIR [--config.KEY=VALUE ...]
 # The image is made from launch/Containerfile with EXTRA=tpu. Keep config.mesh.dict inside a slice and let config.mesh.data be a
 # multiple of SLICES: between slices only gradients then cross the slower network.
+# COMMAND: run (default), scaling, harvest or train.
 set -euo pipefail
 dry_run=
 if [ "${1-}" = --dry-run ]; then dry_run=1; shift; fi
@@ -14,7 +15,7 @@ shift 2
 workload=${WORKLOAD:-saejax-$(basename "$run_dir" | tr -c 'a-z0-9\n' '-')}
 line=(xpk workload create --cluster "$CLUSTER" --zone "$ZONE" --project "$PROJECT" --workload "$workload"
   --tpu-type "$TPU_TYPE" --num-slices "${SLICES:-1}" --docker-image "$IMAGE" --max-restarts "${RESTARTS:-20}"
-  --command "$(printf '%q ' saejax run --distributed "--config=$config" "--config.run_dir=$run_dir" "$@")")
+  --command "$(printf '%q ' saejax "${COMMAND:-run}" --distributed "--config=$config" "--config.run_dir=$run_dir" "$@")")
 if [ -n "$dry_run" ]; then
   printf '%q ' "${line[@]}"
   echo

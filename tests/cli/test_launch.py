@@ -118,6 +118,15 @@ def test_jobset_is_a_job_set():
     assert not re.search(r"\{\{[A-Z]+\}\}", done.stdout)
 
 
+@pytest.mark.parametrize("name, env, starts", [
+    ("tpu_pod.sh", TPU, "{} --distributed"), ("xpk_multislice.sh", XPK, "{} --distributed"),
+    ("slurm_gpu.sbatch", {}, "saejax {} --distributed"), ("jobset.sh", JOBSET, "args: [{}, '--config=")])
+def test_the_command_is_the_run_or_what_is_chosen(name, env, starts):
+    for chosen, command in (({}, "run"), ({"COMMAND": "scaling"}, "scaling")):
+        said = script(name, "--dry-run", *ARGUMENTS, "--limit=5", env=env | chosen).stdout.replace("\\", "")
+        assert starts.format(command) in said and "--limit=5" in said and command in JOBS
+
+
 def test_jobset_takes_no_quotes():
     done = script("jobset.sh", "--dry-run", "configs/demo.py", "/shared/x", "--config.name='; rm", env=JOBSET)
     assert done.returncode == 2 and "no quotes" in done.stderr
