@@ -18,6 +18,7 @@ LEAST = 3             # budgets that a power law takes
 _WITH_OFFSET = 5      # that one with an offset takes: it has three parameters
 _NEAR = np.log(4.0)   # a parabola takes what lies within this factor of the best, and its neighbours in any case
 HALF = 0.5            # of the resamples: so many need an optimum, else what is left is a choice
+_NO_OFFSET = 1e-6
 _SAME = 0.1           # budgets whose logs differ by less are one
 _EXPONENTS = [[-g] for g in (0.03, 0.1, 0.2, 0.4, 0.8)]
 _FEW, _MANY = "few features", "many features"
@@ -73,9 +74,12 @@ class PowerLaw:
 
     @classmethod
     def of(cls, reference: float, theta_3: np.ndarray, draws_R3: np.ndarray) -> "PowerLaw":
+        def offset(theta_R3: np.ndarray) -> np.ndarray:  # a millionth of the factor and less is none
+            return np.where(theta_R3[:, 0] < theta_R3[:, 1] + np.log(_NO_OFFSET), 0.0, finite_exp(theta_R3[:, 0]))
+
         with_offset = np.isfinite(theta_3[0])
         return cls(reference, estimate(finite_exp(theta_3[1]), finite_exp(draws_R3[:, 1])), estimate(theta_3[2], draws_R3[:, 2]),
-                   estimate(finite_exp(theta_3[0]), finite_exp(draws_R3[:, 0])) if with_offset else None, theta_3, draws_R3)
+                   estimate(offset(theta_3[None])[0], offset(draws_R3)) if with_offset else None, theta_3, draws_R3)
 
     def at(self, x: float, noise_P: np.ndarray | None = None, seed: int = 0) -> Estimate:
         """y and its 90 % interval; noise_P: residuals in logs of single runs, which then are in it."""
@@ -197,12 +201,12 @@ def offset_law(c_N: np.ndarray, y_RN: np.ndarray) -> PowerLaw | None:
         return None
     reference = c_N.mean()
     designs = [np.ones((len(c_N), 1)), np.stack([np.ones(len(c_N)), c_N - reference], axis=1)]
-    model = Sum(designs)
-    theta_3 = model.fit(starts_of(designs, _EXPONENTS, y_RN[0]), y_RN[0])
+    model, starts = Sum(designs), starts_of(designs, _EXPONENTS, y_RN[0])
+    theta_3 = model.fit(starts, y_RN[0])
     rows_RN = y_RN[1:][np.isfinite(y_RN[1:]).all(1)]
     if len(rows_RN) < HALF * (len(y_RN) - 1):
         return None
-    return PowerLaw.of(float(np.exp(reference)), theta_3, model.solve(np.tile(theta_3, (len(rows_RN), 1)), rows_RN))
+    return PowerLaw.of(float(np.exp(reference)), theta_3, model.fit_each(starts, rows_RN))
 
 
 def _side(profile: Profile, x_R: np.ndarray, best_R: np.ndarray) -> tuple[str, list[str]] | None:

@@ -59,8 +59,17 @@ class Sum:
 
     def fit(self, starts_SQ: np.ndarray, y_P: np.ndarray) -> np.ndarray:
         """theta [Q]: the best of the least squares from all starts. y_P: logs."""
-        found_SQ = self.solve(starts_SQ, np.broadcast_to(y_P, (len(starts_SQ), len(y_P))))
-        return found_SQ[np.argmin(((self.log(found_SQ) - y_P) ** 2).sum(1))]
+        return self.fit_each(starts_SQ, y_P[None])[0]
+
+    def fit_each(self, starts_SQ: np.ndarray, y_RP: np.ndarray) -> np.ndarray:
+        """theta [R, Q]: that of `fit` for every row. For resamples, too, several starts: a term that has gone to 0 in the one
+        that fits best has no slope there, and would stay 0 in all of them.
+        """
+        s, r = len(starts_SQ), len(y_RP)
+        y_SRP = np.tile(y_RP, (s, 1))
+        found = self.solve(np.repeat(starts_SQ, r, axis=0), y_SRP)
+        cost_SR = ((self.log(found) - y_SRP) ** 2).sum(1).reshape(s, r)
+        return found.reshape(s, r, -1)[cost_SR.argmin(0), np.arange(r)]
 
     def solve(self, theta_RQ: np.ndarray, y_RP: np.ndarray) -> np.ndarray:
         """theta [R, Q] that minimises sum (ln y - y_P)^2 for every row of y_RP, from theta_RQ on.

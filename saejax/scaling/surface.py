@@ -92,7 +92,8 @@ def fit_surface(n_P: np.ndarray, s_P: np.ndarray, y_P: np.ndarray, bootstrap: in
     (error of the sum / error of the power)^P > 20. Resamples: fitted values with residuals drawn anew.
     """
     models = {form: _model(form, n_P, s_P) for form in (SUM, POWER)}
-    theta = {form: model.fit(_starts(form, model, y_P), y_P) for form, model in models.items()}
+    starts = {form: _starts(form, model, y_P) for form, model in models.items()}
+    theta = {form: model.fit(starts[form], y_P) for form, model in models.items()}
     errors = {form: float(np.sqrt(np.mean((model.log(theta[form][None])[0] - y_P) ** 2))) for form, model in models.items()}
     gain = np.log(max(errors[SUM], 1e-12)) - np.log(max(errors[POWER], 1e-12))
     forms = (POWER, SUM) if len(y_P) * gain > np.log(_LIKELIER) else (SUM, POWER)
@@ -101,7 +102,8 @@ def fit_surface(n_P: np.ndarray, s_P: np.ndarray, y_P: np.ndarray, bootstrap: in
         fitted_P = models[form].log(theta[form][None])[0]
         noise_P = widened(y_P - fitted_P, len(theta[form]))
         drawn_RP = resampled(fitted_P, noise_P, bootstrap, seed)
-        draws = models[form].solve(np.tile(theta[form], (bootstrap, 1)), drawn_RP)
+        from_SQ = np.vstack([theta[form], *(starts[form] if form == SUM else [])])  # no term of the power goes to 0
+        draws = models[form].fit_each(from_SQ, drawn_RP)
         surface = Surface(form, errors, np.concatenate([theta[form][None], draws]), noise_P, seed, surface)
     return surface, drawn_RP
 

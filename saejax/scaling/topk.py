@@ -73,10 +73,11 @@ def fit_topk_surface(points: Iterable[Point], *, bootstrap: int = 1000, seed: in
     n_P, k_P = (np.log([getattr(point, name) for point in kept]) for name in ("features", "k"))
     y_P = np.log([point.loss for point in kept])
     model = _surface(n_P, k_P)
-    theta_6 = model.fit(_starts(model, k_P, y_P), y_P)
+    starts = _starts(model, k_P, y_P)
+    theta_6 = model.fit(starts, y_P)
     fitted_P = model.log(theta_6[None])[0]
     noise_P = widened(y_P - fitted_P, len(theta_6))
-    draws_R6 = model.solve(np.tile(theta_6, (bootstrap, 1)), resampled(fitted_P, noise_P, bootstrap, seed))
+    draws_R6 = model.fit_each(np.vstack([theta_6, starts]), resampled(fitted_P, noise_P, bootstrap, seed))
     sizes, ks = ([getattr(point, name) for point in kept] for name in ("features", "k"))
     return TopKSurface(
         kept[0].loss_name, tuple(point.run for point in kept), named(_NAMES, theta_6, draws_R6, [lambda x: x] * 6),

@@ -74,6 +74,14 @@ def test_a_law_without_an_irreducible_part():
     assert laws.surface.parameters["a"].value == pytest.approx(LAW["a"], rel=0.02)
 
 
+def test_an_offset_that_fits_best_at_nothing_may_be_more():
+    """At 0 it has no slope: resamples that began there all stayed, and the interval was 0 to 0."""
+    laws = fit(grid(1e-2, 5, law=LAW | {"E": 0.0}), **FEW)
+    offset, least = laws.loss_with_offset.offset, laws.surface.parameters["E"]
+    assert offset.value == offset.low == 0 and 0.02 < offset.high < LAW["E"]
+    assert least.value < 1e-9 and 0.02 < least.high < LAW["E"]
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_what_is_mostly_noise_gives_finite_figures_or_is_refused(seed):
     try:
