@@ -4,8 +4,8 @@ Hardware: a mesh of 4 x 16 devices, as configs/smollm2_pod.py, and 4.5 TB for th
           side: the states of all five sizes are 100 GB over the devices. Not yet run, so no time and no metrics are given.
 Needs:    the Hugging Face hub (model and text), a run directory on storage that every host sees.
 Command:  saejax scaling --distributed --config=configs/scaling_pod.py --config.run_dir=/shared/runs/scaling_pod --limit=5
-          in every process (docs/how-to/launch.md: `COMMAND=scaling` before a script): trains five runs and stops; again, and it
-          goes on with the next five
+          in every process (docs/how-to/launch.md: `COMMAND=scaling` before a script): trains the five sizes of the shortest
+          length and stops; again, and it goes on with the next length
 """
 
 from saejax.config import default_config

@@ -30,7 +30,7 @@ def get_config():
     c.eval.contexts = 64
     grid = [f"sae.d_sae={features} train.tokens={tokens}" for features in FEATURES for tokens in TOKENS]
     rates = [f"sae.d_sae={features} train.tokens={tokens} train.lr={lr}"
-             for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (1e-3, 4e-3, 8e-3, 1.6e-2)]
+             for features, tokens in zip(FEATURES[1:4], TOKENS[1:4], strict=True) for lr in (5e-4, 1e-3, 4e-3, 8e-3, 1.6e-2)]
     ks = [f"sae.d_sae={features} train.tokens=524288 sae.k={k}" for features in FEATURES[:4] for k in (16, 64)]
     larger = [f"sae.d_sae={features} train.tokens={tokens}" for features in (16_384, 32_768) for tokens in TOKENS[4:]]
     c.sweep.variations = (*grid, *rates, *ks, *larger)

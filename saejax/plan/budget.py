@@ -85,8 +85,9 @@ def seconds_of(budget: Budget, topology: Topology | None, price: float | None) -
 
 
 def recommend(config: Config, points: Iterable[Point], budget: Budget, *, topology: str | None = None,
-              price: float | None = None, compute: str = "dense") -> dict:
+              price: float | None = None, compute: str = "dense", leave_out: tuple[int, int] | None = None) -> dict:
     """What to train for a budget, as one JSON value. compute: "dense" or "sparse", the FLOPs of the law and of a budget of FLOPs.
+    leave_out: (features, tokens); runs with at least so many of both do not count for the law.
 
     Raises `ConfigError`: a budget without the topology or price it takes, a batch or mesh that does not divide, nothing that
     fits; `ScalingError`: points that have no law, or not one of this recipe.
@@ -94,7 +95,7 @@ def recommend(config: Config, points: Iterable[Point], budget: Budget, *, topolo
     chosen = None if topology is None else hardware.parse(topology)
     seconds = seconds_of(budget, chosen, price)
     spec = SAESpec.from_options(config.sae, find(config).widths, config.train.compute_dtype)
-    law = fitted(config, spec, points, compute=compute)
+    law = fitted(config, spec, points, compute=compute, leave_out=leave_out)
     laws: Laws = law.found.laws
     options = Options.of(budget, seconds, laws, _candidates(config, spec, chosen))
     best, taken = options.best(fitting=False), options.best()

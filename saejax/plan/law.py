@@ -30,8 +30,10 @@ class Fitted:
     steps: tuple[int, int]
 
 
-def fitted(config: Config, spec: SAESpec, points: Iterable[Point], *, compute: str = "dense") -> Fitted:
-    """The laws of the points that have the k of the config. compute: "dense" or "sparse" FLOPs.
+def fitted(config: Config, spec: SAESpec, points: Iterable[Point], *, compute: str = "dense",
+           leave_out: tuple[int, int] | None = None) -> Fitted:
+    """The laws of the points that have the k of the config. compute: "dense" or "sparse" FLOPs. leave_out: (features, tokens);
+    runs with at least so many of both do not count.
 
     Raises `ScalingError` where they are of another recipe, width, batch or k, and where no laws can be fitted.
     """
@@ -44,10 +46,11 @@ def fitted(config: Config, spec: SAESpec, points: Iterable[Point], *, compute: s
     if not own:
         raise ScalingError(f"law: its runs have k = {', '.join(map(str, there)) or 'none'}, and config.sae.k is {wanted}; a law "
                            "is at one k")
-    found = study(own, compute=compute)
+    found = study(own, compute=compute, leave_out=leave_out)
     if found.laws is None:
         raise ScalingError("law: " + "; ".join(found.refused))
-    used = [point for point in own if point.lr == found.lr and not point.diverged]
+    left = {held.point for held in found.held}
+    used = [point for point in own if point.lr == found.lr and not point.diverged and point not in left]
     features, steps = ([getattr(point, name) for point in used] for name in ("features", "steps"))
     return Fitted(found, used[0].batch, tuple(there), tuple(minor), (min(features), max(features)), (min(steps), max(steps)))
 

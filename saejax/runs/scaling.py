@@ -38,8 +38,8 @@ POINTS = "points.json"
 
 
 def measured_points(config: Config, *, limit: int | None = None, epochs: bool = False) -> list[Point]:
-    """The points of a study: those that are there, and of the runs of its sweep that have none yet the `limit` with the least
-    compute (None: all), which are trained to their end and measured. A run that was stopped for its loss is a point, too, with
+    """The points of a study: those that are there, and of the runs of its sweep that have none yet the `limit` shortest
+    (None: all), which are trained to their end and measured. A run that was stopped for its loss is a point, too, with
     the reason.
 
     epochs: a store that is shorter than the longest run is meant, and is read several times. Raises `ConfigError` for a config
@@ -52,7 +52,7 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
     points = {point.run: point for point in (read_points(file) if file.is_file() else [])}
     for member in grid:
         _check_same(points.get(_name(member)), member, file)
-    waiting = sorted((member for member in grid if _name(member) not in points), key=_compute)
+    waiting = sorted((member for member in grid if _name(member) not in points), key=_length)
     chosen = waiting[:limit]
     if not chosen:
         return list(points.values())
@@ -158,8 +158,9 @@ def _mesh(grid: Sequence[Config], store: Store) -> MeshOptions:
     return mesh_options(max(grid, key=lambda member: member.sae.d_sae), jax.devices(), store.width)
 
 
-def _compute(config: Config) -> tuple[int, int]:
-    return config.sae.d_sae * config.train.tokens, config.train.tokens
+def _length(config: Config) -> tuple[int, int]:
+    """By it runs are taken: those of one length read the store once."""
+    return config.train.tokens, config.sae.d_sae
 
 
 def _name(config: Config) -> str:

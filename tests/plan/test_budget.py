@@ -214,10 +214,15 @@ def test_the_command(tmp_path, capsys):
     assert main([*common, "--budget=1h", f"--law={points}", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["recommended"] == recommend(CONFIG, grid(), read("1h"), topology="h200:1")["recommended"]
+    assert main([*common, "--budget=1h", f"--law={points}", "--leave-out=10240,0", "--json"]) == 0
+    fewer = json.loads(capsys.readouterr().out)["law"]
+    assert (fewer["points"], found["law"]["points"]) == (30, 36)
+    assert fewer["features_range"][1] < 10240 == found["law"]["features_range"][1]
     assert main([*common, "--budget=1h", f"--law={points}"]) == 0
     said = capsys.readouterr().out
     assert f"config.sae.d_sae={found['recommended']['features']} " in said and "1h on h200:1" in said
     for more, why in ((["--budget=1h"], "add --law"), ([f"--law={points}"], "add --budget"), (["--price=2"], "no effect without"),
+                      (["--leave-out=1,1"], "--leave-out has no effect without a budget"),
                       (["--budget=1h", f"--law={points}", "--compile"], "--compile has no effect with a budget"),
                       (["--budget=soon", f"--law={points}"], "not a budget")):
         assert main([*common, *more]) == 2

@@ -17,7 +17,7 @@ from tests import tiny_experiment as tiny
 from tests.scaling.test_laws import grid, point, topk_grid
 
 GRID = ("sae.d_sae=32,64,128", "train.tokens=512,1024,2048")
-BY_COMPUTE = ["d_sae=32,tokens=512", "d_sae=64,tokens=512", "d_sae=32,tokens=1024", "d_sae=128,tokens=512"]
+SHORTEST = ["d_sae=32,tokens=512", "d_sae=64,tokens=512", "d_sae=128,tokens=512", "d_sae=32,tokens=1024"]
 HOSTILE = "<script>alert(1)</script>\u202e"
 
 
@@ -60,7 +60,7 @@ def pieces(places):
 
 def test_in_pieces(pieces):
     run, first, between, points = pieces
-    assert sorted(first) == sorted(BY_COMPUTE) and between == first
+    assert sorted(first) == sorted(SHORTEST) and between == first
     assert len(points) == 9 and first.items() <= points.items()
     assert not (run / "scaling.html").exists()
 
@@ -244,7 +244,7 @@ def test_the_same_points_twice_count_once(tmp_path):
 
 def test_files_of_a_study_are_no_saes(pieces, tmp_path, capsys):
     run = tmp_path / "run"
-    for name in ("config.json", "points.json", *BY_COMPUTE[:2]):
+    for name in ("config.json", "points.json", *SHORTEST[:2]):
         (run / name).parent.mkdir(exist_ok=True)
         (run / name).symlink_to(pieces[0] / name)
     (run / "scaling.html").write_text("")

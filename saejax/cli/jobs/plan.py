@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from saejax.base.errors import ConfigError
-from saejax.cli.options import ConfigOptions, Job, Json, number, places, refuse, switch, value, words
+from saejax.cli.options import ConfigOptions, Job, Json, number, places, refuse, sizes, switch, value, words
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,8 @@ class Options(Json, ConfigOptions):
     price: float | None = value("what a chip costs for an hour", "PRICE", number)
     compute: str = value("which FLOPs the law, and a budget of FLOPs, are over", "KIND", default="dense",
                          choices=("dense", "sparse"))
+    leave_out: tuple[int, int] | None = value("runs with at least so many of both do not count for the law; 0: any number",
+                                              "FEATURES,TOKENS", sizes)
 
 
 def run(options: Options) -> int:
@@ -33,7 +35,7 @@ def run(options: Options) -> int:
         given, lacks = ("--law", "--budget=24h") if options.budget is None else ("--budget", "--law=RUN_DIR/points.json")
         raise ConfigError(f"saejax plan: {given} needs the other one, too; add {lacks}")
     if options.budget is None:
-        refuse("plan", options, ("price", "compute"), "without a budget")
+        refuse("plan", options, ("price", "compute", "leave_out"), "without a budget")
     else:
         refuse("plan", options, ("compile",), "with a budget")
     for config in configs(options):
@@ -51,7 +53,7 @@ def _for_budget(config, options: Options) -> dict:
     from saejax.scaling.points import read_points
     points = [point for file in options.law for point in read_points(file)]
     return plan.recommend(config, points, plan.read(options.budget), topology=options.topology, price=options.price,
-                          compute=options.compute)
+                          compute=options.compute, leave_out=options.leave_out)
 
 
 JOB = Job(

@@ -14,7 +14,7 @@ class Options(ConfigOptions, DistributedOptions):
     paths: tuple[str, ...] = places("RUN_DIR", "the run directory of a study", least=0, most=1)
     points: tuple[str, ...] | None = value("train nothing, fit these files of points (points.json, scaling.json), with commas "
                                            "between", "FILES", words)
-    limit: int | None = value("train at most so many runs that have no point yet, those with the least compute first", "N", count)
+    limit: int | None = value("train at most so many runs that have no point yet, the shortest first", "N", count)
     epochs: bool = switch("the store is shorter than the longest run, and several epochs of it are meant")
     compute: str = value("which FLOPs the laws are over", "KIND", default="dense", choices=("dense", "sparse"))
     leave_out: tuple[int, int] | None = value("hold runs with at least so many of both out of the fit, and compare them with "
