@@ -51,7 +51,7 @@ def write_scaling(out: Path, study: Study) -> Path:
         left=left_out(study), surface=surface_table(laws.surface.parameters if laws else {}),
         equation=EQUATIONS[laws.surface.form] if laws else "",
         topk=surface_table(topk.parameters if topk else {}), optima=[_optimum_row(*found) for found in optima],
-        plots=list(plots.values()), recipe=_recipe(points),
+        plots=list(plots.values()), recipe=_recipe(study.grid or points),
         points=points_table(points, laws.compute if laws else "dense"), loss=_loss_name(points)).encode())
     return page
 
@@ -89,7 +89,8 @@ def caveats(study: Study) -> list[str]:
             f"The loss is: {_loss_name(study.points)}. Laws of another loss have other exponents.",
             "All runs have one recipe. Another batch, optimizer, sparsity, data or layer may have other laws."]
     if study.laws:
-        told += _of_laws(study.laws)
+        lr, k = study.lr, study.grid[0].k
+        told += [f"The laws are of the learning rate {lr:.3g}{'' if k is None else f' and of k = {k}'}.", *_of_laws(study.laws)]
     if study.topk:
         (low, high), (least, most) = study.topk.features, study.topk.k
         told.append(f"The surface over k goes through {study.topk.points} runs of {low:,} to {high:,} features, k of {least} to "
@@ -133,7 +134,7 @@ def pictures(study: Study) -> dict[str, Picture]:
         compute = f"{laws.compute} FLOPs of the training run"
         out["loss"] = log_plot("Loss over compute", [
             *_by_size(study.grid, laws.compute), _optimal(c, [b.loss for b in laws.budgets], "optimum of a budget"),
-            *_line(laws.loss_with_offset or laws.loss, c, "power law with offset" if laws.loss_with_offset else "power law")],
+            *_line(laws.loss_with_offset or laws.loss, c, "power law with offset" if laws.has_offset else "power law")],
             compute, what)
         for name, label in (("features", "features N*(C)"), ("steps", "steps S*(C)")):
             out[name] = log_plot(f"Optimal {name} over compute", [

@@ -113,7 +113,7 @@ def recommend(config: Config, points: Iterable[Point], budget: Budget, *, topolo
                             "k": config.sae.k if config.sae.kind in WITH_K else None, "lr": _lr(law, spent)},
             "optimum": {"features": features_law._asdict(), "steps": steps_law._asdict()},
             "same_flops": [_of_flops("surface", laws.optimal(spent, by="surface"), True),
-                           _of_flops("envelope", laws.optimal(spent), laws.loss_with_offset is not None)],
+                           _of_flops("envelope", laws.optimal(spent), laws.has_offset)],
             "topology": None if chosen is None else _on(chosen, one, steps, law.batch),
             "without_memory_limit": None if taken == best else options.told(best),
             "harvest": {"tokens": steps * law.batch, "config_tokens": config.harvest.tokens,

@@ -7,7 +7,8 @@ grow, and of what was measured only the points have to be kept.
 import dataclasses
 import gc
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -56,7 +57,7 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
     chosen = waiting[:limit]
     if not chosen:
         return list(points.values())
-    preflight(config, waiting)
+    preflight(config, [dataclasses.replace(member, mesh=_mesh(grid)) for member in waiting])
     if not (epochs or is_complete(config.harvest.store)):
         _check_length(grid, _once(config, *_of_text(config)))
     with lease.writing(config.run_dir), kept(Path(config.run_dir)):
@@ -66,7 +67,7 @@ def measured_points(config: Config, *, limit: int | None = None, epochs: bool = 
         if not epochs:
             _check_length(grid, _once(config, store.rows, store.kept_rows))
         say(f"2/3 train: {len(chosen)} of {len(waiting)} runs that have no point yet")
-        parts = _rounds([dataclasses.replace(member, mesh=_mesh(grid, store)) for member in chosen])
+        parts = _rounds([dataclasses.replace(member, mesh=_mesh(grid, store.width)) for member in chosen])
         outcomes = [outcome for part in parts for outcome in trained(config, part, store)]
         gc.collect()
         say("3/3 evaluate")
@@ -153,9 +154,15 @@ def _rounds(configs: Sequence[Config]) -> list[list[Config]]:
     return [[config for _, config in part] for _, part in itertools.groupby(sorted(keyed, key=lambda x: x[0]), lambda x: x[0])]
 
 
-def _mesh(grid: Sequence[Config], store: Store) -> MeshOptions:
-    """The mesh that suits the largest dictionary: one for all, so that a point does not depend on what trained beside it."""
-    return mesh_options(max(grid, key=lambda member: member.sae.d_sae), jax.devices(), store.width)
+def _mesh(grid: Sequence[Config], width_of: Callable[[str], int] | None = None) -> MeshOptions:
+    """The mesh that suits the largest dictionary and divides all: one, so that a point does not depend on what trained beside it.
+    """
+    largest = max(grid, key=lambda member: member.sae.d_sae)
+    found = mesh_options(largest, jax.devices(), width_of)
+    if (largest.mesh.data, largest.mesh.dict) != (-1, -1):
+        return found
+    parts = math.gcd(found.dict, *(member.sae.d_sae for member in grid))
+    return MeshOptions(found.data * found.dict // parts, parts)
 
 
 def _length(config: Config) -> tuple[int, int]:

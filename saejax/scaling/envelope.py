@@ -143,7 +143,7 @@ def profiles(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> list[Prof
         curve = PchipInterpolator(x_S, y_RS, axis=1) if len(steps) > 1 else lambda _, y=y_RS: y[:, 0]
         curves.append((np.log(features), x_S, curve))
     out = []
-    for budget in _budgets(np.concatenate([x_S for _, x_S, _ in curves])):
+    for budget in distinct(np.concatenate([x_S for _, x_S, _ in curves])):
         there = [(x, curve(np.clip(budget, x_S[0], x_S[-1]))) for x, x_S, curve in curves
                  if x_S[0] - _SAME <= budget <= x_S[-1] + _SAME]
         out.append(Profile(float(np.exp(budget)), np.array([x for x, _ in there]), np.stack([y for _, y in there], axis=1)))
@@ -224,7 +224,7 @@ def _side(profile: Profile, x_R: np.ndarray, best_R: np.ndarray) -> tuple[str, l
     return f"the optimum{of} lies at the edge of the grid, on the side of {edges[0]}", edges[:1]
 
 
-def _budgets(logs: np.ndarray) -> list[float]:
+def distinct(logs: np.ndarray) -> list[float]:
     """The distinct budgets, in logs: means of those that differ by less than 10 %."""
     groups: list[list[float]] = []
     for value in np.sort(logs):

@@ -50,6 +50,11 @@ class Laws:
     cost: Cost
 
     @property
+    def has_offset(self) -> bool:
+        """Whether an irreducible loss above 0 fits best. Without one the law of the loss falls to 0."""
+        return self.loss_with_offset is not None and self.loss_with_offset.offset.value > 0
+
+    @property
     def fitted_range(self) -> tuple[float, float]:
         """The least and the largest budget (FLOPs) whose optimum was found."""
         return self.budgets[0].compute, self.budgets[-1].compute
@@ -118,15 +123,19 @@ def fit(points: Iterable[Point], *, compute: str = "dense", bootstrap: int = 100
     n_P, s_P = (np.log([getattr(point, name) for point in kept]) for name in ("features", "steps"))
     surface, drawn_RP = fit_surface(n_P, s_P, y_P, bootstrap, seed)
 
-    c_N, x_RN, y_RN, edges = _optima(kept, cost, np.concatenate([y_P[None], surface.log(n_P, s_P)[:1], drawn_RP]))
+    c_N, x_RN, y_RN, fitted_N, edges = _optima(kept, cost, np.concatenate([y_P[None], surface.log(n_P, s_P)[:1], drawn_RP]))
+    # Noise may bend the measured envelope so that no offset fits; all resamples about it alone would say so, too.
+    both_RN = np.concatenate([y_RN, y_RN[1:] - y_RN[:1] + fitted_N])
     s_RN = c_N - np.log(cost.of_step(np.exp(x_RN)))
     return Laws(
         compute, kept[0].loss_name, len(kept), surface, _told(c_N, x_RN, s_RN, y_RN), power_law(c_N, x_RN), power_law(c_N, s_RN),
-        power_law(c_N, y_RN), offset_law(c_N, y_RN), (*left, *edges), cost)
+        power_law(c_N, y_RN), offset_law(c_N, both_RN), (*left, *edges), cost)
 
 
-def _optima(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Left]]:
-    """(ln compute [N], ln features and ln loss at the optimum [1 + R, N] of the budgets that have one inside, the others).
+def _optima(points: Sequence[Point], cost: Cost, y_RP: np.ndarray):
+    """(ln compute [N], ln features and ln loss at the optimum [1 + R, N] of the budgets that have one inside, ln loss there of
+    the fitted surface [N], the other budgets).
+
     Rows of y_RP: measured, fitted, resamples; each resample is what it differs by from the fitted, added to the measured.
     """
     found = profiles(points, cost, y_RP)
@@ -134,7 +143,7 @@ def _optima(points: Sequence[Point], cost: Cost, y_RP: np.ndarray) -> tuple[np.n
     inside_N = np.isfinite(x_RN[0])
     c_N = np.log([profile.compute for profile in found])[inside_N]
     moved = [np.concatenate([v[:1], v[:1] + v[2:] - v[1]]) for v in (x_RN[:, inside_N], y_RN[:, inside_N])]
-    return c_N, *moved, left
+    return c_N, *moved, y_RN[1, inside_N], left
 
 
 def _told(c_N: np.ndarray, *logs_RN: np.ndarray) -> tuple[Budget, ...]:

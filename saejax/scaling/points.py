@@ -120,6 +120,15 @@ def read_points(path: str | Path) -> list[Point]:
     return [Point.from_json(values) for values in found]
 
 
+def named_apart(files: Iterable[tuple[str, Sequence[Point]]]) -> list[Point]:
+    """The points of several files. A name that stands for different runs, as of studies that differ in what their sweeps do not
+    vary, gets its file before it.
+    """
+    read = [(file, point) for file, points in files for point in points]
+    several = Counter(point.run for point in dict.fromkeys(point for _, point in read))
+    return [dataclasses.replace(point, run=f"{file}: {point.run}") if several[point.run] > 1 else point for file, point in read]
+
+
 def usable(points: Iterable[Point], *, varying: Sequence[str] = ()) -> tuple[list[Point], list[Left]]:
     """(the points that a fit takes, the diverged runs that it leaves out). varying: which of `SAME` it varies.
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from saejax.base.errors import ScalingError
-from saejax.scaling.envelope import HALF, LEAST, PowerLaw, power_law, vertices
+from saejax.scaling.envelope import HALF, LEAST, PowerLaw, distinct, power_law, vertices
 from saejax.scaling.points import Left, Point, usable
 from saejax.scaling.sums import Estimate, estimate, resampled, resamples, widened
 
@@ -97,9 +97,10 @@ def _mean(group: Sequence[Point], compute: str) -> _Sweep:
 
 
 def _enough(inside: Sequence[_Sweep], sweeps: Sequence[_Sweep], left: Sequence[Left]) -> None:
-    if len(inside) < LEAST:
+    found, there = (len(distinct(np.log([sweep.compute for sweep in some]))) for some in (inside, sweeps))
+    if found < LEAST:
         reasons = "; ".join(f"{what}: {why}" for what, why in left if what.startswith("budget"))
-        raise ScalingError(f"{len(inside)} of {len(sweeps)} budgets have their best learning rate inside the sweep and a power "
+        raise ScalingError(f"{found} of {there} budgets have their best learning rate inside the sweep and a power "
                            f"law takes {LEAST}; {reasons or 'sweep more budgets'}")
 
 

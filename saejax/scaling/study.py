@@ -52,9 +52,10 @@ def study(points: Iterable[Point], *, compute: str = "dense", leave_out: tuple[i
     both are held out, predicted and compared. Raises `ScalingError` where no run or every run is held out.
     """
     points = list(dict.fromkeys(points))
-    lr = _usual(points, "lr")
+    well = [point for point in points if not point.diverged]
+    lr = _usual(well or points, "lr")
     of_lr = [point for point in points if point.lr == lr]
-    k = _usual(of_lr, "k")
+    k = _usual([point for point in well if point.lr == lr] or of_lr, "k")
     of_k = [point for point in points if point.k in (k, None)]  # None: another kind, which a fit refuses
     own = [point for point in of_k if point.lr == lr]
     held = [point for point in own if leave_out and _at_least(point, *leave_out)]

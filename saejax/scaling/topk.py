@@ -73,6 +73,8 @@ def fit_topk_surface(points: Iterable[Point], *, bootstrap: int = 1000, seed: in
     n_P, k_P = (np.log([getattr(point, name) for point in kept]) for name in ("features", "k"))
     y_P = np.log([point.loss for point in kept])
     model = _surface(n_P, k_P)
+    if np.linalg.matrix_rank(model.designs[0]) < model.designs[0].shape[1]:
+        raise ScalingError("these runs do not cross: some sizes have to be trained with the same several k")
     starts = _starts(model, k_P, y_P)
     theta_6 = model.fit(starts, y_P)
     fitted_P = model.log(theta_6[None])[0]

@@ -204,6 +204,13 @@ def test_budgets_and_points_that_give_nothing():
         recommend(make_config(train__batch=2**22), grid(batch=2**22), read("9000d"), topology="v5e:1x1")
 
 
+def test_an_offset_of_nothing_is_none():
+    """Where no irreducible loss fits best, the envelope's law falls to 0, and that is said."""
+    found = recommend(CONFIG, grid(0.01, 2), read(f"{EACH * 1e10:.6g}"))
+    assert "(no offset was fitted: too low far out)" in budget_table(found)
+    assert "no offset" not in budget_table(recommend(CONFIG, grid(), read(f"{EACH * 1e10:.6g}")))
+
+
 def test_the_command(tmp_path, capsys):
     points, config = tmp_path / "points.json", tmp_path / "config.py"
     points.write_text(json.dumps([p.to_json() for p in grid()]))

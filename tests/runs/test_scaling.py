@@ -7,8 +7,10 @@ import re
 import pytest
 
 from saejax.base.errors import ScalingError
+from saejax.base.records import MeshOptions
 from saejax.base.storage import write_json
 from saejax.cli.main import main
+from saejax.runs import scaling
 from saejax.runs.evaluation import evaluate_subject
 from saejax.scaling.points import parsed_recipe, read_points
 from saejax.scaling.study import study
@@ -173,6 +175,53 @@ def test_saved_points_are_fitted_and_reported(tmp_path, capsys):
     page = (out / "scaling.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)" in page and "Held out" not in page
     assert read_points(out / "scaling.json") == points and (out / "loss.svg").is_file()
+
+
+def test_a_prediction_is_of_the_runs_of_the_laws(tmp_path, capsys):
+    """A pilot of another batch and learning rate in front changes nothing of them. How far outside a run lies is told."""
+    pilot = dataclasses.replace(point("pilot", 0.5), batch=1024, lr=5e-4)
+    usual, both = tmp_path / "usual", tmp_path / "both"
+    for folder, points in ((usual, grid(1e-3)), (both, [pilot, *grid(1e-3)])):
+        folder.mkdir()
+        assert main(["scaling", saved(folder, points), "--predict=1e6,2560", f"--out={folder}"]) == 0
+    said = capsys.readouterr().out
+    lines = [line for line in said.splitlines() if line.startswith("1,000,000 features")]
+    assert len(set(lines)) == 1 and len(lines) == 2
+    assert re.search(r"outside of their sizes by 2\.0, their lengths by 2\.0 powers of ten$", lines[0])
+    assert said.count("note     The laws are of the learning rate 0.001 and of k = 32.") == 2
+    page = (both / "scaling.html").read_text()
+    assert "0.001" in page and "0.0005" not in page
+
+
+def test_a_grid_that_diverged_is_not_the_usual_one():
+    bad = [dataclasses.replace(p, run=f"bad {p.run}", lr=1e-2, loss=None, diverged="loss not finite") for p in grid()]
+    found = study([*bad, *grid(1e-3)[:30]])
+    assert found.lr == 1e-3 and found.laws.points == 30 and all(p.lr == 1e-3 for p in found.grid)
+
+
+def test_studies_that_were_made_apart(tmp_path, capsys):
+    """Their sweeps give the same names to runs that differ in the learning rate or the seed of the config."""
+    def file(name, points):
+        (tmp_path / name).mkdir()
+        return saved(tmp_path / name, points).partition("=")[2]
+
+    rates = [file(f"lr{i}", [dataclasses.replace(p, lr=1e-3 * 2.0 ** i, loss=p.loss * (1 + 0.05 * (i - 0.3) ** 2))
+                             for p in grid(1e-3)]) for i in (-2, -1, 0, 1, 2)]
+    assert main(["scaling", f"--points={','.join(rates)}"]) == 0
+    assert "learning rate LR*(C)" in (said := capsys.readouterr().out) and f"{rates[0]}: 0,0" in said and "twice" not in said
+    seeds = [file(f"seed{i}", grid(1e-3, i)) for i in range(2)]
+    assert main(["scaling", f"--points={','.join(seeds)}"]) == 0 and "Fitted: 72 runs" in capsys.readouterr().out
+    assert main(["scaling", f"--points={seeds[0]},{seeds[0]}"]) == 0 and "Fitted: 36 runs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("sizes, parts", [((500, 1000, 8000), 4), ((4096, 12_500), 4), ((4096, 8192), 8), ((501, 8000), 1)])
+def test_one_mesh_divides_all_sizes(model_and_text, tmp_path, sizes, parts):
+    members = [tiny.make_config(*model_and_text, tmp_path, **{"sae.d_sae": size, "sae.d_in": 2048, "train.batch": 4096})
+               for size in sizes]
+    found = scaling._mesh(members)
+    assert (found.data * found.dict, found.dict) == (8, parts) and all(size % parts == 0 for size in sizes)
+    given = [dataclasses.replace(member, mesh=MeshOptions(2, 4)) for member in members]
+    assert scaling._mesh(given) == MeshOptions(2, 4)
 
 
 def test_runs_are_held_out_and_compared(tmp_path, capsys):

@@ -63,6 +63,10 @@ def test_counts_are_of_names_between_blanks():
     assert found.occurrences_C.tolist() == [3, 1, 1, 1, 0, 0] and found.tokens == 27
     assert found.frequency_C[0] == 3 / 27 and found.absent == ["cherry", "ore"]
     assert counting.count(concepts("sulfur/sulphur"), [(" sulfur sulphur Sulphur x ", 4)], progress=False).occurrences_C == 3
+    # names of several words are not only those with a blank
+    odd = concepts("Winston-Salem", "bric-a-brac", "king's cup", "shepherd's")
+    text = " a Winston-Salem b bric-a-brac c king's cup d shepherd's pie"
+    assert counting.count(odd, [(text, 12)], progress=False).occurrences_C.tolist() == [1, 1, 1, 1]
     with pytest.raises(ConceptError, match="no tokens"):
         counting.count(names, [], progress=False)
 
@@ -249,6 +253,21 @@ def test_what_has_no_curve_says_so(change, why):
     assert why in found.refused and found.refused.startswith("10000 features: ") and found.curve is None and found.f50 is None
     both = fit.collapse([size, dataclasses.replace(size, **change(size))], draws=5)
     assert both.refused.startswith("1 of 2 sizes have a curve") and both.curve is None
+
+
+def test_a_curve_that_may_as_well_fall_has_no_threshold():
+    """Words that are present whatever their frequency: of 40 curves hardly one may be left, and 95 % intervals of slopes that
+    rise hold the truth.
+    """
+    def size(seed, slope):
+        rng = np.random.default_rng(seed)
+        f = np.exp(rng.uniform(math.log(1e-5), math.log(1e-3), 80))
+        return fit.Size("flat", 1000, tuple(map(str, range(80))), f, rng.random(80) < expit(slope * np.log(f / 1e-4)))
+
+    flat = [fit.fit(size(seed, 0.0), draws=100, seed=seed) for seed in range(40)]
+    assert sum(one.curve is not None for one in flat) <= 4
+    steep = [fit.fit(size(seed, 1.0), draws=100, seed=seed) for seed in range(20)]
+    assert sum(low < 1.0 < high for low, high in (one.slope_interval for one in steep if one.curve)) >= 16
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 30])

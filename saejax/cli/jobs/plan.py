@@ -50,8 +50,8 @@ def run(options: Options) -> int:
 def _for_budget(config, options: Options) -> dict:
     """What to train for the budget."""
     from saejax import plan
-    from saejax.scaling.points import read_points
-    points = [point for file in options.law for point in read_points(file)]
+    from saejax.scaling.points import named_apart, read_points
+    points = named_apart((file, read_points(file)) for file in options.law)
     return plan.recommend(config, points, plan.read(options.budget), topology=options.topology, price=options.price,
                           compute=options.compute, leave_out=options.leave_out)
 

@@ -46,11 +46,11 @@ def run(options: Options) -> int:
 def _points(options: Options) -> tuple[list, Path | None]:
     """(the points, where the report goes)."""
     if options.points:
-        from saejax.scaling.points import read_points
+        from saejax.scaling.points import named_apart, read_points
         if options.config is not None or options.paths:
             raise ConfigError("saejax scaling: got both --points and a study to train; give one of them")
         refuse("scaling", options, _TRAINING, "where points are only read")
-        return [point for file in options.points for point in read_points(file)], options.out
+        return named_apart((file, read_points(file)) for file in options.points), options.out
     from saejax.cli.subjects import configs
     from saejax.runs.scaling import measured_points
     found = configs(options)
@@ -82,9 +82,16 @@ def _prediction(found, features: int, tokens: int) -> str:
     """One line: the loss of a run, and how far beyond the fitted budgets it lies."""
     if found.laws is None:
         return f"no prediction for {features:,} features and {tokens:,} tokens: there are no laws"
-    steps = tokens / found.points[0].batch
-    e, decades = found.laws.predict(features, steps), found.laws.decades(found.laws.cost.of_step(features) * steps)
-    where = f"{decades:.1f} powers of ten outside of the fitted budgets" if decades else "inside the fitted budgets"
+    from saejax.scaling.sums import decades_beyond
+    laws, grid = found.laws, [point for point in found.grid if point not in {held.point for held in found.held}]
+    steps = tokens / grid[0].batch
+    e = laws.predict(features, steps)
+    beyond = {"the fitted budgets": laws.decades(laws.cost.of_step(features) * steps)}
+    for what, name, asked in (("their sizes", "features", features), ("their lengths", "steps", steps)):
+        fitted = [getattr(point, name) for point in grid]
+        beyond[what] = decades_beyond(asked, (min(fitted), max(fitted)))
+    outside = ", ".join(f"{what} by {decades:.1f}" for what, decades in beyond.items() if decades)
+    where = f"outside of {outside} powers of ten" if outside else "inside the fitted budgets, sizes and lengths"
     return f"{features:,} features, {tokens:,} tokens: loss {e.value:.4g} ({e.low:.4g} to {e.high:.4g}), {where}"
 
 

@@ -131,6 +131,8 @@ def fit(size: Size, *, draws: int = DRAWS, seed: int = 0) -> Fit:
         return _refused(out, f"{near} concepts lie within a decade of the 50 % point ({curve.f50:.3g}), at least "
                         f"{LEAST_NEAR} are needed", near)
     drawn = _bootstrap([(x, y)], [size.names], draws, seed)
+    if (falls := float((drawn[1] <= 0).mean())) > (1 - LEVEL) / 2:
+        return _refused(out, f"in {falls:.0%} of the draws frequent concepts are present no more often than rare ones", near)
     return Fit(size.label, size.alive, len(size.names), absent, near, curve, curve.f50,
                *(_interval(values) for values in drawn))
 
@@ -218,7 +220,7 @@ def _information(X_N2: np.ndarray, eta_N: np.ndarray) -> np.ndarray:
 def _bootstrap(points: list[tuple[np.ndarray, np.ndarray]], names: list[tuple[str, ...]], draws: int,
                seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(f50, slope) [draws] of one curve through all points, concepts drawn by name. Where all are present f50 is 0, where all are
-    absent infinite; a draw whose curve falls has neither.
+    absent infinite, and there is no slope; where the curve falls there is no f50.
     """
     rng, unique = np.random.default_rng(seed), sorted(set().union(*names))
     place = {name: i for i, name in enumerate(unique)}
@@ -230,8 +232,11 @@ def _bootstrap(points: list[tuple[np.ndarray, np.ndarray]], names: list[tuple[st
         x, y = np.repeat(x_P, times), np.repeat(y_P, times)
         if _one_sided(y):
             f50[draw] = 0.0 if len(y) and y.all() else np.inf
-        elif (curve := _curve(x, y)).slope > 0:
-            f50[draw], slope[draw] = curve.f50, curve.slope
+        else:
+            curve = _curve(x, y)
+            slope[draw] = curve.slope
+            if curve.slope > 0:
+                f50[draw] = curve.f50
     return f50, slope
 
 

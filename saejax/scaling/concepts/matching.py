@@ -40,7 +40,7 @@ class Matcher:
             _add(out, names, Counter(filter(names.__contains__, shown.split(" ")[1:-1])))
         for expression, names in self._phrases:
             shown = lower if names is self._folded else text
-            spaced = (m[0] for m in expression.finditer(shown) if _between_blanks(shown, *m.span()))
+            spaced = (m[0] for m in expression.finditer(shown) if " " in m[0] and _between_blanks(shown, *m.span()))
             _add(out, names, Counter(spaced))
         return out
 
