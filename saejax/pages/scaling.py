@@ -16,7 +16,7 @@ from saejax.pages.sheets import cell
 from saejax.pages.templates import render
 from saejax.scaling.envelope import PowerLaw
 from saejax.scaling.laws import Laws, Optimum
-from saejax.scaling.points import Left, Point
+from saejax.scaling.points import Left, Point, parsed_recipe
 from saejax.scaling.study import Held, Study
 from saejax.scaling.sums import Estimate
 from saejax.scaling.surface import EQUATIONS, POWER, SUM, Surface
@@ -215,7 +215,8 @@ def _loss_name(points: Sequence[Point]) -> str:
 
 def _recipe(points: Sequence[Point]) -> list[tuple[str, str]]:
     first = next(point for point in points if not point.diverged)
-    return [(name, visible(str(getattr(first, name)), 2000)) for name in ("recipe", "d_in", "batch", "k", "lr")]
+    own = {name: getattr(first, name) for name in ("d_in", "batch", "k", "lr")}
+    return [(visible(name, _SHORT), visible(str(value), 2000)) for name, value in (own | parsed_recipe(first.recipe)).items()]
 
 
 def _row(point: Point, compute: str) -> tuple[str, ...]:
