@@ -57,7 +57,7 @@ def train(config: Config, store: Store, load: Load | None = None) -> Trained:
     not finite, `Preempted` after SIGTERM or Ctrl-C (state saved), `LeaseError` where another job writes in the run
     directory.
     """
-    with _claimed([config], store, load) as run:
+    with _claimed([config], store, load, alone=True) as run:
         run.go()
     [member] = run.members
     if member.trouble:
@@ -71,13 +71,13 @@ def train_all(configs: Sequence[Config], store: Store, load: Load | None = None)
     All configs have the same mesh, batch, data seed and checkpoint steps. They resume at the newest step that all unfinished ones
     have. One whose steps are not finite is stopped by itself. Raises what `train` raises but for that.
     """
-    with _claimed(configs, store, load) as run:
+    with _claimed(configs, store, load, alone=False) as run:
         run.go()
     return [member.outcome for member in run.members]
 
 
 @contextlib.contextmanager
-def _claimed(configs: Sequence[Config], store: Store, load: Load | None) -> Iterator["_Run"]:
+def _claimed(configs: Sequence[Config], store: Store, load: Load | None, *, alone: bool) -> Iterator["_Run"]:
     """A run that may write into its directories. What does not fit is refused before anything is made."""
     configs = list(map(settled, configs))
     given, going_on = configs[0].mesh, has_checkpoints(configs[0])
@@ -89,14 +89,14 @@ def _claimed(configs: Sequence[Config], store: Store, load: Load | None) -> Iter
     check_agreement({"the activation store": store.digest}, "give a directory that all of them share, or equal copies of it")
     check_all(configs, mesh, store)
     with lease.writing(*[config.run_dir for config in configs]):
-        yield _Run(configs, mesh, store, load)
+        yield _Run(configs, mesh, store, load, alone)
 
 
 class _Run:
-    """The moving parts of one run."""
+    """The moving parts of one run. alone: of an SAE by itself, not of a sweep, of which one may be left."""
 
-    def __init__(self, configs: Sequence[Config], mesh: Mesh, store: Store, load: Load | None):
-        self.store, self.load, self.alone, self.mesh = store, load, len(configs) == 1, mesh
+    def __init__(self, configs: Sequence[Config], mesh: Mesh, store: Store, load: Load | None, alone: bool):
+        self.store, self.load, self.alone, self.mesh = store, load, alone, mesh
         compiled = functools.cache(shared_step)  # once for all members of a shape
         self.members = [Member(config, store, self.mesh, compiled, alone=self.alone) for config in configs]
         self.flops = {member: flops_of_step(member, self.mesh) for member in self.members}  # of a step, on one device

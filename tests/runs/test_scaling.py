@@ -144,6 +144,8 @@ def test_a_run_that_diverges_is_a_point_with_its_reason(places, pieces, capsys):
     assert f"diverged: {bad.diverged}" in capsys.readouterr().out
     steps = sorted(run.glob("lr=1e*/checkpoints/*"))
     assert main(["scaling", f"--config={config}"]) == 0 and sorted(run.glob("lr=1e*/checkpoints/*")) == steps
+    write_json(run / "points.json", [good.to_json()])  # killed before it was a point: it is stopped still
+    assert main(["scaling", f"--config={config}"]) == 0 and points_of(run)[bad.run] == bad
 
 
 def test_no_study_is_refused(places, capsys):
