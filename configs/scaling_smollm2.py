@@ -1,6 +1,7 @@
 """Scaling study: TopK SAEs of 5 sizes x 6 lengths on the middle of SmolLM2-135M-Instruct in 4 bits; learning rates; k.
 
-Hardware: 2 CPU cores, 3 GB of memory, 4 GB of disk. Time: 100 minutes, with other work on both cores all the time.
+Hardware: 2 CPU cores, 4 GB of memory, 8 GB of disk. Measured with other work on both cores: harvest 10 minutes, the grid 45,
+          learning rates and k 35, in pieces of at most 15; then the four larger runs 80, of which the largest alone 32.
 Command:  saejax scaling --config=configs/scaling_smollm2.py --limit=15      # and again, until all points are there
           docs/tutorials/scaling_study.md goes through it and its figures
 
