@@ -107,7 +107,7 @@ def recommend(config: Config, points: Iterable[Point], budget: Budget, *, topolo
             "sae": {"name": config.name, "kind": config.sae.kind, "d_in": spec.d_in, "batch": config.train.batch,
                     "lr": config.train.lr},
             "budget": _spent(budget, seconds, chosen, price) | {"compute": spent},
-            "law": _law(law, one.features, steps, spent),
+            "law": _law(law, one.features, steps),
             "recommended": {"features": one.features, "steps": steps, "tokens": steps * law.batch,
                             "loss": laws.predict(one.features, steps)._asdict(),
                             "k": config.sae.k if config.sae.kind in WITH_K else None, "lr": _lr(law, spent)},
@@ -203,14 +203,13 @@ def _spent(budget: Budget, seconds: float | None, topology: Topology | None, pri
     return {"given": budget.given, "kind": budget.kind, "seconds": seconds, "chip_hours": hours, "price": price}
 
 
-def _law(law: Fitted, features: float, steps: int, compute: float) -> dict:
+def _law(law: Fitted, features: float, steps: int) -> dict:
     """What the recommendation rests on, and by how many powers of ten it lies outside of it."""
-    laws = law.found.laws
+    laws, decades = law.found.laws, law.found.decades(features, steps)
     return {"compute": laws.compute, "loss_name": laws.loss_name, "points": laws.points, "fitted_range": list(laws.fitted_range),
-            "features_range": list(law.sizes), "steps_range": list(law.steps), "batch": law.batch, "lr": law.found.lr,
+            **{f"{name}_range": list(ends) for name, ends in law.found.ranges.items()}, "batch": law.batch, "lr": law.found.lr,
             "k": list(law.k), "differs": list(law.minor), "refused": list(law.found.refused),
-            "decades": laws.decades(compute), "features_decades": decades_beyond(features, law.sizes),
-            "steps_decades": decades_beyond(steps, law.steps)}
+            "decades": decades["budgets"], "features_decades": decades["features"], "steps_decades": decades["steps"]}
 
 
 def _lr(law: Fitted, compute: float) -> dict:

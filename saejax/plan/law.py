@@ -19,15 +19,13 @@ _SHOWN = 4  # keys that a message names
 @dataclasses.dataclass(frozen=True, eq=False)
 class Fitted:
     """found: the study, its `laws` are there. batch: of all its runs. k: every k that the points have, () for kinds without.
-    minor: keys of small weight in which the config differs, as text. sizes, steps: the least and the most that were trained.
+    minor: keys of small weight in which the config differs, as text.
     """
 
     found: Study
     batch: int
     k: tuple[int, ...]
     minor: tuple[str, ...]
-    sizes: tuple[int, int]
-    steps: tuple[int, int]
 
 
 def fitted(config: Config, spec: SAESpec, points: Iterable[Point], *, compute: str = "dense",
@@ -49,10 +47,7 @@ def fitted(config: Config, spec: SAESpec, points: Iterable[Point], *, compute: s
     found = study(own, compute=compute, leave_out=leave_out)
     if found.laws is None:
         raise ScalingError("law: " + "; ".join(found.refused))
-    left = {held.point for held in found.held}
-    used = [point for point in own if point.lr == found.lr and not point.diverged and point not in left]
-    features, steps = ([getattr(point, name) for point in used] for name in ("features", "steps"))
-    return Fitted(found, used[0].batch, tuple(there), tuple(minor), (min(features), max(features)), (min(steps), max(steps)))
+    return Fitted(found, found.used[0].batch, tuple(there), tuple(minor))
 
 
 def _check_same(config: Config, spec: SAESpec, points: Sequence[Point]) -> list[str]:

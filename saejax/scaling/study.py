@@ -9,7 +9,7 @@ from saejax.base.errors import ScalingError
 from saejax.scaling.laws import Laws, fit
 from saejax.scaling.points import Point
 from saejax.scaling.rates import RateLaw, fit_lr
-from saejax.scaling.sums import Estimate
+from saejax.scaling.sums import Estimate, decades_beyond
 from saejax.scaling.topk import TopKSurface, fit_topk_surface
 
 
@@ -40,6 +40,24 @@ class Study:
     held: tuple[Held, ...] = ()
     refused: tuple[str, ...] = ()
     grid: tuple[Point, ...] = ()
+
+    @property
+    def used(self) -> tuple[Point, ...]:
+        """The runs that `laws` were fitted to."""
+        held = {held.point for held in self.held}
+        return tuple(point for point in self.grid if not point.diverged and point not in held)
+
+    @property
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The least and the most features and steps of these runs."""
+        found = {name: [getattr(point, name) for point in self.used] for name in ("features", "steps")}
+        return {name: (min(values), max(values)) for name, values in found.items()}
+
+    def decades(self, features: float, steps: float) -> dict[str, float]:
+        """By how many powers of ten a run lies outside of the fitted budgets and of `ranges`; 0 inside. Takes `laws`."""
+        return {"budgets": self.laws.decades(self.laws.cost.of_step(features) * steps),
+                "features": decades_beyond(features, self.ranges["features"]),
+                "steps": decades_beyond(steps, self.ranges["steps"])}
 
     @property
     def lr(self) -> float | None:

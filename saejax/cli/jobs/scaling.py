@@ -79,18 +79,13 @@ def _say(found, options: Options) -> None:
 
 
 def _prediction(found, features: int, tokens: int) -> str:
-    """One line: the loss of a run, and how far beyond the fitted budgets it lies."""
+    """One line: the loss of a run, and how far it lies outside of what was fitted."""
     if found.laws is None:
         return f"no prediction for {features:,} features and {tokens:,} tokens: there are no laws"
-    from saejax.scaling.sums import decades_beyond
-    laws, grid = found.laws, [point for point in found.grid if point not in {held.point for held in found.held}]
-    steps = tokens / grid[0].batch
-    e = laws.predict(features, steps)
-    beyond = {"the fitted budgets": laws.decades(laws.cost.of_step(features) * steps)}
-    for what, name, asked in (("their sizes", "features", features), ("their lengths", "steps", steps)):
-        fitted = [getattr(point, name) for point in grid]
-        beyond[what] = decades_beyond(asked, (min(fitted), max(fitted)))
-    outside = ", ".join(f"{what} by {decades:.1f}" for what, decades in beyond.items() if decades)
+    steps = tokens / found.used[0].batch
+    e, names = found.laws.predict(features, steps), ("the fitted budgets", "their sizes", "their lengths")
+    beyond = zip(names, found.decades(features, steps).values(), strict=True)
+    outside = ", ".join(f"{what} by {decades:.1f}" for what, decades in beyond if decades)
     where = f"outside of {outside} powers of ten" if outside else "inside the fitted budgets, sizes and lengths"
     return f"{features:,} features, {tokens:,} tokens: loss {e.value:.4g} ({e.low:.4g} to {e.high:.4g}), {where}"
 
