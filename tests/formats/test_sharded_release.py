@@ -350,70 +350,14 @@ def test_training_starts_from_it(small, tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-WORKER = """
-import sys
-from pathlib import Path
-import jax
-import numpy as np
-port, process, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=int(process), initialization_timeout=60)
-from saejax.base import sharding
-from saejax.base.records import MeshOptions
-from saejax.base.errors import SaejaxError
-from saejax.base.storage import barrier
-from saejax.formats import saelens, saelens_read
-from saejax.sae import from_tensors, param_shardings, tensors
-from saejax.sae.inference import SAE
-from tests.formats.test_sharded_release import make
-host = make("gated")
-values = {name: np.asarray(value) for name, value in tensors(host.params).items()}
-for data, dict_ in ((1, 4), (2, 2), (4, 1)):
-    mesh = sharding.make_mesh(MeshOptions(data, dict_))
-    where = tensors(param_shardings(mesh, values))
-    params = from_tensors({name: sharding.place(value, where[name]) for name, value in values.items()})
-    for limit, name in ((3000, "several"), (1 << 30, "one")):
-        saelens.FILE_BYTES = limit
-        saelens.write(out / f"{data}x{dict_}" / name, SAE(params, host.cfg, mesh))
-        barrier("written")
-        for key, value in tensors(saelens_read.read(out / f"{data}x{dict_}" / name, mesh).params).items():
-            for shard in value.addressable_shards:
-                np.testing.assert_array_equal(shard.data, values[key][shard.index])
-def refused(action):
-    try:
-        action()
-    except SaejaxError as error:
-        return str(error)
-    raise SystemExit("was not refused")
-mesh, saelens.FILE_BYTES, place = sharding.make_mesh(MeshOptions(1, 4)), 3000, out / "1x4" / "several"
-bad = values | {"b_enc": np.where(np.arange(64) == 60, np.inf, values["b_enc"]).astype(np.float32)}
-where = tensors(param_shardings(mesh, bad))
-params = from_tensors({name: sharding.place(value, where[name]) for name, value in bad.items()})
-before = {file.name: file.read_bytes() for file in place.iterdir()}
-said = refused(lambda: saelens.write(place, SAE(params, host.cfg, mesh)))
-assert ("process 1 stopped" if process == "0" else "b_gate hold NaN or Inf") in said, said
-barrier("not written")
-assert {file.name: file.read_bytes() for file in place.iterdir()} == before
-barrier("compared")
-last = max(place.glob("sae_weights-*"))
-if process == "0":
-    last.write_bytes(before[last.name][:-1] + b"x")
-barrier("altered")
-said = refused(lambda: saelens_read.read(place, mesh))
-assert ("process 1 stopped" if process == "0" else f"{last}: altered since") in said, said
-if process == "0":
-    last.write_bytes(before[last.name])
-print("DONE")
-"""
-
-
 @pytest.mark.slow
 def test_two_processes(small, tmp_path):
     """Each writes the files of its own features; what is small is one file, and byte for byte that of one process. What only one
     of them finds wrong stops both.
     """
     port = str(free_port())
-    jobs = [subprocess.Popen([sys.executable, "-c", WORKER, port, str(process), str(tmp_path)], env=environment(2), text=True,
+    command = [sys.executable, "-m", "tests.formats.release_worker", port]
+    jobs = [subprocess.Popen([*command, str(process), str(tmp_path)], env=environment(2), text=True,
                              cwd=Path(__file__).parent.parent.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
             for process in range(2)]
     try:
